@@ -1,0 +1,28 @@
+// Package pki makes and checks the cluster's certificates and join tokens.
+//
+// A cluster's secrets are one folder, the bundle, of which every controller has
+// a copy:
+//
+//	ca.crt, ca.key                            the cluster's certificate authority
+//	front-proxy-ca.crt, front-proxy-ca.key    signs the API aggregator's client
+//	sa.key                                    signs service account tokens
+//	gossip.key                                AES-256 key of the gossip pool
+//	token                                     the join token of agents
+//	cluster-id                                the cluster's name for itself
+//
+// [CreateBundle] makes one, whole or not at all, and [LoadBundle] reads one and
+// refuses what is missing, corrupt, readable by others or expired, naming the
+// file. Certificates below the authorities are issued in memory at every start
+// and live for a year: [Bundle.Controller] issues those of one controller,
+// [Bundle.SignNode] an agent's, [Bundle.ClientCert] a person's.
+//
+// Who somebody is stands in the certificate's subject, never in an address, so
+// that a machine may change its address:
+//
+//	controller  CN timonel:controller:NAME  O timonel:controllers
+//	node        CN system:node:NAME         O system:nodes
+//
+// An agent joins knowing only a token, "timonel1.<sha256 of ca.crt>.<secret>".
+// The first part lets it recognise the cluster ([Token.ClientTLS]), the second
+// lets the cluster recognise it ([Bundle.CheckSecret]).
+package pki
