@@ -1,0 +1,37 @@
+// Package state is the replicated state machine: an ordered multi-version map
+// from keys to values that every controller keeps in memory and changes only by
+// applying committed log entries.
+//
+// A log entry holds one [Txn]: conditions on keys' revisions, and the puts and
+// deletes to do when all of them hold. Each change takes the next revision, so a
+// watch can resume between any two changes; a Kubernetes resourceVersion is such
+// a revision and is equal on every replica. The package reads no clock, draws no
+// random number and depends on nothing but the entries, so replicas that applied
+// the same entries are the same to the byte (see [View.WriteTo] and [View.Hash]).
+//
+//	store := state.New(state.Options{})
+//	txn := state.Txn{
+//		Conditions: []state.Condition{{Key: "/registry/pods/a/b"}}, // must not exist
+//		Changes:    []state.Change{{Key: "/registry/pods/a/b", Value: pod}},
+//	}
+//	results := store.ApplyBatch([]state.Entry{{Index: 7, Term: 1, Command: txn.Marshal()}})
+//
+//	view := store.View() // O(1), never changes
+//	for kv := range view.Range("/registry/pods/", "") { … }
+//
+//	w, err := store.Watch("/registry/pods/", view.Revision())
+//	events, err := w.Next(ctx)
+//
+// # Structure
+//
+// The map is a copy-on-write B-tree (tidwall/btree), so that a view, a snapshot
+// and a checkpoint cost one pointer. A bounded window of recent changes (the
+// history, see [Options]) serves watches that resume and [Store.At], which undoes
+// changes on a copy of the nearest later tree. Revisions before the window answer
+// [ErrCompacted].
+//
+// Watchers of one prefix share one list of its events: an event is linked into
+// the list of each prefix that it matches, once, whatever the number of watchers,
+// and each watcher walks the list at its own pace. A writer never waits for a
+// watcher; one that falls behind the history window gets ErrCompacted.
+package state

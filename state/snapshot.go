@@ -1,0 +1,410 @@
+package state
+
+import (
+	"bufio"
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+
+	"github.com/tidwall/btree"
+)
+
+// A snapshot is: the magic; records, each a uvarint length and that many bytes,
+// the first of which is the record's type; the SHA-256 of all that. The records
+// are one meta, the keys in ascending order, the history's events in ascending
+// order, one end. An event does not repeat a value that a key or an earlier
+// event of the snapshot holds.
+const (
+	snapshotMagic   = "TIMONEL\x00"
+	snapshotVersion = 1
+
+	recordMeta  = 'M'
+	recordKV    = 'K'
+	recordEvent = 'E'
+	recordEnd   = 'Z'
+
+	// maxRecord bounds one record; API objects are limited to a few MiB.
+	maxRecord = 256 << 20
+
+	valueInline = 0 // the value follows
+	valueLive   = 1 // the key's current value
+	valueEvent  = 2 // the value that the event of the KV's revision put
+	valueNone   = 3 // no KV
+)
+
+// ErrCorrupt is wrapped by the error of a Restore from bytes that are not a
+// whole and unchanged snapshot.
+var ErrCorrupt = errors.New("snapshot is corrupt")
+
+// Save writes a snapshot of the newest state; see [View.WriteTo].
+func (s *Store) Save(w io.Writer) error {
+	_, err := s.View().WriteTo(w)
+	return err
+}
+
+// WriteTo writes a snapshot of the view: keys, history window, revision, applied
+// index and term, with a checksum. Replicas that applied the same entries write
+// the same bytes. A view of the past, made by [Store.At], has no snapshot.
+func (v View) WriteTo(w io.Writer) (int64, error) {
+	if v.v.expiry == nil {
+		return 0, fmt.Errorf("snapshot of revision %d: only a view that was the newest can be written", v.v.revision)
+	}
+	sum := sha256.New()
+	counter := &countingWriter{w: w}
+	buffered := bufio.NewWriterSize(counter, 256<<10)
+	e := &snapshotEncoder{w: io.MultiWriter(buffered, sum)}
+	e.view(v.v)
+	if e.err == nil {
+		_, e.err = buffered.Write(sum.Sum(nil))
+	}
+	if e.err == nil {
+		e.err = buffered.Flush()
+	}
+	if e.err != nil {
+		return counter.n, fmt.Errorf("write snapshot of revision %d: %w", v.v.revision, e.err)
+	}
+	return counter.n, nil
+}
+
+type countingWriter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *countingWriter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+type snapshotEncoder struct {
+	w   io.Writer
+	b   []byte // the record being built
+	len [binary.MaxVarintLen64]byte
+	err error
+}
+
+func (e *snapshotEncoder) flush() {
+	if e.err == nil {
+		_, e.err = e.w.Write(e.len[:binary.PutUvarint(e.len[:], uint64(len(e.b)))])
+	}
+	if e.err == nil {
+		_, e.err = e.w.Write(e.b)
+	}
+}
+
+func (e *snapshotEncoder) view(v *version) {
+	_, e.err = io.WriteString(e.w, snapshotMagic)
+	h := &v.hist
+	e.b = append(e.b[:0], recordMeta, snapshotVersion)
+	for _, n := range []uint64{uint64(v.revision), uint64(h.first), v.index, v.term, uint64(v.clock), v.hash, uint64(v.root.Len())} {
+		e.b = binary.AppendUvarint(e.b, n)
+	}
+	e.flush()
+	v.root.Scan(func(_ string, kv *KV) bool {
+		e.b = append(e.b[:0], recordKV)
+		e.b = appendString(e.b, kv.Key)
+		e.b = appendBytes(e.b, kv.Value)
+		e.b = appendNumbers(e.b, kv)
+		e.flush()
+		return e.err == nil
+	})
+	for r := h.first; r < h.next && e.err == nil; r++ {
+		e.event(v, h.at(r))
+	}
+	e.b = append(e.b[:0], recordEnd)
+	e.flush()
+}
+
+func (e *snapshotEncoder) event(v *version, ev *Event) {
+	e.b = append(e.b[:0], recordEvent, byte(ev.Type))
+	e.b = appendString(e.b, ev.KV.Key)
+	e.b = binary.AppendUvarint(e.b, uint64(ev.time))
+	e.b = binary.AppendUvarint(e.b, ev.hash)
+	if ev.Type == Put {
+		if live, ok := v.root.Get(ev.KV.Key); ok && live.ModRevision == ev.Revision {
+			e.b = append(e.b, valueLive)
+		} else {
+			e.b = append(e.b, valueInline)
+			e.b = appendBytes(e.b, ev.KV.Value)
+			e.b = appendNumbers(e.b, &ev.KV)
+		}
+	}
+	switch prev := &ev.Prev; {
+	case prev.ModRevision == 0:
+		e.b = append(e.b, valueNone)
+	case prev.ModRevision >= v.hist.first:
+		e.b = append(e.b, valueEvent)
+		e.b = binary.AppendUvarint(e.b, uint64(prev.ModRevision))
+	default:
+		e.b = append(e.b, valueInline)
+		e.b = appendBytes(e.b, prev.Value)
+		e.b = appendNumbers(e.b, prev)
+	}
+	e.flush()
+}
+
+func appendNumbers(b []byte, kv *KV) []byte {
+	b = binary.AppendUvarint(b, uint64(kv.CreateRevision))
+	b = binary.AppendUvarint(b, uint64(kv.ModRevision))
+	return binary.AppendUvarint(b, uint64(kv.ExpiresAt))
+}
+
+// Restore replaces the whole state by the snapshot in r, of which it reads
+// everything up to the end. It verifies the checksum and the snapshot's sense
+// before it replaces anything: on an error, which wraps [ErrCorrupt] unless
+// reading failed, the store is as it was. Watchers go on after the last event
+// they returned, or get [ErrCompacted] if that is outside the new history.
+func (s *Store) Restore(r io.Reader) error {
+	v, err := readSnapshot(r)
+	if err != nil {
+		return fmt.Errorf("restore snapshot: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.root, s.expiry = v.root, v.expiry
+	v.epoch = s.head.epoch + 1
+	s.head, s.changed, s.fresh = v, true, nil
+	s.past.reset()
+	s.groups.restored(s.publishView())
+	return nil
+}
+
+// snapshotDecoder reads records and hashes what it read.
+type snapshotDecoder struct {
+	r   *bufio.Reader
+	sum hash.Hash
+	buf bytes.Buffer
+}
+
+func (d *snapshotDecoder) record() (byte, *decoder, error) {
+	size, err := binary.ReadUvarint(byteReader{d})
+	if err != nil {
+		return 0, nil, truncated(err)
+	}
+	if size == 0 || size > maxRecord {
+		return 0, nil, fmt.Errorf("%w: record of %d bytes", ErrCorrupt, size)
+	}
+	// The buffer grows with what arrives, not with what a length claims.
+	d.buf.Reset()
+	if _, err := io.CopyN(&d.buf, d.r, int64(size)); err != nil {
+		return 0, nil, truncated(err)
+	}
+	b := d.buf.Bytes()
+	d.sum.Write(b)
+	return b[0], &decoder{b: b[1:]}, nil
+}
+
+// byteReader reads the bytes of a varint and hashes them.
+type byteReader struct{ d *snapshotDecoder }
+
+func (r byteReader) ReadByte() (byte, error) {
+	b, err := r.d.r.ReadByte()
+	if err == nil {
+		r.d.sum.Write([]byte{b})
+	}
+	return b, err
+}
+
+func truncated(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("%w: it ends too early", ErrCorrupt)
+	}
+	if err.Error() == "binary: varint overflows a 64-bit integer" { // the one other error of ReadUvarint itself
+		return fmt.Errorf("%w: bad length", ErrCorrupt)
+	}
+	return err
+}
+
+func readSnapshot(r io.Reader) (version, error) {
+	d := &snapshotDecoder{r: bufio.NewReaderSize(r, 256<<10), sum: sha256.New()}
+	magic := make([]byte, len(snapshotMagic))
+	if _, err := io.ReadFull(d.r, magic); err != nil {
+		return version{}, truncated(err)
+	}
+	if string(magic) != snapshotMagic {
+		return version{}, fmt.Errorf("%w: it does not begin as a Timonel snapshot", ErrCorrupt)
+	}
+	d.sum.Write(magic)
+	s := &snapshotReader{}
+	for !s.ended {
+		kind, fields, err := d.record()
+		if err != nil {
+			return version{}, err
+		}
+		s.record(kind, fields)
+		if fields.err == nil && len(fields.b) > 0 {
+			fields.fail("bytes after the end of a record")
+		}
+		if fields.err != nil {
+			return version{}, fmt.Errorf("%w: %w", ErrCorrupt, fields.err)
+		}
+	}
+	want := d.sum.Sum(nil)
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(d.r, got); err != nil {
+		return version{}, truncated(err)
+	}
+	if !bytes.Equal(got, want) {
+		return version{}, fmt.Errorf("%w: checksum differs", ErrCorrupt)
+	}
+	if _, err := d.r.ReadByte(); err == nil {
+		return version{}, fmt.Errorf("%w: bytes after its end", ErrCorrupt)
+	} else if !errors.Is(err, io.EOF) {
+		return version{}, err
+	}
+	return s.v, nil
+}
+
+// snapshotReader builds a version from records.
+type snapshotReader struct {
+	v        version
+	began    bool
+	ended    bool
+	keys     uint64 // announced by the meta record
+	first    int64  // first revision of the history
+	lastKey  string
+	haveKeys bool // all keys were read
+}
+
+func (s *snapshotReader) record(kind byte, d *decoder) {
+	switch {
+	case kind == recordMeta && !s.began:
+		s.meta(d)
+	case !s.began:
+		d.fail("does not begin with its meta record")
+	case kind == recordKV && !s.haveKeys:
+		s.kv(d)
+	case kind == recordEvent:
+		s.event(d)
+	case kind == recordEnd:
+		if uint64(s.v.root.Len()) != s.keys || s.v.hist.next != s.v.revision+1 {
+			d.fail("keys or events are missing")
+		}
+		s.ended = true
+	default:
+		d.fail(fmt.Sprintf("unexpected record of type %q", kind))
+	}
+}
+
+func (s *snapshotReader) meta(d *decoder) {
+	if v := d.byte("version"); d.err == nil && v != snapshotVersion {
+		d.fail(fmt.Sprintf("version %d, this program reads version %d", v, snapshotVersion))
+		return
+	}
+	s.v.revision = d.number("revision")
+	s.first = d.number("first revision")
+	s.v.index = d.uvarint("index")
+	s.v.term = d.uvarint("term")
+	s.v.clock = d.number("clock")
+	s.v.hash = d.uvarint("hash")
+	s.keys = d.uvarint("number of keys")
+	if d.err == nil && (s.v.revision < 1 || s.first < 2 || s.first > s.v.revision+1) {
+		d.fail("impossible revisions")
+	}
+	s.v.root = btree.NewMap[string, *KV](treeDegree)
+	s.v.expiry = btree.NewMap[string, *KV](treeDegree)
+	s.v.hist = newHistory(s.first)
+	s.began = true
+}
+
+func (s *snapshotReader) kv(d *decoder) {
+	kv := &KV{Key: d.string("key"), Value: d.bytes("value")}
+	d.numbers(kv, s.v.revision)
+	if d.err == nil && s.v.root.Len() > 0 && kv.Key <= s.lastKey {
+		d.fail("keys out of order")
+	}
+	if d.err != nil {
+		return
+	}
+	s.lastKey = kv.Key
+	s.v.root.Load(kv.Key, kv)
+	s.v.bytes += int64(len(kv.Key) + len(kv.Value))
+	if kv.ExpiresAt != 0 {
+		s.v.expiry.Set(expiryKey(kv), kv)
+	}
+}
+
+func (s *snapshotReader) event(d *decoder) {
+	s.haveKeys = true
+	h := &s.v.hist
+	if h.next > s.v.revision {
+		d.fail("more events than revisions")
+		return
+	}
+	e := &Event{Type: EventType(d.byte("event type")), Revision: h.next}
+	e.KV = KV{Key: d.string("event key"), ModRevision: e.Revision}
+	e.time = d.number("event time")
+	e.hash = d.uvarint("event hash")
+	live, isLive := s.v.root.Get(e.KV.Key)
+	if isLive {
+		e.KV.Key = live.Key // one copy of the key in memory
+	}
+	switch e.Type {
+	case Put:
+		switch d.byte("kind of value") {
+		case valueLive:
+			if !isLive || live.ModRevision != e.Revision {
+				d.fail("event refers to a value that is not there")
+				return
+			}
+			e.KV = *live
+		case valueInline:
+			e.KV.Value = d.bytes("value")
+			d.numbers(&e.KV, e.Revision)
+			if e.KV.ModRevision != e.Revision {
+				d.fail("event has two revisions")
+			}
+		default:
+			d.fail("unknown kind of value")
+		}
+	case Delete:
+	default:
+		d.fail("unknown event type")
+	}
+	switch d.byte("kind of previous value") {
+	case valueNone:
+		if e.Type == Delete {
+			d.fail("delete of nothing")
+		}
+	case valueEvent:
+		r := d.number("revision of the previous value")
+		if d.err != nil || r < s.first || r >= e.Revision || h.at(r).Type != Put || h.at(r).KV.Key != e.KV.Key {
+			d.fail("event refers to a value that is not there")
+			return
+		}
+		e.Prev = h.at(r).KV
+	case valueInline:
+		e.Prev = KV{Key: e.KV.Key, Value: d.bytes("previous value")}
+		d.numbers(&e.Prev, s.first-1)
+	default:
+		d.fail("unknown kind of previous value")
+	}
+	if d.err == nil {
+		h.append(e)
+	}
+}
+
+// number reads a uvarint that is a revision or a time.
+func (d *decoder) number(what string) int64 {
+	v := int64(d.uvarint(what))
+	if v < 0 {
+		d.fail(what + " out of range")
+		return 0
+	}
+	return v
+}
+
+// numbers reads what appendNumbers wrote; newest bounds the revisions.
+func (d *decoder) numbers(kv *KV, newest int64) {
+	kv.CreateRevision = d.number("create revision")
+	kv.ModRevision = d.number("mod revision")
+	kv.ExpiresAt = d.number("expiry")
+	if d.err == nil && (kv.CreateRevision < 1 || kv.CreateRevision > kv.ModRevision || kv.ModRevision > newest) {
+		d.fail("impossible revisions of " + kv.Key)
+	}
+}

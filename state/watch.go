@@ -1,0 +1,328 @@
+package state
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sort"
+	"strings"
+	"sync"
+	"sync/atomic"
+)
+
+// watchBatch is the greatest number of events that one Poll returns.
+const watchBatch = 512
+
+// sweepEvery is after how many revisions watchers that fell behind the history
+// window are looked for.
+const sweepEvery = 1024
+
+// errWatcherClosed ends a Next that waits in a watcher that was closed.
+var errWatcherClosed = errors.New("watcher is closed")
+
+// link is an element of a prefix's event list. A link that every watcher has
+// passed is garbage.
+type link struct {
+	event *Event
+	next  atomic.Pointer[link]
+}
+
+// watchGroup is the watchers of one prefix and the list of its events.
+type watchGroup struct {
+	prefix   string
+	tail     *link
+	watchers []*Watcher
+	touched  bool // has events that its watchers were not woken for
+}
+
+// watchGroups finds the groups that an event belongs to. Store.mu guards it.
+type watchGroups struct {
+	byPrefix map[string]*watchGroup
+	lengths  []int       // distinct lengths of the prefixes, ascending
+	count    map[int]int // groups of each length
+	touched  []*watchGroup
+	swept    int64 // compact revision at the last sweep
+
+	delivered atomic.Int64 // every event up to this revision is in the lists
+}
+
+func (g *watchGroups) init() {
+	g.byPrefix = map[string]*watchGroup{}
+	g.count = map[int]int{}
+}
+
+// deliver links events into the lists of the prefixes they match and wakes
+// their watchers.
+func (g *watchGroups) deliver(events []*Event, v *version) {
+	if len(g.byPrefix) > 0 {
+		for _, e := range events {
+			key := e.KV.Key
+			for _, n := range g.lengths {
+				if n > len(key) {
+					break
+				}
+				group, ok := g.byPrefix[key[:n]]
+				if !ok {
+					continue
+				}
+				l := &link{event: e}
+				group.tail.next.Store(l)
+				group.tail = l
+				if !group.touched {
+					group.touched = true
+					g.touched = append(g.touched, group)
+				}
+			}
+		}
+	}
+	g.delivered.Store(v.revision)
+	for i, group := range g.touched {
+		for _, w := range group.watchers {
+			w.wake()
+		}
+		group.touched = false
+		g.touched[i] = nil
+	}
+	g.touched = g.touched[:0]
+	if compact := v.hist.compact(); compact-g.swept >= sweepEvery {
+		g.swept = compact
+		for _, group := range g.byPrefix {
+			for _, w := range group.watchers {
+				w.expire(compact)
+			}
+		}
+	}
+}
+
+// restored moves every watcher to a state that was installed, before the
+// revisions delivered go up to it.
+func (g *watchGroups) restored(v *version) {
+	for _, group := range g.byPrefix {
+		group.tail = &link{} // events of the former state are not to be followed
+		for _, w := range group.watchers {
+			w.restored(v)
+		}
+	}
+	g.swept = v.hist.compact()
+	g.delivered.Store(v.revision)
+}
+
+func (g *watchGroups) join(prefix string, w *Watcher) *watchGroup {
+	group, ok := g.byPrefix[prefix]
+	if !ok {
+		group = &watchGroup{prefix: prefix, tail: &link{}}
+		g.byPrefix[prefix] = group
+		if g.count[len(prefix)]++; g.count[len(prefix)] == 1 {
+			i := sort.SearchInts(g.lengths, len(prefix))
+			g.lengths = append(g.lengths, 0)
+			copy(g.lengths[i+1:], g.lengths[i:])
+			g.lengths[i] = len(prefix)
+		}
+	}
+	w.slot = len(group.watchers)
+	group.watchers = append(group.watchers, w)
+	return group
+}
+
+func (g *watchGroups) leave(w *Watcher) {
+	group := w.group
+	last := len(group.watchers) - 1
+	group.watchers[w.slot] = group.watchers[last]
+	group.watchers[w.slot].slot = w.slot
+	group.watchers[last] = nil
+	group.watchers = group.watchers[:last]
+	if last > 0 {
+		return
+	}
+	delete(g.byPrefix, group.prefix)
+	if g.count[len(group.prefix)]--; g.count[len(group.prefix)] == 0 {
+		delete(g.count, len(group.prefix))
+		i := sort.SearchInts(g.lengths, len(group.prefix))
+		g.lengths = append(g.lengths[:i], g.lengths[i+1:]...)
+	}
+}
+
+// Watcher yields the events of one prefix in order of their revisions, none
+// lost and none twice. One goroutine at a time may call Next or Poll; Close may
+// be called from any.
+type Watcher struct {
+	store  *Store
+	prefix string
+	group  *watchGroup // Store.mu guards it
+	slot   int         // in group.watchers; Store.mu guards it
+	closed bool        // Store.mu guards it
+	ready  chan struct{}
+	done   chan struct{}
+
+	mu       sync.Mutex
+	err      error   // why the watch ended
+	position *link   // in the group's list: the last event passed
+	backlog  history // events before position, still to be scanned
+	scanned  int64   // revision up to which the backlog was scanned
+	end      int64   // revision up to which the backlog goes
+	progress int64
+}
+
+// Watch returns a watcher of the keys with the prefix, that yields all events
+// with a revision greater than after. 0 means from now; a revision that this
+// replica has not reached yet is waited for. The error wraps [ErrCompacted]. The
+// caller must Close the watcher.
+func (s *Store) Watch(prefix string, after int64) (*Watcher, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.current.Load()
+	if after == 0 {
+		after = v.revision
+	}
+	if after < v.hist.compact() {
+		return nil, fmt.Errorf("watch %s after revision %d: %w (from %d on)", prefix, after, ErrCompacted, v.hist.compact())
+	}
+	w := &Watcher{store: s, prefix: prefix, progress: after, ready: make(chan struct{}, 1), done: make(chan struct{})}
+	w.group = s.groups.join(prefix, w)
+	w.start(v)
+	return w, nil
+}
+
+// start puts the watcher at the end of its list, with what happened between its
+// progress and v as backlog.
+func (w *Watcher) start(v *version) {
+	w.position = w.group.tail
+	w.scanned, w.end = w.progress, max(w.progress, v.revision)
+	w.backlog = history{}
+	if w.progress < v.revision {
+		w.backlog = v.hist
+		w.wake()
+	}
+}
+
+// Ready is signalled when Poll may have something to return.
+func (w *Watcher) Ready() <-chan struct{} { return w.ready }
+
+func (w *Watcher) wake() {
+	select {
+	case w.ready <- struct{}{}:
+	default:
+	}
+}
+
+// Progress is the revision up to which all events were returned.
+func (w *Watcher) Progress() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.progress
+}
+
+// Next returns the next events, at least one, waiting for them if need be. Its
+// error is ctx's, or wraps [ErrCompacted] if the watcher fell behind the history
+// window: the caller must list again. The events are shared; they must not be
+// changed.
+func (w *Watcher) Next(ctx context.Context) ([]*Event, error) {
+	for {
+		events, err := w.Poll()
+		if err != nil || len(events) > 0 {
+			return events, err
+		}
+		select {
+		case <-w.ready:
+		case <-w.done:
+			return nil, errWatcherClosed
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// Poll is Next that returns nothing rather than wait. It returns a limited
+// number of events: call it until it returns none before waiting for Ready.
+func (w *Watcher) Poll() ([]*Event, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		return nil, w.err
+	}
+	var events []*Event
+	for w.scanned < w.end {
+		if len(events) == watchBatch {
+			w.progress = w.scanned
+			return events, nil
+		}
+		w.scanned++
+		if e := w.backlog.at(w.scanned); strings.HasPrefix(e.KV.Key, w.prefix) {
+			events = append(events, e)
+		}
+	}
+	w.backlog = history{}
+	// Everything up to here is in the list before it is walked.
+	delivered := w.store.groups.delivered.Load()
+	for {
+		next := w.position.next.Load()
+		if next == nil {
+			w.progress = max(w.progress, w.end, delivered)
+			return events, nil
+		}
+		if len(events) == watchBatch {
+			w.progress = max(w.progress, events[watchBatch-1].Revision)
+			return events, nil
+		}
+		w.position = next
+		if next.event.Revision > w.end {
+			events = append(events, next.event)
+		}
+	}
+}
+
+// expire ends a watcher whose next event is older than the history window, so
+// that one that nobody reads does not hold events for ever. Store.mu is held.
+func (w *Watcher) expire(compact int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err != nil {
+		return
+	}
+	var behind bool
+	if w.scanned < w.end {
+		behind = w.scanned < compact
+	} else if next := w.position.next.Load(); next != nil {
+		behind = next.event.Revision <= compact
+	}
+	if behind {
+		w.fail(fmt.Errorf("watch %s after revision %d: %w (from %d on)", w.prefix, w.progress, ErrCompacted, compact))
+	}
+}
+
+func (w *Watcher) fail(err error) {
+	w.err = err
+	w.position, w.backlog = nil, history{}
+	w.wake()
+}
+
+// restored makes the watcher go on in a state that was installed. Store.mu is
+// held.
+func (w *Watcher) restored(v *version) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.err != nil:
+	case w.progress < v.hist.compact():
+		w.fail(fmt.Errorf("watch %s after revision %d: %w (from %d on)", w.prefix, w.progress, ErrCompacted, v.hist.compact()))
+	default:
+		w.start(v)
+		w.wake()
+	}
+}
+
+// Close ends the watch. It may be called more than once.
+func (w *Watcher) Close() {
+	w.store.mu.Lock()
+	if !w.closed {
+		w.closed = true
+		w.store.groups.leave(w)
+		close(w.done)
+	}
+	w.store.mu.Unlock()
+	w.mu.Lock()
+	if w.err == nil {
+		w.fail(errWatcherClosed)
+	}
+	w.mu.Unlock()
+}
