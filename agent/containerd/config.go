@@ -1,0 +1,155 @@
+package containerd
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+)
+
+// Namespace is the containerd namespace that CRI and therefore the agent uses.
+const Namespace = "k8s.io"
+
+// maxSocketPath is one less than what sockaddr_un holds on Linux, minus the
+// suffix ".ttrpc" that containerd adds for its second socket.
+const maxSocketPath = 107 - len(".ttrpc")
+
+// DaemonConfig says where a supervised containerd keeps its files and how it
+// treats images and the pod network.
+type DaemonConfig struct {
+	// Dir is the folder that containerd's root, state, socket, configuration,
+	// pid file and log are under. It must be on a file system that overlayfs
+	// can use as an upper layer.
+	Dir string
+	// Binary is the containerd to run. Default: "containerd" from PATH.
+	Binary string
+	// PauseImage is the sandbox image. It must have been imported, or be in a
+	// registry that this machine reaches.
+	PauseImage string
+	// CNIConfDir and CNIBinDirs are where the pod network's configuration and
+	// plugins are. containerd 1.x takes one plugin folder, the first.
+	CNIConfDir string
+	CNIBinDirs []string
+	// RegistryDir holds HOST/hosts.toml files (mirrors, plain http, CAs), in
+	// containerd's own format. Default: Dir/certs.d.
+	RegistryDir string
+	// Logger gets the supervisor's messages; containerd's own go to Dir/containerd.log.
+	Logger *slog.Logger
+}
+
+// Validate names the first field that cannot work.
+func (c *DaemonConfig) Validate() error {
+	switch {
+	case c.Dir == "" || !filepath.IsAbs(c.Dir):
+		return fmt.Errorf("containerd: Dir must be an absolute path, is %q", c.Dir)
+	case c.PauseImage == "":
+		return errors.New("containerd: PauseImage is empty")
+	case c.CNIConfDir == "":
+		return errors.New("containerd: CNIConfDir is empty")
+	case len(c.CNIBinDirs) == 0:
+		return errors.New("containerd: CNIBinDirs is empty")
+	}
+	return nil
+}
+
+// paths of one containerd, all derived from its folder.
+type paths struct {
+	root, state, socket, config, pid, log, registry string
+}
+
+func (c *DaemonConfig) paths() paths {
+	p := paths{
+		root:     filepath.Join(c.Dir, "root"),
+		state:    filepath.Join(c.Dir, "state"),
+		socket:   filepath.Join(c.Dir, "containerd.sock"),
+		config:   filepath.Join(c.Dir, "config.toml"),
+		pid:      filepath.Join(c.Dir, "containerd.pid"),
+		log:      filepath.Join(c.Dir, "containerd.log"),
+		registry: c.RegistryDir,
+	}
+	if p.registry == "" {
+		p.registry = filepath.Join(c.Dir, "certs.d")
+	}
+	// A socket's path is limited to 107 bytes; a deep data folder gets its
+	// socket under /run, in a folder named after it.
+	if len(p.socket) > maxSocketPath {
+		sum := sha256.Sum256([]byte(c.Dir))
+		p.socket = filepath.Join("/run/timonel", hex.EncodeToString(sum[:8]), "containerd.sock")
+	}
+	return p
+}
+
+// render returns config.toml. Version 2 is read by containerd 1.3 to 2.x.
+func (c *DaemonConfig) render() []byte {
+	p := c.paths()
+	q := strconv.Quote
+	var b bytes.Buffer
+	w := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	w("# Written by the Timonel agent at every start; changes here are lost.")
+	w("version = 2")
+	w("root = %s", q(p.root))
+	w("state = %s", q(p.state))
+	w("oom_score = -999")
+	w("disabled_plugins = [")
+	// What the agent does not use costs start time and log lines.
+	for _, id := range []string{
+		"io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
+		"io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.zfs",
+		"io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs",
+		"io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp",
+		"io.containerd.nri.v1.nri",
+	} {
+		w("  %s,", q(id))
+	}
+	w("]")
+	w("[grpc]")
+	w("  address = %s", q(p.socket))
+	w("[debug]")
+	w("  level = \"info\"")
+	w("[plugins.\"io.containerd.internal.v1.opt\"]")
+	w("  path = %s", q(filepath.Join(c.Dir, "opt")))
+	w("[plugins.\"io.containerd.grpc.v1.cri\"]")
+	w("  sandbox_image = %s", q(c.PauseImage))
+	w("  disable_tcp_service = true")
+	w("  stream_server_address = \"127.0.0.1\"")
+	w("  stream_server_port = \"0\"")
+	w("  netns_mounts_under_state_dir = true")
+	w("  tolerate_missing_hugetlb_controller = true")
+	w("  disable_hugetlb_controller = true")
+	w("  enable_unprivileged_ports = true")
+	w("  enable_unprivileged_icmp = true")
+	w("  [plugins.\"io.containerd.grpc.v1.cri\".cni]")
+	w("    conf_dir = %s", q(c.CNIConfDir))
+	w("    bin_dir = %s", q(c.CNIBinDirs[0]))
+	w("    max_conf_num = 1")
+	w("  [plugins.\"io.containerd.grpc.v1.cri\".registry]")
+	w("    config_path = %s", q(p.registry))
+	w("  [plugins.\"io.containerd.grpc.v1.cri\".containerd]")
+	w("    snapshotter = \"overlayfs\"")
+	w("    default_runtime_name = \"runc\"")
+	w("    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]")
+	w("      runtime_type = \"io.containerd.runc.v2\"")
+	w("      [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]")
+	w("        Root = %s", q(filepath.Join(c.Dir, "runc")))
+	w("        SystemdCgroup = false")
+	return b.Bytes()
+}
+
+// write makes the folders and the configuration file.
+func (c *DaemonConfig) write() error {
+	p := c.paths()
+	for _, dir := range []string{c.Dir, p.root, p.state, p.registry, filepath.Dir(p.socket), c.CNIConfDir} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return fmt.Errorf("make containerd's folder: %w", err)
+		}
+	}
+	if err := os.WriteFile(p.config+".new", c.render(), 0o600); err != nil {
+		return fmt.Errorf("write containerd's configuration: %w", err)
+	}
+	return os.Rename(p.config+".new", p.config)
+}

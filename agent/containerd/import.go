@@ -1,0 +1,146 @@
+package containerd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/fsnotify/fsnotify"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Importer keeps the image archives (*.tar: OCI layout or docker save) of a
+// folder imported in containerd.
+type Importer struct {
+	runtime *Runtime
+	dir     string
+	log     *slog.Logger
+	seen    map[string]stamp // by path
+}
+
+// stamp tells whether a file is the one that was imported already.
+type stamp struct {
+	size    int64
+	modTime time.Time
+}
+
+// NewImporter returns an importer of dir's archives.
+func NewImporter(r *Runtime, dir string, log *slog.Logger) *Importer {
+	return &Importer{runtime: r, dir: dir, log: log, seen: map[string]stamp{}}
+}
+
+// ImportAll imports every archive that is new or has changed since this
+// importer last saw it. It goes on after a bad file and returns all errors.
+func (im *Importer) ImportAll(ctx context.Context) error {
+	paths, err := filepath.Glob(filepath.Join(im.dir, "*.tar"))
+	if err != nil {
+		return fmt.Errorf("list images in %s: %w", im.dir, err)
+	}
+	var errs []error
+	for _, path := range paths {
+		info, err := os.Stat(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		now := stamp{size: info.Size(), modTime: info.ModTime()}
+		if im.seen[path] == now {
+			continue
+		}
+		names, err := im.runtime.Import(ctx, path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		im.seen[path] = now
+		im.log.Info("imported images", "file", path, "images", strings.Join(names, ","))
+	}
+	return errors.Join(errs...)
+}
+
+// Run imports archives as they appear in the folder, until ctx ends. An archive
+// is read once it has not been written to for a moment.
+func (im *Importer) Run(ctx context.Context) error {
+	watcher, err := fsnotify.NewWatcher()
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", im.dir, err)
+	}
+	defer watcher.Close()
+	if err := watcher.Add(im.dir); err != nil {
+		return fmt.Errorf("watch the images folder: %w", err)
+	}
+	const settle = 500 * time.Millisecond
+	timer := time.NewTimer(0) // once at once: files may have come before the watch
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case e := <-watcher.Events:
+			if strings.HasSuffix(e.Name, ".tar") && e.Op&(fsnotify.Create|fsnotify.Write|fsnotify.Rename) != 0 {
+				timer.Reset(settle)
+			}
+		case err := <-watcher.Errors:
+			im.log.Warn("watch the images folder", "folder", im.dir, "error", err)
+		case <-timer.C:
+			if err := im.ImportAll(ctx); err != nil && ctx.Err() == nil {
+				im.log.Error("import images", "folder", im.dir, "error", err)
+			}
+		}
+	}
+}
+
+// Import reads one archive into containerd, unpacks its images and waits until
+// CRI knows them. It returns their names.
+func (r *Runtime) Import(ctx context.Context, path string) ([]string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("import image: %w", err)
+	}
+	defer f.Close()
+	imgs, err := r.client.Import(ctx, f, client.WithImageLabels(map[string]string{"io.cri-containerd.image": "managed"}))
+	if err != nil {
+		return nil, fmt.Errorf("import image %s: %w", path, err)
+	}
+	if len(imgs) == 0 {
+		return nil, fmt.Errorf("import image %s: the archive names no image for this platform", path)
+	}
+	var names []string
+	for _, img := range imgs {
+		if err := client.NewImage(r.client, img).Unpack(ctx, "overlayfs"); err != nil {
+			return names, fmt.Errorf("unpack image %s of %s: %w", img.Name, path, err)
+		}
+		if err := r.waitImage(ctx, img.Name); err != nil {
+			return names, err
+		}
+		names = append(names, img.Name)
+	}
+	return names, nil
+}
+
+// waitImage waits for CRI to have heard of an image that was just imported.
+func (r *Runtime) waitImage(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	for {
+		resp, err := r.Images.ImageStatus(ctx, &runtimev1.ImageStatusRequest{Image: &runtimev1.ImageSpec{Image: name}})
+		if err == nil && resp.Image != nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("image %s was imported, but CRI does not list it: %w", name, errors.Join(ctx.Err(), err))
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
