@@ -1,0 +1,130 @@
+package reconcile
+
+import (
+	"time"
+
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+
+	"timonel/state/objects"
+)
+
+// Reconciler decides what must change for one object, or for one small group
+// of objects, to bring the cluster nearer to what its users asked for.
+//
+// A Reconciler is pure: it does no I/O, reads no clock, starts no goroutine,
+// keeps nothing between calls and never changes an object it was given.
+// The Runner may call one Reconciler for different keys at the same time.
+type Reconciler interface {
+	// Name is short and stable: it appears in logs and as the source of events.
+	Name() string
+	// All returns every key there is. The Runner asks once, when a term begins.
+	All(s *objects.Snapshot) []Key
+	// Keys returns the keys that one changed object concerns. s is a snapshot
+	// that has the change, and perhaps later ones.
+	Keys(c objects.Changed, s *objects.Snapshot) []Key
+	// Reconcile decides for one key. An error means that the key is to be tried
+	// again after a back-off; the changes returned beside it are still made.
+	Reconcile(in Input, key Key) (Result, error)
+}
+
+// HealthReconciler is a Reconciler whose keys also depend on the health of nodes.
+type HealthReconciler interface {
+	Reconciler
+	// HealthKeys returns the keys to look at again when health went from before to after.
+	HealthKeys(before, after Health, s *objects.Snapshot) []Key
+}
+
+// PacedReconciler is a Reconciler that looks at many objects at once, so that
+// the Runner leaves a pause between two passes over the same key.
+type PacedReconciler interface {
+	Reconciler
+	// Pace is the shortest time between two passes over one key.
+	Pace() time.Duration
+}
+
+// Key names what a Reconciler works on. Which fields are set is the Reconciler's choice.
+type Key struct {
+	Group, Kind     string
+	Namespace, Name string
+	UID             types.UID
+}
+
+// String renders the key for logs, without the fields that are empty.
+func (k Key) String() string {
+	out := k.Name
+	if k.Namespace != "" {
+		out = k.Namespace + "/" + out
+	}
+	if k.Kind != "" {
+		kind := k.Kind
+		if k.Group != "" {
+			kind += "." + k.Group
+		}
+		out = kind + " " + out
+	}
+	return out
+}
+
+// Input is everything that a decision may depend on.
+type Input struct {
+	// Now is the time of the decision.
+	Now time.Time
+	// Seed is different for every pass; random choices come from it alone.
+	Seed uint64
+	// Snapshot is the cluster's state.
+	Snapshot *objects.Snapshot
+	// Health says what the controllers know of the nodes' liveness.
+	Health Health
+	// Kinds says which resources the API serves.
+	Kinds Kinds
+	// Failed holds the changes of this key's previous pass that the API refused.
+	Failed []Failure
+}
+
+// Failure is a change that could not be made, and why.
+type Failure struct {
+	Change Change
+	Err    error
+}
+
+// failed returns the first refused change with the verb and resource, or nil.
+func (in Input) failed(verb Verb, resource schema.GroupVersionResource) *Failure {
+	for i := range in.Failed {
+		if in.Failed[i].Change.Verb == verb && in.Failed[i].Change.Resource == resource {
+			return &in.Failed[i]
+		}
+	}
+	return nil
+}
+
+// Result is a decision.
+type Result struct {
+	// Changes are made at the same time, in no order. A change that must come
+	// after another is in the other's Then.
+	Changes []Change
+	// Events are recorded whatever becomes of the changes.
+	Events []Event
+	// Next is when to look again even if nothing changed; zero means only on a change.
+	Next time.Time
+}
+
+// change adds c to the result.
+func (r *Result) change(c Change) { r.Changes = append(r.Changes, c) }
+
+// at asks for another pass at t, unless an earlier one is asked for already.
+func (r *Result) at(t time.Time) {
+	if t.IsZero() {
+		return
+	}
+	if r.Next.IsZero() || t.Before(r.Next) {
+		r.Next = t
+	}
+}
+
+// merge adds what o decided.
+func (r *Result) merge(o Result) {
+	r.Changes = append(r.Changes, o.Changes...)
+	r.Events = append(r.Events, o.Events...)
+	r.at(o.Next)
+}
