@@ -1,0 +1,310 @@
+package objects
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sort"
+	"strings"
+	"sync"
+
+	"github.com/tidwall/btree"
+	corev1 "k8s.io/api/core/v1"
+
+	"timonel/state"
+)
+
+// changesKept is how many changes Changes can look back.
+const changesKept = 16384
+
+// Cache follows a store and decodes what is in it.
+type Cache struct {
+	store  *state.Store
+	kinds  map[string]kind
+	prefix string
+	log    *slog.Logger
+
+	// Run alone writes these.
+	metas *metaTree
+	indexes
+	undecodable map[string]bool // keys of objects that could not be decoded, so that each is logged once
+
+	mu       sync.Mutex
+	snapshot *Snapshot
+	moved    chan struct{} // closed when there is a newer snapshot
+	changes  []Changed     // the last changes, ascending revisions
+	since    int64         // revision after which changes holds all
+}
+
+// Option changes how a Cache works.
+type Option func(*Cache)
+
+// WithLogger sets where objects that cannot be decoded are reported. Default
+// slog.Default().
+func WithLogger(log *slog.Logger) Option { return func(c *Cache) { c.log = log } }
+
+// WithPrefix sets the prefix of all objects' keys. Default [DefaultPrefix].
+func WithPrefix(prefix string) Option { return func(c *Cache) { c.prefix = prefix } }
+
+// NewCache returns a cache of the store's objects. Its snapshot is empty at
+// revision 0 until Run has filled it.
+func NewCache(store *state.Store, options ...Option) *Cache {
+	c := &Cache{store: store, kinds: typedKinds(), prefix: DefaultPrefix, log: slog.Default(), moved: make(chan struct{})}
+	for _, o := range options {
+		o(c)
+	}
+	c.clear()
+	c.snapshot = c.freeze(0)
+	return c
+}
+
+func (c *Cache) clear() {
+	c.metas = newTree()
+	c.indexes = indexes{byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree()}
+	c.undecodable = map[string]bool{}
+}
+
+func newTree() *metaTree { return btree.NewMap[string, *Meta](16) }
+
+// rank is the number of keys less than key.
+func rank(tree *metaTree, key string) int {
+	return sort.Search(tree.Len(), func(i int) bool {
+		k, _, _ := tree.GetAt(i)
+		return k >= key
+	})
+}
+
+// freeze returns a snapshot of the trees as they are.
+func (c *Cache) freeze(revision int64) *Snapshot {
+	return &Snapshot{
+		revision: revision, prefix: c.prefix, metas: c.metas.Copy(),
+		indexes: indexes{byUID: c.byUID.Copy(), byOwner: c.byOwner.Copy(), byNamespace: c.byNamespace.Copy(), byNode: c.byNode.Copy()},
+	}
+}
+
+// Snapshot returns the newest snapshot. It costs nothing.
+func (c *Cache) Snapshot() *Snapshot {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.snapshot
+}
+
+// WaitRevision returns when the snapshot has reached revision, or ctx's error.
+func (c *Cache) WaitRevision(ctx context.Context, revision int64) error {
+	for {
+		c.mu.Lock()
+		reached, moved := c.snapshot.revision >= revision, c.moved
+		c.mu.Unlock()
+		if reached {
+			return nil
+		}
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for objects at revision %d: %w", revision, ctx.Err())
+		}
+	}
+}
+
+// Changed is an object that was created (Old is nil), changed or deleted (New is
+// nil).
+type Changed struct {
+	Old, New *Meta
+	Revision int64
+}
+
+// Meta is the object as it is, or as it was if it is deleted.
+func (c Changed) Meta() *Meta {
+	if c.New != nil {
+		return c.New
+	}
+	return c.Old
+}
+
+// Changes is what happened between two snapshots.
+type Changes struct {
+	// Snapshot is the newer of the two.
+	Snapshot *Snapshot
+	// Changed are the changes in order, empty if Reset is set.
+	Changed []Changed
+	// Reset says that the changes are not known any more: anything may have.
+	Reset bool
+}
+
+// Changes returns what changed after a revision, which is that of the snapshot
+// the caller knows, 0 for none. It waits until there is something, or returns
+// ctx's error.
+func (c *Cache) Changes(ctx context.Context, after int64) (Changes, error) {
+	for {
+		c.mu.Lock()
+		s, moved := c.snapshot, c.moved
+		if s.revision > 0 && s.revision != after {
+			if after < c.since || after > s.revision {
+				c.mu.Unlock()
+				return Changes{Snapshot: s, Reset: true}, nil
+			}
+			i := sort.Search(len(c.changes), func(i int) bool { return c.changes[i].Revision > after })
+			if i < len(c.changes) {
+				changed := append([]Changed(nil), c.changes[i:]...)
+				c.mu.Unlock()
+				return Changes{Snapshot: s, Changed: changed}, nil
+			}
+		}
+		c.mu.Unlock()
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return Changes{}, ctx.Err()
+		}
+	}
+}
+
+// publish makes the trees the newest snapshot.
+func (c *Cache) publish(revision int64, changed []Changed) {
+	s := c.freeze(revision)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if revision < c.snapshot.revision { // an older state was installed
+		c.changes, c.since = nil, revision
+	} else {
+		c.changes = append(c.changes, changed...)
+		if over := len(c.changes) - changesKept; over > 0 {
+			c.since = c.changes[over-1].Revision
+			clear(c.changes[:over])
+			c.changes = c.changes[over:]
+		}
+	}
+	c.snapshot = s
+	close(c.moved)
+	c.moved = make(chan struct{})
+}
+
+// Run fills the cache and keeps it up to date until ctx ends, whose error it
+// returns.
+func (c *Cache) Run(ctx context.Context) error {
+	for {
+		err := c.follow(ctx)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if !errors.Is(err, state.ErrCompacted) {
+			return err
+		}
+		c.log.Info("object cache fell behind the history, reading everything again")
+	}
+}
+
+// follow loads the newest view and applies events until it falls behind.
+func (c *Cache) follow(ctx context.Context) error {
+	view := c.store.View()
+	w, err := c.store.Watch(c.prefix, view.Revision())
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	c.publish(view.Revision(), c.load(view))
+	for {
+		events, err := w.Next(ctx)
+		if err != nil {
+			return err
+		}
+		changed := make([]Changed, 0, len(events))
+		for _, e := range events {
+			if ch := c.apply(e.KV.Key, &e.KV, e.Type == state.Delete); ch.Old != nil || ch.New != nil {
+				ch.Revision = e.Revision
+				changed = append(changed, ch)
+			}
+		}
+		c.publish(w.Progress(), changed)
+	}
+}
+
+// load makes the trees equal to the view and returns what that changed. The
+// changes' revisions are the view's: it is not known when they happened.
+func (c *Cache) load(view state.View) []Changed {
+	var changed []Changed
+	note := func(ch Changed) {
+		if ch.Old != nil || ch.New != nil {
+			ch.Revision = view.Revision()
+			changed = append(changed, ch)
+		}
+	}
+	var gone []string
+	c.metas.Scan(func(key string, m *Meta) bool {
+		if _, ok := view.Get(key); !ok {
+			gone = append(gone, key)
+		}
+		return true
+	})
+	for _, key := range gone {
+		note(c.apply(key, nil, true))
+	}
+	for kv := range view.Range(c.prefix, "") {
+		if m, ok := c.metas.Get(kv.Key); !ok || m.Revision != kv.ModRevision {
+			note(c.apply(kv.Key, &kv, false))
+		}
+	}
+	return changed
+}
+
+// apply puts or deletes one key.
+func (c *Cache) apply(key string, kv *state.KV, deleted bool) Changed {
+	var ch Changed
+	if old, ok := c.metas.Get(key); ok {
+		ch.Old = old
+	}
+	if !deleted {
+		m, err := decode(kv, c.kinds[resourceOf(strings.TrimPrefix(key, c.prefix))])
+		if err == nil {
+			ch.New = m
+			delete(c.undecodable, key)
+		} else if !c.undecodable[key] {
+			c.undecodable[key] = true
+			c.log.Warn("object cannot be decoded and is ignored", "key", key, "err", err)
+		}
+	} else {
+		delete(c.undecodable, key)
+	}
+	if ch.Old != nil {
+		c.unindex(ch.Old)
+		if ch.New == nil {
+			c.metas.Delete(key)
+		}
+	}
+	if ch.New != nil {
+		c.metas.Set(key, ch.New)
+		c.index(ch.New)
+	}
+	return ch
+}
+
+func (c *Cache) index(m *Meta) {
+	if m.UID != "" {
+		c.byUID.Set(string(m.UID), m)
+	}
+	for i := range m.OwnerReferences {
+		c.byOwner.Set(string(m.OwnerReferences[i].UID)+"/"+m.Key, m)
+	}
+	if m.Namespace != "" {
+		c.byNamespace.Set(m.Namespace+"/"+m.Key, m)
+	}
+	if pod, ok := m.Object.(*corev1.Pod); ok && pod.Spec.NodeName != "" {
+		c.byNode.Set(pod.Spec.NodeName+"/"+m.Key, m)
+	}
+}
+
+func (c *Cache) unindex(m *Meta) {
+	if now, ok := c.byUID.Get(string(m.UID)); ok && now == m {
+		c.byUID.Delete(string(m.UID))
+	}
+	for i := range m.OwnerReferences {
+		c.byOwner.Delete(string(m.OwnerReferences[i].UID) + "/" + m.Key)
+	}
+	if m.Namespace != "" {
+		c.byNamespace.Delete(m.Namespace + "/" + m.Key)
+	}
+	if pod, ok := m.Object.(*corev1.Pod); ok && pod.Spec.NodeName != "" {
+		c.byNode.Delete(pod.Spec.NodeName + "/" + m.Key)
+	}
+}

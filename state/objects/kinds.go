@@ -1,0 +1,180 @@
+package objects
+
+import (
+	"strings"
+
+	appsv1 "k8s.io/api/apps/v1"
+	autoscalingv2 "k8s.io/api/autoscaling/v2"
+	batchv1 "k8s.io/api/batch/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	schedulingv1 "k8s.io/api/scheduling/v1"
+	storagev1 "k8s.io/api/storage/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+)
+
+// DefaultPrefix is where the API server keeps its objects.
+const DefaultPrefix = "/registry/"
+
+// object is an API object that the protobuf code generator wrote.
+type object interface {
+	runtime.Object
+	metav1.ObjectMetaAccessor
+	Unmarshal([]byte) error
+}
+
+// kind is one that is decoded whole.
+type kind struct {
+	gvk schema.GroupVersionKind // as it is stored
+	new func() object
+}
+
+// typedKinds are the kinds decoded whole, by the part of their storage keys
+// between the prefix and the namespace or name, slash included.
+func typedKinds() map[string]kind {
+	core, apps, batch := corev1.SchemeGroupVersion, appsv1.SchemeGroupVersion, batchv1.SchemeGroupVersion
+	return map[string]kind{
+		"configmaps/":             {core.WithKind("ConfigMap"), func() object { return &corev1.ConfigMap{} }},
+		"controllers/":            {core.WithKind("ReplicationController"), func() object { return &corev1.ReplicationController{} }},
+		"limitranges/":            {core.WithKind("LimitRange"), func() object { return &corev1.LimitRange{} }},
+		"minions/":                {core.WithKind("Node"), func() object { return &corev1.Node{} }},
+		"namespaces/":             {core.WithKind("Namespace"), func() object { return &corev1.Namespace{} }},
+		"persistentvolumeclaims/": {core.WithKind("PersistentVolumeClaim"), func() object { return &corev1.PersistentVolumeClaim{} }},
+		"persistentvolumes/":      {core.WithKind("PersistentVolume"), func() object { return &corev1.PersistentVolume{} }},
+		"pods/":                   {core.WithKind("Pod"), func() object { return &corev1.Pod{} }},
+		"resourcequotas/":         {core.WithKind("ResourceQuota"), func() object { return &corev1.ResourceQuota{} }},
+		"secrets/":                {core.WithKind("Secret"), func() object { return &corev1.Secret{} }},
+		"serviceaccounts/":        {core.WithKind("ServiceAccount"), func() object { return &corev1.ServiceAccount{} }},
+		"services/endpoints/":     {core.WithKind("Endpoints"), func() object { return &corev1.Endpoints{} }},
+		"services/specs/":         {core.WithKind("Service"), func() object { return &corev1.Service{} }},
+
+		"controllerrevisions/": {apps.WithKind("ControllerRevision"), func() object { return &appsv1.ControllerRevision{} }},
+		"daemonsets/":          {apps.WithKind("DaemonSet"), func() object { return &appsv1.DaemonSet{} }},
+		"deployments/":         {apps.WithKind("Deployment"), func() object { return &appsv1.Deployment{} }},
+		"replicasets/":         {apps.WithKind("ReplicaSet"), func() object { return &appsv1.ReplicaSet{} }},
+		"statefulsets/":        {apps.WithKind("StatefulSet"), func() object { return &appsv1.StatefulSet{} }},
+
+		"cronjobs/": {batch.WithKind("CronJob"), func() object { return &batchv1.CronJob{} }},
+		"jobs/":     {batch.WithKind("Job"), func() object { return &batchv1.Job{} }},
+
+		"certificatesigningrequests/": {certificatesv1.SchemeGroupVersion.WithKind("CertificateSigningRequest"), func() object { return &certificatesv1.CertificateSigningRequest{} }},
+		"csidrivers/":                 {storagev1.SchemeGroupVersion.WithKind("CSIDriver"), func() object { return &storagev1.CSIDriver{} }},
+		"csinodes/":                   {storagev1.SchemeGroupVersion.WithKind("CSINode"), func() object { return &storagev1.CSINode{} }},
+		"endpointslices/":             {discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), func() object { return &discoveryv1.EndpointSlice{} }},
+		"horizontalpodautoscalers/":   {autoscalingv2.SchemeGroupVersion.WithKind("HorizontalPodAutoscaler"), func() object { return &autoscalingv2.HorizontalPodAutoscaler{} }},
+		"leases/":                     {coordinationv1.SchemeGroupVersion.WithKind("Lease"), func() object { return &coordinationv1.Lease{} }},
+		"poddisruptionbudgets/":       {policyv1.SchemeGroupVersion.WithKind("PodDisruptionBudget"), func() object { return &policyv1.PodDisruptionBudget{} }},
+		"priorityclasses/":            {schedulingv1.SchemeGroupVersion.WithKind("PriorityClass"), func() object { return &schedulingv1.PriorityClass{} }},
+		"storageclasses/":             {storagev1.SchemeGroupVersion.WithKind("StorageClass"), func() object { return &storagev1.StorageClass{} }},
+		"volumeattachments/":          {storagev1.SchemeGroupVersion.WithKind("VolumeAttachment"), func() object { return &storagev1.VolumeAttachment{} }},
+	}
+}
+
+// resourceOf returns the part of a key below the prefix that names its resource,
+// slash included: "pods/" of "pods/ns/name".
+func resourceOf(key string) string {
+	n := strings.IndexByte(key, '/') + 1
+	if key[:n] == "services/" {
+		n += strings.IndexByte(key[n:], '/') + 1
+	}
+	return key[:n]
+}
+
+// The typed tables, one for each of typedKinds.
+
+func (s *Snapshot) ConfigMaps() Table[*corev1.ConfigMap] {
+	return newTable[*corev1.ConfigMap](s, "configmaps/")
+}
+func (s *Snapshot) Endpoints() Table[*corev1.Endpoints] {
+	return newTable[*corev1.Endpoints](s, "services/endpoints/")
+}
+func (s *Snapshot) LimitRanges() Table[*corev1.LimitRange] {
+	return newTable[*corev1.LimitRange](s, "limitranges/")
+}
+func (s *Snapshot) Namespaces() Table[*corev1.Namespace] {
+	return newTable[*corev1.Namespace](s, "namespaces/")
+}
+func (s *Snapshot) Nodes() Table[*corev1.Node]     { return newTable[*corev1.Node](s, "minions/") }
+func (s *Snapshot) Pods() Table[*corev1.Pod]       { return newTable[*corev1.Pod](s, "pods/") }
+func (s *Snapshot) Secrets() Table[*corev1.Secret] { return newTable[*corev1.Secret](s, "secrets/") }
+func (s *Snapshot) Services() Table[*corev1.Service] {
+	return newTable[*corev1.Service](s, "services/specs/")
+}
+
+// PVs are the PersistentVolumes.
+func (s *Snapshot) PVs() Table[*corev1.PersistentVolume] {
+	return newTable[*corev1.PersistentVolume](s, "persistentvolumes/")
+}
+
+// PVCs are the PersistentVolumeClaims.
+func (s *Snapshot) PVCs() Table[*corev1.PersistentVolumeClaim] {
+	return newTable[*corev1.PersistentVolumeClaim](s, "persistentvolumeclaims/")
+}
+func (s *Snapshot) ReplicationControllers() Table[*corev1.ReplicationController] {
+	return newTable[*corev1.ReplicationController](s, "controllers/")
+}
+func (s *Snapshot) ResourceQuotas() Table[*corev1.ResourceQuota] {
+	return newTable[*corev1.ResourceQuota](s, "resourcequotas/")
+}
+func (s *Snapshot) ServiceAccounts() Table[*corev1.ServiceAccount] {
+	return newTable[*corev1.ServiceAccount](s, "serviceaccounts/")
+}
+
+func (s *Snapshot) ControllerRevisions() Table[*appsv1.ControllerRevision] {
+	return newTable[*appsv1.ControllerRevision](s, "controllerrevisions/")
+}
+func (s *Snapshot) DaemonSets() Table[*appsv1.DaemonSet] {
+	return newTable[*appsv1.DaemonSet](s, "daemonsets/")
+}
+func (s *Snapshot) Deployments() Table[*appsv1.Deployment] {
+	return newTable[*appsv1.Deployment](s, "deployments/")
+}
+func (s *Snapshot) ReplicaSets() Table[*appsv1.ReplicaSet] {
+	return newTable[*appsv1.ReplicaSet](s, "replicasets/")
+}
+func (s *Snapshot) StatefulSets() Table[*appsv1.StatefulSet] {
+	return newTable[*appsv1.StatefulSet](s, "statefulsets/")
+}
+
+func (s *Snapshot) CronJobs() Table[*batchv1.CronJob] {
+	return newTable[*batchv1.CronJob](s, "cronjobs/")
+}
+func (s *Snapshot) Jobs() Table[*batchv1.Job] { return newTable[*batchv1.Job](s, "jobs/") }
+
+func (s *Snapshot) CertificateSigningRequests() Table[*certificatesv1.CertificateSigningRequest] {
+	return newTable[*certificatesv1.CertificateSigningRequest](s, "certificatesigningrequests/")
+}
+func (s *Snapshot) CSIDrivers() Table[*storagev1.CSIDriver] {
+	return newTable[*storagev1.CSIDriver](s, "csidrivers/")
+}
+func (s *Snapshot) CSINodes() Table[*storagev1.CSINode] {
+	return newTable[*storagev1.CSINode](s, "csinodes/")
+}
+func (s *Snapshot) EndpointSlices() Table[*discoveryv1.EndpointSlice] {
+	return newTable[*discoveryv1.EndpointSlice](s, "endpointslices/")
+}
+
+// HPAs are the HorizontalPodAutoscalers.
+func (s *Snapshot) HPAs() Table[*autoscalingv2.HorizontalPodAutoscaler] {
+	return newTable[*autoscalingv2.HorizontalPodAutoscaler](s, "horizontalpodautoscalers/")
+}
+func (s *Snapshot) Leases() Table[*coordinationv1.Lease] {
+	return newTable[*coordinationv1.Lease](s, "leases/")
+}
+func (s *Snapshot) PodDisruptionBudgets() Table[*policyv1.PodDisruptionBudget] {
+	return newTable[*policyv1.PodDisruptionBudget](s, "poddisruptionbudgets/")
+}
+func (s *Snapshot) PriorityClasses() Table[*schedulingv1.PriorityClass] {
+	return newTable[*schedulingv1.PriorityClass](s, "priorityclasses/")
+}
+func (s *Snapshot) StorageClasses() Table[*storagev1.StorageClass] {
+	return newTable[*storagev1.StorageClass](s, "storageclasses/")
+}
+func (s *Snapshot) VolumeAttachments() Table[*storagev1.VolumeAttachment] {
+	return newTable[*storagev1.VolumeAttachment](s, "volumeattachments/")
+}
