@@ -1,0 +1,125 @@
+package gossip
+
+import (
+	"context"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// callsPerRound bounds how many lost members are called in one round.
+const callsPerRound = 3
+
+// rejoin calls seeds and lost members for as long as there are any. memberlist
+// forgets a dead member after a while; without this the halves of a partition
+// would stay apart.
+func (p *Pool) rejoin(ctx context.Context) {
+	ticker := time.NewTicker(p.config.Timings.RejoinInterval)
+	defer ticker.Stop()
+	joined := false
+	for {
+		for _, addr := range p.callable() {
+			if ctx.Err() != nil {
+				return
+			}
+			_, err := p.list.Join([]string{addr})
+			switch {
+			case err == nil:
+				p.clear("join " + addr)
+				if !joined {
+					joined = true
+					p.log.Info("joined the gossip pool", "through", addr)
+				}
+			case keyDiffers(err.Error()):
+				p.report("join "+addr, "the member at "+addr+" cannot read this member's gossip, nor the reverse: its gossip key differs"+
+					" (another cluster, or a gossip.key that was not copied from this one)", err)
+			default: // a foreign cluster was reported by the merge delegate
+				p.log.Debug("a member does not answer yet", "addr", addr, "err", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+			p.forget()
+		}
+	}
+}
+
+// callable lists the addresses of seeds that are not alive members, and of dead
+// members, a few of them.
+func (p *Pool) callable() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	alive := map[string]bool{p.addr: true}
+	lost := make(map[string]bool)
+	for _, m := range p.members {
+		if m.State == Alive || m.State == Suspect {
+			alive[m.Addr] = true
+		} else if m.State == Dead {
+			lost[m.Addr] = true
+		}
+	}
+	for _, seed := range p.config.Join {
+		lost[seed] = true
+	}
+	var out []string
+	for addr := range lost {
+		if !alive[addr] {
+			out = append(out, addr)
+		}
+	}
+	rand.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
+	return out[:min(len(out), callsPerRound)]
+}
+
+// forget drops members that have been gone for long.
+func (p *Pool) forget() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, m := range p.members {
+		if (m.State == Dead || m.State == Left) && time.Since(m.Since) > p.config.Timings.KeepDead {
+			delete(p.members, name)
+		}
+	}
+}
+
+// watchBatch bounds how many members are pinged at once.
+const watchBatch = 16
+
+// watch pings the others in turn, all of them each ProbeInterval in a small
+// cluster, and finds suspect who does not answer twice.
+func (p *Pool) watch(ctx context.Context) {
+	ticker := time.NewTicker(p.config.Timings.ProbeInterval)
+	defer ticker.Stop()
+	var round []string
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		if len(round) == 0 {
+			for _, m := range p.Members() {
+				if m.Name != p.config.Name && (m.State == Alive || m.State == Suspect) {
+					round = append(round, m.Name)
+				}
+			}
+		}
+		var pings sync.WaitGroup
+		n := min(len(round), watchBatch)
+		for _, name := range round[:n] {
+			pings.Go(func() {
+				_, err := p.Probe(ctx, name)
+				if err != nil {
+					_, err = p.Probe(ctx, name)
+				}
+				if ctx.Err() == nil {
+					p.setSuspect(name, err != nil)
+				}
+			})
+		}
+		pings.Wait()
+		round = round[n:]
+	}
+}
