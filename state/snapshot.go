@@ -158,7 +158,8 @@ func appendNumbers(b []byte, kv *KV) []byte {
 // everything up to the end. It verifies the checksum and the snapshot's sense
 // before it replaces anything: on an error, which wraps [ErrCorrupt] unless
 // reading failed, the store is as it was. Watchers go on after the last event
-// they returned, or get [ErrCompacted] if that is outside the new history.
+// they returned, or get [ErrCompacted] if that is outside the new history or the
+// new state is older than the former.
 func (s *Store) Restore(r io.Reader) error {
 	v, err := readSnapshot(r)
 	if err != nil {
@@ -166,11 +167,12 @@ func (s *Store) Restore(r io.Reader) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	back := v.revision < s.head.revision
 	s.root, s.expiry = v.root, v.expiry
 	v.epoch = s.head.epoch + 1
 	s.head, s.changed, s.fresh = v, true, nil
 	s.past.reset()
-	s.groups.restored(s.publishView())
+	s.groups.restored(s.publishView(), back)
 	return nil
 }
 

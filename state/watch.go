@@ -95,12 +95,12 @@ func (g *watchGroups) deliver(events []*Event, v *version) {
 }
 
 // restored moves every watcher to a state that was installed, before the
-// revisions delivered go up to it.
-func (g *watchGroups) restored(v *version) {
+// revisions delivered go up to it. back says that the state is an older one.
+func (g *watchGroups) restored(v *version, back bool) {
 	for _, group := range g.byPrefix {
 		group.tail = &link{} // events of the former state are not to be followed
 		for _, w := range group.watchers {
-			w.restored(v)
+			w.restored(v, back)
 		}
 	}
 	g.swept = v.hist.compact()
@@ -298,11 +298,13 @@ func (w *Watcher) fail(err error) {
 
 // restored makes the watcher go on in a state that was installed. Store.mu is
 // held.
-func (w *Watcher) restored(v *version) {
+func (w *Watcher) restored(v *version, back bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
 	case w.err != nil:
+	case back:
+		w.fail(fmt.Errorf("watch %s after revision %d: %w (an older state was restored, at %d)", w.prefix, w.progress, ErrCompacted, v.revision))
 	case w.progress < v.hist.compact():
 		w.fail(fmt.Errorf("watch %s after revision %d: %w (from %d on)", w.prefix, w.progress, ErrCompacted, v.hist.compact()))
 	default:
