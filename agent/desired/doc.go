@@ -1,0 +1,10 @@
+// Package desired keeps what the controllers last asked of this node: its pods
+// and the ConfigMaps, Secrets and ServiceAccounts that they refer to. It is
+// kept in memory for the pod workers and on disk for the next start, so that a
+// node that is cut off goes on by its last known desired state, after a reboot
+// too.
+//
+// Writes to disk happen apart from the stream's goroutine, in order, and the
+// revision to resume from is written after everything it covers: after a crash
+// the store may be older than what was received, never newer than what it holds.
+package desired

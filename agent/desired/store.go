@@ -1,0 +1,413 @@
+package desired
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// Kinds of objects that pods refer to, as they are named on the stream.
+const (
+	KindConfigMap      = "ConfigMap"
+	KindSecret         = "Secret"
+	KindServiceAccount = "ServiceAccount"
+)
+
+// object is what the generated API types have in common here.
+type object interface {
+	Marshal() ([]byte, error)
+	Unmarshal([]byte) error
+	GetNamespace() string
+	GetName() string
+	GetUID() types.UID
+}
+
+// key names one object and is its path below the store's folder.
+type key string
+
+func podKey(uid types.UID) key            { return key(filepath.Join("pods", string(uid))) }
+func statusKey(uid types.UID) key         { return key(filepath.Join("status", string(uid))) }
+func objectKey(kind, ns, name string) key { return key(filepath.Join("objects", kind, ns, name)) }
+func newObject(kind string) (object, error) {
+	switch kind {
+	case KindConfigMap:
+		return &corev1.ConfigMap{}, nil
+	case KindSecret:
+		return &corev1.Secret{}, nil
+	case KindServiceAccount:
+		return &corev1.ServiceAccount{}, nil
+	}
+	return nil, fmt.Errorf("objects of kind %q are not known to this agent; is it older than the controller?", kind)
+}
+
+// Observer hears about changes, from the goroutine that makes them. A nil
+// function is not called.
+type Observer struct {
+	PodSet        func(*corev1.Pod)
+	PodRemoved    func(*corev1.Pod)
+	ObjectChanged func(kind, namespace, name string)
+	// Synced is called after each Synced: the pods are then the whole truth.
+	Synced func()
+}
+
+// position is where in the cluster's history this store is.
+type position struct {
+	Epoch    string `json:"epoch"`
+	Revision int64  `json:"revision"`
+}
+
+// Store is safe for concurrent use. Objects that it returns are shared and must
+// not be changed.
+type Store struct {
+	dir string
+	log *slog.Logger
+
+	mu       sync.Mutex
+	pods     map[types.UID]*corev1.Pod
+	objects  map[key]object
+	statuses map[types.UID]*corev1.PodStatus // last one reported, by pod
+	pos      position
+	listing  map[key]bool // what a full list has named so far, nil outside of one
+	observer Observer
+
+	writer *writer
+}
+
+// Open reads the store of dir, which is made when missing. A file that cannot
+// be read costs a full list at the next connection, not the start.
+func Open(dir string, log *slog.Logger) (*Store, error) {
+	s := &Store{
+		dir: dir, log: log,
+		pods: map[types.UID]*corev1.Pod{}, objects: map[key]object{}, statuses: map[types.UID]*corev1.PodStatus{},
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the folder of the desired state: %w", err)
+	}
+	whole, err := s.load()
+	if err != nil {
+		return nil, err
+	}
+	if !whole {
+		s.pos.Revision = 0
+	}
+	s.writer = newWriter(dir, log)
+	return s, nil
+}
+
+// Observe sets who hears about changes. Call it before the first change.
+func (s *Store) Observe(o Observer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.observer = o
+}
+
+// Close writes what is left to write.
+func (s *Store) Close() error { return s.writer.close() }
+
+// Position returns the cluster id and the revision to resume from.
+func (s *Store) Position() (epoch string, revision int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pos.Epoch, s.pos.Revision
+}
+
+// Begin says that a stream starts: with full, everything that is not named
+// until Synced is gone.
+func (s *Store) Begin(epoch string, full bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.pos.Epoch = epoch
+	s.listing = nil
+	if full {
+		s.listing = map[key]bool{}
+		s.pos.Revision = 0
+	}
+}
+
+// SetPod takes a new or changed pod.
+func (s *Store) SetPod(raw []byte, revision int64) error {
+	pod := &corev1.Pod{}
+	if err := pod.Unmarshal(raw); err != nil {
+		return fmt.Errorf("decode a pod from the controller: %w", err)
+	}
+	if pod.UID == "" {
+		return fmt.Errorf("pod %s/%s from the controller has no uid", pod.Namespace, pod.Name)
+	}
+	s.mu.Lock()
+	k := podKey(pod.UID)
+	s.pods[pod.UID] = pod
+	s.mark(k, revision)
+	notify := s.observer.PodSet
+	s.mu.Unlock()
+	s.writer.put(k, raw)
+	if notify != nil {
+		notify(pod)
+	}
+	return nil
+}
+
+// RemovePod forgets a pod.
+func (s *Store) RemovePod(uid types.UID, revision int64) {
+	s.mu.Lock()
+	pod := s.pods[uid]
+	delete(s.pods, uid)
+	s.advance(revision)
+	notify := s.observer.PodRemoved
+	s.mu.Unlock()
+	s.writer.remove(podKey(uid))
+	if pod != nil && notify != nil {
+		notify(pod)
+	}
+}
+
+// SetObject takes a new or changed ConfigMap, Secret or ServiceAccount.
+func (s *Store) SetObject(kind string, raw []byte, revision int64) error {
+	obj, err := newObject(kind)
+	if err != nil {
+		return err
+	}
+	if err := obj.Unmarshal(raw); err != nil {
+		return fmt.Errorf("decode a %s from the controller: %w", kind, err)
+	}
+	k := objectKey(kind, obj.GetNamespace(), obj.GetName())
+	s.mu.Lock()
+	s.objects[k] = obj
+	s.mark(k, revision)
+	notify := s.observer.ObjectChanged
+	s.mu.Unlock()
+	s.writer.put(k, raw)
+	if notify != nil {
+		notify(kind, obj.GetNamespace(), obj.GetName())
+	}
+	return nil
+}
+
+// RemoveObject forgets a ConfigMap, Secret or ServiceAccount.
+func (s *Store) RemoveObject(kind, namespace, name string, revision int64) {
+	k := objectKey(kind, namespace, name)
+	s.mu.Lock()
+	_, had := s.objects[k]
+	delete(s.objects, k)
+	s.advance(revision)
+	notify := s.observer.ObjectChanged
+	s.mu.Unlock()
+	s.writer.remove(k)
+	if had && notify != nil {
+		notify(kind, namespace, name)
+	}
+}
+
+// Synced ends a list or a batch of changes: everything up to revision is here.
+func (s *Store) Synced(revision int64) {
+	var gonePods []*corev1.Pod
+	var goneObjects []object
+	var goneKinds []string
+	s.mu.Lock()
+	if s.listing != nil {
+		for uid, pod := range s.pods {
+			if k := podKey(uid); !s.listing[k] {
+				delete(s.pods, uid)
+				s.writer.remove(k)
+				gonePods = append(gonePods, pod)
+			}
+		}
+		for k, obj := range s.objects {
+			if !s.listing[k] {
+				delete(s.objects, k)
+				s.writer.remove(k)
+				goneObjects = append(goneObjects, obj)
+				goneKinds = append(goneKinds, filepath.Base(filepath.Dir(filepath.Dir(string(k)))))
+			}
+		}
+		s.listing = nil
+	}
+	s.advance(revision)
+	pos, observer := s.pos, s.observer
+	s.mu.Unlock()
+
+	raw, _ := json.Marshal(pos) // two plain fields
+	s.writer.position(raw)
+	for _, pod := range gonePods {
+		if observer.PodRemoved != nil {
+			observer.PodRemoved(pod)
+		}
+	}
+	for i, obj := range goneObjects {
+		if observer.ObjectChanged != nil {
+			observer.ObjectChanged(goneKinds[i], obj.GetNamespace(), obj.GetName())
+		}
+	}
+	if observer.Synced != nil {
+		observer.Synced()
+	}
+}
+
+// mark notes that k is part of the list being received.
+func (s *Store) mark(k key, revision int64) {
+	if s.listing != nil {
+		s.listing[k] = true
+	}
+	s.advance(revision)
+}
+
+// advance moves the revision forward. While a list is being received it stays
+// at zero: half a list is nothing to resume from.
+func (s *Store) advance(revision int64) {
+	if s.listing == nil && revision > s.pos.Revision {
+		s.pos.Revision = revision
+	}
+}
+
+// Pods returns all pods of the node.
+func (s *Store) Pods() []*corev1.Pod {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*corev1.Pod, 0, len(s.pods))
+	for _, pod := range s.pods {
+		out = append(out, pod)
+	}
+	return out
+}
+
+// Pod returns one pod.
+func (s *Store) Pod(uid types.UID) (*corev1.Pod, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	pod, ok := s.pods[uid]
+	return pod, ok
+}
+
+// ConfigMap, Secret and ServiceAccount return an object that a pod refers to.
+func (s *Store) ConfigMap(namespace, name string) (*corev1.ConfigMap, bool) {
+	obj, ok := s.object(KindConfigMap, namespace, name).(*corev1.ConfigMap)
+	return obj, ok
+}
+
+// Secret returns a secret that a pod refers to.
+func (s *Store) Secret(namespace, name string) (*corev1.Secret, bool) {
+	obj, ok := s.object(KindSecret, namespace, name).(*corev1.Secret)
+	return obj, ok
+}
+
+// ServiceAccount returns a service account that a pod runs as.
+func (s *Store) ServiceAccount(namespace, name string) (*corev1.ServiceAccount, bool) {
+	obj, ok := s.object(KindServiceAccount, namespace, name).(*corev1.ServiceAccount)
+	return obj, ok
+}
+
+func (s *Store) object(kind, namespace, name string) object {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.objects[objectKey(kind, namespace, name)]
+}
+
+// SetStatus keeps the last status that was computed for a pod, so that restart
+// counts and verdicts outlive the agent even when no controller heard of them.
+func (s *Store) SetStatus(uid types.UID, status *corev1.PodStatus) {
+	raw, err := status.Marshal()
+	if err != nil {
+		s.log.Error("encode a pod's status", "uid", uid, "error", err)
+		return
+	}
+	s.mu.Lock()
+	s.statuses[uid] = status
+	s.mu.Unlock()
+	s.writer.put(statusKey(uid), raw)
+}
+
+// Status returns the last status that was computed for a pod.
+func (s *Store) Status(uid types.UID) (*corev1.PodStatus, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st, ok := s.statuses[uid]
+	return st, ok
+}
+
+// ForgetStatus drops the kept status of a pod that is gone.
+func (s *Store) ForgetStatus(uid types.UID) {
+	s.mu.Lock()
+	delete(s.statuses, uid)
+	s.mu.Unlock()
+	s.writer.remove(statusKey(uid))
+}
+
+// load fills the store from disk. whole is false when a file was unreadable.
+func (s *Store) load() (whole bool, err error) {
+	whole = true
+	raw, err := os.ReadFile(filepath.Join(s.dir, positionFile))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		whole = false
+	case err != nil:
+		return false, fmt.Errorf("read the desired state: %w", err)
+	default:
+		if err := json.Unmarshal(raw, &s.pos); err != nil {
+			s.log.Warn("the desired state's position is damaged; a full list will be asked for", "error", err)
+			whole = false
+		}
+	}
+	err = filepath.WalkDir(s.dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || d.Name() == positionFile || filepath.Ext(path) == tempSuffix {
+			return err
+		}
+		rel, err := filepath.Rel(s.dir, path)
+		if err != nil {
+			return err
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if err := s.loadOne(rel, raw); err != nil {
+			s.log.Warn("a file of the desired state is damaged; a full list will be asked for", "file", path, "error", err)
+			whole = false
+		}
+		return nil
+	})
+	if err != nil {
+		return false, fmt.Errorf("read the desired state: %w", err)
+	}
+	return whole, nil
+}
+
+func (s *Store) loadOne(rel string, raw []byte) error {
+	kind := filepath.Dir(rel)
+	switch {
+	case kind == "pods":
+		pod := &corev1.Pod{}
+		if err := pod.Unmarshal(raw); err != nil {
+			return err
+		}
+		if string(pod.UID) != filepath.Base(rel) {
+			return fmt.Errorf("holds the pod with uid %q", pod.UID)
+		}
+		s.pods[pod.UID] = pod
+	case kind == "status":
+		st := &corev1.PodStatus{}
+		if err := st.Unmarshal(raw); err != nil {
+			return err
+		}
+		s.statuses[types.UID(filepath.Base(rel))] = st
+	default:
+		obj, err := newObject(filepath.Base(filepath.Dir(kind)))
+		if err != nil {
+			return err
+		}
+		if err := obj.Unmarshal(raw); err != nil {
+			return err
+		}
+		if obj.GetName() != filepath.Base(rel) {
+			return fmt.Errorf("holds the object %q", obj.GetName())
+		}
+		s.objects[key(rel)] = obj
+	}
+	return nil
+}

@@ -1,0 +1,273 @@
+package stream
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+
+	"timonel/agent/desired"
+	pb "timonel/proto/timonel/v1"
+)
+
+// Config describes one agent's stream.
+type Config struct {
+	NodeName string
+	Version  string
+	// TLS authenticates the node to controllers and controllers to the node.
+	TLS *tls.Config
+	// Controllers are host:port of the cluster ports known at start; the list
+	// follows what controllers say.
+	Controllers []string
+	// Desired receives what the controllers want.
+	Desired *desired.Store
+	// Tunnel serves one tunneled connection and owns it.
+	Tunnel func(target string, conn net.Conn)
+	// Cluster hears where controllers and other nodes are.
+	Cluster func(*pb.Cluster)
+	// Silence is how long a controller may say nothing, pings included, before
+	// the stream is given up. Controllers ping every second. Default 3 s.
+	Silence time.Duration
+	// DialTimeout bounds the attempt on one controller, up to its Welcome.
+	// Default 2 s.
+	DialTimeout time.Duration
+	Logger      *slog.Logger
+}
+
+// Client keeps a stream to some controller. Its methods are safe for
+// concurrent use and do not wait for the network, but for Token.
+type Client struct {
+	cfg Config
+	log *slog.Logger
+	out *outbox
+
+	mu          sync.Mutex
+	controllers []string
+	session     *session  // nil while disconnected
+	since       time.Time // when session was set or lost
+	lastUsed    string
+}
+
+// New returns a client that is not connected yet.
+func New(cfg Config) *Client {
+	if cfg.Silence == 0 {
+		cfg.Silence = 3 * time.Second
+	}
+	if cfg.DialTimeout == 0 {
+		cfg.DialTimeout = 2 * time.Second
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	return &Client{
+		cfg: cfg, log: cfg.Logger.With("component", "stream"), out: newOutbox(),
+		controllers: slices.Clone(cfg.Controllers), since: time.Now(),
+	}
+}
+
+// Connected says whether a controller is connected, and since when that is so.
+func (c *Client) Connected() (controller string, since time.Time, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.session == nil {
+		return "", c.since, false
+	}
+	return c.session.controller, c.since, true
+}
+
+// Run keeps a stream open until ctx ends; it then says goodbye, so that the
+// controllers know that the silence is planned.
+func (c *Client) Run(ctx context.Context) error {
+	failures := 0
+	lastError := ""
+	for ctx.Err() == nil {
+		addr := c.pick(failures)
+		if addr == "" {
+			return errors.New("no controller is known: give --controllers host:port,…")
+		}
+		connected, err := c.connect(ctx, addr)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if connected {
+			failures, lastError = 0, ""
+			c.log.Warn("the stream to the controller broke; trying another", "address", addr, "error", short(err))
+		} else {
+			failures++
+			if text := short(err); text != lastError {
+				c.log.Warn("cannot connect to the controller", "address", addr, "error", text)
+				lastError = text
+			}
+		}
+		pause(ctx, c.delay(failures))
+	}
+	return nil
+}
+
+// delay is nothing for the first round over all controllers, then grows.
+func (c *Client) delay(failures int) time.Duration {
+	c.mu.Lock()
+	n := len(c.controllers)
+	c.mu.Unlock()
+	jitter := time.Duration(rand.Int64N(int64(50 * time.Millisecond)))
+	if failures < n {
+		return jitter
+	}
+	round := min(failures/max(n, 1), 5)
+	return time.Duration(round)*200*time.Millisecond + 2*jitter
+}
+
+// pick chooses the controller to try: a random one first, then any but the one
+// that was used last, in turn.
+func (c *Client) pick(failures int) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	others := slices.DeleteFunc(slices.Clone(c.controllers), func(a string) bool { return a == c.lastUsed })
+	if len(others) == 0 {
+		others = c.controllers
+	}
+	if len(others) == 0 {
+		return ""
+	}
+	addr := others[rand.IntN(len(others))]
+	c.lastUsed = addr
+	return addr
+}
+
+// setControllers takes the list that a controller sent.
+func (c *Client) setControllers(addrs []string) {
+	if len(addrs) == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.controllers = slices.Clone(addrs)
+}
+
+func (c *Client) setSession(s *session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.session, c.since = s, time.Now()
+}
+
+// connect runs one stream to its end. connected says whether the controller
+// had said Welcome.
+func (c *Client) connect(ctx context.Context, addr string) (connected bool, err error) {
+	conn, err := c.dial(addr)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	s := &session{client: c, conn: conn, address: addr, agents: pb.NewAgentsClient(conn)}
+	return s.run(ctx)
+}
+
+func (c *Client) dial(addr string) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient("passthrough:///"+addr,
+		grpc.WithTransportCredentials(credentials.NewTLS(c.cfg.TLS)),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			d := net.Dialer{Timeout: c.cfg.DialTimeout}
+			nc, err := d.DialContext(ctx, "tcp", address)
+			if err != nil {
+				return nil, err
+			}
+			setUserTimeout(nc, c.cfg.Silence)
+			return &watchedConn{Conn: nc, silence: c.cfg.Silence}, nil
+		}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: c.cfg.DialTimeout}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
+		grpc.WithDisableServiceConfig(),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("controller %s: %w", addr, err)
+	}
+	return conn, nil
+}
+
+// watchedConn fails reads when the peer has been silent for too long. gRPC's
+// own client keepalive cannot ask more often than every 10 s, but a server's
+// pings come every second and count as something said: a controller that is
+// cut off, or stopped while its kernel still acknowledges, goes silent.
+type watchedConn struct {
+	net.Conn
+	silence time.Duration
+}
+
+func (w *watchedConn) Read(p []byte) (int, error) {
+	if err := w.Conn.SetReadDeadline(time.Now().Add(w.silence)); err != nil {
+		return 0, err
+	}
+	n, err := w.Conn.Read(p)
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		err = fmt.Errorf("the controller said nothing for %s", w.silence)
+	}
+	return n, err
+}
+
+// setUserTimeout makes the kernel give up on sent data that nobody
+// acknowledges.
+func setUserTimeout(nc net.Conn, d time.Duration) {
+	tcp, ok := nc.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	if raw, err := tcp.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) {
+			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(d.Milliseconds()))
+		})
+	}
+}
+
+// SetNode queues the node's new labels or status.
+func (c *Client) SetNode(node *corev1.Node) { c.out.setNode(node) }
+
+// SetPodStatus queues a pod's new status. The newest status of every pod is
+// sent again to each controller that is connected to.
+func (c *Client) SetPodStatus(pod *corev1.Pod, status *corev1.PodStatus) {
+	c.out.setStatus(pod, status)
+}
+
+// PodTerminated queues the news that nothing of a deleted pod runs any more. It
+// is repeated to each controller until the pod is removed.
+func (c *Client) PodTerminated(pod *corev1.Pod) { c.out.setTerminated(pod) }
+
+// ForgetPod drops what is kept of a pod that was removed.
+func (c *Client) ForgetPod(pod *corev1.Pod) { c.out.forget(pod.UID) }
+
+// Event queues an event. While no controller is reachable the oldest are
+// dropped.
+func (c *Client) Event(e *corev1.Event) { c.out.addEvent(e) }
+
+func pause(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}
+
+// short is an error's message without gRPC's prefix.
+func short(err error) string {
+	if err == nil {
+		return "the controller closed it"
+	}
+	if s, ok := status.FromError(err); ok {
+		return s.Message()
+	}
+	return err.Error()
+}

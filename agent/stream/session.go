@@ -1,0 +1,259 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	pb "timonel/proto/timonel/v1"
+)
+
+// ErrDisconnected is returned for a request while no controller is connected.
+var ErrDisconnected = errors.New("no controller is connected")
+
+// session is one stream from Hello to its end.
+type session struct {
+	client     *Client
+	conn       *grpc.ClientConn
+	agents     pb.AgentsClient
+	address    string
+	controller string
+
+	mu      sync.Mutex
+	nextID  uint64
+	replies map[uint64]chan *pb.Reply
+	tunnels sync.WaitGroup
+}
+
+func (s *session) run(ctx context.Context) (connected bool, err error) {
+	cfg := &s.client.cfg
+	// The stream outlives ctx for the moment that a goodbye takes.
+	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	welcome := time.AfterFunc(cfg.DialTimeout, cancel)
+	defer welcome.Stop()
+	stopEarly := context.AfterFunc(ctx, cancel)
+	defer stopEarly()
+
+	stream, err := s.agents.Connect(streamCtx)
+	if err != nil {
+		return false, err
+	}
+	hello, err := s.hello()
+	if err != nil {
+		return false, err
+	}
+	if err := stream.Send(hello); err != nil {
+		if _, recvErr := stream.Recv(); recvErr != nil { // says why
+			err = recvErr
+		}
+		return false, err
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		if !welcome.Stop() && ctx.Err() == nil {
+			err = fmt.Errorf("no answer within %s", cfg.DialTimeout)
+		}
+		return false, err
+	}
+	w := first.GetWelcome()
+	if w == nil {
+		return false, fmt.Errorf("controller %s began with %T instead of a welcome", s.address, first.Message)
+	}
+	if !welcome.Stop() || !stopEarly() {
+		return false, context.Cause(streamCtx)
+	}
+	s.controller = w.Controller
+	s.replies = map[uint64]chan *pb.Reply{}
+	cfg.Desired.Begin(w.Epoch, w.Full)
+	s.client.setSession(s)
+	s.client.log.Info("connected", "controller", w.Controller, "address", s.address, "full", w.Full)
+	defer s.close()
+
+	sent := make(chan error, 1)
+	go func() {
+		sent <- s.send(ctx, stream)
+		cancel()
+	}()
+	err = s.receive(streamCtx, stream)
+	cancel()
+	if sendErr := <-sent; err == nil {
+		err = sendErr
+	}
+	return true, err
+}
+
+func (s *session) hello() (*pb.AgentMessage, error) {
+	cfg := &s.client.cfg
+	node := s.client.out.hello()
+	raw, err := node.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("encode the node: %w", err)
+	}
+	epoch, revision := cfg.Desired.Position()
+	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
+		NodeName: cfg.NodeName, Version: cfg.Version, Node: raw, ResumeRevision: revision, Epoch: epoch,
+	}}}, nil
+}
+
+// close ends requests and tunnels of this session.
+func (s *session) close() {
+	s.client.setSession(nil)
+	s.mu.Lock()
+	for _, ch := range s.replies {
+		close(ch)
+	}
+	s.replies = nil
+	s.mu.Unlock()
+	s.conn.Close()
+	s.tunnels.Wait()
+}
+
+// send sends what the outbox holds until the stream or ctx ends. With ctx, it
+// says goodbye and waits a moment for the controller to end the stream.
+func (s *session) send(ctx context.Context, stream grpc.BidiStreamingClient[pb.AgentMessage, pb.ControllerMessage]) error {
+	out := s.client.out
+	for {
+		for _, m := range out.take() {
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-out.wake:
+		case <-stream.Context().Done():
+			return nil
+		case <-ctx.Done():
+			for _, m := range out.take() {
+				_ = stream.Send(m)
+			}
+			_ = stream.Send(&pb.AgentMessage{Message: &pb.AgentMessage_Goodbye{Goodbye: &pb.Goodbye{Reason: "the agent is being stopped"}}})
+			_ = stream.CloseSend()
+			select {
+			case <-stream.Context().Done():
+			case <-time.After(500 * time.Millisecond):
+			}
+			return nil
+		}
+	}
+}
+
+func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[pb.AgentMessage, pb.ControllerMessage]) error {
+	cfg, store := &s.client.cfg, s.client.cfg.Desired
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		switch m := m.Message.(type) {
+		case *pb.ControllerMessage_PodSet:
+			err = store.SetPod(m.PodSet.Pod, m.PodSet.Revision)
+		case *pb.ControllerMessage_PodRemove:
+			store.RemovePod(types.UID(m.PodRemove.Uid), m.PodRemove.Revision)
+		case *pb.ControllerMessage_ObjectSet:
+			err = store.SetObject(m.ObjectSet.Kind, m.ObjectSet.Object, m.ObjectSet.Revision)
+		case *pb.ControllerMessage_ObjectRemove:
+			o := m.ObjectRemove
+			store.RemoveObject(o.Kind, o.Namespace, o.Name, o.Revision)
+		case *pb.ControllerMessage_Synced:
+			store.Synced(m.Synced.Revision)
+		case *pb.ControllerMessage_TunnelOpen:
+			s.tunnels.Add(1)
+			go func() {
+				defer s.tunnels.Done()
+				s.tunnel(ctx, m.TunnelOpen.Id, m.TunnelOpen.Target)
+			}()
+		case *pb.ControllerMessage_Reply:
+			s.reply(m.Reply)
+		case *pb.ControllerMessage_Cluster:
+			s.client.setControllers(m.Cluster.Controllers)
+			if cfg.Cluster != nil {
+				cfg.Cluster(m.Cluster)
+			}
+		default:
+			s.client.log.Warn("unknown message from the controller; is it newer than this agent?", "type", fmt.Sprintf("%T", m))
+		}
+		if err != nil {
+			s.client.log.Error("message from the controller", "controller", s.controller, "error", err)
+		}
+	}
+}
+
+func (s *session) reply(r *pb.Reply) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ch := s.replies[r.Id]; ch != nil {
+		ch <- r // buffered
+		delete(s.replies, r.Id)
+	}
+}
+
+// request sends one request and waits for its reply, the end of the session, or
+// ctx.
+func (s *session) request(ctx context.Context, r *pb.Request) (*pb.Reply, error) {
+	ch := make(chan *pb.Reply, 1)
+	s.mu.Lock()
+	if s.replies == nil {
+		s.mu.Unlock()
+		return nil, ErrDisconnected
+	}
+	s.nextID++
+	r.Id = s.nextID
+	s.replies[r.Id] = ch
+	s.mu.Unlock()
+	s.client.out.addRequest(r)
+	select {
+	case reply, ok := <-ch:
+		if !ok {
+			return nil, ErrDisconnected
+		}
+		return reply, nil
+	case <-ctx.Done():
+		s.mu.Lock()
+		delete(s.replies, r.Id)
+		s.mu.Unlock()
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Token asks for a service account token as this node. It fails with
+// ErrDisconnected while no controller is connected, and with the API's own
+// error when that refuses.
+func (c *Client) Token(ctx context.Context, namespace, serviceAccount string, tr *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
+	raw, err := tr.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("encode a token request: %w", err)
+	}
+	c.mu.Lock()
+	s := c.session
+	c.mu.Unlock()
+	if s == nil {
+		return nil, ErrDisconnected
+	}
+	reply, err := s.request(ctx, &pb.Request{Request: &pb.Request_Token{Token: &pb.TokenRequest{
+		Namespace: namespace, ServiceAccount: serviceAccount, TokenRequest: raw,
+	}}})
+	if err != nil {
+		return nil, err
+	}
+	if len(reply.Status) > 0 {
+		st := metav1.Status{}
+		if err := st.Unmarshal(reply.Status); err != nil {
+			return nil, fmt.Errorf("decode the answer to a token request: %w", err)
+		}
+		return nil, &apierrors.StatusError{ErrStatus: st}
+	}
+	out := &authenticationv1.TokenRequest{}
+	if err := out.Unmarshal(reply.Body); err != nil {
+		return nil, fmt.Errorf("decode the answer to a token request: %w", err)
+	}
+	return out, nil
+}
