@@ -74,6 +74,10 @@ type Input struct {
 	Seed uint64
 	// Snapshot is the cluster's state.
 	Snapshot *objects.Snapshot
+	// Changes returns what changed after a revision, perhaps with more than the
+	// Snapshot has, or false when that is not known any more. It may be nil. It is
+	// for reconcilers that keep a derived view from pass to pass.
+	Changes func(after int64) ([]objects.Changed, bool)
 	// Health says what the controllers know of the nodes' liveness.
 	Health Health
 	// Kinds says which resources the API serves.

@@ -1,0 +1,141 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"sync"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+)
+
+// pass evaluates one key, makes the changes, and waits until the cache shows them.
+func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) outcome {
+	o := outcome{lane: l, item: it}
+	select {
+	case t.evaluate <- struct{}{}:
+	case <-ctx.Done():
+		return o
+	}
+	result, err := safely(l.reconciler, in, it.key)
+	<-t.evaluate
+
+	o.next, o.err = result.Next, err
+	for _, e := range result.Events {
+		t.recorder.record(l.reconciler.Name(), e)
+	}
+	if len(result.Changes) == 0 {
+		return o
+	}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for _, c := range result.Changes {
+		select {
+		case t.requests <- struct{}{}:
+		case <-ctx.Done():
+			wg.Wait()
+			return o
+		}
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			defer func() { <-t.requests }()
+			failed, kind := t.commit(ctx, l.reconciler.Name(), c)
+			mu.Lock()
+			defer mu.Unlock()
+			if failed != nil && kind == refused {
+				o.failed = append(o.failed, *failed)
+			}
+			o.stale = o.stale || kind == stale
+			o.later = o.later || kind == unknown
+		}()
+	}
+	wg.Wait()
+
+	// What was committed is in this replica's state already. The next pass must see it.
+	wait, cancel := context.WithTimeout(ctx, catchUp)
+	defer cancel()
+	if err := t.cfg.Cache.WaitRevision(wait, t.cfg.Revision()); err != nil && ctx.Err() == nil {
+		t.cfg.Log.Warn("the object cache is behind", "reconciler", l.reconciler.Name(), "key", it.key.String(), "err", err)
+		o.later = true
+	}
+	return o
+}
+
+// safely calls a reconciler and makes an error of a panic: one object that a
+// reconciler cannot deal with must not stop the others, or take down the replica.
+func safely(r Reconciler, in Input, key Key) (result Result, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			result, err = Result{}, fmt.Errorf("panic in %s for %s: %v\n%s", r.Name(), key, p, debug.Stack())
+		}
+	}()
+	return r.Reconcile(in, key)
+}
+
+// answer is what the API made of a change.
+type answer int
+
+const (
+	made    answer = iota
+	stale          // the object is not what the snapshot showed: look again
+	moot           // it need not be tried again
+	refused        // it is wrong or forbidden
+	unknown        // the API did not say: try later
+)
+
+// classify tells what an error of the API means for the next pass.
+func classify(err error) answer {
+	switch {
+	case err == nil:
+		return made
+	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
+		return moot
+	case apierrors.IsConflict(err), apierrors.IsNotFound(err), apierrors.IsAlreadyExists(err), apierrors.IsGone(err):
+		return stale
+	case apierrors.IsTimeout(err), apierrors.IsServerTimeout(err), apierrors.IsTooManyRequests(err),
+		apierrors.IsServiceUnavailable(err), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return unknown
+	}
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return unknown // no answer of the API at all
+	}
+	return refused
+}
+
+// commit makes one change and those that follow it.
+func (t *term) commit(ctx context.Context, component string, c Change) (*Failure, answer) {
+	request, cancel := context.WithTimeout(ctx, t.cfg.RequestTimeout)
+	err := t.writer.Write(request, c)
+	cancel()
+	a := classify(err)
+	switch a {
+	case made:
+		if c.Event != nil {
+			t.recorder.record(component, *c.Event)
+		}
+		for _, then := range c.Then {
+			if failed, a := t.commit(ctx, component, then); a != made {
+				return failed, a
+			}
+		}
+		return nil, made
+	case refused:
+		t.cfg.Log.Warn("change refused", "reconciler", component, "change", c.String(), "err", err)
+		if c.FailEvent != nil {
+			e := *c.FailEvent
+			e.Message += ": " + err.Error()
+			t.recorder.record(component, e)
+		}
+	case unknown:
+		if ctx.Err() == nil {
+			t.cfg.Log.Warn("change not made, will try again", "reconciler", component, "change", c.String(), "err", err)
+		}
+	default:
+		t.cfg.Log.Debug("change not made", "reconciler", component, "change", c.String(), "err", err)
+	}
+	return &Failure{Change: c, Err: err}, a
+}

@@ -1,0 +1,383 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"time"
+
+	"k8s.io/utils/clock"
+
+	"timonel/state/objects"
+)
+
+const (
+	// beat is how often the runner's loop turns at least, so that a longer gap
+	// between two turns means that the process was held up.
+	beat = 500 * time.Millisecond
+	// catchUp is how long to wait for the cache after a commit before going on without.
+	catchUp = 5 * time.Second
+)
+
+// Runner drives reconcilers while this controller leads: it queues keys as
+// objects change, evaluates them on the newest snapshot, and makes the changes
+// through the API. A key never runs twice at a time, and runs again only once
+// the cache shows what its last pass has changed.
+type Runner struct {
+	cfg    Config
+	writer Writer
+}
+
+// NewRunner returns a runner. The error names what is wrong with the config.
+func NewRunner(cfg Config) (*Runner, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg = cfg.withDefaults()
+	r := &Runner{cfg: cfg, writer: cfg.Writer}
+	if r.writer == nil {
+		w, err := newRESTWriter(cfg.Client)
+		if err != nil {
+			return nil, err
+		}
+		r.writer = w
+	}
+	if r.cfg.Kinds == nil {
+		kinds, err := discoverer(cfg.Client)
+		if err != nil {
+			return nil, err
+		}
+		r.cfg.Kinds = kinds
+	}
+	return r, nil
+}
+
+// term is one Run of a Runner.
+type term struct {
+	*Runner
+	number   uint64
+	queue    *queue
+	recorder *recorder
+	wg       sync.WaitGroup
+
+	// evaluate and requests bound what runs at a time.
+	evaluate, requests chan struct{}
+	finished           chan outcome
+	running            int
+
+	// since is the start of every node's clock: the beginning of the term or the end of the last stall.
+	since, lastBeat time.Time
+	health          Health
+	kinds           Kinds
+	passes          uint64
+}
+
+// Run reconciles until ctx ends, and returns once everything it started has
+// ended. It is to be called while this controller leads, with a context that
+// carries the term.
+func (r *Runner) Run(ctx context.Context, number uint64) error {
+	now := r.cfg.Clock.Now()
+	t := &term{
+		Runner: r, number: number,
+		queue:    newQueue(r.cfg.Reconcilers),
+		recorder: newRecorder(r.writer, r.cfg.Host, r.cfg.Clock, r.cfg.Log),
+		evaluate: make(chan struct{}, max(2, runtime.GOMAXPROCS(0))),
+		requests: make(chan struct{}, r.cfg.Workers),
+		finished: make(chan outcome, r.cfg.Keys),
+		since:    now, lastBeat: now,
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer t.wg.Wait()
+	defer cancel()
+	return t.run(ctx)
+}
+
+// spawn runs f until the term ends.
+func (t *term) spawn(f func()) {
+	t.wg.Add(1)
+	go func() {
+		defer t.wg.Done()
+		f()
+	}()
+}
+
+func (t *term) run(ctx context.Context) error {
+	log := t.cfg.Log.With("term", t.number)
+	changes := make(chan objects.Changes)
+	kinds := make(chan Kinds)
+	askKinds := make(chan struct{}, 1)
+	t.spawn(func() { t.recorder.run(ctx) })
+	t.spawn(func() { t.followKinds(ctx, askKinds, kinds) })
+	if t.cfg.Expire != nil {
+		t.spawn(func() { t.expire(ctx) })
+	}
+	// Whoever leads has a state, so the cache has a snapshot soon if it has none yet.
+	if err := t.cfg.Cache.WaitRevision(ctx, t.cfg.Revision()); err != nil {
+		return ctx.Err()
+	}
+	snapshot := t.cfg.Cache.Snapshot()
+	t.spawn(func() { t.follow(ctx, snapshot.Revision(), changes) })
+	t.health = t.currentHealth()
+	askKinds <- struct{}{}
+	t.addAll(snapshot)
+	log.Info("reconcilers started", "revision", snapshot.Revision())
+	defer log.Info("reconcilers stopped")
+
+	ticker := t.cfg.Clock.NewTicker(beat)
+	defer ticker.Stop()
+	var timer clock.Timer
+	var timerAt time.Time
+	var timerC <-chan time.Time
+	for {
+		t.checkStall()
+		now := t.cfg.Clock.Now()
+		if next := t.queue.ring(now); !next.Equal(timerAt) {
+			if timer != nil {
+				timer.Stop()
+				timer, timerC = nil, nil
+			}
+			if timerAt = next; !next.IsZero() {
+				timer = t.cfg.Clock.NewTimer(next.Sub(now))
+				timerC = timer.C()
+			}
+		}
+		t.start(ctx, now)
+
+		select {
+		case <-ctx.Done():
+			if timer != nil {
+				timer.Stop()
+			}
+			return ctx.Err()
+		case <-ticker.C():
+		case <-timerC:
+			timer, timerC, timerAt = nil, nil, time.Time{}
+		case c := <-changes:
+			t.changed(c, askKinds)
+		case o := <-t.finished:
+			t.finish(o)
+		case <-t.cfg.HealthChanged:
+			t.healthChanged()
+		case k := <-kinds:
+			t.kinds = k
+			t.addFor(t.cfg.Cache.Snapshot(), func(r Reconciler) bool { _, ok := r.(KindsReconciler); return ok })
+		}
+	}
+}
+
+// KindsReconciler is a Reconciler that looks at Input.Kinds, so that all of its
+// keys are looked at again when the API begins to serve another kind.
+type KindsReconciler interface {
+	Reconciler
+	// FollowsKinds marks the reconciler; it does nothing.
+	FollowsKinds()
+}
+
+// currentHealth asks for the nodes' health and starts their clocks no earlier than this term.
+func (t *term) currentHealth() Health {
+	if t.cfg.Health == nil {
+		return Health{Since: t.since}
+	}
+	h := t.cfg.Health()
+	if h.Since.Before(t.since) {
+		h.Since = t.since
+	}
+	return h
+}
+
+// checkStall notices that the process was stopped, or held up, since the loop
+// turned last. Both clocks are looked at: the monotonic one stands still while a
+// machine is suspended.
+func (t *term) checkStall() {
+	now := t.cfg.Clock.Now()
+	gap := max(now.Sub(t.lastBeat), now.Round(0).Sub(t.lastBeat.Round(0)))
+	t.lastBeat = now
+	if gap < t.cfg.Stall {
+		return
+	}
+	t.cfg.Log.Warn("this controller was paused or stalled: the clock of every node starts again", "for", gap.Round(time.Millisecond))
+	t.since = now
+	if t.cfg.ResetHealth != nil {
+		t.cfg.ResetHealth()
+	}
+	t.healthChanged()
+}
+
+// healthChanged queues what the new health concerns.
+func (t *term) healthChanged() {
+	before := t.health
+	t.health = t.currentHealth()
+	now, s := t.cfg.Clock.Now(), t.cfg.Cache.Snapshot()
+	for _, l := range t.queue.lanes {
+		if r, ok := l.reconciler.(HealthReconciler); ok {
+			for _, key := range r.HealthKeys(before, t.health, s) {
+				t.queue.add(l, key, now)
+			}
+		}
+	}
+}
+
+// addAll queues every key there is.
+func (t *term) addAll(s *objects.Snapshot) {
+	t.addFor(s, func(Reconciler) bool { return true })
+}
+
+func (t *term) addFor(s *objects.Snapshot, want func(Reconciler) bool) {
+	now := t.cfg.Clock.Now()
+	for _, l := range t.queue.lanes {
+		if !want(l.reconciler) {
+			continue
+		}
+		for _, key := range l.reconciler.All(s) {
+			t.queue.add(l, key, now)
+		}
+	}
+}
+
+// follow passes on the cache's changes.
+func (t *term) follow(ctx context.Context, after int64, out chan<- objects.Changes) {
+	for {
+		c, err := t.cfg.Cache.Changes(ctx, after)
+		if err != nil {
+			return // ctx has ended
+		}
+		after = c.Snapshot.Revision()
+		select {
+		case out <- c:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// changed queues the keys that changes concern.
+func (t *term) changed(c objects.Changes, askKinds chan<- struct{}) {
+	if c.Reset {
+		t.addAll(c.Snapshot)
+	}
+	now := t.cfg.Clock.Now()
+	for _, ch := range c.Changed {
+		for _, l := range t.queue.lanes {
+			for _, key := range l.reconciler.Keys(ch, c.Snapshot) {
+				t.queue.add(l, key, now)
+			}
+		}
+		if c.Reset || servesKinds(ch) {
+			select {
+			case askKinds <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// start gives turns to as many keys as may run at a time.
+func (t *term) start(ctx context.Context, now time.Time) {
+	for t.running < t.cfg.Keys {
+		l, it := t.queue.take()
+		if it == nil {
+			return
+		}
+		t.running++
+		t.passes++
+		in := Input{
+			Now: now, Seed: t.cfg.Seed + t.number<<32 + t.passes,
+			Snapshot: t.cfg.Cache.Snapshot(), Changes: t.changesSince,
+			Health: t.health, Kinds: t.kinds, Failed: it.failed,
+		}
+		t.spawn(func() { t.finished <- t.pass(ctx, l, it, in) })
+	}
+}
+
+// changesSince is Input.Changes: it never waits.
+func (t *term) changesSince(after int64) ([]objects.Changed, bool) {
+	if t.cfg.Cache.Snapshot().Revision() <= after {
+		return nil, true
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // a revision without a change of an object would otherwise be waited on
+	c, err := t.cfg.Cache.Changes(ctx, after)
+	if errors.Is(err, context.Canceled) {
+		return nil, true
+	}
+	return c.Changed, err == nil && !c.Reset
+}
+
+// outcome is what became of a pass.
+type outcome struct {
+	lane *lane
+	item *item
+	next time.Time
+	// failed are the refused changes, stale says that one found another state than
+	// it expected, later that the API could not be asked.
+	failed       []Failure
+	stale, later bool
+	err          error
+}
+
+// finish ends the turn of a key and decides when it has another.
+func (t *term) finish(o outcome) {
+	t.running--
+	now := t.cfg.Clock.Now()
+	it := o.item
+	it.failed = o.failed
+	again := true
+	switch {
+	case len(o.failed) > 0 || o.later || o.err != nil || o.stale && it.tries >= staleTries:
+		it.tries++
+		it.notBefore = now.Add(backoff(it.tries, t.cfg.Seed+hashString(it.key.String())))
+		t.cfg.Log.Debug("reconcile again", "reconciler", o.lane.reconciler.Name(), "key", it.key.String(), "tries", it.tries, "err", o.err)
+	case o.stale:
+		it.tries++
+	default:
+		it.tries, again, it.notBefore = 0, false, time.Time{}
+	}
+	if o.err != nil {
+		t.cfg.Log.Warn("reconcile failed", "reconciler", o.lane.reconciler.Name(), "key", it.key.String(), "err", o.err)
+	}
+	t.queue.done(o.lane, it, o.next, again, now)
+}
+
+// staleTries is after how many passes in a row on an outdated snapshot the next ones are put off.
+const staleTries = 3
+
+// backoff is the time before the next try: doubled with each, with some jitter.
+func backoff(tries int, seed uint64) time.Duration {
+	const first, longest = 50 * time.Millisecond, time.Minute
+	d := longest
+	if tries < 11 {
+		d = min(longest, first<<(tries-1))
+	}
+	jitter := time.Duration((seed*0x9e3779b97f4a7c15 + uint64(tries)*0xbf58476d1ce4e5b9) % 1000)
+	return d*4/5 + d*2/5*jitter/1000
+}
+
+// expire calls Config.Expire when it is time.
+func (t *term) expire(ctx context.Context) {
+	for {
+		now := t.cfg.Clock.Now()
+		next, err := t.cfg.Expire(ctx, now)
+		if ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			t.cfg.Log.Warn("delete expired objects", "err", err)
+		}
+		wait := t.cfg.ExpirePoll
+		if !next.IsZero() && err == nil {
+			wait = min(wait, max(next.Sub(now), 100*time.Millisecond))
+		}
+		timer := t.cfg.Clock.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C():
+		}
+	}
+}
+
+// String says which term this is, for panics.
+func (t *term) String() string { return fmt.Sprintf("term %d", t.number) }

@@ -1,0 +1,104 @@
+package reconcile
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+)
+
+// Writer makes changes. An error of the API is returned as it is, so that
+// k8s.io/apimachinery/pkg/api/errors can tell what it was.
+type Writer interface {
+	Write(ctx context.Context, c Change) error
+}
+
+// restWriter makes changes through the API.
+type restWriter struct {
+	client rest.Interface
+	proto  runtime.Serializer
+}
+
+// newRESTWriter returns a writer for the API that config leads to. The number of
+// requests at a time is the runner's to bound, so the client does not limit its rate.
+func newRESTWriter(config *rest.Config) (*restWriter, error) {
+	c := rest.CopyConfig(config)
+	c.QPS = -1
+	c.GroupVersion = &schema.GroupVersion{}
+	c.NegotiatedSerializer = scheme.Codecs.WithoutConversion()
+	c.ContentType = runtime.ContentTypeJSON
+	c.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	client, err := rest.UnversionedRESTClientFor(c)
+	if err != nil {
+		return nil, fmt.Errorf("make the reconcilers' API client: %w", err)
+	}
+	return &restWriter{client: client, proto: protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)}, nil
+}
+
+// path is the URL path of the change's object, or of the collection for a
+// create and a deletecollection.
+func (c Change) path() []string {
+	segments := []string{"api", c.Resource.Version}
+	if c.Resource.Group != "" {
+		segments = []string{"apis", c.Resource.Group, c.Resource.Version}
+	}
+	if c.Namespace != "" && c.Resource != namespacesResource {
+		segments = append(segments, "namespaces", c.Namespace)
+	}
+	segments = append(segments, c.Resource.Resource)
+	if (c.Verb != Create || c.Subresource != "") && c.Verb != DeleteCollection {
+		segments = append(segments, c.Name)
+	}
+	if c.Subresource != "" {
+		segments = append(segments, c.Subresource)
+	}
+	return segments
+}
+
+// Write implements Writer.
+func (w *restWriter) Write(ctx context.Context, c Change) error {
+	var verb string
+	var body []byte
+	contentType := runtime.ContentTypeJSON
+	var err error
+	switch c.Verb {
+	case Create, Update:
+		verb = map[Verb]string{Create: "POST", Update: "PUT"}[c.Verb]
+		body, contentType, err = w.encode(c.Object)
+	case Patch:
+		verb, body, contentType = "PATCH", c.Patch, string(c.PatchType)
+	case Delete, DeleteCollection:
+		verb = "DELETE"
+		body, err = json.Marshal(metav1.DeleteOptions{
+			TypeMeta:      metav1.TypeMeta{Kind: "DeleteOptions", APIVersion: "v1"},
+			Preconditions: c.Preconditions, PropagationPolicy: c.Propagation, GracePeriodSeconds: c.GracePeriodSeconds,
+		})
+	default:
+		err = errors.New("no such verb")
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", c, err)
+	}
+	// The runner retries by itself, from a newer snapshot.
+	return w.client.Verb(verb).AbsPath(c.path()...).MaxRetries(0).
+		SetHeader("Content-Type", contentType).Body(body).Do(ctx).Error()
+}
+
+// encode returns an object as protobuf if it is of a built-in type, else as JSON.
+func (w *restWriter) encode(obj runtime.Object) ([]byte, string, error) {
+	kinds, _, err := scheme.Scheme.ObjectKinds(obj)
+	if err != nil {
+		raw, err := json.Marshal(obj)
+		return raw, runtime.ContentTypeJSON, err
+	}
+	raw, err := runtime.Encode(scheme.Codecs.EncoderForVersion(w.proto, kinds[0].GroupVersion()), obj)
+	return raw, runtime.ContentTypeProtobuf, err
+}
+
