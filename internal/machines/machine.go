@@ -251,6 +251,22 @@ func (m *Machine) Signal(ctx context.Context, signal unix.Signal, everything boo
 	return poll(ctx, func() (bool, error) { return !state.Main.Alive(), nil })
 }
 
+// Stop asks the main process to end (SIGTERM) and waits until it has, or until
+// ctx ends.
+func (m *Machine) Stop(ctx context.Context) error {
+	state, err := m.State(ctx)
+	if err != nil || !state.Up() {
+		return err
+	}
+	if err := unix.Kill(state.Main.Pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("machine %s: stop pid %d: %w", m.Name, state.Main.Pid, err)
+	}
+	if err := poll(ctx, func() (bool, error) { return !state.Main.Alive(), nil }); err != nil {
+		return fmt.Errorf("machine %s: pid %d does not end: %w", m.Name, state.Main.Pid, err)
+	}
+	return nil
+}
+
 // Command prepares a command that runs inside the machine.
 func (m *Machine) Command(ctx context.Context, argv ...string) (*exec.Cmd, error) {
 	id := m.initID()

@@ -141,6 +141,9 @@ func (n Network) Create() error {
 	if bridge.Type() != "bridge" {
 		return fmt.Errorf("interface %s exists and is a %s, not a bridge: choose another cluster name", n.Bridge(), bridge.Type())
 	}
+	if err := netlink.LinkSetAlias(bridge, linkAlias); err != nil {
+		return fmt.Errorf("mark bridge %s: %w", n.Bridge(), err)
+	}
 	address := &netlink.Addr{IPNet: ipNet(n.Host(), n.Prefix.Bits())}
 	if err := netlink.AddrReplace(bridge, address); err != nil {
 		return fmt.Errorf("give bridge %s the address %s: %w", n.Bridge(), n.Host(), err)
