@@ -1,0 +1,41 @@
+// Package sched decides which node each pending pod runs on.
+//
+// It is a pure function. [Schedule] takes a configuration and an immutable view
+// of the cluster ([State]) and returns a [Plan]: bindings, pods that fit nowhere
+// and why, pods to evict to make room, and volume claims to tie to a node. It
+// does no I/O, reads no clock, starts no goroutine, and draws randomness only
+// from the seed it is given; the same input gives the same plan, byte for byte.
+// The runner on the leader commits the plan.
+//
+//	State ──Build──▶ Cluster ──Schedule──▶ Plan
+//	                   │  ▲
+//	                   └──┘ Advance(changed pods and nodes)
+//
+// # Semantics
+//
+// They are those of the Kubernetes v1.37 scheduler with its default plugins,
+// and so are the words of the failure messages. Pods are taken by priority,
+// then age. A node is feasible when it passes, in this order: unschedulable
+// mark, taints, node selector and affinity, host ports, resources (requests
+// of init containers and sidecars, overhead, pod-level and extended resources,
+// pod count), volumes (disk conflicts, ReadWriteOncePod, attach limits, bound
+// and delayed claims, zones), topology spread, inter-pod affinity and declared
+// features. The feasible nodes are scored by taints (weight 3), node affinity
+// (2), topology spread (2), inter-pod affinity (2), free resources (1), balance
+// of resources (1) and images already present (1). Ties are broken by the seed.
+// A pod placed in a call is seen by every later pod of that call.
+//
+// # Scale
+//
+// A [Cluster] holds per-node sums, parsed pods and counts of pods that match
+// the selectors in use. [Cluster.Advance] derives the next one from a list of
+// changed objects, sharing everything that did not change; the result is the
+// same as building it anew. In large clusters only a share of the feasible
+// nodes is scored ([Config.PercentageOfNodesToScore]).
+//
+// # Left out
+//
+// Dynamic resource allocation (spec.resourceClaims): such a pod fails with a
+// message that says so. Scheduler extenders, several profiles, gang scheduling
+// and translation of in-tree cloud volumes to CSI.
+package sched

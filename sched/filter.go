@@ -1,0 +1,262 @@
+package sched
+
+import (
+	"fmt"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	corev1helpers "k8s.io/component-helpers/scheduling/corev1"
+	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
+	"k8s.io/klog/v2"
+
+	"k8s.io/component-helpers/nodedeclaredfeatures"
+)
+
+// status says why a pod cannot run on a node, or nowhere. nil: it can.
+type status struct {
+	reasons []string
+	// unresolvable: evicting pods from the node would not help.
+	unresolvable bool
+	// err: the pod or what it refers to cannot be understood.
+	err error
+}
+
+func (s *status) text() string { return strings.Join(s.reasons, ", ") }
+
+func unschedulable(reasons ...string) *status { return &status{reasons: reasons} }
+
+func unresolvable(reasons ...string) *status { return &status{reasons: reasons, unresolvable: true} }
+
+func failed(format string, args ...any) *status { return &status{err: fmt.Errorf(format, args...)} }
+
+// The verdicts that need no details, shared and never changed. The words are
+// upstream's.
+var (
+	statusUnschedulable = unresolvable("node(s) were unschedulable")
+	statusTainted       = unresolvable("node(s) had untolerated taint(s)")
+	statusNodeAffinity  = unresolvable("node(s) didn't match Pod's node affinity/selector")
+	statusNotNamed      = unresolvable("node(s) didn't satisfy plugin(s) [NodeAffinity]")
+	statusPorts         = unschedulable("node(s) didn't have free ports for the requested pod ports")
+	statusFeatures      = unresolvable("node(s) didn't match Pod's required features")
+
+	taintUnschedulable = corev1.Taint{Key: corev1.TaintNodeUnschedulable, Effect: corev1.TaintEffectNoSchedule}
+)
+
+// candidate is a pending pod with what its filters share between nodes.
+type candidate struct {
+	p *podInfo
+	// only names the nodes that the pod's node affinity names; nil: any.
+	only map[string]bool
+	// nodeAffinity matches nodes; selective is false when it matches all.
+	nodeAffinity nodeaffinity.RequiredNodeAffinity
+	selective    bool
+	needs        nodedeclaredfeatures.FeatureSet
+	needsAny     bool
+
+	spread   *spreadFilter
+	affinity *affinityFilter
+	volumes  *podVolumes
+	// spreadSelector is the selector for default spreading; see spread.go.
+	spreadSelector *derivedSelector
+}
+
+// scratch holds memory that is reused from pod to pod.
+type scratch struct {
+	feasible []int32
+	affinity []uint8 // by slot: 0 unknown, 1 matches, 2 does not
+}
+
+// prepare works out what the filters of a pod need. A status says that the pod
+// fits no node, whichever.
+func (r *round) prepare(p *podInfo) (*candidate, *status) {
+	c := &candidate{p: p}
+	spec := &p.pod.Spec
+	if p.err != nil {
+		return c, unresolvable("parsing pod: " + p.err.Error())
+	}
+	if len(spec.ResourceClaims) > 0 {
+		return c, unresolvable("pod uses spec.resourceClaims and dynamic resource allocation is not supported by this scheduler")
+	}
+	c.nodeAffinity = nodeaffinity.GetRequiredNodeAffinity(p.pod)
+	c.selective = len(spec.NodeSelector) > 0
+	if a := spec.Affinity; a != nil && a.NodeAffinity != nil && a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution != nil {
+		c.selective = true
+		var conflict bool
+		if c.only, conflict = namedNodes(a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution); conflict {
+			return c, unresolvable("pod affinity terms conflict")
+		}
+	}
+	clear(r.scratch.affinity)
+	var s *status
+	if c.volumes, s = r.prepareVolumes(p); s != nil {
+		return c, s
+	}
+	if c.spread, s = r.prepareSpread(c); s != nil {
+		return c, s
+	}
+	c.affinity = r.prepareAffinity(p)
+
+	needs, err := r.cluster.features.InferForPodScheduling(&nodedeclaredfeatures.PodInfo{Spec: spec}, r.cfg.Version)
+	if err != nil {
+		return c, failed("infer required node features: %w", err)
+	}
+	c.needs, c.needsAny = needs, !needs.IsEmpty()
+	return c, nil
+}
+
+// namedNodes returns the nodes that a selector names by metadata.name in each
+// of its terms; nil when some term does not. conflict says that no name is
+// left.
+func namedNodes(ns *corev1.NodeSelector) (names map[string]bool, conflict bool) {
+	if len(ns.NodeSelectorTerms) == 0 {
+		return nil, false
+	}
+	names = map[string]bool{}
+	for _, t := range ns.NodeSelectorTerms {
+		var inTerm map[string]bool
+		for _, f := range t.MatchFields {
+			if f.Key != metav1.ObjectNameField || f.Operator != corev1.NodeSelectorOpIn {
+				continue
+			}
+			both := map[string]bool{}
+			for _, v := range f.Values {
+				if inTerm == nil || inTerm[v] {
+					both[v] = true
+				}
+			}
+			inTerm = both
+		}
+		if inTerm == nil {
+			return nil, false
+		}
+		for name := range inTerm {
+			names[name] = true
+		}
+	}
+	return names, len(names) == 0
+}
+
+// filter says whether the pod can run on a node, and counts pods of at least
+// the same priority that are nominated there as if they ran already. Those may
+// still go elsewhere, so it must fit without them too.
+func (r *round) filter(c *candidate, n *nodeInfo) *status {
+	if list := r.nominated[n.slot]; len(list) > 0 {
+		var added []*podInfo
+		crowded := n
+		for _, p := range list {
+			if p == c.p || p.priority < c.p.priority {
+				continue
+			}
+			if len(added) == 0 {
+				crowded = n.clone()
+			}
+			crowded.add(p)
+			added = append(added, p)
+			c.count(p, n, 1)
+		}
+		if len(added) > 0 {
+			s := r.filterNode(c, crowded)
+			for _, p := range added {
+				c.count(p, n, -1)
+			}
+			if s != nil {
+				return s
+			}
+		}
+	}
+	return r.filterNode(c, n)
+}
+
+// count tells the candidate's filters that a pod came to or left a node.
+func (c *candidate) count(p *podInfo, n *nodeInfo, sign int64) {
+	if c.spread != nil {
+		c.spread.count(p, n.slot, sign)
+	}
+	if c.affinity != nil {
+		c.affinity.count(p, n.slot, sign)
+	}
+	if c.volumes != nil {
+		c.volumes.count(p, sign)
+	}
+}
+
+// filterNode runs the filters in upstream's order; the first that refuses
+// speaks for the node.
+func (r *round) filterNode(c *candidate, n *nodeInfo) *status {
+	pod := c.p.pod
+	if n.node.Spec.Unschedulable && !tolerates(pod.Spec.Tolerations, &taintUnschedulable) {
+		return statusUnschedulable
+	}
+	if !toleratesTaints(pod.Spec.Tolerations, n.node.Spec.Taints) {
+		return statusTainted
+	}
+	if c.selective && !r.matchesNodeAffinity(c, n) {
+		return statusNodeAffinity
+	}
+	if len(c.p.ports) > 0 && !n.portsFree(c.p) {
+		return statusPorts
+	}
+	if reasons, never := n.insufficient(c.p); len(reasons) > 0 {
+		return &status{reasons: reasons, unresolvable: never}
+	}
+	if c.volumes != nil {
+		if s := r.filterVolumes(c, n); s != nil {
+			return s
+		}
+	}
+	if c.spread != nil {
+		if s := c.spread.filter(n); s != nil {
+			return s
+		}
+	}
+	if c.affinity != nil {
+		if s := c.affinity.filter(n); s != nil {
+			return s
+		}
+	}
+	if c.needsAny {
+		if ok, err := c.needs.IsSubset(n.features); err != nil {
+			return failed("compare features of node %s: %w", n.name, err)
+		} else if !ok {
+			return statusFeatures
+		}
+	}
+	return nil
+}
+
+// matchesNodeAffinity reports whether the node has what the pod's nodeSelector
+// and required node affinity ask for.
+func (r *round) matchesNodeAffinity(c *candidate, n *nodeInfo) bool {
+	if !c.selective {
+		return true
+	}
+	if len(r.scratch.affinity) < len(r.nodes) {
+		r.scratch.affinity = make([]uint8, len(r.nodes))
+	}
+	known := &r.scratch.affinity[n.slot]
+	if *known == 0 {
+		*known = 2
+		if ok, err := c.nodeAffinity.Match(n.node); ok && err == nil {
+			*known = 1
+		}
+	}
+	return *known == 1
+}
+
+func tolerates(tolerations []corev1.Toleration, taint *corev1.Taint) bool {
+	return corev1helpers.TolerationsTolerateTaint(klog.Logger{}, tolerations, taint, false)
+}
+
+// toleratesTaints reports whether no taint keeps new pods away from the node.
+func toleratesTaints(tolerations []corev1.Toleration, taints []corev1.Taint) bool {
+	for i := range taints {
+		if e := taints[i].Effect; e != corev1.TaintEffectNoSchedule && e != corev1.TaintEffectNoExecute {
+			continue
+		}
+		if !tolerates(tolerations, &taints[i]) {
+			return false
+		}
+	}
+	return true
+}

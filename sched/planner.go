@@ -1,0 +1,55 @@
+package sched
+
+import (
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"timonel/state/objects"
+)
+
+// Planner plans one snapshot after another and keeps what it derived between
+// them, so that a plan costs what changed and what is pending, not what exists.
+// Its plans are those that [Schedule] makes from the same snapshot. It has one
+// user at a time.
+type Planner struct {
+	cfg      Config
+	snapshot *objects.Snapshot
+	cluster  *Cluster
+}
+
+// NewPlanner returns a Planner that has seen nothing. It fails on a Config that
+// Validate refuses.
+func NewPlanner(c Config) (*Planner, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	return &Planner{cfg: c}, nil
+}
+
+// Follow moves on to a later snapshot. The first changes it is given, and any
+// with Reset set, may be incomplete; all others must be those since the
+// snapshot it has.
+func (p *Planner) Follow(changes objects.Changes) {
+	p.snapshot = changes.Snapshot
+	state := FromObjects(changes.Snapshot)
+	if p.cluster == nil || changes.Reset {
+		p.cluster = Build(state)
+		return
+	}
+	p.cluster = p.cluster.Advance(state, Refs(changes.Changed))
+}
+
+// Pending is how many pods wait for a node, whichever scheduler they name.
+func (p *Planner) Pending() int {
+	if p.cluster == nil {
+		return 0
+	}
+	return p.cluster.queue.Len()
+}
+
+// Plan plans the pending pods of the snapshot that it followed to last. See
+// [Input] for the arguments.
+func (p *Planner) Plan(now time.Time, seed uint64, skip func(*corev1.Pod) bool) (Plan, error) {
+	return Schedule(p.cfg, Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Skip: skip})
+}

@@ -1,0 +1,300 @@
+package sched
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+)
+
+var (
+	statusNoVictims = unresolvable("No preemption victims found for incoming pod")
+	statusUnhelpful = unresolvable("Preemption is not helpful for scheduling")
+)
+
+// nodeVictims is one node where evicting pods makes room.
+type nodeVictims struct {
+	slot       int32
+	pods       []*podInfo // most important first
+	violations int
+}
+
+// preempt looks for a node where evicting pods of lower priority lets the pod
+// in, and adds the best to the plan. It returns whether pods are evicted, the
+// node whose room the pod then holds, and what to add to the failure message.
+func (r *round) preempt(c *candidate) (evicts bool, nominated, message string) {
+	if r.cfg.DisablePreemption {
+		return false, "", ""
+	}
+	if why := r.mayNotPreempt(c); why != "" {
+		// The pod keeps the node it waits for.
+		return false, c.p.pod.Status.NominatedNodeName, " preemption: " + why
+	}
+	best, statuses := r.findVictims(c)
+	if best == nil {
+		return false, "", " preemption: " + r.fitMessage(statuses, statusUnhelpful)
+	}
+	n := r.nodes[best.slot]
+	r.withdraw(c.p)
+	r.nominated[best.slot] = append(r.nominated[best.slot], c.p)
+	if len(best.pods) == 0 {
+		return false, n.name, " preemption: waiting for evicted pods to leave node " + n.name + "."
+	}
+	victims := make([]*corev1.Pod, len(best.pods))
+	for i, p := range best.pods {
+		victims[i] = p.pod
+		r.evicted[p] = true
+	}
+	r.plan.Preemptions = append(r.plan.Preemptions, Preemption{
+		Pod: c.p.pod, Node: n.name, Victims: victims, Violations: best.violations,
+	})
+	return true, n.name, fmt.Sprintf(" preemption: found a potential placement for pod on node %s, preempting %d victims", n.name, len(victims))
+}
+
+// preemptionUnhelpful is the message for a pod that no node was tried for.
+func (r *round) preemptionUnhelpful(c *candidate) string {
+	if why := r.mayNotPreempt(c); why != "" {
+		return " preemption: " + why
+	}
+	return " preemption: " + r.fitMessage(r.statuses, statusUnhelpful)
+}
+
+// mayNotPreempt says why the pod must not evict others; empty: it may.
+func (r *round) mayNotPreempt(c *candidate) string {
+	pod := c.p.pod
+	if p := pod.Spec.PreemptionPolicy; p != nil && *p == corev1.PreemptNever {
+		return "not eligible due to preemptionPolicy=Never."
+	}
+	slot, ok := r.cluster.slots[pod.Status.NominatedNodeName]
+	if pod.Status.NominatedNodeName == "" || !ok {
+		return ""
+	}
+	if s := r.statuses[slot]; s != nil && s.unresolvable {
+		return ""
+	}
+	for _, p := range r.nodes[slot].pods {
+		if p.priority < c.p.priority && leavingForPreemptor(p.pod) {
+			return "not eligible due to a terminating pod on the nominated node."
+		}
+	}
+	return ""
+}
+
+func leavingForPreemptor(pod *corev1.Pod) bool {
+	if pod.DeletionTimestamp == nil {
+		return false
+	}
+	for _, c := range pod.Status.Conditions {
+		if c.Type == corev1.DisruptionTarget {
+			return c.Status == corev1.ConditionTrue && c.Reason == corev1.PodReasonPreemptionByScheduler
+		}
+	}
+	return false
+}
+
+// findVictims tries nodes where evictions could help, from a random one on, and
+// returns the best; nil and the nodes' statuses when there is none.
+func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
+	var nodes []int32
+	for _, slot := range r.cluster.order {
+		if s := r.statuses[slot]; s != nil && !s.unresolvable {
+			nodes = append(nodes, slot)
+		}
+	}
+	statuses := make([]*status, len(r.nodes))
+	if len(nodes) == 0 {
+		return nil, statuses
+	}
+	enough := max(len(nodes)*int(r.cfg.PreemptionCandidatesPercentage)/100, int(r.cfg.PreemptionCandidatesMin))
+	offset := r.random(c.p).IntN(len(nodes))
+	budgets := slices.Collect(r.in.State.PodDisruptionBudgets())
+	var found []*nodeVictims
+	harmless := false
+	for i := range nodes {
+		slot := nodes[(offset+i)%len(nodes)]
+		v, s := r.victimsOn(c, slot, budgets)
+		if s != nil {
+			statuses[slot] = s
+			continue
+		}
+		found = append(found, v)
+		harmless = harmless || v.violations == 0
+		if harmless && len(found) >= enough {
+			break
+		}
+	}
+	if len(found) == 0 {
+		return nil, statuses
+	}
+	return r.leastHarm(found), nil
+}
+
+// victimsOn returns the fewest and least important pods to evict from a node:
+// all of lower priority are taken away, then put back one by one, the most
+// important first, as long as the pod still fits. Pods that leave already are
+// no victims. A status says why it does not help.
+func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisruptionBudget) (*nodeVictims, *status) {
+	n := r.nodes[slot].clone()
+	var removed, potential []*podInfo
+	remove := func(p *podInfo) {
+		n.remove(p)
+		c.count(p, n, -1)
+	}
+	add := func(p *podInfo) {
+		n.add(p)
+		c.count(p, n, 1)
+	}
+	for _, p := range r.nodes[slot].pods {
+		if p.priority >= c.p.priority {
+			continue
+		}
+		removed = append(removed, p)
+		if !r.evicted[p] && !leavingForPreemptor(p.pod) {
+			if p.pod.Spec.NodeName == "" {
+				// Placed in this round: its binding is in the plan. Evicting
+				// what does not run yet must wait for the next round.
+				removed = removed[:len(removed)-1]
+				continue
+			}
+			potential = append(potential, p)
+		}
+	}
+	if len(removed) == 0 {
+		return nil, statusNoVictims
+	}
+	for _, p := range removed {
+		remove(p)
+	}
+	out := &nodeVictims{slot: slot}
+	away := map[*podInfo]bool{}
+	for _, p := range removed {
+		away[p] = true
+	}
+	defer func() {
+		for _, p := range removed {
+			if away[p] {
+				c.count(p, n, 1)
+			}
+		}
+	}()
+	if s := r.filter(c, n); s != nil {
+		return nil, s
+	}
+	slices.SortStableFunc(potential, r.moreImportant)
+	violating, others := splitByBudget(potential, budgets)
+	reprieve := func(p *podInfo) bool {
+		add(p)
+		if r.filter(c, n) == nil {
+			away[p] = false
+			return true
+		}
+		remove(p)
+		out.pods = append(out.pods, p)
+		return false
+	}
+	for _, p := range violating {
+		if !reprieve(p) {
+			out.violations++
+		}
+	}
+	for _, p := range others {
+		reprieve(p)
+	}
+	slices.SortStableFunc(out.pods, r.moreImportant)
+	return out, nil
+}
+
+// moreImportant orders pods by priority, then by how long they run.
+func (r *round) moreImportant(a, b *podInfo) int {
+	if a.priority != b.priority {
+		return cmp.Compare(b.priority, a.priority)
+	}
+	return r.startTime(a).Compare(r.startTime(b))
+}
+
+func (r *round) startTime(p *podInfo) time.Time {
+	if t := p.pod.Status.StartTime; t != nil {
+		return t.Time
+	}
+	return r.in.Now
+}
+
+// splitByBudget tells the pods whose eviction a PodDisruptionBudget forbids,
+// given that those before them in the list are evicted, from the others.
+func splitByBudget(pods []*podInfo, budgets []*policyv1.PodDisruptionBudget) (violating, others []*podInfo) {
+	left := make([]int32, len(budgets))
+	selectors := make([]labels.Selector, len(budgets))
+	for i, b := range budgets {
+		left[i] = b.Status.DisruptionsAllowed
+		if s, err := metav1.LabelSelectorAsSelector(b.Spec.Selector); err == nil && !s.Empty() {
+			selectors[i] = s
+		}
+	}
+	forbidden := func(pod *corev1.Pod) bool {
+		if len(pod.Labels) == 0 {
+			return false
+		}
+		for i, b := range budgets {
+			if b.Namespace != pod.Namespace || selectors[i] == nil || !selectors[i].Matches(labels.Set(pod.Labels)) {
+				continue
+			}
+			if _, already := b.Status.DisruptedPods[pod.Name]; already {
+				continue
+			}
+			if left[i]--; left[i] < 0 {
+				return true
+			}
+		}
+		return false
+	}
+	for _, p := range pods {
+		if forbidden(p.pod) {
+			violating = append(violating, p)
+		} else {
+			others = append(others, p)
+		}
+	}
+	return violating, others
+}
+
+// leastHarm picks the node with the fewest violated budgets, then the lowest
+// highest priority, the lowest sum of priorities, the fewest victims, and the
+// most recently started important victims; then the first.
+func (r *round) leastHarm(found []*nodeVictims) *nodeVictims {
+	highest := func(v *nodeVictims) int64 {
+		if len(v.pods) == 0 {
+			return math.MinInt64
+		}
+		return int64(v.pods[0].priority)
+	}
+	sum := func(v *nodeVictims) (total int64) {
+		for _, p := range v.pods {
+			total += int64(p.priority) + math.MaxInt32 + 1
+		}
+		return total
+	}
+	earliest := func(v *nodeVictims) time.Time {
+		t := r.in.Now
+		for _, p := range v.pods {
+			if start := r.startTime(p); p.priority == v.pods[0].priority && start.Before(t) {
+				t = start
+			}
+		}
+		return t
+	}
+	return slices.MinFunc(found, func(a, b *nodeVictims) int {
+		return cmp.Or(
+			cmp.Compare(a.violations, b.violations),
+			cmp.Compare(highest(a), highest(b)),
+			cmp.Compare(sum(a), sum(b)),
+			cmp.Compare(len(a.pods), len(b.pods)),
+			earliest(b).Compare(earliest(a)),
+		)
+	})
+}

@@ -1,0 +1,207 @@
+package sched
+
+import (
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/util/validation"
+	resourcehelper "k8s.io/component-helpers/resource"
+)
+
+// Requests assumed in scoring, and only there, for containers that state none:
+// otherwise pods without requests would all pile up on one node.
+const (
+	assumedMilliCPU = 100
+	assumedMemory   = 200 << 20
+)
+
+// resources are amounts in plain integers: CPU in thousandths of a core, the
+// others in their own unit. Scalars are sorted by name; the slice is copied
+// before it is changed.
+type resources struct {
+	milliCPU, memory, ephemeralStorage, pods int64
+	scalars                                  []scalar
+}
+
+type scalar struct {
+	name  corev1.ResourceName
+	value int64
+}
+
+func makeResources(list corev1.ResourceList) resources {
+	var r resources
+	for name, q := range list {
+		switch name {
+		case corev1.ResourceCPU:
+			r.milliCPU = q.MilliValue()
+		case corev1.ResourceMemory:
+			r.memory = q.Value()
+		case corev1.ResourceEphemeralStorage:
+			r.ephemeralStorage = q.Value()
+		case corev1.ResourcePods:
+			r.pods = q.Value()
+		default:
+			if isScalar(name) {
+				r.scalars = append(r.scalars, scalar{name, q.Value()})
+			}
+		}
+	}
+	slices.SortFunc(r.scalars, func(a, b scalar) int { return strings.Compare(string(a.name), string(b.name)) })
+	return r
+}
+
+// isZero reports whether nothing is requested; a scalar that is named counts as
+// requested even when its amount is 0.
+func (r *resources) isZero() bool {
+	return r.milliCPU == 0 && r.memory == 0 && r.ephemeralStorage == 0 && len(r.scalars) == 0
+}
+
+func (r *resources) scalar(name corev1.ResourceName) int64 {
+	for _, s := range r.scalars {
+		if s.name == name {
+			return s.value
+		}
+	}
+	return 0
+}
+
+// add adds sign times o. The scalars of r must be its own (see clone).
+func (r *resources) add(o *resources, sign int64) {
+	r.milliCPU += sign * o.milliCPU
+	r.memory += sign * o.memory
+	r.ephemeralStorage += sign * o.ephemeralStorage
+	for _, s := range o.scalars {
+		at, found := slices.BinarySearchFunc(r.scalars, s.name, func(a scalar, name corev1.ResourceName) int {
+			return strings.Compare(string(a.name), string(name))
+		})
+		if !found {
+			r.scalars = slices.Insert(r.scalars, at, scalar{name: s.name})
+		}
+		r.scalars[at].value += sign * s.value
+	}
+}
+
+func (r resources) clone() resources {
+	r.scalars = slices.Clone(r.scalars)
+	return r
+}
+
+// podRequests returns what the pod takes from a node and, for scoring, its CPU
+// and memory with assumed amounts for containers that state none. For a running
+// pod that is being resized it is the larger of wanted and actual.
+func podRequests(pod *corev1.Pod) (req resources, scoredCPU, scoredMemory int64) {
+	if r, ok := plainRequests(pod); ok {
+		return r.resources, r.scoredCPU, r.scoredMemory
+	}
+	opts := resourcehelper.PodResourcesOptions{
+		UseStatusResources: true,
+		InPlacePodLevelResourcesVerticalScalingEnabled: true,
+	}
+	list := resourcehelper.PodRequests(pod, opts)
+	req = makeResources(list)
+	req.pods = 0
+
+	assumed := corev1.ResourceList{
+		corev1.ResourceCPU:    *resource.NewMilliQuantity(assumedMilliCPU, resource.DecimalSI),
+		corev1.ResourceMemory: *resource.NewQuantity(assumedMemory, resource.BinarySI),
+	}
+	if resourcehelper.IsPodLevelRequestsSet(pod) {
+		for name := range list {
+			delete(assumed, name)
+		}
+	}
+	if len(assumed) == 0 {
+		return req, req.milliCPU, req.memory
+	}
+	opts.NonMissingContainerRequests = assumed
+	list = resourcehelper.PodRequests(pod, opts)
+	return req, list.Cpu().MilliValue(), list.Memory().Value()
+}
+
+type plainRequest struct {
+	resources
+	scoredCPU, scoredMemory int64
+}
+
+// plainRequests is a shortcut for the common pod, which has only ordinary
+// containers and was never resized; ok is false for any other.
+func plainRequests(pod *corev1.Pod) (r plainRequest, ok bool) {
+	if len(pod.Spec.InitContainers) != 0 || len(pod.Spec.Overhead) != 0 || pod.Spec.Resources != nil ||
+		pod.Status.Resources != nil || len(pod.Status.AllocatedResources) != 0 ||
+		len(pod.Status.NodeAllocatableResourceClaimStatuses) != 0 {
+		return r, false
+	}
+	for i := range pod.Status.ContainerStatuses {
+		if s := &pod.Status.ContainerStatuses[i]; s.Resources != nil || len(s.AllocatedResources) != 0 {
+			return r, false
+		}
+	}
+	for i := range pod.Spec.Containers {
+		requests := pod.Spec.Containers[i].Resources.Requests
+		hasCPU, hasMemory := false, false
+		for name, q := range requests {
+			switch name {
+			case corev1.ResourceCPU:
+				hasCPU = true
+				r.milliCPU += q.MilliValue()
+			case corev1.ResourceMemory:
+				hasMemory = true
+				r.memory += q.Value()
+			case corev1.ResourceEphemeralStorage:
+				r.ephemeralStorage += q.Value()
+			default:
+				return r, false
+			}
+		}
+		if !hasCPU {
+			r.scoredCPU += assumedMilliCPU
+		}
+		if !hasMemory {
+			r.scoredMemory += assumedMemory
+		}
+	}
+	r.scoredCPU += r.milliCPU
+	r.scoredMemory += r.memory
+	return r, true
+}
+
+// isScalar reports whether a resource is counted in whole units by name:
+// extended resources, huge pages and attachable volumes.
+func isScalar(name corev1.ResourceName) bool {
+	s := string(name)
+	if strings.HasPrefix(s, corev1.ResourceHugePagesPrefix) ||
+		strings.HasPrefix(s, corev1.ResourceAttachableVolumesPrefix) ||
+		strings.Contains(s, corev1.ResourceDefaultNamespacePrefix) {
+		return true
+	}
+	if !strings.Contains(s, "/") || strings.HasPrefix(s, corev1.DefaultResourceRequestsPrefix) {
+		return false
+	}
+	return len(validation.IsQualifiedName(corev1.DefaultResourceRequestsPrefix+s)) == 0
+}
+
+// insufficient returns why the pod does not fit into what the node has left,
+// and whether it would not fit into the empty node either.
+func (n *nodeInfo) insufficient(p *podInfo) (reasons []string, unresolvable bool) {
+	if int64(len(n.pods))+1 > n.allocatable.pods {
+		reasons = append(reasons, "Too many pods")
+	}
+	if p.req.isZero() {
+		return reasons, false
+	}
+	check := func(name string, want, allocatable, used int64) {
+		if want > 0 && want > allocatable-used {
+			reasons = append(reasons, "Insufficient "+name)
+			unresolvable = unresolvable || want > allocatable
+		}
+	}
+	check("cpu", p.req.milliCPU, n.allocatable.milliCPU, n.requested.milliCPU)
+	check("memory", p.req.memory, n.allocatable.memory, n.requested.memory)
+	check("ephemeral-storage", p.req.ephemeralStorage, n.allocatable.ephemeralStorage, n.requested.ephemeralStorage)
+	for _, s := range p.req.scalars {
+		check(string(s.name), s.value, n.allocatable.scalar(s.name), n.requested.scalar(s.name))
+	}
+	return reasons, unresolvable
+}

@@ -1,0 +1,214 @@
+package sched
+
+import (
+	"math"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
+)
+
+// maxScore is the best a node gets from one score, before its weight.
+const maxScore = 100
+
+// choose returns the feasible node with the highest weighted sum of scores.
+// Among equals the pod's own random numbers decide.
+func (r *round) choose(c *candidate, feasible []int32) int32 {
+	total := make([]int64, len(feasible))
+	scores := make([]int64, len(feasible))
+	for _, s := range []struct {
+		weight int64
+		score  func(*candidate, []int32, []int64) bool
+	}{
+		{r.cfg.Weights.TaintToleration, r.scoreTaints},
+		{r.cfg.Weights.NodeAffinity, r.scoreNodeAffinity},
+		{r.cfg.Weights.TopologySpread, r.scoreSpread},
+		{r.cfg.Weights.PodAffinity, r.scoreAffinity},
+		{r.cfg.Weights.LeastAllocated, r.scoreLeastAllocated},
+		{r.cfg.Weights.BalancedResource, r.scoreBalance},
+		{r.cfg.Weights.ImageLocality, r.scoreImages},
+	} {
+		if s.weight == 0 {
+			continue
+		}
+		clear(scores)
+		if !s.score(c, feasible, scores) {
+			continue
+		}
+		for i := range total {
+			total[i] += s.weight * scores[i]
+		}
+	}
+	best, ties := 0, 1
+	random := r.random(c.p)
+	for i := 1; i < len(feasible); i++ {
+		switch {
+		case total[i] > total[best]:
+			best, ties = i, 1
+		case total[i] == total[best]:
+			if ties++; random.IntN(ties) == 0 {
+				best = i
+			}
+		}
+	}
+	return feasible[best]
+}
+
+// normalize stretches scores to 0..maxScore by their highest; reverse makes the
+// lowest the best.
+func normalize(scores []int64, reverse bool) {
+	var highest int64
+	for _, s := range scores {
+		highest = max(highest, s)
+	}
+	for i := range scores {
+		if highest > 0 {
+			scores[i] = maxScore * scores[i] / highest
+		}
+		if reverse {
+			scores[i] = maxScore - scores[i]
+		}
+	}
+}
+
+// scoreTaints prefers nodes with few PreferNoSchedule taints the pod does not
+// tolerate.
+func (r *round) scoreTaints(c *candidate, feasible []int32, scores []int64) bool {
+	var tolerations []corev1.Toleration
+	for _, t := range c.p.pod.Spec.Tolerations {
+		if t.Effect == "" || t.Effect == corev1.TaintEffectPreferNoSchedule {
+			tolerations = append(tolerations, t)
+		}
+	}
+	any := false
+	for i, slot := range feasible {
+		taints := r.nodes[slot].node.Spec.Taints
+		for j := range taints {
+			if taints[j].Effect == corev1.TaintEffectPreferNoSchedule && !tolerates(tolerations, &taints[j]) {
+				scores[i]++
+				any = true
+			}
+		}
+	}
+	if !any {
+		return false // equal for all
+	}
+	normalize(scores, true)
+	return true
+}
+
+// scoreNodeAffinity adds the weights of the pod's preferred node affinity.
+func (r *round) scoreNodeAffinity(c *candidate, feasible []int32, scores []int64) bool {
+	a := c.p.pod.Spec.Affinity
+	if a == nil || a.NodeAffinity == nil || len(a.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution) == 0 {
+		return false
+	}
+	terms, err := nodeaffinity.NewPreferredSchedulingTerms(a.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution)
+	if err != nil {
+		return false // the API server validates terms; a preference is not worth failing for
+	}
+	for i, slot := range feasible {
+		scores[i] = terms.Score(r.nodes[slot].node)
+	}
+	normalize(scores, false)
+	return true
+}
+
+// scoreLeastAllocated prefers nodes with much CPU and memory left.
+func (r *round) scoreLeastAllocated(c *candidate, feasible []int32, scores []int64) bool {
+	free := func(requested, allocatable int64) int64 {
+		if requested > allocatable {
+			return 0
+		}
+		return (allocatable - requested) * maxScore / allocatable
+	}
+	for i, slot := range feasible {
+		n := r.nodes[slot]
+		var sum, count int64
+		if a := n.allocatable.milliCPU; a > 0 {
+			sum += free(n.scoredCPU+c.p.scoredCPU, a)
+			count++
+		}
+		if a := n.allocatable.memory; a > 0 {
+			sum += free(n.scoredMemory+c.p.scoredMemory, a)
+			count++
+		}
+		if count > 0 {
+			scores[i] = sum / count
+		}
+	}
+	return true
+}
+
+// scoreBalance prefers nodes whose shares of used CPU and memory the pod makes
+// more equal. Pods that request neither are not scored.
+func (r *round) scoreBalance(c *candidate, feasible []int32, scores []int64) bool {
+	req := &c.p.req
+	if req.milliCPU == 0 && req.memory == 0 {
+		return false
+	}
+	balance := func(n *nodeInfo, cpu, memory int64) int64 {
+		if n.allocatable.milliCPU == 0 || n.allocatable.memory == 0 {
+			return maxScore // one resource alone is always in balance
+		}
+		a := min(float64(cpu)/float64(n.allocatable.milliCPU), 1)
+		b := min(float64(memory)/float64(n.allocatable.memory), 1)
+		return int64((1 - math.Abs((a-b)/2)) * maxScore)
+	}
+	for i, slot := range feasible {
+		n := r.nodes[slot]
+		with := balance(n, n.requested.milliCPU+req.milliCPU, n.requested.memory+req.memory)
+		without := balance(n, n.requested.milliCPU, n.requested.memory)
+		scores[i] = maxScore/2 + (maxScore/2+with-without)/2
+	}
+	return true
+}
+
+// scoreImages prefers nodes that have the pod's images, by size, and more so
+// images that many nodes have, lest all pods of one image end on one node.
+func (r *round) scoreImages(c *candidate, feasible []int32, scores []int64) bool {
+	if len(r.cluster.imageNodes) == 0 {
+		return false
+	}
+	var names []string
+	add := func(name string) { names = append(names, normalizedImage(name)) }
+	spec := &c.p.pod.Spec
+	for i := range spec.InitContainers {
+		add(spec.InitContainers[i].Image)
+	}
+	for i := range spec.Containers {
+		add(spec.Containers[i].Image)
+	}
+	for i := range spec.Volumes {
+		if image := spec.Volumes[i].Image; image != nil {
+			add(image.Reference)
+		}
+	}
+	if len(names) == 0 {
+		return false
+	}
+	const small = 23 << 20
+	large := int64(1000<<20) * int64(len(names))
+	all := float64(len(r.cluster.order))
+	any := false
+	for i, slot := range feasible {
+		var sum int64
+		for _, name := range names {
+			if size, ok := r.nodes[slot].images[name]; ok {
+				sum += int64(float64(size) * (float64(r.cluster.imageNodes[name]) / all))
+			}
+		}
+		sum = min(max(sum, small), large)
+		scores[i] = maxScore * (sum - small) / (large - small)
+		any = any || scores[i] > 0
+	}
+	return any
+}
+
+// normalizedImage gives an image name without a tag the tag it is pulled with.
+func normalizedImage(name string) string {
+	if strings.LastIndex(name, ":") <= strings.LastIndex(name, "/") {
+		return name + ":latest"
+	}
+	return name
+}
