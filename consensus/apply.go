@@ -1,0 +1,255 @@
+package consensus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pb "timonel/proto/timonel/v1"
+)
+
+type termKey struct{}
+
+// WithTerm returns a context that binds writes to a term: Apply with it, or one
+// derived from it, writes only in that term and returns ErrTermChanged when it
+// is over, on whichever replica it is called. Term 0 removes the bond.
+func WithTerm(ctx context.Context, term uint64) context.Context {
+	return context.WithValue(ctx, termKey{}, term)
+}
+
+// TermFrom returns the term that WithTerm put into ctx, 0 if none.
+func TermFrom(ctx context.Context) uint64 {
+	term, _ := ctx.Value(termKey{}).(uint64)
+	return term
+}
+
+// Apply commits a command and returns what the state machine of this replica
+// made of it, after it was applied here: a read that follows sees it. On a
+// follower the command is forwarded to the leader.
+//
+// Without a leader, or when one dies, Apply waits for the next one, as long as
+// ctx and Config.ProposeTimeout allow, and tries again only when it is certain
+// that the command was not and will not be applied. Errors: ErrNoLeader,
+// ErrTermChanged, ErrTooLarge and ErrClosed mean that nothing was written,
+// ErrUnknownOutcome that it may have been. Each wraps ctx's error if that was
+// the reason.
+//
+// The caller must not change cmd before Apply returns.
+func (r *Replica) Apply(ctx context.Context, cmd []byte) (any, error) {
+	if len(cmd) > r.cfg.MaxCommandBytes {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d (MaxCommandBytes)", ErrTooLarge, len(cmd), r.cfg.MaxCommandBytes)
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProposeTimeout)
+	defer cancel()
+	fence := TermFrom(ctx)
+	for {
+		v, err := r.waitLeader(ctx, fence)
+		if err != nil {
+			return nil, err
+		}
+		var o outcome
+		id := newRequestID()
+		w := r.machine.expect(id, v.Term)
+		if v.self {
+			o, err = r.attemptLocal(ctx, w, entry{kind: kindCommand, id: id, term: v.Term, command: cmd})
+		} else {
+			o, err = r.attemptRemote(ctx, w, v, id, cmd)
+		}
+		r.machine.forget(id)
+		switch {
+		case err != nil:
+			return nil, err
+		case o.kind == outcomeApplied:
+			return o.result, nil
+		case o.kind == outcomeUnknown:
+			return nil, fmt.Errorf("%w: a snapshot was installed over it", ErrUnknownOutcome)
+		}
+		// Dropped: nothing was written and nothing will be.
+		if err := r.pause(ctx, 2*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// pause waits for a change of leadership, or for the time given.
+func (r *Replica) pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: %w", ErrNoLeader, context.Cause(ctx))
+	case <-r.ctx.Done():
+		return ErrClosed
+	}
+}
+
+// waitLeader returns who leads, with the term fence if it is not 0, as soon as
+// somebody does.
+func (r *Replica) waitLeader(ctx context.Context, fence uint64) (leaderView, error) {
+	for {
+		changed := r.changed.wait()
+		v, ok := r.view()
+		if fence != 0 {
+			if node := r.node.Load(); node != nil && node.CurrentTerm() > fence {
+				return v, fmt.Errorf("%w: term %d, now %d", ErrTermChanged, fence, node.CurrentTerm())
+			}
+			ok = ok && v.Term == fence
+		}
+		if ok {
+			return v, nil
+		}
+		t := time.NewTimer(20 * time.Millisecond) // Raft does not announce every change
+		select {
+		case <-changed:
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return v, fmt.Errorf("%w: %w", ErrNoLeader, context.Cause(ctx))
+		case <-r.failedCh:
+			t.Stop()
+			return v, fmt.Errorf("%w: %w", ErrClosed, r.Err())
+		case <-r.ctx.Done():
+			t.Stop()
+			return v, ErrClosed
+		}
+		t.Stop()
+	}
+}
+
+// proposal is an entry given to the local Raft as the leader.
+type proposal struct {
+	// failed is closed when the entry was certainly not appended.
+	failed chan struct{}
+	// settled is closed when Raft has answered; err, index and term are set then.
+	settled chan struct{}
+	err     error // nil: committed and applied on this replica
+	index   uint64
+	term    uint64
+	at      time.Time
+}
+
+// propose gives an entry to Raft. It does not wait.
+func (r *Replica) propose(id requestID, e entry) *proposal {
+	p := &proposal{failed: make(chan struct{}), settled: make(chan struct{}), term: e.term, at: time.Now()}
+	node := r.node.Load()
+	if node == nil {
+		p.err = raft.ErrNotLeader
+		close(p.failed)
+		close(p.settled)
+		return p
+	}
+	data := e.encode()
+	go func() { // ends with Raft's answer, or with the process when Raft shuts down first
+		f := node.ApplyLog(raft.Log{Data: data}, r.cfg.ProposeTimeout)
+		p.err = f.Error()
+		p.index = f.Index()
+		if certainlyNotAppended(p.err) {
+			close(p.failed)
+		}
+		close(p.settled)
+	}()
+	return p
+}
+
+// certainlyNotAppended reports that Raft refused an entry before it had a place
+// in any log.
+func certainlyNotAppended(err error) bool {
+	return errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrLeadershipTransferInProgress) ||
+		errors.Is(err, raft.ErrEnqueueTimeout)
+}
+
+// attemptLocal proposes on this replica, which leads. An entry that Raft gave up
+// on after appending it is waited for: it is either applied here, or dropped
+// when the first entry of a later term is.
+func (r *Replica) attemptLocal(ctx context.Context, w *waiter, e entry) (outcome, error) {
+	p := r.propose(e.id, e)
+	select {
+	case o := <-w.done:
+		return o, nil
+	case <-p.failed:
+		return outcome{kind: outcomeDropped}, nil
+	case <-ctx.Done():
+		return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, context.Cause(ctx))
+	case <-r.ctx.Done():
+		return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, ErrClosed)
+	}
+}
+
+// attemptRemote forwards a command to the leader and waits until it is applied
+// here. A call that breaks is repeated with the same request id while the same
+// leader leads: it recognises the request. Once the term is over, the local log
+// tells what became of it.
+func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id requestID, cmd []byte) (outcome, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	req := &pb.ProposeRequest{RequestId: id[:], Command: cmd, Term: v.Term}
+	type answer struct {
+		resp   *pb.ProposeResponse
+		err    error
+		unsent bool
+	}
+	answers := make(chan answer, 1)
+	call := func() {
+		var a answer
+		conn, err := r.cfg.PeerConn(ctx, v.ID)
+		if err != nil {
+			a.err, a.unsent = status.Error(codes.Unavailable, err.Error()), true
+		} else {
+			a.resp, a.err = pb.NewConsensusClient(conn).Propose(ctx, req)
+		}
+		answers <- a
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	sent := false
+	wg.Go(call)
+	for {
+		select {
+		case o := <-w.done:
+			return o, nil
+		case a := <-answers:
+			switch status.Code(a.err) {
+			case codes.OK:
+				r.machine.placed(id, a.resp.Index)
+				answers = nil // the local state machine has the last word
+				continue
+			case codes.FailedPrecondition:
+				if !sent {
+					return outcome{kind: outcomeDropped}, nil
+				}
+				// An earlier copy may have been appended: the log will tell.
+				answers = nil
+				continue
+			case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented, codes.ResourceExhausted:
+				if !sent {
+					return outcome{}, fmt.Errorf("forward to the leader %s: %w", v.ID, a.err)
+				}
+			}
+			sent = sent || !a.unsent
+			if !sent {
+				return outcome{kind: outcomeDropped}, r.pause(ctx, 10*time.Millisecond)
+			}
+			if err := r.pause(ctx, 10*time.Millisecond); err != nil {
+				return outcome{}, fmt.Errorf("%w: forward to the leader %s: %w", ErrUnknownOutcome, v.ID, errors.Join(a.err, context.Cause(ctx)))
+			}
+			if now, ok := r.view(); ok && now.Term == v.Term {
+				wg.Go(call)
+			} else {
+				answers = nil
+			}
+		case <-ctx.Done():
+			return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, context.Cause(ctx))
+		case <-r.ctx.Done():
+			return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, ErrClosed)
+		}
+	}
+}

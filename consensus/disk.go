@@ -1,0 +1,181 @@
+package consensus
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+)
+
+// disk is the log store and the stable store as Raft sees them: it times each
+// write, so that a stalled disk is noticed, and keeps a failing one from ending
+// the process.
+type disk struct {
+	store *raftboltdb.BoltStore
+	log   *slog.Logger
+	stop  <-chan struct{} // the replica closes
+
+	mu      sync.Mutex
+	writes  map[uint64]time.Time // in progress, by number: since when
+	next    uint64
+	err     error // of the last write, nil when it succeeded
+	appends DiskStats
+}
+
+// DiskStats are figures of the log's appends since the start.
+type DiskStats struct {
+	// Appends is how many batches were written, each with one sync; Entries how
+	// many log entries they held.
+	Appends, Entries uint64
+	// Total and Max are the time they took, and the longest.
+	Total, Max time.Duration
+}
+
+func newDisk(store *raftboltdb.BoltStore, log *slog.Logger, stop <-chan struct{}) *disk {
+	return &disk{store: store, log: log, stop: stop, writes: map[uint64]time.Time{}}
+}
+
+// timed runs one write.
+func (d *disk) timed(what string, entries int, write func() error) error {
+	start := time.Now()
+	d.mu.Lock()
+	n := d.next
+	d.next++
+	d.writes[n] = start
+	d.mu.Unlock()
+
+	err := write()
+
+	took := time.Since(start)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.writes, n)
+	if err != nil && d.err == nil {
+		d.log.Error("cannot write the log: this replica does not lead until it can", "what", what, "error", err)
+	} else if err == nil && d.err != nil {
+		d.log.Info("the log can be written again")
+	}
+	d.err = err
+	if entries > 0 && err == nil {
+		d.appends.Appends++
+		d.appends.Entries += uint64(entries)
+		d.appends.Total += took
+		d.appends.Max = max(d.appends.Max, took)
+	}
+	return err
+}
+
+// busy returns for how long the oldest write in progress has been so.
+func (d *disk) busy() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var longest time.Duration
+	for _, t := range d.writes {
+		longest = max(longest, time.Since(t))
+	}
+	return longest
+}
+
+func (d *disk) stats() (DiskStats, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.appends, d.err
+}
+
+// StoreLogs implements raft.LogStore.
+func (d *disk) StoreLogs(logs []*raft.Log) error {
+	return d.timed("append", len(logs), func() error { return d.store.StoreLogs(logs) })
+}
+
+// StoreLog implements raft.LogStore.
+func (d *disk) StoreLog(l *raft.Log) error { return d.StoreLogs([]*raft.Log{l}) }
+
+// FirstIndex implements raft.LogStore.
+func (d *disk) FirstIndex() (uint64, error) { return d.store.FirstIndex() }
+
+// LastIndex implements raft.LogStore.
+func (d *disk) LastIndex() (uint64, error) { return d.store.LastIndex() }
+
+// GetLog implements raft.LogStore.
+func (d *disk) GetLog(index uint64, l *raft.Log) error { return d.store.GetLog(index, l) }
+
+// DeleteRange implements raft.LogStore.
+func (d *disk) DeleteRange(first, last uint64) error {
+	end, err := d.store.LastIndex()
+	if err != nil {
+		return err
+	}
+	if last >= end { // a suffix that conflicts goes at once, lest a hole stay
+		return d.timed("truncate", 0, func() error { return d.store.DeleteRange(first, last) })
+	}
+	for ; first <= last; first += deleteChunk {
+		to := min(last, first+deleteChunk-1)
+		if err := d.timed("shorten", 0, func() error { return d.store.DeleteRange(first, to) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Set implements raft.StableStore.
+func (d *disk) Set(key, value []byte) error {
+	return d.timed("vote", 0, func() error { return d.store.Set(key, value) })
+}
+
+// SetUint64 implements raft.StableStore. Raft panics when its term cannot be
+// written, so a failing disk makes it wait here instead, without a vote or a
+// voice, until there is room or the replica closes.
+func (d *disk) SetUint64(key []byte, value uint64) error {
+	for {
+		err := d.timed("term", 0, func() error { return d.store.SetUint64(key, value) })
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-d.stop:
+			// An answer sent now would promise what is not on disk, and an error
+			// would panic: end this goroutine of Raft, which is shutting down.
+			runtime.Goexit()
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// Get implements raft.StableStore.
+func (d *disk) Get(key []byte) ([]byte, error) { return d.store.Get(key) }
+
+// GetUint64 implements raft.StableStore.
+func (d *disk) GetUint64(key []byte) (uint64, error) { return d.store.GetUint64(key) }
+
+// measureFsync returns the median time that writing and syncing 4 KiB takes in
+// the folder.
+func measureFsync(dir string) (time.Duration, error) {
+	path := filepath.Join(dir, "fsync.tmp")
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return 0, fmt.Errorf("measure the disk: %w", err)
+	}
+	defer os.Remove(path)
+	defer f.Close()
+	block := make([]byte, 4096)
+	var took []time.Duration
+	for i := range 9 {
+		start := time.Now()
+		if _, err := f.WriteAt(block, int64(i*len(block))); err != nil {
+			return 0, fmt.Errorf("measure the disk: %w", err)
+		}
+		if err := f.Sync(); err != nil {
+			return 0, fmt.Errorf("measure the disk: %w", err)
+		}
+		took = append(took, time.Since(start))
+	}
+	slices.Sort(took)
+	return took[len(took)/2], nil
+}

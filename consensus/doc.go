@@ -1,0 +1,51 @@
+// Package consensus is one replica of the cluster's Raft log: hashicorp/raft
+// with raft-boltdb and file snapshots, over mutual TLS, with forwarding, a
+// linearizable read barrier, founding and joining a cluster.
+//
+//	replica, err := consensus.Open(ctx, consensus.Config{
+//		ID: "c1", ClusterID: "prod", DataDir: "/var/lib/timonel/raft",
+//		TLS: tlsConfig, PeerConn: dialClusterPort, Peers: gossipControllers,
+//		BootstrapExpect: 3,
+//	}, fsm)
+//	...
+//	replica.Register(grpcServer)              // what replicas ask each other
+//	result, err := replica.Apply(ctx, cmd)    // on any replica; applied here when it returns
+//	err = replica.ReadBarrier(ctx)            // local reads after it are linearizable
+//	err = replica.Lead(ctx, func(ctx context.Context, term uint64) error {
+//		...                                   // while this replica leads; writes with ctx are fenced
+//	})
+//
+// # How a write lives
+//
+// Apply gives the command a random request id and wraps it in an entry (see
+// entry.go) that is fenced to the leader's term: in any other term no state
+// machine sees it. On a follower it goes to the leader by gRPC. Raft appends
+// what concurrent callers bring in one batch with one sync, on the leader, then
+// on the followers. The reply is the result of the local state machine, found by
+// request id, so that the caller reads its own write on the replica it asked.
+//
+// When a leader dies, the local log tells what became of an entry: each leader
+// opens its term with a marker, and once that is applied, an entry of an earlier
+// term that has not come never will. Apply then tries again with the new leader.
+// So a write that a failover interrupts is late, rarely unknown.
+//
+// # How a read lives
+//
+// ReadBarrier asks the leader for its commit index, confirmed by a round to a
+// majority that began after the call, and waits until this replica has applied
+// it. All reads that wait share one round.
+//
+// # How a leader is replaced
+//
+// Its process died: the kernel closes its connections; followers probe its
+// address and, when it is refused, stand for election in the order of their
+// names (watch.go). Its machine or network died: Raft's HeartbeatTimeout, with
+// pre-vote. Its disk stalls: it falls silent by itself.
+//
+// # How a replica finds its cluster
+//
+// See join.go: a replica without data asks its peers, through Membership.Hello,
+// and founds a cluster only with BootstrapExpect others that have none either.
+// A replica whose data folder was wiped comes back as a non-voter and votes
+// again when it has caught up.
+package consensus

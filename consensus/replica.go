@@ -1,0 +1,443 @@
+package consensus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+)
+
+// Replica is one replica of the log. Its methods may be called concurrently.
+type Replica struct {
+	cfg       Config
+	log       *slog.Logger
+	folder    *dataFolder
+	advertise string
+	fsync     time.Duration // measured at start
+	stream    *stream
+	machine   *machine
+	store     *raftboltdb.BoltStore
+	disk      *disk
+	snapshots *snapshotStore
+	stop      chan struct{} // closed when Close begins
+	closing   sync.Once
+	closeErr  error
+	done      chan struct{} // closed when Close is through
+
+	// ctx ends with the replica; wg counts its goroutines.
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	node    atomic.Pointer[raft.Raft] // nil until the replica is a member
+	trans   *transport                // set before node
+	changed *signal                   // leader, term, role or membership may have changed
+	peers   peerCache
+	leads   leaderships
+	deduper deduper
+	local   batcher // read index rounds of this replica as the leader
+	remote  batcher // and as a follower
+	lostCh  chan lostPeer
+	stalled atomic.Bool
+	members membersState
+
+	failedMu sync.Mutex
+	failed   error         // why this replica stands still for good
+	failedCh chan struct{} // closed then
+	notes    []string      // problems found at start
+}
+
+// Open opens the data folder, or makes it, and starts the replica. It returns
+// without waiting for the cluster: a replica without data looks for it in the
+// background, through Config.Peers and Config.PeerConn, so serve what Register
+// registers soon. ctx bounds opening alone. The caller must call Close.
+//
+// Errors are one line that names the file or field and says what to do; nothing
+// in a data folder is changed when it is another replica's or damaged.
+func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg = cfg.withDefaults()
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	r := &Replica{
+		cfg: cfg, log: cfg.Logger.With("replica", cfg.ID),
+		stop: make(chan struct{}), done: make(chan struct{}), failedCh: make(chan struct{}),
+		changed: newSignal(), lostCh: make(chan lostPeer, 16),
+	}
+	r.cfg.Logger = r.log
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	r.local.round, r.remote.round = r.confirmLead, r.askReadIndex
+	r.deduper.keep = 2 * cfg.ProposeTimeout
+	defer func() {
+		if err != nil {
+			r.cancel()
+			r.release()
+		}
+	}()
+
+	if r.folder, err = openDataFolder(cfg.DataDir, cfg.ClusterID, cfg.ID); err != nil {
+		return nil, err
+	}
+	ln := cfg.Listener
+	if ln == nil {
+		if ln, err = net.Listen("tcp", cfg.BindAddress); err != nil {
+			return nil, fmt.Errorf("listen for other replicas: %w", err)
+		}
+	}
+	r.advertise = cfg.AdvertiseAddress
+	if r.advertise == "" {
+		r.advertise = ln.Addr().String()
+		if err := checkHostPort(r.advertise, false); err != nil {
+			ln.Close()
+			return nil, fmt.Errorf("consensus config: AdvertiseAddress: is needed when listening on all addresses: %w", err)
+		}
+	}
+	r.machine = newMachine(fsm, r.stop)
+	r.machine.onCorrupt = r.fail
+	r.stream = newStream(r.cfg, ln, r.advertise)
+	r.stream.refuse = r.refuseRaft
+	r.stream.unfit = r.stalled.Load
+	r.stream.lost = r.peerLost
+	r.stream.start()
+
+	if r.fsync, err = measureFsync(cfg.DataDir); err != nil {
+		return nil, err
+	}
+	if r.fsync > cfg.SlowFsync {
+		r.notes = append(r.notes, fmt.Sprintf("slow disk: a sync takes %v (above %v), and so does each write at least", r.fsync.Round(10*time.Microsecond), cfg.SlowFsync))
+		r.log.Warn("the disk is slow", "folder", cfg.DataDir, "fsync", r.fsync, "wanted", cfg.SlowFsync)
+	}
+	started, err := r.openData()
+	if err != nil {
+		return nil, err
+	}
+	if started {
+		if err := r.start(); err != nil {
+			return nil, err
+		}
+	}
+	r.goFunc(r.watchDisk)
+	r.goFunc(r.deathwatch)
+	r.goFunc(r.upkeep)
+	if !started {
+		r.goFunc(r.findCluster)
+	}
+	return r, nil
+}
+
+// openData opens and verifies log and snapshots. It reports whether they show
+// that this replica was a member before.
+func (r *Replica) openData() (started bool, err error) {
+	dir, file := r.cfg.DataDir, r.folder.file(logFile)
+	damage := func(file string, err error) error {
+		return fmt.Errorf("%s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", file, err, dir)
+	}
+	newest, damaged, err := checkSnapshots(r.folder.file(snapshotDir))
+	if err != nil {
+		return false, fmt.Errorf("snapshots: %w", err)
+	}
+	if r.store, err = openLog(file, r.folder.Started, r.log); err != nil {
+		return false, damage(file, err)
+	}
+	first, last, err := checkLog(r.store)
+	if err != nil {
+		return false, damage(file, err)
+	}
+	for id, why := range damaged {
+		if first == 0 || first > newest+1 || last < snapshotIndex(id) {
+			return false, damage("snapshot", why)
+		}
+		note := fmt.Sprintf("damaged snapshot ignored, as an older one and the log hold the same: %v", why)
+		r.notes = append(r.notes, note)
+		r.log.Warn(note)
+	}
+	if first > newest+1 {
+		return false, damage(r.folder.file(snapshotDir), fmt.Errorf("the log starts at entry %d and no snapshot reaches there", first))
+	}
+	fss, err := raft.NewFileSnapshotStoreWithLogger(dir, r.cfg.SnapshotRetain, newRaftLog(r.log))
+	if err != nil {
+		return false, fmt.Errorf("snapshots: %w", err)
+	}
+	r.snapshots = &snapshotStore{FileSnapshotStore: fss, damaged: damaged}
+	r.disk = newDisk(r.store, r.log, r.stop)
+	return raft.HasExistingState(r.disk, r.disk, r.snapshots)
+}
+
+// snapshotIndex reads the index from a snapshot's id, term-index-time.
+func snapshotIndex(id string) uint64 {
+	parts := strings.Split(id, "-")
+	if len(parts) != 3 {
+		return 0
+	}
+	n, _ := strconv.ParseUint(parts[1], 10, 64)
+	return n
+}
+
+// start runs Raft on the opened data.
+func (r *Replica) start() error {
+	if r.ctx.Err() != nil {
+		return ErrClosed
+	}
+	if !r.folder.Started {
+		r.folder.Started = true
+		if err := r.folder.save(); err != nil {
+			return err
+		}
+	}
+	logger := newRaftLog(r.log)
+	logs, err := raft.NewLogCache(4*r.cfg.MaxAppendEntries, r.disk)
+	if err != nil {
+		return err
+	}
+	network := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		ServerAddressProvider: r, Logger: logger, Stream: r.stream,
+		MaxPool: 4, Timeout: r.cfg.TransportTimeout, MsgpackUseNewTimeFormat: true,
+	})
+	r.trans = newTransport(network)
+	r.trans.leads = r.leadsPeer
+	r.machine.onApply = r.trans.applied
+
+	notify := make(chan bool, 8)
+	conf := r.raftConfig()
+	conf.NotifyCh, conf.Logger = notify, logger
+	node, err := raft.NewRaft(conf, r.machine, logs, r.disk, r.snapshots, r.trans)
+	if err != nil {
+		r.trans.Close()
+		return fmt.Errorf("start from %s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", r.folder.file(snapshotDir), err, r.cfg.DataDir)
+	}
+	observed := make(chan raft.Observation, 64)
+	node.RegisterObserver(raft.NewObserver(observed, false, func(o *raft.Observation) bool {
+		switch o.Data.(type) {
+		case raft.LeaderObservation, raft.RaftState, raft.PeerObservation:
+			return true
+		}
+		return false
+	}))
+	r.node.Store(node)
+	r.goFunc(func() { r.watchLeadership(node, notify) })
+	r.goFunc(func() {
+		for {
+			select {
+			case <-observed:
+				r.changed.send()
+			case <-r.ctx.Done():
+				return
+			}
+		}
+	})
+	r.changed.send()
+	return nil
+}
+
+func (r *Replica) raftConfig() *raft.Config {
+	c := raft.DefaultConfig()
+	c.LocalID = raft.ServerID(r.cfg.ID)
+	c.HeartbeatTimeout = r.cfg.HeartbeatTimeout
+	c.ElectionTimeout = r.cfg.ElectionTimeout
+	c.LeaderLeaseTimeout = r.cfg.LeaderLeaseTimeout
+	c.CommitTimeout = r.cfg.CommitTimeout
+	c.MaxAppendEntries = r.cfg.MaxAppendEntries
+	c.BatchApplyCh = true
+	c.ShutdownOnRemove = false
+	c.TrailingLogs = r.cfg.TrailingLogs
+	c.SnapshotInterval = r.cfg.SnapshotInterval
+	c.SnapshotThreshold = r.cfg.SnapshotThreshold
+	c.NoLegacyTelemetry = true
+	c.Logger = newRaftLog(r.log)
+	return c
+}
+
+// ServerAddr implements raft.ServerAddressProvider: gossip knows a replica's
+// new address before the configuration does, or when it cannot be changed for
+// lack of a quorum.
+func (r *Replica) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
+	if string(id) == r.cfg.ID {
+		return encodeAddr(id, raft.ServerAddress(r.advertise)), nil
+	}
+	if addr := r.peers.get(r.cfg.Peers)[string(id)]; addr != "" {
+		return encodeAddr(id, raft.ServerAddress(addr)), nil
+	}
+	for _, s := range r.configuration() {
+		if s.ID == id {
+			return encodeAddr(id, s.Address), nil
+		}
+	}
+	return "", fmt.Errorf("no address of replica %q is known", id)
+}
+
+// configuration returns Raft's latest configuration.
+func (r *Replica) configuration() []raft.Server {
+	node := r.node.Load()
+	if node == nil {
+		return nil
+	}
+	f := node.GetConfiguration()
+	if f.Error() != nil {
+		return nil
+	}
+	return f.Configuration().Servers
+}
+
+// refuseRaft says why this replica takes no Raft connections now; nil if it does.
+func (r *Replica) refuseRaft() error {
+	if r.node.Load() == nil {
+		return errors.New("this replica has no data and is not a member yet")
+	}
+	return nil
+}
+
+// leadsPeer reports that this replica leads the term, and the peer is a member.
+func (r *Replica) leadsPeer(term uint64, id raft.ServerID) bool {
+	node := r.node.Load()
+	if node == nil || node.State() != raft.Leader || node.CurrentTerm() != term {
+		return false
+	}
+	for _, s := range r.configuration() {
+		if s.ID == id {
+			return true
+		}
+	}
+	return false
+}
+
+// fail makes the replica stand still for good: see Failed.
+func (r *Replica) fail(err error) {
+	r.failedMu.Lock()
+	first := r.failed == nil
+	if first {
+		r.failed = err
+		close(r.failedCh)
+	}
+	r.failedMu.Unlock()
+	if !first {
+		return
+	}
+	r.log.Error("this replica stops: its data is damaged", "error", err)
+	if node := r.node.Load(); node != nil {
+		r.stream.mute(true)
+		node.Shutdown()
+	}
+}
+
+// Failed returns a channel that is closed when the replica found its own data
+// damaged while running and stopped, so as not to differ from the others; Err
+// then says what. The process should end.
+func (r *Replica) Failed() <-chan struct{} { return r.failedCh }
+
+// Err returns why Failed is closed, or nil.
+func (r *Replica) Err() error {
+	r.failedMu.Lock()
+	defer r.failedMu.Unlock()
+	return r.failed
+}
+
+func (r *Replica) goFunc(f func()) {
+	r.wg.Add(1)
+	go func() {
+		defer r.wg.Done()
+		f()
+	}()
+}
+
+// Close hands leadership over if this replica leads, stops it and releases the
+// data folder. Applies in progress return ErrUnknownOutcome.
+func (r *Replica) Close() error { return r.close(true) }
+
+func (r *Replica) close(graceful bool) error {
+	r.closing.Do(func() {
+		defer close(r.done)
+		node := r.node.Load()
+		if graceful && node != nil && node.State() == raft.Leader && len(r.configuration()) > 1 {
+			if err := node.LeadershipTransfer().Error(); err != nil {
+				r.log.Info("could not hand over leadership before closing", "error", err)
+			}
+		}
+		close(r.stop)
+		r.cancel()
+		r.members.start.Lock() // a start in progress comes first
+		node = r.node.Load()
+		r.members.start.Unlock()
+		if node != nil {
+			f := node.Shutdown()
+			r.stream.Close() // ends what Raft waits for
+			r.closeErr = f.Error()
+			r.trans.Close()
+		}
+		r.wg.Wait()
+		r.closeErr = errors.Join(r.closeErr, r.release())
+	})
+	<-r.done
+	return r.closeErr
+}
+
+// release frees what Open took.
+func (r *Replica) release() error {
+	var errs []error
+	if r.stream != nil {
+		r.stream.Close()
+	}
+	if r.store != nil {
+		errs = append(errs, r.store.Close())
+	}
+	if r.folder != nil {
+		errs = append(errs, r.folder.close())
+	}
+	return errors.Join(errs...)
+}
+
+// signal wakes everybody who waits for something to change.
+type signal struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+func newSignal() *signal { return &signal{ch: make(chan struct{})} }
+
+// wait returns a channel that the next send closes. Look at what may have
+// changed after calling it.
+func (s *signal) wait() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ch
+}
+
+func (s *signal) send() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.ch)
+	s.ch = make(chan struct{})
+}
+
+// peerCache keeps what Config.Peers said for a moment, as Raft asks with every
+// message.
+type peerCache struct {
+	mu   sync.Mutex
+	at   time.Time
+	addr map[string]string
+}
+
+func (p *peerCache) get(peers func() []Server) map[string]string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.at) < 100*time.Millisecond {
+		return p.addr
+	}
+	m := map[string]string{}
+	for _, s := range peers() {
+		m[s.ID] = s.Addr
+	}
+	p.addr, p.at = m, time.Now()
+	return m
+}

@@ -1,0 +1,316 @@
+package consensus
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// transport is Raft's network transport with three things of ours.
+//
+// Commit notices: Raft's leader tells followers a new commit index with the
+// next entries, or after CommitTimeout, so a lone write would reach followers'
+// state machines some 50 ms late. The transport sees which entries each
+// follower has acknowledged and, when the leader has applied one and nothing
+// else is on its way to a follower that has it, sends that follower an
+// AppendEntries without entries, as the leader itself might.
+//
+// Patience with a follower that is down: see awaitPeer.
+//
+// Injected elections: elect makes the local Raft stand for election now (see
+// deathwatch).
+type transport struct {
+	*raft.NetworkTransport
+	rpcs chan raft.RPC
+	// leads reports that this replica leads the term and the peer is a member.
+	leads func(term uint64, id raft.ServerID) bool
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu        sync.Mutex
+	commit    uint64 // last index that this replica applied
+	term      uint64 // and its term
+	followers map[raft.ServerID]*follower
+	reached   map[raft.ServerID]time.Time // last heartbeat that was answered
+	stopping  bool
+}
+
+// follower is what the transport knows of one follower in the term of this
+// replica's leadership.
+type follower struct {
+	addr     raft.ServerAddress
+	header   raft.RPCHeader
+	leader   []byte
+	term     uint64
+	match    uint64 // last entry it acknowledged
+	told     uint64 // commit index it was last sent
+	inflight int    // pipelined messages without an answer
+	wake     chan struct{}
+}
+
+func newTransport(inner *raft.NetworkTransport) *transport {
+	t := &transport{
+		NetworkTransport: inner, rpcs: make(chan raft.RPC), leads: func(uint64, raft.ServerID) bool { return false },
+		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
+	}
+	t.ctx, t.cancel = context.WithCancel(context.Background())
+	t.wg.Add(1)
+	go func() {
+		defer t.wg.Done()
+		for {
+			select {
+			case rpc := <-inner.Consumer():
+				select {
+				case t.rpcs <- rpc:
+				case <-t.ctx.Done():
+					return
+				}
+			case <-t.ctx.Done():
+				return
+			}
+		}
+	}()
+	return t
+}
+
+// Consumer implements raft.Transport.
+func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// Close implements raft.WithClose.
+func (t *transport) Close() error {
+	t.mu.Lock()
+	t.stopping = true
+	t.mu.Unlock()
+	t.cancel()
+	err := t.NetworkTransport.Close()
+	t.NetworkTransport.CloseStreams()
+	t.wg.Wait()
+	return err
+}
+
+// elect makes the local Raft a candidate of the next term at once, as the
+// leader's TimeoutNow message does in a leadership transfer.
+func (t *transport) elect() error {
+	answer := make(chan raft.RPCResponse, 1)
+	rpc := raft.RPC{Command: &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}}, RespChan: answer}
+	select {
+	case t.rpcs <- rpc:
+	case <-t.ctx.Done():
+		return ErrClosed
+	case <-time.After(time.Second):
+		return errors.New("Raft is busy")
+	}
+	select {
+	case a := <-answer:
+		return a.Error
+	case <-t.ctx.Done():
+		return ErrClosed
+	}
+}
+
+// AppendEntries implements raft.Transport.
+func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
+	if args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0 { // heartbeat
+		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+		if err == nil {
+			t.mu.Lock()
+			t.reached[id] = time.Now()
+			t.mu.Unlock()
+		}
+		return err
+	}
+	t.sending(id, target, args, 0)
+	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+	if err != nil && t.awaitPeer(id, args.Term, time.Now()) {
+		err = t.NetworkTransport.AppendEntries(id, target, args, resp)
+	}
+	t.answered(id, args, err == nil && resp.Success, 0)
+	return err
+}
+
+// awaitPeer waits until a heartbeat reaches the peer again and reports whether
+// one did. Raft backs off from a follower that is down up to 10 s per try, and
+// would leave it behind for as long when it is back; so a failed try is not
+// reported while the follower is down.
+func (t *transport) awaitPeer(id raft.ServerID, term uint64, since time.Time) bool {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for t.leads(term, id) {
+		t.mu.Lock()
+		back := t.reached[id].After(since)
+		t.mu.Unlock()
+		if back {
+			return true
+		}
+		select {
+		case <-tick.C:
+		case <-t.ctx.Done():
+			return false
+		}
+	}
+	return false
+}
+
+// AppendEntriesPipeline implements raft.Transport.
+func (t *transport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
+	inner, err := t.NetworkTransport.AppendEntriesPipeline(id, target)
+	if err != nil {
+		return nil, err
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stopping {
+		inner.Close()
+		return nil, raft.ErrPipelineShutdown
+	}
+	if f := t.followers[id]; f != nil {
+		f.inflight = 0
+	}
+	p := &pipeline{AppendPipeline: inner, t: t, id: id, target: target, done: make(chan raft.AppendFuture), closed: make(chan struct{})}
+	t.wg.Add(1)
+	go p.forward()
+	return p, nil
+}
+
+// sending notes a message of the leader before it is sent.
+func (t *transport) sending(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, inflight int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.followers[id]
+	if f == nil {
+		if t.stopping {
+			return
+		}
+		f = &follower{wake: make(chan struct{}, 1)}
+		t.followers[id] = f
+		t.wg.Add(1)
+		go t.notices(id, f)
+	}
+	if args.Term > f.term {
+		f.term, f.match, f.told, f.inflight = args.Term, 0, 0, 0
+	}
+	f.addr, f.header, f.leader = target, args.RPCHeader, args.Leader
+	f.told = max(f.told, args.LeaderCommitIndex)
+	f.inflight += inflight
+}
+
+// answered notes a follower's answer.
+func (t *transport) answered(id raft.ServerID, args *raft.AppendEntriesRequest, success bool, inflight int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.followers[id]
+	if f == nil || f.term != args.Term {
+		return
+	}
+	f.inflight = max(0, f.inflight-inflight)
+	if !success {
+		return
+	}
+	last := args.PrevLogEntry
+	if n := len(args.Entries); n > 0 {
+		last = args.Entries[n-1].Index
+	}
+	f.match = max(f.match, last)
+	t.wake(f)
+}
+
+// applied is told by the state machine how far this replica has applied.
+func (t *transport) applied(index, term uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.commit, t.term = index, term
+	for _, f := range t.followers {
+		t.wake(f)
+	}
+}
+
+// due reports that f should be sent a notice. t.mu is held.
+func (t *transport) due(f *follower) bool {
+	return f.term == t.term && f.told < t.commit && f.match >= t.commit && f.inflight == 0
+}
+
+// wake starts f's notices if one is due. t.mu is held.
+func (t *transport) wake(f *follower) {
+	if t.due(f) {
+		select {
+		case f.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// notices sends one follower its commit notices.
+func (t *transport) notices(id raft.ServerID, f *follower) {
+	defer t.wg.Done()
+	for {
+		select {
+		case <-f.wake:
+		case <-t.ctx.Done():
+			return
+		}
+		t.mu.Lock()
+		if !t.due(f) {
+			t.mu.Unlock()
+			continue
+		}
+		f.told = t.commit
+		addr := f.addr
+		args := &raft.AppendEntriesRequest{
+			RPCHeader: f.header, Term: f.term, Leader: f.leader,
+			PrevLogEntry: t.commit, PrevLogTerm: t.term, LeaderCommitIndex: t.commit,
+		}
+		t.mu.Unlock()
+		// A lost notice is made good by the next message, at most CommitTimeout
+		// later, so its error does not matter.
+		var resp raft.AppendEntriesResponse
+		_ = t.NetworkTransport.AppendEntries(id, addr, args, &resp)
+	}
+}
+
+// pipeline notes what goes through one of Raft's pipelines.
+type pipeline struct {
+	raft.AppendPipeline
+	t      *transport
+	id     raft.ServerID
+	target raft.ServerAddress
+	done   chan raft.AppendFuture
+	once   sync.Once
+	closed chan struct{}
+}
+
+// AppendEntries implements raft.AppendPipeline.
+func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	p.t.sending(p.id, p.target, args, 1)
+	return p.AppendPipeline.AppendEntries(args, resp)
+}
+
+// Consumer implements raft.AppendPipeline.
+func (p *pipeline) Consumer() <-chan raft.AppendFuture { return p.done }
+
+// Close implements raft.AppendPipeline.
+func (p *pipeline) Close() error {
+	p.once.Do(func() { close(p.closed) })
+	return p.AppendPipeline.Close()
+}
+
+func (p *pipeline) forward() {
+	defer p.t.wg.Done()
+	for {
+		select {
+		case f := <-p.AppendPipeline.Consumer():
+			p.t.answered(p.id, f.Request(), f.Error() == nil && f.Response().Success, 1)
+			select {
+			case p.done <- f:
+			case <-p.closed:
+				return
+			}
+		case <-p.closed:
+			return
+		}
+	}
+}
