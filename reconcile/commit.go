@@ -116,6 +116,9 @@ func (t *term) commit(ctx context.Context, component string, c Change) (*Failure
 	case made:
 		if c.Event != nil {
 			t.recorder.record(component, *c.Event)
+			if c.Event.Object.Kind == nodeKind.Kind { // few, and what is asked for at night
+				t.cfg.Log.Info(c.Event.Message, "reconciler", component, "node", c.Event.Object.Name, "reason", c.Event.Reason)
+			}
 		}
 		for _, then := range c.Then {
 			if failed, a := t.commit(ctx, component, then); a != made {

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
 // GossipState is what the controllers' gossip pool says of a node.
@@ -165,6 +167,61 @@ func (c HealthConfig) secondWitness(n NodeHealth) (time.Time, string, bool) {
 		return n.ProbesSince, fmt.Sprintf("%d controllers cannot reach it", n.ProbesFailed), true
 	}
 	return time.Time{}, "", false
+}
+
+// longTainted says whether a Node's eviction taint is from before the window in
+// which losses count as one, so that the Node was lost on its own.
+func (c HealthConfig) longTainted(node *corev1.Node, now time.Time) bool {
+	for _, t := range node.Spec.Taints {
+		if t.Effect == corev1.TaintEffectNoExecute && (t.Key == corev1.TaintNodeUnreachable || t.Key == corev1.TaintNodeNotReady) &&
+			t.TimeAdded != nil && now.Sub(t.TimeAdded.Time) > c.Window {
+			return true
+		}
+	}
+	return false
+}
+
+// lost is how many Nodes are lost at once, of those that were not lost long ago.
+type lost struct {
+	// noticed counts Nodes that are not ready or whose stream is gone, judged or
+	// not: when many vanish, not all are judged at the same moment. judged counts
+	// those that are not ready or judged unreachable.
+	noticed, judged, of int
+	// noticedMany and judgedMany say that the count is above what is taken for real.
+	noticedMany, judgedMany bool
+}
+
+// lost counts the Nodes that are lost.
+func (c HealthConfig) lost(in Input) lost {
+	var l lost
+	for node := range in.Snapshot.Nodes().All() {
+		if c.longTainted(node, in.Now) {
+			continue
+		}
+		l.of++
+		h := in.Health.Nodes[node.Name]
+		switch {
+		case !nodeReady(node) || c.judge(in.Health, node.Name, in.Now).Unreachable:
+			l.noticed++
+			l.judged++
+		case !h.Stream && !h.Goodbye:
+			l.noticed++
+		}
+	}
+	many := func(n int) bool { return n >= c.ShareMin && float64(n) > c.Share*float64(l.of) }
+	l.noticedMany, l.judgedMany = many(l.noticed), many(l.judged)
+	return l
+}
+
+// String renders health for logs.
+func (h Health) String() string {
+	streams := 0
+	for _, n := range h.Nodes {
+		if n.Stream {
+			streams++
+		}
+	}
+	return fmt.Sprintf("%d of %d nodes with a stream", streams, len(h.Nodes))
 }
 
 // latest returns the last of the times.
