@@ -43,6 +43,15 @@ type PacedReconciler interface {
 	Pace() time.Duration
 }
 
+// SteadyReconciler is a Reconciler that works on many objects under one key and
+// decides itself when to try again what the API has refused: it is not put off
+// as a whole, and finds what was refused in Input.Failed at once.
+type SteadyReconciler interface {
+	Reconciler
+	// Steady marks the reconciler; it does nothing.
+	Steady()
+}
+
 // Key names what a Reconciler works on. Which fields are set is the Reconciler's choice.
 type Key struct {
 	Group, Kind     string
@@ -74,10 +83,10 @@ type Input struct {
 	Seed uint64
 	// Snapshot is the cluster's state.
 	Snapshot *objects.Snapshot
-	// Changes returns what changed after a revision, perhaps with more than the
-	// Snapshot has, or false when that is not known any more. It may be nil. It is
-	// for reconcilers that keep a derived view from pass to pass.
-	Changes func(after int64) ([]objects.Changed, bool)
+	// Changes returns what changed after a revision, with a snapshot that is
+	// perhaps newer than Snapshot. It never waits. It is for reconcilers that keep
+	// a derived view from pass to pass, and may be nil in tests of others.
+	Changes func(after int64) objects.Changes
 	// Health says what the controllers know of the nodes' liveness.
 	Health Health
 	// Kinds says which resources the API serves.

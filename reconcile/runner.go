@@ -2,7 +2,6 @@ package reconcile
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -291,18 +290,15 @@ func (t *term) start(ctx context.Context, now time.Time) {
 	}
 }
 
-// changesSince is Input.Changes: it never waits.
-func (t *term) changesSince(after int64) ([]objects.Changed, bool) {
-	if t.cfg.Cache.Snapshot().Revision() <= after {
-		return nil, true
-	}
+// changesSince is Input.Changes.
+func (t *term) changesSince(after int64) objects.Changes {
 	ctx, cancel := context.WithCancel(context.Background())
-	cancel() // a revision without a change of an object would otherwise be waited on
+	cancel() // there may be nothing to wait for
 	c, err := t.cfg.Cache.Changes(ctx, after)
-	if errors.Is(err, context.Canceled) {
-		return nil, true
+	if err != nil {
+		return objects.Changes{Snapshot: t.cfg.Cache.Snapshot(), Reset: t.cfg.Cache.Snapshot().Revision() != after}
 	}
-	return c.Changed, err == nil && !c.Reset
+	return c
 }
 
 // outcome is what became of a pass.
@@ -324,7 +320,10 @@ func (t *term) finish(o outcome) {
 	it := o.item
 	it.failed = o.failed
 	again := true
+	_, steady := o.lane.reconciler.(SteadyReconciler)
 	switch {
+	case steady && len(o.failed) > 0 && !o.later && o.err == nil:
+		it.tries = 0
 	case len(o.failed) > 0 || o.later || o.err != nil || o.stale && it.tries >= staleTries:
 		it.tries++
 		it.notBefore = now.Add(backoff(it.tries, t.cfg.Seed+hashString(it.key.String())))
