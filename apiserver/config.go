@@ -1,0 +1,175 @@
+package apiserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	utilnet "k8s.io/apimachinery/pkg/util/net"
+
+	"timonel/pki"
+	"timonel/state/storage"
+)
+
+// Defaults of [Config].
+const (
+	DefaultPort                         = 6443
+	DefaultUnreachableTolerationSeconds = 30
+	DefaultDrainTimeout                 = 3 * time.Second
+	DefaultEventTTL                     = time.Hour
+
+	// Issuer is the issuer, and the default audience, of service account tokens.
+	Issuer = "https://kubernetes.default.svc.cluster.local"
+)
+
+// DefaultServiceCIDR is the network of Services' cluster IPs; its first address
+// is the kubernetes Service's.
+var DefaultServiceCIDR = net.IPNet{IP: net.IPv4(10, 96, 0, 0).To4(), Mask: net.CIDRMask(16, 32)}
+
+// DefaultNodePortRange is upstream's, 30000-32767.
+var DefaultNodePortRange = utilnet.PortRange{Base: 30000, Size: 2768}
+
+// Config says what a [Server] serves, from where, and whom it asks.
+type Config struct {
+	// Name is the controller's, as in c1. Required.
+	Name string
+
+	// BindAddress is where to listen. Default: all addresses, IPv4.
+	BindAddress net.IP
+	// AdvertiseAddress is the address others reach this replica by. It must be
+	// of ServiceCIDR's family. Required.
+	AdvertiseAddress net.IP
+	// Port to listen on. Default: 6443.
+	Port int
+	// Listener, when set, is used instead of BindAddress and Port.
+	Listener net.Listener
+
+	// Certificates are the files that [pki.Controller.WriteFiles] wrote. Required.
+	Certificates pki.Files
+
+	// Backend is the replicated state. Required.
+	Backend storage.Backend
+
+	// ServiceCIDR is the network of Services. Default: 10.96.0.0/16.
+	ServiceCIDR net.IPNet
+	// NodePortRange is where node ports come from. Default: 30000-32767.
+	NodePortRange utilnet.PortRange
+
+	// DialKubelet connects to the kubelet API of a node's agent, which speaks
+	// plain HTTP on a connection that is already authenticated both ways.
+	// Without it, logs, exec, attach, port-forward and node proxy answer 503.
+	DialKubelet func(ctx context.Context, node string) (net.Conn, error)
+
+	// Controllers lists the advertise addresses of the controllers that are
+	// alive: the endpoints of the kubernetes Service. Default: AdvertiseAddress.
+	Controllers func() []net.IP
+	// IsLeader says whether this replica leads. What is done by one replica for
+	// all (the kubernetes Service's endpoints, allocator repair) asks it.
+	// Default: always.
+	IsLeader func() bool
+
+	// Health holds further checks, by name, for /livez and /readyz (a check in
+	// ReadyOnly does not count for liveness) and for componentstatuses.
+	Health map[string]func(ctx context.Context) error
+	// ReadyOnly names the checks of Health that only matter to /readyz, such as
+	// "is there a leader": restarting this replica would not help.
+	ReadyOnly []string
+
+	// UnreachableTolerationSeconds is how long a pod that does not say stays
+	// bound to a node that is not ready or unreachable. Default: 30 (upstream:
+	// 300).
+	UnreachableTolerationSeconds int64
+	// EventTTL is how long Events are kept. Default: 1 h.
+	EventTTL time.Duration
+	// DrainTimeout is how long Run waits for requests in flight after its
+	// context ended. Default: 3 s.
+	DrainTimeout time.Duration
+}
+
+// withDefaults returns c with what is unset set.
+func (c Config) withDefaults() Config {
+	if c.BindAddress == nil {
+		c.BindAddress = net.IPv4zero
+	}
+	if c.Port == 0 {
+		c.Port = DefaultPort
+	}
+	if c.ServiceCIDR.IP == nil {
+		c.ServiceCIDR = DefaultServiceCIDR
+	}
+	if c.NodePortRange.Size == 0 {
+		c.NodePortRange = DefaultNodePortRange
+	}
+	if c.Controllers == nil {
+		self := c.AdvertiseAddress
+		c.Controllers = func() []net.IP { return []net.IP{self} }
+	}
+	if c.IsLeader == nil {
+		c.IsLeader = func() bool { return true }
+	}
+	if c.UnreachableTolerationSeconds == 0 {
+		c.UnreachableTolerationSeconds = DefaultUnreachableTolerationSeconds
+	}
+	if c.EventTTL == 0 {
+		c.EventTTL = DefaultEventTTL
+	}
+	if c.DrainTimeout == 0 {
+		c.DrainTimeout = DefaultDrainTimeout
+	}
+	return c
+}
+
+// Validate reports everything that is wrong with c, by field.
+func (c Config) Validate() error {
+	var errs []error
+	wrong := func(field, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("apiserver config: %s %s", field, fmt.Sprintf(format, args...)))
+	}
+	if c.Name == "" {
+		wrong("Name", "is required")
+	}
+	if c.Backend == nil {
+		wrong("Backend", "is required")
+	}
+	switch {
+	case c.AdvertiseAddress == nil:
+		wrong("AdvertiseAddress", "is required")
+	case c.AdvertiseAddress.IsUnspecified():
+		wrong("AdvertiseAddress", "%s is not an address that others can reach", c.AdvertiseAddress)
+	case c.ServiceCIDR.IP != nil && (c.AdvertiseAddress.To4() == nil) != (c.ServiceCIDR.IP.To4() == nil):
+		wrong("AdvertiseAddress", "%s and ServiceCIDR %s must be of one IP family", c.AdvertiseAddress, c.ServiceCIDR.String())
+	}
+	if c.Port < 0 || c.Port > 65535 {
+		wrong("Port", "%d is not a port", c.Port)
+	}
+	if ones, bits := c.ServiceCIDR.Mask.Size(); c.ServiceCIDR.IP != nil && bits-ones < 3 {
+		wrong("ServiceCIDR", "%s has fewer than 8 addresses", c.ServiceCIDR.String())
+	}
+	if r := c.NodePortRange; r.Size != 0 && (r.Base < 1 || r.Base+r.Size-1 > 65535) {
+		wrong("NodePortRange", "%s is not a range of ports", r.String())
+	}
+	if c.UnreachableTolerationSeconds < 0 {
+		wrong("UnreachableTolerationSeconds", "%d must not be negative", c.UnreachableTolerationSeconds)
+	}
+	for _, file := range []struct{ field, path string }{
+		{"CA", c.Certificates.CA},
+		{"FrontProxyCA", c.Certificates.FrontProxyCA},
+		{"APIServingCert", c.Certificates.APIServingCert},
+		{"APIServingKey", c.Certificates.APIServingKey},
+		{"FrontProxyClientCert", c.Certificates.FrontProxyClientCert},
+		{"FrontProxyClientKey", c.Certificates.FrontProxyClientKey},
+		{"ServiceAccountKey", c.Certificates.ServiceAccountKey},
+	} {
+		if file.path == "" {
+			wrong("Certificates."+file.field, "is required")
+		}
+	}
+	for _, name := range c.ReadyOnly {
+		if c.Health[name] == nil {
+			wrong("ReadyOnly", "names %q, which is not a check in Health", name)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,115 @@
+package apiserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/rest"
+)
+
+// Server serves the Kubernetes API of one controller.
+type Server struct {
+	config    Config
+	host      string
+	address   net.Addr
+	transport *inProcess
+	run       func(context.Context) error
+	cancel    context.CancelFunc
+}
+
+// New listens and builds the server. Requests are answered once Run is called;
+// those that come before wait. What New started ends with ctx, or with Run.
+func New(ctx context.Context, c Config) (*Server, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	c = c.withDefaults()
+	ctx, cancel := context.WithCancel(ctx)
+	server, err := build(ctx, c)
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("build the API server: %w", err)
+	}
+	server.cancel = cancel
+	return server, nil
+}
+
+func build(ctx context.Context, c Config) (_ *Server, err error) {
+	options, err := newOptions(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	transport := newInProcess()
+	shared, err := newShared(ctx, c, options, transport)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			shared.generic.SecureServing.Listener.Close()
+		}
+	}()
+	chain, err := newChain(shared)
+	if err != nil {
+		return nil, err
+	}
+	// Shutdown gives connections this long to become idle.
+	chain.GenericAPIServer.ShutdownTimeout = c.DrainTimeout
+	prepared, err := chain.PrepareRun()
+	if err != nil {
+		return nil, fmt.Errorf("prepare to serve: %w", err)
+	}
+	transport.open(chain.GenericAPIServer.Handler)
+	return &Server{
+		config:    c,
+		host:      shared.network.Host,
+		address:   shared.generic.SecureServing.Listener.Addr(),
+		transport: transport,
+		run:       prepared.Run,
+	}, nil
+}
+
+// Run serves until ctx ends, then stops taking requests and waits for those in
+// flight, for Config.DrainTimeout at most. It may be called once.
+func (s *Server) Run(ctx context.Context) error {
+	defer s.cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.run(ctx) }()
+	select {
+	case err := <-done:
+		return s.stopped(ctx, err)
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-done:
+		return s.stopped(ctx, err)
+	case <-time.After(s.config.DrainTimeout + time.Second):
+		slog.Warn("API server stops with requests in flight", "waited", s.config.DrainTimeout)
+		return nil
+	}
+}
+
+func (s *Server) stopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		return nil
+	}
+	if err == nil {
+		err = errors.New("it stopped by itself")
+	}
+	return fmt.Errorf("run the API server: %w", err)
+}
+
+// Addr is where the server listens.
+func (s *Server) Addr() net.Addr { return s.address }
+
+// InProcess returns a client configuration that calls this server in memory as
+// the given user: the whole of authorization, admission and validation, without
+// socket, TLS and rate limit. The handler sees the values of the request's
+// context. Requests wait until the server runs. Built-in kinds travel as
+// protobuf.
+func (s *Server) InProcess(u user.Info) *rest.Config { return s.transport.config(s.host, u) }
