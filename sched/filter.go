@@ -2,15 +2,17 @@ package sched
 
 import (
 	"fmt"
+	"maps"
+	"math"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/component-helpers/nodedeclaredfeatures"
 	corev1helpers "k8s.io/component-helpers/scheduling/corev1"
 	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
 	"k8s.io/klog/v2"
-
-	"k8s.io/component-helpers/nodedeclaredfeatures"
 )
 
 // status says why a pod cannot run on a node, or nowhere. nil: it can.
@@ -49,10 +51,12 @@ type candidate struct {
 	// only names the nodes that the pod's node affinity names; nil: any.
 	only map[string]bool
 	// nodeAffinity matches nodes; selective is false when it matches all.
-	nodeAffinity nodeaffinity.RequiredNodeAffinity
-	selective    bool
-	needs        nodedeclaredfeatures.FeatureSet
-	needsAny     bool
+	// affinityKnown keeps its answers by slot: 0 unknown, 1 yes, 2 no.
+	nodeAffinity  nodeaffinity.RequiredNodeAffinity
+	selective     bool
+	affinityKnown []uint8
+	needs         nodedeclaredfeatures.FeatureSet
+	needsAny      bool
 
 	spread   *spreadFilter
 	affinity *affinityFilter
@@ -64,7 +68,31 @@ type candidate struct {
 // scratch holds memory that is reused from pod to pod.
 type scratch struct {
 	feasible []int32
-	affinity []uint8 // by slot: 0 unknown, 1 matches, 2 does not
+}
+
+// keepAffinities is how many different node selectors a round remembers the
+// answers of.
+const keepAffinities = 256
+
+// affinityAnswers returns the answers by slot so far of pods that select nodes
+// in the same way: usually all pods of a workload.
+func (r *round) affinityAnswers(spec *corev1.PodSpec) []uint8 {
+	var key strings.Builder
+	for _, k := range slices.Sorted(maps.Keys(spec.NodeSelector)) {
+		fmt.Fprintf(&key, "%s=%s,", k, spec.NodeSelector[k])
+	}
+	if a := spec.Affinity; a != nil && a.NodeAffinity != nil {
+		key.WriteString(a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.String())
+	}
+	known, ok := r.affinities[key.String()]
+	if !ok {
+		known = make([]uint8, len(r.nodes))
+		if len(r.affinities) >= keepAffinities {
+			clear(r.affinities)
+		}
+		r.affinities[key.String()] = known
+	}
+	return known
 }
 
 // prepare works out what the filters of a pod need. A status says that the pod
@@ -87,7 +115,9 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 			return c, unresolvable("pod affinity terms conflict")
 		}
 	}
-	clear(r.scratch.affinity)
+	if c.selective {
+		c.affinityKnown = r.affinityAnswers(spec)
+	}
 	var s *status
 	if c.volumes, s = r.prepareVolumes(p); s != nil {
 		return c, s
@@ -97,12 +127,17 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 	}
 	c.affinity = r.prepareAffinity(p)
 
-	needs, err := r.cluster.features.InferForPodScheduling(&nodedeclaredfeatures.PodInfo{Spec: spec}, r.cfg.Version)
+	needs, err := r.requiredFeatures(p)
 	if err != nil {
 		return c, failed("infer required node features: %w", err)
 	}
 	c.needs, c.needsAny = needs, !needs.IsEmpty()
 	return c, nil
+}
+
+// requiredFeatures returns the features the pod needs nodes to declare.
+func (r *round) requiredFeatures(p *podInfo) (nodedeclaredfeatures.FeatureSet, error) {
+	return r.cluster.features.InferForPodScheduling(&nodedeclaredfeatures.PodInfo{Spec: &p.pod.Spec}, r.cfg.Version)
 }
 
 // namedNodes returns the nodes that a selector names by metadata.name in each
@@ -137,35 +172,53 @@ func namedNodes(ns *corev1.NodeSelector) (names map[string]bool, conflict bool) 
 	return names, len(names) == 0
 }
 
-// filter says whether the pod can run on a node, and counts pods of at least
-// the same priority that are nominated there as if they ran already. Those may
-// still go elsewhere, so it must fit without them too.
+// filter says whether the pod can run on a node: as the node is, and as it will
+// be when the pods nominated there, of at least the same priority, have come and
+// those evicted for them have left. Both must hold, since the nominated may
+// still go elsewhere.
 func (r *round) filter(c *candidate, n *nodeInfo) *status {
-	if list := r.nominated[n.slot]; len(list) > 0 {
-		var added []*podInfo
-		crowded := n
-		for _, p := range list {
-			if p == c.p || p.priority < c.p.priority {
-				continue
-			}
-			if len(added) == 0 {
-				crowded = n.clone()
-			}
-			crowded.add(p)
-			added = append(added, p)
-			c.count(p, n, 1)
-		}
-		if len(added) > 0 {
-			s := r.filterNode(c, crowded)
-			for _, p := range added {
-				c.count(p, n, -1)
-			}
-			if s != nil {
-				return s
-			}
+	if len(r.nominated[n.slot]) > 0 {
+		if s := r.filterFuture(c, n); s != nil {
+			return s
 		}
 	}
 	return r.filterNode(c, n)
+}
+
+func (r *round) filterFuture(c *candidate, n *nodeInfo) *status {
+	var coming, leaving []*podInfo
+	highest := int32(math.MinInt32)
+	for _, p := range r.nominated[n.slot] {
+		if p != c.p && p.priority >= c.p.priority {
+			coming = append(coming, p)
+			highest = max(highest, p.priority)
+		}
+	}
+	if len(coming) == 0 {
+		return nil
+	}
+	for _, p := range n.pods {
+		if p.priority < highest && r.leaving(p) {
+			leaving = append(leaving, p)
+		}
+	}
+	future := n.clone()
+	for _, p := range leaving {
+		future.remove(p)
+		c.count(p, n, -1)
+	}
+	for _, p := range coming {
+		future.add(p)
+		c.count(p, n, 1)
+	}
+	s := r.filterNode(c, future)
+	for _, p := range leaving {
+		c.count(p, n, 1)
+	}
+	for _, p := range coming {
+		c.count(p, n, -1)
+	}
+	return s
 }
 
 // count tells the candidate's filters that a pod came to or left a node.
@@ -231,10 +284,7 @@ func (r *round) matchesNodeAffinity(c *candidate, n *nodeInfo) bool {
 	if !c.selective {
 		return true
 	}
-	if len(r.scratch.affinity) < len(r.nodes) {
-		r.scratch.affinity = make([]uint8, len(r.nodes))
-	}
-	known := &r.scratch.affinity[n.slot]
+	known := &c.affinityKnown[n.slot]
 	if *known == 0 {
 		*known = 2
 		if ok, err := c.nodeAffinity.Match(n.node); ok && err == nil {

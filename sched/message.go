@@ -7,14 +7,9 @@ import (
 	"strings"
 )
 
-// describe words why no node fits, as upstream does: reasons with how many
-// nodes each holds for, sorted as text.
-func (r *round) describe(c *candidate) string {
-	return r.fitMessage(r.statuses, nil)
-}
-
-// fitMessage counts the reasons of the nodes' statuses; nodes without one
-// count for absent, if given.
+// fitMessage words why no node fits, as upstream does: reasons with how many
+// nodes each holds for, sorted as text. Nodes without a status count for
+// absent, if given.
 func (r *round) fitMessage(statuses []*status, absent *status) string {
 	counts := map[string]int{}
 	for _, slot := range r.cluster.order {
@@ -56,10 +51,14 @@ func (r *round) signature(p *podInfo) string {
 			return ""
 		}
 	}
+	needs, err := r.requiredFeatures(p)
+	if err != nil {
+		return ""
+	}
 	text, err := json.Marshal([]any{
 		p.pod.Namespace, p.pod.Labels, p.priority, spec.PreemptionPolicy, p.req.milliCPU, p.req.memory, p.req.ephemeralStorage,
 		fmt.Sprint(p.req.scalars), fmt.Sprint(p.ports), spec.NodeSelector, spec.Affinity, spec.Tolerations,
-		spec.SecurityContext, spec.HostUsers, spec.HostNetwork, len(spec.InitContainers),
+		needs.String(),
 	})
 	if err != nil {
 		return ""

@@ -86,6 +86,10 @@ func (r *round) mayNotPreempt(c *candidate) string {
 	return ""
 }
 
+// leaving reports whether the pod was evicted for another, in this round or
+// before.
+func (r *round) leaving(p *podInfo) bool { return r.evicted[p] || leavingForPreemptor(p.pod) }
+
 func leavingForPreemptor(pod *corev1.Pod) bool {
 	if pod.DeletionTimestamp == nil {
 		return false
@@ -140,8 +144,21 @@ func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
 // important first, as long as the pod still fits. Pods that leave already are
 // no victims. A status says why it does not help.
 func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisruptionBudget) (*nodeVictims, *status) {
-	n := r.nodes[slot].clone()
 	var removed, potential []*podInfo
+	for _, p := range r.nodes[slot].pods {
+		switch {
+		case p.priority >= c.p.priority:
+		case r.leaving(p):
+			removed = append(removed, p)
+		case p.pod.Spec.NodeName != "": // not placed in this very round
+			removed = append(removed, p)
+			potential = append(potential, p)
+		}
+	}
+	if len(removed) == 0 {
+		return nil, statusNoVictims
+	}
+	n := r.nodes[slot].clone()
 	remove := func(p *podInfo) {
 		n.remove(p)
 		c.count(p, n, -1)
@@ -149,24 +166,6 @@ func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisru
 	add := func(p *podInfo) {
 		n.add(p)
 		c.count(p, n, 1)
-	}
-	for _, p := range r.nodes[slot].pods {
-		if p.priority >= c.p.priority {
-			continue
-		}
-		removed = append(removed, p)
-		if !r.evicted[p] && !leavingForPreemptor(p.pod) {
-			if p.pod.Spec.NodeName == "" {
-				// Placed in this round: its binding is in the plan. Evicting
-				// what does not run yet must wait for the next round.
-				removed = removed[:len(removed)-1]
-				continue
-			}
-			potential = append(potential, p)
-		}
-	}
-	if len(removed) == 0 {
-		return nil, statusNoVictims
 	}
 	for _, p := range removed {
 		remove(p)

@@ -398,8 +398,13 @@ func (s *scenario) own(pod *corev1.Pod, name string) {
 	yes := true
 	pod.Labels["app"] = name
 	pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: name, UID: types.UID(name), Controller: &yes}}
-	s.state.put(&appsv1.ReplicaSet{
-		ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: name},
+	s.state.put(replicaSet(pod.Namespace, name))
+}
+
+// replicaSet is one that selects app=NAME.
+func replicaSet(namespace, name string) *appsv1.ReplicaSet {
+	return &appsv1.ReplicaSet{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name},
 		Spec:       appsv1.ReplicaSetSpec{Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": name}}},
-	})
+	}
 }

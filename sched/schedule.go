@@ -68,6 +68,9 @@ type round struct {
 	// hopeless maps what a pod asks for to the failure of an equal pod.
 	hopeless map[string]string
 
+	// affinities keeps which nodes node selectors match; see affinityAnswers.
+	affinities map[string][]uint8
+
 	// statuses by slot of the pod being scheduled; nil: passed or not tried.
 	statuses []*status
 	scratch  scratch
@@ -84,13 +87,14 @@ func newRound(c *Config, in Input) *round {
 	cl := in.Cluster
 	r := &round{
 		cfg: c, in: in, cluster: cl,
-		nodes:     append([]*nodeInfo(nil), cl.nodes...),
-		own:       make([]bool, len(cl.nodes)),
-		counts:    map[string]*roundCount{},
-		nominated: map[int32][]*podInfo{},
-		evicted:   map[*podInfo]bool{},
-		hopeless:  map[string]string{},
-		statuses:  make([]*status, len(cl.nodes)),
+		nodes:      append([]*nodeInfo(nil), cl.nodes...),
+		own:        make([]bool, len(cl.nodes)),
+		counts:     map[string]*roundCount{},
+		nominated:  map[int32][]*podInfo{},
+		evicted:    map[*podInfo]bool{},
+		hopeless:   map[string]string{},
+		affinities: map[string][]uint8{},
+		statuses:   make([]*status, len(cl.nodes)),
 	}
 	for kind := range r.placedTerms {
 		r.placedTerms[kind] = map[string]*termCount{}
@@ -132,7 +136,7 @@ func (r *round) schedule(p *podInfo) {
 		return
 	}
 	if len(feasible) == 0 {
-		message := r.describe(c)
+		message := r.fitMessage(r.statuses, nil)
 		preempted, nominated, extra := r.preempt(c)
 		r.fail(p, corev1.PodReasonUnschedulable, message+extra, nominated)
 		if !preempted && nominated == "" {
@@ -228,6 +232,7 @@ func (r *round) withdraw(p *podInfo) {
 	for i, other := range list {
 		if other == p {
 			r.nominated[slot] = append(list[:i:i], list[i+1:]...)
+			clear(r.hopeless) // the room may be what another lacked
 			return
 		}
 	}
