@@ -129,24 +129,41 @@ func (c *client) recordUp(ctx context.Context, s *Spec) error {
 		Data: map[string]string{"cluster": s.Name, "run": s.Run, "subnet": s.Subnet.String(),
 			"podNetwork": s.ClusterCIDR.String(), "created": s.Created.Format(time.RFC3339)},
 	}
-	last := errors.New("no answer yet")
-	err := poll(ctx, 10*time.Millisecond, func() (bool, error) {
-		for _, set := range c.each {
-			maps := set.CoreV1().ConfigMaps(record.Namespace)
-			_, err := maps.Create(ctx, record, metav1.CreateOptions{})
-			if apierrors.IsAlreadyExists(err) {
-				_, err = maps.Update(ctx, record, metav1.UpdateOptions{})
-			}
-			if last = err; err == nil {
-				return true, nil
-			}
-		}
-		return false, nil
-	})
-	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("no controller serves writes: %w", last)
+	// All at once: one that takes the request and waits must not hold up the rest.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan error, len(c.each))
+	for _, set := range c.each {
+		go func() { results <- createOrUpdate(ctx, set, record) }()
 	}
-	return err
+	var err error
+	for range c.each {
+		if err = <-results; err == nil {
+			return nil
+		}
+	}
+	return fmt.Errorf("no controller serves writes: %w", err)
+}
+
+// createOrUpdate writes a ConfigMap, again and again until it is taken or ctx
+// ends; then it returns why it was not.
+func createOrUpdate(ctx context.Context, set *kubernetes.Clientset, record *corev1.ConfigMap) error {
+	last := errors.New("no answer")
+	err := poll(ctx, 10*time.Millisecond, func() (bool, error) {
+		maps := set.CoreV1().ConfigMaps(record.Namespace)
+		_, err := maps.Create(ctx, record, metav1.CreateOptions{})
+		if apierrors.IsAlreadyExists(err) {
+			_, err = maps.Update(ctx, record, metav1.UpdateOptions{})
+		}
+		if err != nil && ctx.Err() == nil {
+			last = err
+		}
+		return err == nil, nil
+	})
+	if err != nil {
+		return last
+	}
+	return nil
 }
 
 // any calls f with each controller's client until one does it.

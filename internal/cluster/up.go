@@ -300,11 +300,11 @@ func (u *up) startAll(ctx context.Context, names []string) (started []string, be
 	}
 	begin = time.Now()
 	for _, name := range names {
-		state, err := u.Machine(name).State(ctx)
+		running, _, err := u.Machine(name).Running(ctx)
 		if err != nil {
 			return started, begin, err
 		}
-		if state.Up() {
+		if running {
 			continue
 		}
 		if err := u.Machine(name).Start(ctx, u.process(name, u.bundle.Token())); err != nil {
@@ -333,14 +333,11 @@ func (u *up) waitServing(ctx context.Context, name string) error {
 
 // checkRuns returns why a machine's main process does not run.
 func (s *Spec) checkRuns(ctx context.Context, name string) error {
-	state, err := s.Machine(name).State(ctx)
-	if err != nil || state.Up() {
+	running, exited, err := s.Machine(name).Running(ctx)
+	if err != nil || running {
 		return err
 	}
-	if !state.On {
-		return fmt.Errorf("machine %s is off", name)
-	}
-	return fmt.Errorf("%s %s ended (%s): %s", RoleOf(name), name, state.Exited, lastLine(s.LogFile(name)))
+	return fmt.Errorf("%s %s ended (%s): %s", RoleOf(name), name, exited, lastLine(s.LogFile(name)))
 }
 
 // proxy starts the load balancer in front of the controllers.

@@ -150,6 +150,19 @@ func (m *Machine) State(ctx context.Context) (State, error) {
 	return state, nil
 }
 
+// Running asks whether the main process runs and, when not, how it ended. It is
+// cheaper than State.
+func (m *Machine) Running(ctx context.Context) (running bool, exited string, err error) {
+	if !m.initID().Alive() {
+		return false, "machine is off", nil
+	}
+	reply, err := m.call(ctx, request{Op: opStatus})
+	if err != nil {
+		return false, "", fmt.Errorf("machine %s: %w", m.Name, err)
+	}
+	return reply.Pid != 0, reply.Exited, nil
+}
+
 // recordedMain is the main process as the last look at the machine found it.
 func (m *Machine) recordedMain() ProcessID {
 	var id ProcessID

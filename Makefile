@@ -1,0 +1,79 @@
+# Timonel. `make help` lists what there is to make.
+
+SHELL       := /bin/bash
+GO          ?= go
+VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS     := -s -w -X main.version=$(VERSION)
+GOFLAGS     += -buildvcs=false
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+SUDO        := $(if $(filter 0,$(shell id -u)),,sudo)
+PROGRAMS    := controller agent timonel machine
+IMAGES      := bin/images/timonel-sample.tar
+export GOFLAGS
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: up
+up: deps build images ## Bring a cluster up: three controllers, two agents, a sample application
+	$(SUDO) bin/timonel up
+
+.PHONY: down
+down: build ## Take it down; nothing of it is left
+	$(SUDO) bin/timonel down
+
+.PHONY: build
+build: ## Build the programs into bin/
+	@mkdir -p bin
+	$(GO) build -ldflags '$(LDFLAGS)' -o bin/ $(PROGRAMS:%=./cmd/%)
+
+.PHONY: images
+images: $(IMAGES) ## Build the images that agents import, into bin/images
+
+$(IMAGES): $(wildcard images/*/*.go)
+	$(GO) run ./images/build -out bin/images
+
+.PHONY: deps
+deps: ## Install what is missing of the system's packages (apt)
+	@.ci/deps
+
+.PHONY: test
+test: deps lint unit e2e ## Check everything: lint, unit tests with the race detector, and a real cluster
+
+.PHONY: lint
+lint: ## go vet, staticcheck and gofmt
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); echo 'make lint: run gofmt -w on these files'; exit 1; }
+	$(GO) vet -tags 'e2e chaos' ./...
+	$(GO) run $(STATICCHECK) -tags 'e2e chaos' ./...
+
+# The race detector doubles what the API server's 2,000 packages cost to build,
+# so packages that need those run without it.
+.PHONY: unit
+unit: ## Unit tests
+	$(GO) test -race $$(.ci/packages light)
+	$(GO) test $$(.ci/packages heavy)
+
+.PHONY: e2e
+e2e: build images ## A real cluster: deploy, kill the leader, bad input
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" $(GO) test -tags e2e -count 1 -timeout 15m -v ./test/e2e
+
+.PHONY: chaos
+chaos: deps build images ## Break a real cluster in every way we know; prints the figures
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" $(GO) test -tags chaos -count 1 -timeout 60m -v ./test/chaos
+
+.PHONY: bench
+bench: ## Benchmarks of the log, the state and the scheduler
+	$(GO) test -run '^$$' -bench . -benchmem ./consensus ./state ./sched
+
+.PHONY: generate
+generate: ## Generate code from proto/
+	proto/generate.sh
+
+.PHONY: drift
+drift: generate ## Fail when generated code is not what is checked in
+	git diff --exit-code -- proto
+
+.PHONY: clean
+clean: ## Delete what was built
+	rm -rf bin
