@@ -1,0 +1,124 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apiserver/pkg/features"
+	"k8s.io/apiserver/pkg/registry/generic"
+	"k8s.io/apiserver/pkg/storage"
+	"k8s.io/apiserver/pkg/storage/storagebackend"
+	"k8s.io/apiserver/pkg/storage/storagebackend/factory"
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	"k8s.io/client-go/tools/cache"
+
+	"timonel/state"
+)
+
+// Backend is a replica of the state.
+type Backend interface {
+	// Commit commits a transaction and returns its result when this replica has
+	// applied it. An error means that it is not known to be committed; it may
+	// have been.
+	Commit(ctx context.Context, txn *state.Txn) (state.Result, error)
+	// ReadBarrier returns when this replica has applied everything that was
+	// committed anywhere before the call.
+	ReadBarrier(ctx context.Context) error
+	// Store is this replica's state.
+	Store() *state.Store
+}
+
+// Decorator returns the function that makes the storage of each resource. All
+// storages it makes share their caches.
+func Decorator(b Backend) generic.StorageDecorator {
+	shared := newCaches(0)
+	return func(
+		config *storagebackend.ConfigForResource,
+		resourcePrefix string,
+		_ func(obj runtime.Object) (string, error),
+		newFunc func() runtime.Object,
+		newListFunc func() runtime.Object,
+		getAttrs storage.AttrFunc,
+		_ storage.IndexerFuncs,
+		_ *cache.Indexers,
+	) (storage.Interface, factory.DestroyFunc, error) {
+		c := Config{
+			Codec:          config.Codec,
+			NewFunc:        newFunc,
+			NewListFunc:    newListFunc,
+			GetAttrs:       getAttrs,
+			GroupResource:  config.GroupResource,
+			ResourcePrefix: resourcePrefix,
+			PathPrefix:     config.Prefix,
+			Transformer:    config.Transformer,
+			caches:         shared,
+		}
+		if utilfeature.DefaultFeatureGate.Enabled(features.AllowUnsafeMalformedObjectDeletion) {
+			c.Codec = corruptionMarkingCodec{c.Codec}
+			if c.Transformer != nil {
+				c.Transformer = corruptionMarkingTransformer{c.Transformer}
+			}
+		}
+		s, err := New(b, c)
+		if err != nil {
+			return nil, nil, fmt.Errorf("storage of %s: %w", config.GroupResource, err)
+		}
+		var once sync.Once
+		return s, func() { once.Do(s.Destroy) }, nil
+	}
+}
+
+// commit commits changes to one key and maps errors to what clients understand.
+func (s *Store) commit(ctx context.Context, verb string, condition state.Condition, change state.Change) (state.Result, error) {
+	txn := &state.Txn{
+		Conditions: []state.Condition{condition},
+		Changes:    []state.Change{change},
+		Time:       s.now().Unix(),
+	}
+	result, err := s.backend.Commit(ctx, txn)
+	if err == nil {
+		err = result.Err
+	}
+	if err != nil {
+		return state.Result{}, s.unavailable(verb, change.Key, err)
+	}
+	if !result.Succeeded && len(result.Failed) != 1 {
+		return state.Result{}, storage.NewInternalError(fmt.Errorf("%s %s: transaction refused without saying which condition failed", verb, change.Key))
+	}
+	return result, nil
+}
+
+// barrier waits until what is read next is linearizable.
+func (s *Store) barrier(ctx context.Context, key string) error {
+	if err := s.backend.ReadBarrier(ctx); err != nil {
+		return s.unavailable("get", key, err)
+	}
+	return nil
+}
+
+// unavailable maps an error of the backend to a status that makes clients try
+// again. It never claims that nothing happened.
+func (s *Store) unavailable(verb, key string, err error) error {
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		return err
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return apierrors.NewTimeoutError(fmt.Sprintf("%s %s did not complete in time, its outcome is unknown: %v", verb, key, err), 0)
+	}
+	return &apierrors.StatusError{ErrStatus: metav1.Status{
+		Status:  metav1.StatusFailure,
+		Code:    http.StatusInternalServerError,
+		Reason:  metav1.StatusReasonServerTimeout,
+		Message: fmt.Sprintf("%s %s could not be completed at this time, please try again: %v", verb, key, err),
+		Details: &metav1.StatusDetails{
+			Group: s.config.GroupResource.Group, Kind: s.config.GroupResource.Resource, Name: key, RetryAfterSeconds: 1,
+		},
+	}}
+}

@@ -1,0 +1,241 @@
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/conversion"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apiserver/pkg/features"
+	"k8s.io/apiserver/pkg/storage"
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+
+	"timonel/state"
+)
+
+const (
+	listExpired = "The resourceVersion for the provided list is too old."
+
+	continueTooOld = "The provided continue parameter is too old to display a consistent list result. " +
+		"You can start a new list without the continue parameter"
+	continueExpired      = continueTooOld + "."
+	continueInconsistent = continueTooOld + ", or use the continue token in this response to retrieve the remainder of the results. " +
+		"Continuing with the provided token results in an inconsistent list - objects that were created, " +
+		"modified, or deleted between the time the first chunk was returned and now may show up in the list."
+)
+
+// GetList implements storage.Interface.
+func (s *Store) GetList(ctx context.Context, key string, opts storage.ListOptions, listObj runtime.Object) error {
+	fullKey, err := s.key(key, opts.Recursive)
+	if err != nil {
+		return err
+	}
+	itemsPtr, err := meta.GetItemsPtr(listObj)
+	if err != nil {
+		return err
+	}
+	items, err := conversion.EnforcePtr(itemsPtr)
+	if err != nil || items.Kind() != reflect.Slice {
+		return fmt.Errorf("need ptr to slice: %v", err)
+	}
+	revision, start, err := storage.ValidateListOptions(fullKey, s.versioner, opts)
+	if err != nil {
+		return err
+	}
+	view, err := s.listView(ctx, fullKey, start, revision, opts)
+	if err != nil {
+		return err
+	}
+	l := &lister{s: s, ctx: ctx, pred: opts.Predicate, items: items, newItem: newItem(listObj, items)}
+	more := false
+	if opts.Recursive {
+		more, err = l.all(view, fullKey, start)
+	} else if kv, ok := view.Get(fullKey); ok {
+		err = l.add(&kv)
+	}
+	if err != nil {
+		return err
+	}
+	if err := l.errs.result(s.config.GroupResource); err != nil {
+		return err
+	}
+	var token string
+	var remaining *int64
+	if more {
+		// The next page reads this very view.
+		s.backend.Store().Keep(view)
+		count := int64(view.CountFrom(fullKey, start))
+		if token, remaining, err = storage.PrepareContinueToken(l.last, fullKey, view.Revision(), count, true, opts); err != nil {
+			return err
+		}
+	}
+	if items.IsNil() {
+		items.Set(reflect.MakeSlice(items.Type(), 0, 0))
+	}
+	if err := s.versioner.UpdateList(listObj, uint64(view.Revision()), token, remaining); err != nil {
+		return err
+	}
+	opts.Predicate.SetShardInfoOnList(listObj)
+	return nil
+}
+
+// listView returns the state that a list is read from: at revision, or if that
+// is 0, one that is as new as the options ask for.
+func (s *Store) listView(ctx context.Context, key, start string, revision int64, opts storage.ListOptions) (state.View, error) {
+	if revision == 0 {
+		return s.view(ctx, key, opts.ResourceVersion)
+	}
+	if err := s.wait(ctx, revision); err != nil {
+		return state.View{}, err
+	}
+	view, err := s.backend.Store().At(revision)
+	switch {
+	case err == nil:
+		return view, nil
+	case !errors.Is(err, state.ErrCompacted):
+		return state.View{}, storage.NewInternalError(err)
+	case opts.Predicate.Continue == "":
+		return state.View{}, apierrors.NewResourceExpired(listExpired)
+	}
+	// Revision -1 in a token says to go on with the newest state.
+	token, err := storage.EncodeContinue(start, key, -1)
+	if err != nil {
+		return state.View{}, apierrors.NewResourceExpired(continueExpired)
+	}
+	expired := apierrors.NewResourceExpired(continueInconsistent)
+	expired.ErrStatus.ListMeta.Continue = token
+	return state.View{}, expired
+}
+
+// newItem returns what makes an empty item of a list.
+func newItem(list runtime.Object, items reflect.Value) func() runtime.Object {
+	if u, ok := list.(*unstructured.UnstructuredList); ok {
+		if version := u.GetAPIVersion(); version != "" {
+			return func() runtime.Object {
+				return &unstructured.Unstructured{Object: map[string]any{"apiVersion": version}}
+			}
+		}
+	}
+	elem := items.Type().Elem()
+	return func() runtime.Object { return reflect.New(elem).Interface().(runtime.Object) }
+}
+
+// lister fills a list.
+type lister struct {
+	s       *Store
+	ctx     context.Context
+	pred    storage.SelectionPredicate
+	items   reflect.Value
+	newItem func() runtime.Object
+	errs    listErrors
+	last    string // key of the last object looked at
+	bytes   int64  // of those put in the cache
+}
+
+// all lists what is under the prefix from start on, up to the predicate's limit.
+// It says whether there is more.
+func (l *lister) all(view state.View, prefix, start string) (more bool, err error) {
+	l.grow(view, prefix, start)
+	looked := 0
+	for kv := range view.Range(prefix, start) {
+		if l.pred.Limit > 0 && int64(l.items.Len()) >= l.pred.Limit {
+			return true, nil
+		}
+		if looked++; looked%64 == 0 && l.ctx.Err() != nil {
+			return false, storage.NewTimeoutError(kv.Key, "request did not complete within requested timeout")
+		}
+		l.last = kv.Key
+		if err := l.add(&kv); err != nil {
+			return false, err
+		}
+	}
+	return false, nil
+}
+
+// grow makes room for what is likely to come.
+func (l *lister) grow(view state.View, prefix, start string) {
+	n := view.CountFrom(prefix, start)
+	if l.pred.Limit > 0 {
+		n = min(n, int(min(l.pred.Limit, 1<<20)))
+	}
+	if !l.pred.Empty() {
+		n = min(n, 512)
+	}
+	if n > l.items.Cap() {
+		grown := reflect.MakeSlice(l.items.Type(), l.items.Len(), n)
+		reflect.Copy(grown, l.items)
+		l.items.Set(grown)
+	}
+}
+
+// add puts an object into the list if it matches. Its error ends the list.
+func (l *lister) add(kv *state.KV) error {
+	obj, err := l.object(kv)
+	if err != nil {
+		if t, ok := err.(*transformError); ok {
+			err = storage.NewInternalError(fmt.Errorf("unable to transform key %q: %w", kv.Key, t.err))
+		}
+		if l.errs.add(kv.Key, err) {
+			return l.errs.result(l.s.config.GroupResource)
+		}
+		return nil
+	}
+	if matched, err := l.pred.Matches(obj); err == nil && matched {
+		l.items.Set(reflect.Append(l.items, reflect.ValueOf(obj).Elem()))
+	}
+	return nil
+}
+
+// object returns the decoded object, of the list's type.
+func (l *lister) object(kv *state.KV) (runtime.Object, error) {
+	// A list bigger than the cache would only empty it.
+	keep := l.bytes+int64(len(kv.Value)) <= l.s.caches.objects.limit/4
+	if keep {
+		l.bytes += int64(len(kv.Value))
+	}
+	obj, err := l.s.object(l.ctx, kv, keep)
+	if err != nil {
+		return nil, err
+	}
+	if v := reflect.TypeOf(obj); v.Kind() == reflect.Pointer && v.Elem() == l.items.Type().Elem() {
+		return obj, nil
+	}
+	data, _, err := l.s.transform(l.ctx, kv)
+	if err != nil {
+		return nil, err
+	}
+	into := l.newItem()
+	return into, l.s.decodeInto(data, into, kv.ModRevision)
+}
+
+// listErrors gathers what could not be read in a list.
+type listErrors struct {
+	corrupt []error
+	abort   error
+}
+
+// maxCorrupt is how many corrupt objects a list names before it gives up.
+const maxCorrupt = 100
+
+var errTooManyCorrupt = errors.New("too many errors, the list is truncated")
+
+// add notes an error and says whether the list ends with it: it does unless
+// corrupt objects are to be found so that they can be deleted.
+func (e *listErrors) add(key string, err error) bool {
+	var corrupt *corruptError
+	if !errors.As(err, &corrupt) || !utilfeature.DefaultFeatureGate.Enabled(features.AllowUnsafeMalformedObjectDeletion) {
+		e.abort = err
+		return true
+	}
+	e.corrupt = append(e.corrupt, storage.NewCorruptObjError(key, corrupt))
+	if len(e.corrupt) == maxCorrupt {
+		e.abort = errTooManyCorrupt
+		return true
+	}
+	return false
+}
