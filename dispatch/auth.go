@@ -1,0 +1,66 @@
+package dispatch
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"timonel/pki"
+	pb "timonel/proto/timonel/v1"
+)
+
+// ServerOptions are those of a cluster port's server, TLS credentials aside:
+// keepalive that finds a dead client in 2 s, and who may call what, for all
+// services of package timonel.v1.
+func ServerOptions() []grpc.ServerOption {
+	return append(pb.ServerOptions(),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+			if err := authorize(ctx, info.FullMethod); err != nil {
+				return nil, err
+			}
+			return handle(ctx, req)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+			if err := authorize(stream.Context(), info.FullMethod); err != nil {
+				return err
+			}
+			return handle(srv, stream)
+		}))
+}
+
+// DialOptions are those of a client of a cluster port, TLS credentials aside.
+func DialOptions() []grpc.DialOption { return pb.DialOptions() }
+
+// callers are who may call a method. What is not listed is for controllers only.
+var callers = map[string][]pki.Role{
+	pb.Agents_Join_FullMethodName:    nil, // anybody: it checks the token
+	pb.Agents_Connect_FullMethodName: {pki.RoleNode},
+	pb.Agents_Tunnel_FullMethodName:  {pki.RoleNode},
+	pb.Peers_Status_FullMethodName:   {pki.RoleController, pki.RoleAdmin},
+}
+
+func authorize(ctx context.Context, method string) error {
+	allowed, listed := callers[method]
+	if listed && allowed == nil {
+		return nil
+	}
+	if !listed {
+		allowed = []pki.Role{pki.RoleController}
+	}
+	id, err := pki.PeerIdentity(ctx)
+	if err != nil {
+		return status.Error(codes.Unauthenticated, err.Error())
+	}
+	if !slices.Contains(allowed, id.Role) {
+		names := make([]string, len(allowed))
+		for i, r := range allowed {
+			names[i] = r.String()
+		}
+		return status.Errorf(codes.PermissionDenied, "%s is for a %s of this cluster; the caller is %s", method, strings.Join(names, " or "), id)
+	}
+	return nil
+}

@@ -1,0 +1,168 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"k8s.io/client-go/rest"
+
+	"timonel/gossip"
+	"timonel/pki"
+	pb "timonel/proto/timonel/v1"
+	"timonel/state"
+	"timonel/state/objects"
+)
+
+// Gossip is what of the gossip pool is needed. [gossip.Pool] has it.
+type Gossip interface {
+	Members() []gossip.Member
+	Subscribe(ctx context.Context) <-chan gossip.Event
+	Probe(ctx context.Context, name string) (time.Duration, error)
+	ProbeAddr(ctx context.Context, name, addr string) (time.Duration, error)
+}
+
+// Config says what a Dispatcher works with. All fields are required unless they
+// have a default.
+type Config struct {
+	Name      string // this controller's
+	ClusterID string
+	Store     *state.Store
+	Objects   *objects.Cache // of the same store, running
+	// Barrier returns when this replica has applied all that was committed when
+	// it was called.
+	Barrier func(ctx context.Context) error
+	// API is the API in memory as user system:node:NAME of group system:nodes. It
+	// is called after Run was.
+	API    func(node string) *rest.Config
+	Bundle *pki.Bundle
+	Gossip Gossip
+	// PeerConn connects to another controller's cluster port. The connection is
+	// shared and not closed here.
+	PeerConn func(ctx context.Context, name string) (grpc.ClientConnInterface, error)
+	// Controllers lists the cluster ports (host:port) of the controllers that are
+	// alive, this one included.
+	Controllers func() []string
+	// Status is what `timonel status` shows of this controller; Agents is filled
+	// in here.
+	Status func(ctx context.Context) *pb.StatusResponse
+	// GossipPort is where agents are probed that gossip does not know. Default
+	// [gossip.DefaultPort].
+	GossipPort int
+	// Logger defaults to slog.Default().
+	Logger *slog.Logger
+}
+
+// Validate returns an error that names the first field that is missing.
+func (c *Config) Validate() error {
+	for _, f := range []struct {
+		name    string
+		missing bool
+	}{
+		{"Name", c.Name == ""}, {"ClusterID", c.ClusterID == ""}, {"Store", c.Store == nil}, {"Objects", c.Objects == nil},
+		{"Barrier", c.Barrier == nil}, {"API", c.API == nil}, {"Bundle", c.Bundle == nil}, {"Gossip", c.Gossip == nil},
+		{"PeerConn", c.PeerConn == nil}, {"Controllers", c.Controllers == nil}, {"Status", c.Status == nil},
+	} {
+		if f.missing {
+			return fmt.Errorf("dispatch config: %s is missing", f.name)
+		}
+	}
+	return nil
+}
+
+// Times that are the same for all.
+const (
+	barrierTimeout = 1500 * time.Millisecond // an agent waits 2 s for its Welcome before it tries another controller
+	tunnelTimeout  = 10 * time.Second        // for an agent to dial back
+	peerTimeout    = 3 * time.Second         // for another controller to open a tunnel
+	heartbeat      = 500 * time.Millisecond  // of Peers.Sessions when there is nothing to say
+	peerSilence    = 2 * time.Second         // after which a Peers.Sessions stream is given up
+	clusterDelay   = 200 * time.Millisecond  // in which changes of routes are merged
+	progressEvery  = 4096                    // revisions after which an agent is told that nothing concerned it
+)
+
+// Dispatcher serves the agents that dialed this controller, and the other
+// controllers' questions about them.
+type Dispatcher struct {
+	pb.UnimplementedAgentsServer
+	pb.UnimplementedPeersServer
+
+	config  Config
+	log     *slog.Logger
+	hub     *hub
+	tunnels *tunnels
+	joins   *rate.Limiter
+
+	running atomic.Pointer[context.Context] // Run's; nil before
+	active  sync.WaitGroup                  // calls that hold on to what Run ends
+	mu      sync.Mutex                      // guards the step from serving to ended
+	ended   bool
+}
+
+var errEnded = errors.New("this controller is stopping")
+
+// New returns a dispatcher that serves nothing until Run is called.
+func New(c Config) (*Dispatcher, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	if c.GossipPort == 0 {
+		c.GossipPort = gossip.DefaultPort
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	d := &Dispatcher{
+		config: c, log: c.Logger.With("room", "dispatch"),
+		tunnels: newTunnels(),
+		// Agents join once in their life; a hundred at once, then 20 a second.
+		joins: rate.NewLimiter(20, 100),
+	}
+	d.hub = newHub(d)
+	return d, nil
+}
+
+// Register adds the services Agents and Peers to a server made with
+// [ServerOptions].
+func (d *Dispatcher) Register(r grpc.ServiceRegistrar) {
+	pb.RegisterAgentsServer(r, d)
+	pb.RegisterPeersServer(r, d)
+}
+
+// Run follows the objects and serves until ctx ends, whose error it returns
+// after all streams have ended.
+func (d *Dispatcher) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	d.running.Store(&ctx)
+	err := d.hub.run(ctx)
+	d.mu.Lock()
+	d.ended = true
+	d.mu.Unlock()
+	cancel(errEnded)
+	d.active.Wait()
+	return err
+}
+
+// serve ties a call to Run: the returned context is the call's and ends with
+// Run. done must be called when the call ends.
+func (d *Dispatcher) serve(call context.Context) (ctx context.Context, cancel context.CancelCauseFunc, done func(), err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	running := d.running.Load()
+	if running == nil {
+		return nil, nil, nil, errors.New("this controller is starting")
+	}
+	if d.ended || (*running).Err() != nil {
+		return nil, nil, nil, errEnded
+	}
+	ctx, cancel = context.WithCancelCause(call)
+	stop := context.AfterFunc(*running, func() { cancel(errEnded) })
+	d.active.Add(1)
+	return ctx, cancel, func() { stop(); cancel(nil); d.active.Done() }, nil
+}

@@ -1,0 +1,319 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	pb "timonel/proto/timonel/v1"
+	"timonel/state/objects"
+)
+
+// hub knows the sessions here, and wakes those that a change concerns.
+type hub struct {
+	d *Dispatcher
+
+	mu       sync.Mutex
+	sessions map[string]*session
+	users    map[objKey]map[*session]struct{} // who is to hear of an object
+	cluster  *pb.Cluster
+	feeds    map[*feed]struct{}
+}
+
+func newHub(d *Dispatcher) *hub {
+	return &hub{
+		d: d, sessions: make(map[string]*session), users: make(map[objKey]map[*session]struct{}),
+		cluster: &pb.Cluster{}, feeds: make(map[*feed]struct{}),
+	}
+}
+
+func revisionOf(o metav1.Object) int64 {
+	n, _ := strconv.ParseInt(o.GetResourceVersion(), 10, 64) // the cache wrote it
+	return n
+}
+
+// run follows the objects until ctx ends.
+func (h *hub) run(ctx context.Context) error {
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	routes := make(chan struct{}, 1)
+	wait.Go(func() { h.followCluster(ctx, routes) })
+
+	var after, progress int64
+	for {
+		changes, err := h.d.config.Objects.Changes(ctx, after)
+		if err != nil {
+			return err
+		}
+		after = changes.Snapshot.Revision()
+		if changes.Reset || after-progress >= progressEvery {
+			progress = after
+			h.wakeAll()
+			notify(routes)
+		}
+		h.wakeFor(changes.Changed, routes)
+	}
+}
+
+// wakeFor wakes the sessions that changes concern.
+func (h *hub) wakeFor(changes []objects.Changed, routes chan<- struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, c := range changes {
+		for _, m := range []*objects.Meta{c.Old, c.New} {
+			if m == nil {
+				continue
+			}
+			switch o := m.Object.(type) {
+			case *corev1.Pod:
+				if s := h.sessions[o.Spec.NodeName]; s != nil {
+					notify(s.wake)
+				}
+			case *corev1.Node:
+				notify(routes)
+				if s := h.sessions[o.Name]; s != nil && m == c.New {
+					s.nodeChanged()
+				}
+			case *corev1.ConfigMap:
+				h.wakeUsers(objKey{kindConfigMap, o.Namespace, o.Name})
+			case *corev1.Secret:
+				h.wakeUsers(objKey{kindSecret, o.Namespace, o.Name})
+			case *corev1.ServiceAccount:
+				h.wakeUsers(objKey{kindServiceAccount, o.Namespace, o.Name})
+			}
+		}
+	}
+}
+
+func (h *hub) wakeUsers(k objKey) {
+	for s := range h.users[k] {
+		notify(s.wake)
+	}
+}
+
+func (h *hub) wakeAll() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, s := range h.sessions {
+		notify(s.wake)
+		s.nodeChanged()
+	}
+}
+
+// notify wakes who waits on a channel of capacity 1.
+func notify(wake chan<- struct{}) {
+	select {
+	case wake <- struct{}{}:
+	default:
+	}
+}
+
+// followCluster keeps the message Cluster up to date: when nodes change, and
+// when gossip sees other controllers.
+func (h *hub) followCluster(ctx context.Context, routes <-chan struct{}) {
+	events := h.d.config.Gossip.Subscribe(ctx)
+	for {
+		h.updateCluster()
+		select {
+		case <-ctx.Done():
+			return
+		case <-routes:
+		case _, ok := <-events:
+			if !ok {
+				events = nil
+			}
+		}
+		timer := time.NewTimer(clusterDelay)
+	merge:
+		for {
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return
+			case _, ok := <-events:
+				if !ok {
+					events = nil
+				}
+			case <-timer.C:
+				break merge
+			}
+		}
+	}
+}
+
+func (h *hub) updateCluster() {
+	next := &pb.Cluster{Controllers: slices.Sorted(slices.Values(h.d.config.Controllers()))}
+	for node := range h.d.config.Objects.Snapshot().Nodes().All() {
+		route := &pb.NodeRoute{NodeName: node.Name, PodCidrs: node.Spec.PodCIDRs, NodeAddress: internalIP(node)}
+		if len(route.PodCidrs) == 0 && node.Spec.PodCIDR != "" {
+			route.PodCidrs = []string{node.Spec.PodCIDR}
+		}
+		next.Routes = append(next.Routes, route)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if proto.Equal(next, h.cluster) {
+		return
+	}
+	h.cluster = next
+	for _, s := range h.sessions {
+		notify(s.wake)
+	}
+}
+
+func internalIP(node *corev1.Node) string {
+	for _, a := range node.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP {
+			return a.Address
+		}
+	}
+	return ""
+}
+
+func (h *hub) currentCluster() *pb.Cluster {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.cluster
+}
+
+var errReplaced = errors.New("the agent opened a newer stream")
+
+// add makes s its node's session; an older one ends.
+func (h *hub) add(s *session) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if old := h.sessions[s.node]; old != nil {
+		old.cancel(errReplaced)
+	}
+	h.sessions[s.node] = s
+	h.publish(s.node, up)
+}
+
+// remove forgets s. It is told to the others unless a newer stream is here.
+func (h *hub) remove(s *session, goodbye bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s.removed = true
+	for k := range s.refs {
+		h.dropUser(k, s)
+	}
+	if h.sessions[s.node] != s {
+		return
+	}
+	delete(h.sessions, s.node)
+	if goodbye {
+		h.publish(s.node, left)
+	} else {
+		h.publish(s.node, down)
+	}
+}
+
+func (h *hub) session(node string) *session {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.sessions[node]
+}
+
+func (h *hub) nodes() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	out := make([]string, 0, len(h.sessions))
+	for node := range h.sessions {
+		out = append(out, node)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// setRefs makes s hear of the objects in refs, and of no other. Whatever of them
+// is looked up afterwards is not missed when it changes.
+func (h *hub) setRefs(s *session, refs map[objKey]struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s.removed {
+		return
+	}
+	for k := range refs {
+		if _, ok := s.refs[k]; !ok {
+			if h.users[k] == nil {
+				h.users[k] = make(map[*session]struct{})
+			}
+			h.users[k][s] = struct{}{}
+		}
+	}
+	for k := range s.refs {
+		if _, ok := refs[k]; !ok {
+			h.dropUser(k, s)
+		}
+	}
+	s.refs = refs
+}
+
+func (h *hub) dropUser(k objKey, s *session) {
+	delete(h.users[k], s)
+	if len(h.users[k]) == 0 {
+		delete(h.users, k)
+	}
+}
+
+// presence is how a node's stream is.
+type presence int
+
+const (
+	down presence = iota
+	up
+	left // down after a Goodbye
+)
+
+// feed is one follower of the sessions here. Of a node only the newest is kept.
+type feed struct {
+	mu      sync.Mutex
+	pending map[string]presence
+	wake    chan struct{}
+}
+
+// subscribe returns the nodes that are connected now, and a feed of what changes
+// afterwards.
+func (h *hub) subscribe() ([]string, *feed) {
+	f := &feed{pending: make(map[string]presence), wake: make(chan struct{}, 1)}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var nodes []string
+	for node := range h.sessions {
+		nodes = append(nodes, node)
+	}
+	h.feeds[f] = struct{}{}
+	return nodes, f
+}
+
+func (h *hub) unsubscribe(f *feed) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.feeds, f)
+}
+
+func (h *hub) publish(node string, p presence) {
+	for f := range h.feeds {
+		f.mu.Lock()
+		f.pending[node] = p
+		f.mu.Unlock()
+		notify(f.wake)
+	}
+}
+
+func (f *feed) take() map[string]presence {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := f.pending
+	f.pending = make(map[string]presence)
+	return out
+}

@@ -1,0 +1,125 @@
+package dispatch
+
+import (
+	corev1 "k8s.io/api/core/v1"
+
+	"timonel/state/objects"
+)
+
+// Kinds of referenced objects, as ObjectSet names them.
+const (
+	kindConfigMap      = "ConfigMap"
+	kindSecret         = "Secret"
+	kindServiceAccount = "ServiceAccount"
+)
+
+// objKey names an object that pods refer to.
+type objKey struct{ kind, namespace, name string }
+
+// defaultServiceAccount is that of a pod that names none.
+const defaultServiceAccount = "default"
+
+// references calls add with each object that a pod needs: ConfigMaps and Secrets
+// of its environment, volumes and image pulls, its ServiceAccount, and the pull
+// secrets of that.
+func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
+	ns := pod.Namespace
+	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
+	secret := func(name string) { addNamed(add, kindSecret, ns, name) }
+
+	account := pod.Spec.ServiceAccountName
+	if account == "" {
+		account = defaultServiceAccount
+	}
+	addNamed(add, kindServiceAccount, ns, account)
+	if sa, ok := s.ServiceAccounts().Get(ns, account); ok {
+		for _, r := range sa.ImagePullSecrets {
+			secret(r.Name)
+		}
+	}
+	for _, r := range pod.Spec.ImagePullSecrets {
+		secret(r.Name)
+	}
+	environment := func(env []corev1.EnvVar, from []corev1.EnvFromSource) {
+		for _, e := range env {
+			if v := e.ValueFrom; v != nil {
+				if v.ConfigMapKeyRef != nil {
+					configMap(v.ConfigMapKeyRef.Name)
+				}
+				if v.SecretKeyRef != nil {
+					secret(v.SecretKeyRef.Name)
+				}
+			}
+		}
+		for _, f := range from {
+			if f.ConfigMapRef != nil {
+				configMap(f.ConfigMapRef.Name)
+			}
+			if f.SecretRef != nil {
+				secret(f.SecretRef.Name)
+			}
+		}
+	}
+	for i := range pod.Spec.InitContainers {
+		environment(pod.Spec.InitContainers[i].Env, pod.Spec.InitContainers[i].EnvFrom)
+	}
+	for i := range pod.Spec.Containers {
+		environment(pod.Spec.Containers[i].Env, pod.Spec.Containers[i].EnvFrom)
+	}
+	for i := range pod.Spec.EphemeralContainers {
+		environment(pod.Spec.EphemeralContainers[i].Env, pod.Spec.EphemeralContainers[i].EnvFrom)
+	}
+	for i := range pod.Spec.Volumes {
+		v := &pod.Spec.Volumes[i]
+		if v.ConfigMap != nil {
+			configMap(v.ConfigMap.Name)
+		}
+		if v.Secret != nil {
+			secret(v.Secret.SecretName)
+		}
+		if v.CSI != nil && v.CSI.NodePublishSecretRef != nil {
+			secret(v.CSI.NodePublishSecretRef.Name)
+		}
+		if v.Projected == nil {
+			continue
+		}
+		for _, p := range v.Projected.Sources {
+			if p.ConfigMap != nil {
+				configMap(p.ConfigMap.Name)
+			}
+			if p.Secret != nil {
+				secret(p.Secret.Name)
+			}
+		}
+	}
+}
+
+func addNamed(add func(objKey), kind, namespace, name string) {
+	if name != "" {
+		add(objKey{kind, namespace, name})
+	}
+}
+
+// marshaler is an API object that encodes itself as protobuf.
+type marshaler interface {
+	Marshal() ([]byte, error)
+}
+
+// lookup returns a referenced object and its revision, or nil if there is none.
+func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
+	switch k.kind {
+	case kindConfigMap:
+		if o, ok := s.ConfigMaps().Get(k.namespace, k.name); ok {
+			return o, revisionOf(o)
+		}
+	case kindSecret:
+		if o, ok := s.Secrets().Get(k.namespace, k.name); ok {
+			return o, revisionOf(o)
+		}
+	case kindServiceAccount:
+		if o, ok := s.ServiceAccounts().Get(k.namespace, k.name); ok {
+			return o, revisionOf(o)
+		}
+	}
+	return nil, 0
+}

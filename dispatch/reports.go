@@ -1,0 +1,283 @@
+package dispatch
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	pb "timonel/proto/timonel/v1"
+)
+
+// maxEvents bounds the events of one agent that wait to be written.
+const maxEvents = 256
+
+// reports is the newest that the agent said of each thing.
+type reports struct {
+	mu     sync.Mutex
+	node   *corev1.Node
+	pods   map[types.UID]*podReport
+	events int // waiting
+	serial uint64
+}
+
+// podReport is the newest that the agent said of one pod.
+type podReport struct {
+	namespace, name string
+	status          *corev1.PodStatus // nil once written
+	terminated      bool              // nothing of it runs any more
+}
+
+func (s *session) reportPod(r *pb.PodStatus) error {
+	st := &corev1.PodStatus{}
+	if err := st.Unmarshal(r.GetStatus()); err != nil {
+		return fmt.Errorf("PodStatus of %s/%s: %w", r.GetNamespace(), r.GetName(), err)
+	}
+	s.reportOf(r.GetNamespace(), r.GetName(), types.UID(r.GetUid()), func(p *podReport) { p.status = st })
+	return nil
+}
+
+func (s *session) reportTerminated(r *pb.PodTerminated) {
+	s.reportOf(r.GetNamespace(), r.GetName(), types.UID(r.GetUid()), func(p *podReport) { p.terminated = true })
+}
+
+func (s *session) reportOf(namespace, name string, uid types.UID, change func(*podReport)) {
+	s.reports.mu.Lock()
+	if s.reports.pods == nil {
+		s.reports.pods = make(map[types.UID]*podReport)
+	}
+	p := s.reports.pods[uid]
+	if p == nil {
+		p = &podReport{namespace: namespace, name: name}
+		s.reports.pods[uid] = p
+	}
+	change(p)
+	s.reports.mu.Unlock()
+	s.writer.add("pod "+namespace+"/"+name+" "+string(uid), func(ctx context.Context) error { return s.writePod(ctx, uid) })
+}
+
+// writePod writes a pod's newest status, then deletes the pod if nothing of it
+// runs any more.
+func (s *session) writePod(ctx context.Context, uid types.UID) error {
+	s.reports.mu.Lock()
+	p := s.reports.pods[uid]
+	if p == nil {
+		s.reports.mu.Unlock()
+		return nil
+	}
+	report := *p
+	s.reports.mu.Unlock()
+
+	if report.status != nil {
+		err := s.writePodStatus(ctx, report, uid)
+		// A pod that is gone, or that validation refuses, must not keep the node
+		// from letting go of it.
+		if err != nil && (!report.terminated || mayPass(err, settleTime)) {
+			return err
+		}
+	}
+	if report.terminated {
+		if err := s.deletePod(ctx, report, uid); err != nil {
+			return err
+		}
+	}
+	s.reports.mu.Lock()
+	defer s.reports.mu.Unlock()
+	if p.status == report.status {
+		p.status = nil
+	}
+	if p.status == nil && p.terminated == report.terminated {
+		delete(s.reports.pods, uid)
+	}
+	return nil
+}
+
+func (s *session) writePodStatus(ctx context.Context, p podReport, uid types.UID) error {
+	live, ok := s.d.config.Objects.Snapshot().Pods().Get(p.namespace, p.name)
+	for try := 0; ; try++ {
+		if !ok || try > 0 {
+			var err error
+			live, err = s.client.Pods(p.namespace).Get(ctx, p.name, metav1.GetOptions{})
+			if apierrors.IsNotFound(err) {
+				return nil
+			}
+			if err != nil {
+				return fmt.Errorf("read pod %s/%s: %w", p.namespace, p.name, err)
+			}
+		}
+		if live.UID != uid {
+			if ok && try == 0 {
+				continue // the snapshot may be behind
+			}
+			return nil // another pod of the same name
+		}
+		next := mergePodStatus(&live.Status, p.status)
+		if apiequality.Semantic.DeepEqual(&live.Status, next) {
+			return nil
+		}
+		pod := live.DeepCopy()
+		pod.Status = *next
+		_, err := s.client.Pods(p.namespace).UpdateStatus(ctx, pod, metav1.UpdateOptions{})
+		if apierrors.IsConflict(err) && try < 3 {
+			continue
+		}
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("write status of pod %s/%s: %w", p.namespace, p.name, err)
+		}
+		return nil
+	}
+}
+
+// mergePodStatus is what the agent says, with what only others may say kept.
+func mergePodStatus(live, said *corev1.PodStatus) *corev1.PodStatus {
+	next := said.DeepCopy()
+	if finished(live.Phase) && !finished(next.Phase) {
+		next.Phase = live.Phase // a pod that ended does not come back
+	}
+	if next.NominatedNodeName == "" {
+		next.NominatedNodeName = live.NominatedNodeName
+	}
+	if next.QOSClass == "" {
+		next.QOSClass = live.QOSClass
+	}
+	if next.StartTime == nil {
+		next.StartTime = live.StartTime
+	}
+	if next.ResourceClaimStatuses == nil {
+		next.ResourceClaimStatuses = live.ResourceClaimStatuses
+	}
+	for _, c := range live.Conditions {
+		if !has(next.Conditions, func(n corev1.PodCondition) bool { return n.Type == c.Type }) {
+			next.Conditions = append(next.Conditions, c)
+		}
+	}
+	for i := range next.Conditions {
+		n := &next.Conditions[i]
+		for _, c := range live.Conditions {
+			if c.Type == n.Type && c.Status == n.Status {
+				n.LastTransitionTime = c.LastTransitionTime
+			}
+		}
+	}
+	return next
+}
+
+func finished(p corev1.PodPhase) bool { return p == corev1.PodSucceeded || p == corev1.PodFailed }
+
+func has[T any](list []T, is func(T) bool) bool {
+	for _, t := range list {
+		if is(t) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *session) deletePod(ctx context.Context, p podReport, uid types.UID) error {
+	now := int64(0)
+	err := s.client.Pods(p.namespace).Delete(ctx, p.name, metav1.DeleteOptions{
+		GracePeriodSeconds: &now, Preconditions: &metav1.Preconditions{UID: &uid},
+	})
+	if apierrors.IsConflict(err) {
+		if live, getErr := s.client.Pods(p.namespace).Get(ctx, p.name, metav1.GetOptions{}); getErr == nil && live.UID != uid {
+			return nil // another pod of the same name
+		}
+	}
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("delete terminated pod %s/%s: %w", p.namespace, p.name, err)
+	}
+	return nil
+}
+
+// reportEvent writes an event. When too many wait, it is dropped: events are a
+// courtesy.
+func (s *session) reportEvent(e *corev1.Event) {
+	s.reports.mu.Lock()
+	if s.reports.events >= maxEvents {
+		s.reports.mu.Unlock()
+		return
+	}
+	s.reports.events++
+	s.reports.serial++
+	serial := s.reports.serial
+	s.reports.mu.Unlock()
+
+	if e.Namespace == "" {
+		e.Namespace = e.InvolvedObject.Namespace
+	}
+	if e.Namespace == "" {
+		e.Namespace = metav1.NamespaceDefault
+	}
+	if e.Name == "" {
+		e.Name = fmt.Sprintf("%s.%x%04x", e.InvolvedObject.Name, time.Now().UnixNano(), serial&0xffff)
+	}
+	e.ResourceVersion = ""
+	var once sync.Once
+	done := func() {
+		once.Do(func() {
+			s.reports.mu.Lock()
+			s.reports.events--
+			s.reports.mu.Unlock()
+		})
+	}
+	s.writer.add(fmt.Sprintf("event %d", serial), func(ctx context.Context) error {
+		_, err := s.client.Events(e.Namespace).Create(ctx, e, metav1.CreateOptions{})
+		if apierrors.IsAlreadyExists(err) || apierrors.IsNotFound(err) { // the namespace is gone, or going
+			err = nil
+		}
+		if err == nil || !mayPass(err, 0) {
+			done()
+		}
+		return err
+	})
+}
+
+// request answers something that the agent asks for as its node.
+func (s *session) request(r *pb.Request) {
+	s.writer.add(fmt.Sprintf("request %d", r.GetId()), func(ctx context.Context) error {
+		reply := &pb.Reply{Id: r.GetId()}
+		body, err := s.answer(ctx, r)
+		if err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			st := apierrors.NewInternalError(err).ErrStatus
+			if answer, ok := err.(apierrors.APIStatus); ok {
+				st = answer.Status()
+			}
+			if reply.Status, err = st.Marshal(); err != nil {
+				return fmt.Errorf("encode status: %w", err)
+			}
+		} else {
+			reply.Body = body
+		}
+		_ = s.tell(&pb.ControllerMessage{Message: &pb.ControllerMessage_Reply{Reply: reply}}) // ends the session if it fails
+		return nil
+	})
+}
+
+func (s *session) answer(ctx context.Context, r *pb.Request) ([]byte, error) {
+	switch q := r.GetRequest().(type) {
+	case *pb.Request_Token:
+		in := &authenticationv1.TokenRequest{}
+		if err := in.Unmarshal(q.Token.GetTokenRequest()); err != nil {
+			return nil, apierrors.NewBadRequest("decode TokenRequest: " + err.Error())
+		}
+		out, err := s.client.ServiceAccounts(q.Token.GetNamespace()).CreateToken(ctx, q.Token.GetServiceAccount(), in, metav1.CreateOptions{})
+		if err != nil {
+			return nil, err
+		}
+		return out.Marshal()
+	}
+	return nil, apierrors.NewBadRequest(fmt.Sprintf("this controller does not know the request %T; it may be older than the agent", r.GetRequest()))
+}

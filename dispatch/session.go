@@ -1,0 +1,201 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	coreclient "k8s.io/client-go/kubernetes/typed/core/v1"
+
+	"timonel/pki"
+	pb "timonel/proto/timonel/v1"
+)
+
+// session is one agent's stream here, from Hello to its end.
+type session struct {
+	d      *Dispatcher
+	node   string
+	log    *slog.Logger
+	stream grpc.BidiStreamingServer[pb.AgentMessage, pb.ControllerMessage]
+	cancel context.CancelCauseFunc
+	client coreclient.CoreV1Interface
+	writer *writer
+	ended  <-chan struct{}
+
+	wake    chan struct{}              // what the agent should have may have changed
+	refs    map[objKey]struct{}        // hub.mu guards it
+	removed bool                       // from the hub; hub.mu guards it
+	goodbye atomic.Bool                // the agent announced its end
+	control chan *pb.ControllerMessage // replies and tunnels
+
+	// What the agent has. Only the goroutine that sends uses it.
+	pods    map[podKey]sentPod
+	objects map[objKey]int64 // revisions
+	synced  int64            // the agent has everything up to this revision
+	full    bool             // a full list is due
+	cluster *pb.Cluster
+
+	reports reports // what the agent said and is to be written
+}
+
+type podKey struct{ namespace, name string }
+
+type sentPod struct {
+	uid      types.UID
+	revision int64
+}
+
+// controlQueue bounds replies and tunnel requests that wait for a slow agent.
+const controlQueue = 256
+
+// Connect serves an agent's stream.
+func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb.ControllerMessage]) error {
+	ctx, cancel, done, err := d.serve(stream.Context())
+	if err != nil {
+		return status.Error(codes.Unavailable, err.Error())
+	}
+	defer done()
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	hello := first.GetHello()
+	if hello == nil {
+		return status.Errorf(codes.InvalidArgument, "the stream began with %T instead of a Hello", first.GetMessage())
+	}
+	id, err := pki.PeerIdentity(ctx)
+	if err != nil {
+		return status.Error(codes.Unauthenticated, err.Error())
+	}
+	if id != (pki.Identity{Role: pki.RoleNode, Name: hello.GetNodeName()}) {
+		return status.Errorf(codes.PermissionDenied, "the certificate is that of %s, the agent calls itself node %s", id, hello.GetNodeName())
+	}
+	node := &corev1.Node{}
+	if err := node.Unmarshal(hello.GetNode()); err != nil {
+		return status.Errorf(codes.InvalidArgument, "Hello of node %s: decode its Node: %v", id.Name, err)
+	}
+	if node.Name != id.Name {
+		return status.Errorf(codes.InvalidArgument, "Hello of node %s: its Node is called %q", id.Name, node.Name)
+	}
+	client, err := coreclient.NewForConfig(d.config.API(id.Name))
+	if err != nil {
+		return status.Errorf(codes.Internal, "API client of node %s: %v", id.Name, err)
+	}
+	s := &session{
+		d: d, node: id.Name, log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
+		ended: ctx.Done(), wake: make(chan struct{}, 1), control: make(chan *pb.ControllerMessage, controlQueue),
+		pods: make(map[podKey]sentPod), objects: make(map[objKey]int64),
+	}
+	s.writer = newWriter(s.log)
+	if err := s.catchUp(ctx, hello); err != nil {
+		return err
+	}
+	return s.run(ctx, hello, node)
+}
+
+// catchUp waits until this replica is not behind the cluster, so that an agent
+// never goes back in time, and decides what the agent has already.
+func (s *session) catchUp(ctx context.Context, hello *pb.Hello) error {
+	ctx, cancel := context.WithTimeout(ctx, barrierTimeout)
+	defer cancel()
+	if err := s.d.config.Barrier(ctx); err != nil {
+		return status.Errorf(codes.Unavailable, "controller %s does not know whether it is up to date: %v", s.d.config.Name, err)
+	}
+	revision := s.d.config.Store.View().Revision()
+	if err := s.d.config.Objects.WaitRevision(ctx, revision); err != nil {
+		return status.Errorf(codes.Unavailable, "controller %s is still loading: %v", s.d.config.Name, err)
+	}
+	after := hello.GetResumeRevision()
+	if hello.GetEpoch() == s.d.config.ClusterID && after > revision {
+		s.log.Warn("the agent knows a later state than the cluster has, which lost some; it gets a full list",
+			"agent", after, "cluster", revision)
+	}
+	s.full = hello.GetEpoch() != s.d.config.ClusterID || after <= 0 || after > revision || !s.resume(after)
+	return nil
+}
+
+func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) error {
+	start := time.Now()
+	s.d.hub.add(s)
+	s.log.Info("agent connected", "version", hello.GetVersion(), "full", s.full, "resume", hello.GetResumeRevision())
+	var work sync.WaitGroup
+	work.Go(func() { s.writer.run(ctx) })
+	s.reportNode(node)
+	// A Send or Recv that hangs ends when this function has returned; Run waits
+	// for it.
+	s.d.active.Go(func() { s.cancel(s.send(ctx)) })
+	s.d.active.Go(func() { s.cancel(s.receive()) })
+	<-ctx.Done()
+	err := context.Cause(ctx)
+	goodbye := s.goodbye.Load()
+	s.d.hub.remove(s, goodbye)
+	work.Wait()
+	if goodbye || errors.Is(err, io.EOF) {
+		s.log.Info("agent disconnected", "goodbye", goodbye, "after", time.Since(start).Round(time.Millisecond))
+		return nil
+	}
+	s.log.Warn("agent's stream broke", "after", time.Since(start).Round(time.Millisecond), "err", err)
+	if errors.Is(err, errReplaced) || errors.Is(err, errEnded) {
+		return status.Error(codes.Unavailable, err.Error())
+	}
+	return err
+}
+
+// receive takes what the agent says until the stream ends.
+func (s *session) receive() error {
+	for {
+		m, err := s.stream.Recv()
+		if err != nil {
+			return err
+		}
+		switch m := m.GetMessage().(type) {
+		case *pb.AgentMessage_NodeStatus:
+			node := &corev1.Node{}
+			if err := node.Unmarshal(m.NodeStatus.GetNode()); err != nil {
+				return status.Errorf(codes.InvalidArgument, "NodeStatus of %s: %v", s.node, err)
+			}
+			s.reportNode(node)
+		case *pb.AgentMessage_PodStatus:
+			if err := s.reportPod(m.PodStatus); err != nil {
+				return status.Error(codes.InvalidArgument, err.Error())
+			}
+		case *pb.AgentMessage_PodTerminated:
+			s.reportTerminated(m.PodTerminated)
+		case *pb.AgentMessage_Event:
+			event := &corev1.Event{}
+			if err := event.Unmarshal(m.Event.GetEvent()); err != nil {
+				return status.Errorf(codes.InvalidArgument, "Event of %s: %v", s.node, err)
+			}
+			s.reportEvent(event)
+		case *pb.AgentMessage_Request:
+			s.request(m.Request)
+		case *pb.AgentMessage_Goodbye:
+			s.goodbye.Store(true)
+		default:
+			s.log.Warn("unknown message of an agent; it may be newer than this controller", "type", fmt.Sprintf("%T", m))
+		}
+	}
+}
+
+// tell queues a message besides the desired state. An agent that reads none of
+// them for long is given up.
+func (s *session) tell(m *pb.ControllerMessage) error {
+	select {
+	case s.control <- m:
+		return nil
+	default:
+		err := fmt.Errorf("node %s does not read what it is sent", s.node)
+		s.cancel(status.Error(codes.ResourceExhausted, err.Error()))
+		return err
+	}
+}

@@ -1,0 +1,86 @@
+package timonelv1
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/keepalive"
+)
+
+// How the two ends of a connection to a cluster port find out that the other is
+// gone: the server asks by pings, the client listens for them, because gRPC lets
+// a client ask only every 10 s.
+const (
+	// PingInterval is how often a server pings a silent client.
+	PingInterval = time.Second
+	// PingTimeout is how long a client may take to answer.
+	PingTimeout = time.Second
+	// Silence is how long a client lets a server say nothing, pings included.
+	Silence = 3 * time.Second
+	// MaxMessage bounds one message: a pod or a Secret, and Raft commands.
+	MaxMessage = 16 << 20
+
+	connectTimeout = 2 * time.Second
+)
+
+// Metadata keys of the calls that carry tunnels.
+const (
+	TunnelIDKey   = "timonel-tunnel-id" // which TunnelOpen an Agents.Tunnel answers
+	TunnelNodeKey = "timonel-node"      // the node that a Peers.Dial wants
+)
+
+// ServerOptions are those of every cluster port.
+func ServerOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: PingInterval, Timeout: PingTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: PingInterval / 2, PermitWithoutStream: true}),
+		grpc.MaxRecvMsgSize(MaxMessage),
+		grpc.MaxSendMsgSize(MaxMessage),
+	}
+}
+
+// DialOptions are those of every client of a cluster port, credentials aside.
+func DialOptions() []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithContextDialer(dial),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			MinConnectTimeout: connectTimeout,
+		}),
+		// An idle connection would have to be made again in the moment it is needed.
+		grpc.WithIdleTimeout(0),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(MaxMessage), grpc.MaxCallSendMsgSize(MaxMessage)),
+		grpc.WithDisableServiceConfig(),
+	}
+}
+
+func dial(ctx context.Context, address string) (net.Conn, error) {
+	d := net.Dialer{Timeout: connectTimeout}
+	conn, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return &listening{Conn: conn}, nil
+}
+
+// listening is a connection whose reads fail when the other end says nothing
+// for Silence.
+type listening struct{ net.Conn }
+
+// Read implements [net.Conn].
+func (l *listening) Read(p []byte) (int, error) {
+	if err := l.SetReadDeadline(time.Now().Add(Silence)); err != nil {
+		return 0, err
+	}
+	n, err := l.Conn.Read(p)
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		err = fmt.Errorf("%s said nothing for %s", l.RemoteAddr(), Silence)
+	}
+	return n, err
+}
