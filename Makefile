@@ -3,7 +3,10 @@
 SHELL       := /bin/bash
 GO          ?= go
 VERSION     := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
-LDFLAGS     := -s -w -X main.version=$(VERSION)
+KUBERNETES  := $(shell awk '$$1 == "k8s.io/kubernetes" {print $$2; exit}' go.mod)
+KUBEVERSION := k8s.io/component-base/version
+LDFLAGS     := -s -w -X main.version=$(VERSION) -X $(KUBEVERSION).gitVersion=$(KUBERNETES) \
+	-X $(KUBEVERSION).gitMajor=1 -X $(KUBEVERSION).gitMinor=$(word 2,$(subst ., ,$(KUBERNETES)))
 GOFLAGS     += -buildvcs=false
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 SUDO        := $(if $(filter 0,$(shell id -u)),,sudo)

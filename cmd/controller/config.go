@@ -1,0 +1,164 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+)
+
+// config is what the flags say. Durations are positive; ports are TCP (gossip's
+// is UDP too).
+type config struct {
+	name            string
+	dataDir         string
+	bundleDir       string
+	bindIP          string
+	advertiseIP     string
+	bootstrapExpect int
+	join            []string
+
+	apiPort, clusterPort, raftPort, gossipPort int
+
+	clusterCIDR, serviceCIDR string
+	unreachableToleration    time.Duration
+	lostShare                float64
+
+	heartbeatTimeout, electionTimeout, leaderLease time.Duration
+	snapshotThreshold, trailingLogs                uint64
+	historyRevisions                               int
+
+	logLevel, logFormat string
+}
+
+func defaultConfig() config {
+	return config{
+		bootstrapExpect:       3,
+		apiPort:               6443,
+		clusterPort:           7443,
+		raftPort:              7444,
+		gossipPort:            7946,
+		clusterCIDR:           "10.244.0.0/16",
+		serviceCIDR:           "10.96.0.0/16",
+		unreachableToleration: 30 * time.Second,
+		lostShare:             0.55,
+		logLevel:              "info",
+		logFormat:             "text",
+	}
+}
+
+func (c *config) flags(f *pflag.FlagSet) {
+	f.StringVar(&c.name, "name", c.name, "this controller's name, unique in the cluster and kept for life (default: the host's name)")
+	f.StringVar(&c.dataDir, "data-dir", c.dataDir, "folder of the log, snapshots and certificates (required)")
+	f.StringVar(&c.bundleDir, "bundle", c.bundleDir, "folder of the cluster's secrets, the same on every controller; made by 'timonel init' (required)")
+	f.StringVar(&c.bindIP, "bind-ip", c.bindIP, "address to listen on (required)")
+	f.StringVar(&c.advertiseIP, "advertise-ip", c.advertiseIP, "address that the others reach this controller by (default: --bind-ip)")
+	f.IntVar(&c.bootstrapExpect, "bootstrap-expect", c.bootstrapExpect, "how many controllers form a new cluster: 1, 3 or 5")
+	f.StringSliceVar(&c.join, "join", c.join, "gossip addresses (host:port) of other controllers to find the cluster by")
+	f.IntVar(&c.apiPort, "api-port", c.apiPort, "port of the Kubernetes API")
+	f.IntVar(&c.clusterPort, "cluster-port", c.clusterPort, "port of agents' streams and of calls between controllers")
+	f.IntVar(&c.raftPort, "raft-port", c.raftPort, "port of Raft's own connections")
+	f.IntVar(&c.gossipPort, "gossip-port", c.gossipPort, "port of gossip, TCP and UDP")
+	f.StringVar(&c.clusterCIDR, "cluster-cidr", c.clusterCIDR, "network of the pods; each node gets a /24 of it")
+	f.StringVar(&c.serviceCIDR, "service-cidr", c.serviceCIDR, "network of the Services' addresses")
+	f.DurationVar(&c.unreachableToleration, "unreachable-toleration", c.unreachableToleration, "how long pods stay bound to a node that is unreachable or not ready, where they do not say so themselves (Kubernetes: 5m)")
+	f.Float64Var(&c.lostShare, "lost-share", c.lostShare, "above this share of nodes lost at once, nothing is evicted: it is the network, not the nodes")
+	f.DurationVar(&c.heartbeatTimeout, "heartbeat-timeout", c.heartbeatTimeout, "how long a follower waits to hear from the leader before it stands for election (0: the tuned default)")
+	f.DurationVar(&c.electionTimeout, "election-timeout", c.electionTimeout, "how long a candidate waits for votes (0: the tuned default)")
+	f.DurationVar(&c.leaderLease, "leader-lease", c.leaderLease, "how long a leader that hears of no majority goes on; at most --heartbeat-timeout (0: the tuned default)")
+	f.Uint64Var(&c.snapshotThreshold, "snapshot-threshold", c.snapshotThreshold, "log entries after which a snapshot is taken (0: the tuned default)")
+	f.Uint64Var(&c.trailingLogs, "trailing-logs", c.trailingLogs, "log entries kept behind a snapshot for slow followers (0: the tuned default)")
+	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "revisions kept for watches to resume from and lists to be paged over (0: the default)")
+	f.StringVar(&c.logLevel, "log-level", c.logLevel, "debug, info, warn or error")
+	f.StringVar(&c.logFormat, "log-format", c.logFormat, "text or json")
+}
+
+var nameRE = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+// complete fills what has a default from the machine.
+func (c *config) complete() error {
+	if c.name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("--name: not given, and the host's name cannot be read: %w", err)
+		}
+		c.name = strings.ToLower(strings.SplitN(host, ".", 2)[0])
+	}
+	if c.advertiseIP == "" {
+		c.advertiseIP = c.bindIP
+	}
+	return c.validate()
+}
+
+// validate names the flag that is wrong and says what it takes.
+func (c *config) validate() error {
+	var errs []error
+	bad := func(flag, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("--%s: %s", flag, fmt.Sprintf(format, args...)))
+	}
+	if !nameRE.MatchString(c.name) {
+		bad("name", "%q is not a DNS label (lower-case letters, digits and '-', 63 at most)", c.name)
+	}
+	if c.dataDir == "" {
+		bad("data-dir", "required: the folder for this controller's data")
+	}
+	if c.bundleDir == "" {
+		bad("bundle", "required: the folder made by 'timonel init', copied to every controller")
+	}
+	if c.bindIP == "" {
+		bad("bind-ip", "required: an address of this machine")
+	} else if net.ParseIP(c.bindIP) == nil {
+		bad("bind-ip", "%q is not an IP address", c.bindIP)
+	}
+	if ip := net.ParseIP(c.advertiseIP); c.advertiseIP != "" && (ip == nil || ip.IsUnspecified()) {
+		bad("advertise-ip", "%q is not an address that others can reach", c.advertiseIP)
+	}
+	switch c.bootstrapExpect {
+	case 1, 3, 5:
+	default:
+		bad("bootstrap-expect", "%d is not 1, 3 or 5", c.bootstrapExpect)
+	}
+	for _, seed := range c.join {
+		if _, port, err := net.SplitHostPort(seed); err != nil || port == "" {
+			bad("join", "%q is not host:port", seed)
+		}
+	}
+	seen := map[int]string{}
+	for _, p := range []struct {
+		flag string
+		port int
+	}{{"api-port", c.apiPort}, {"cluster-port", c.clusterPort}, {"raft-port", c.raftPort}, {"gossip-port", c.gossipPort}} {
+		if p.port < 1 || p.port > 65535 {
+			bad(p.flag, "%d is not a port", p.port)
+		} else if other, taken := seen[p.port]; taken {
+			bad(p.flag, "%d is also --%s", p.port, other)
+		}
+		seen[p.port] = p.flag
+	}
+	for flag, cidr := range map[string]string{"cluster-cidr": c.clusterCIDR, "service-cidr": c.serviceCIDR} {
+		if prefix, err := netip.ParsePrefix(cidr); err != nil || prefix != prefix.Masked() {
+			bad(flag, "%q is not a network such as 10.244.0.0/16", cidr)
+		}
+	}
+	if c.unreachableToleration < time.Second {
+		bad("unreachable-toleration", "%s is under a second", c.unreachableToleration)
+	}
+	if c.lostShare <= 0 || c.lostShare > 1 {
+		bad("lost-share", "%g is not above 0 and at most 1", c.lostShare)
+	}
+	return errors.Join(errs...)
+}
+
+func (c *config) address(port int) string {
+	return net.JoinHostPort(c.bindIP, fmt.Sprint(port))
+}
+
+func (c *config) advertised(port int) string {
+	return net.JoinHostPort(c.advertiseIP, fmt.Sprint(port))
+}

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+)
+
+func TestConfigNamesTheWrongFlag(t *testing.T) {
+	t.Parallel()
+	good := func() config {
+		c := defaultConfig()
+		c.name, c.dataDir, c.bundleDir, c.bindIP = "c1", "/data", "/bundle", "10.0.0.1"
+		c.join = []string{"10.0.0.2:7946"}
+		return c
+	}
+	for _, tc := range []struct {
+		name   string
+		change func(*config)
+		want   string // in the error; empty: none
+	}{
+		{"good", func(*config) {}, ""},
+		{"name", func(c *config) { c.name = "C_1" }, `--name: "C_1"`},
+		{"no data folder", func(c *config) { c.dataDir = "" }, "--data-dir: required"},
+		{"no bundle", func(c *config) { c.bundleDir = "" }, "--bundle: required"},
+		{"no address", func(c *config) { c.bindIP = "" }, "--bind-ip: required"},
+		{"not an address", func(c *config) { c.bindIP = "c1.example" }, `--bind-ip: "c1.example"`},
+		{"unreachable address", func(c *config) { c.bindIP, c.advertiseIP = "0.0.0.0", "0.0.0.0" }, `--advertise-ip: "0.0.0.0"`},
+		{"even number", func(c *config) { c.bootstrapExpect = 2 }, "--bootstrap-expect: 2 is not 1, 3 or 5"},
+		{"seed without port", func(c *config) { c.join = []string{"10.0.0.2"} }, `--join: "10.0.0.2" is not host:port`},
+		{"port", func(c *config) { c.apiPort = 70000 }, "--api-port: 70000"},
+		{"port twice", func(c *config) { c.raftPort = c.clusterPort }, "--raft-port: 7443 is also --cluster-port"},
+		{"network", func(c *config) { c.clusterCIDR = "10.244.0.1/16" }, "--cluster-cidr"},
+		{"toleration", func(c *config) { c.unreachableToleration = 0 }, "--unreachable-toleration"},
+		{"share", func(c *config) { c.lostShare = 2 }, "--lost-share"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			c := good()
+			tc.change(&c)
+			err := c.complete()
+			switch {
+			case tc.want == "" && err != nil:
+				t.Errorf("got %v, want none", err)
+			case tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)):
+				t.Errorf("got %v, want %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestOneLine(t *testing.T) {
+	t.Parallel()
+	err := fmt.Errorf("start: %w", errors.Join(errors.New("a"), errors.New("b\nc")))
+	if got := oneLine(err); strings.Contains(got, "\n") {
+		t.Errorf("%q has more than one line", got)
+	}
+	if got, want := oneLine(errors.Join(errors.New("a"), errors.New("b"))), "a; b"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}

@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+
+	"golang.org/x/sync/errgroup"
+
+	"timonel/consensus"
+	"timonel/dispatch"
+	"timonel/gossip"
+	"timonel/reconcile"
+	"timonel/state/storage"
+)
+
+// lead schedules and reconciles in each term that this replica is elected for,
+// until ctx ends. What it commits is refused in any other term.
+func (k *controller) lead(ctx context.Context) error {
+	pods, err := netip.ParsePrefix(k.clusterCIDR)
+	if err != nil {
+		return err // checked by validate
+	}
+	reconcilers, err := reconcile.Standard(reconcile.StandardConfig{
+		Health:      reconcile.HealthConfig{Share: k.lostShare},
+		ClusterCIDR: pods,
+		RootCA:      k.bundle.CA(),
+	})
+	if err != nil {
+		return err
+	}
+	runner, err := reconcile.NewRunner(reconcile.Config{
+		Cache:         k.cache,
+		Revision:      func() int64 { return k.store.View().Revision() },
+		Client:        k.apiAs("system:timonel:reconciler", "system:masters"),
+		Reconcilers:   reconcilers,
+		Health:        func() reconcile.Health { return health(k.tracker.Health()) },
+		HealthChanged: k.tracker.Changed(),
+		ResetHealth:   k.tracker.Reset,
+		Host:          k.name,
+		Log:           k.log,
+	})
+	if err != nil {
+		return err
+	}
+	return k.replica.Lead(ctx, func(ctx context.Context, term uint64) error {
+		group, ctx := errgroup.WithContext(consensus.WithTerm(ctx, term))
+		group.Go(func() error { return ended(k.tracker.Run(ctx)) })
+		group.Go(func() error { return ended(storage.Expire(ctx, k.backend, k.log)) })
+		group.Go(func() error { return ended(runner.Run(ctx, term)) })
+		return group.Wait()
+	})
+}
+
+// health is the tracker's facts in the reconcilers' terms.
+func health(h dispatch.Health) reconcile.Health {
+	out := reconcile.Health{Since: h.Since, Nodes: make(map[string]reconcile.NodeHealth, len(h.Nodes))}
+	for name, n := range h.Nodes {
+		out.Nodes[name] = reconcile.NodeHealth{
+			Stream: n.Stream, StreamSince: n.StreamSince, Goodbye: n.Goodbye,
+			Gossip: gossipState(n.Gossip), GossipSince: n.GossipSince,
+			ProbesFailed: n.ProbesFailed, ProbesSince: n.ProbesSince,
+		}
+	}
+	return out
+}
+
+func gossipState(s gossip.State) reconcile.GossipState {
+	switch s {
+	case gossip.Alive:
+		return reconcile.GossipAlive
+	case gossip.Suspect:
+		return reconcile.GossipSuspect
+	case gossip.Dead:
+		return reconcile.GossipDead
+	case gossip.Left:
+		return reconcile.GossipLeft
+	}
+	return reconcile.GossipUnknown
+}

@@ -1,0 +1,247 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/rest"
+
+	"timonel/apiserver"
+	"timonel/consensus"
+	"timonel/dispatch"
+	"timonel/gossip"
+	"timonel/pki"
+	"timonel/state"
+	"timonel/state/objects"
+)
+
+// leaveTimeout is how long a controller that stops waits for gossip to tell the
+// others.
+const leaveTimeout = time.Second
+
+// controller is what run wires together.
+type controller struct {
+	config
+	log     *slog.Logger
+	bundle  *pki.Bundle
+	store   *state.Store
+	pool    *gossip.Pool
+	peers   *peers
+	replica *consensus.Replica
+	backend backend
+	cache   *objects.Cache
+	api     *apiserver.Server
+	agents  *dispatch.Dispatcher
+	tracker *dispatch.Tracker
+}
+
+// run serves until ctx ends, or until a part of the controller fails.
+func run(ctx context.Context, c config, log *slog.Logger) (err error) {
+	k := &controller{config: c, log: log.With("controller", c.name)}
+	if k.bundle, err = pki.LoadBundle(c.bundleDir); err != nil {
+		return err
+	}
+	for _, w := range k.bundle.Warnings(60 * 24 * time.Hour) {
+		log.Warn(w)
+	}
+	ips, err := c.servingIPs()
+	if err != nil {
+		return err
+	}
+	identity, err := k.bundle.Controller(c.name, ips, []string{c.name})
+	if err != nil {
+		return err
+	}
+
+	k.store = state.New(state.Options{HistoryChanges: c.historyRevisions})
+	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
+
+	clusterListener, err := net.Listen("tcp", c.address(c.clusterPort))
+	if err != nil {
+		return portError("cluster-port", err)
+	}
+	defer clusterListener.Close()
+	if k.pool, err = k.openGossip(); err != nil {
+		return err
+	}
+	defer k.pool.Close()
+	k.peers = newPeers(k.pool, identity.ClusterClientTLS(), dispatch.DialOptions()...)
+	defer k.peers.close()
+
+	if k.replica, err = k.openReplica(ctx, identity); err != nil {
+		return err
+	}
+	defer k.replica.Close()
+	k.backend = backend{store: k.store, replica: k.replica}
+
+	files, err := identity.WriteFiles(filepath.Join(c.dataDir, "pki"))
+	if err != nil {
+		return err
+	}
+	if k.agents, k.tracker, err = k.newDispatch(); err != nil {
+		return err
+	}
+	// Peers must be able to call before there is a leader: they bootstrap so.
+	server := grpc.NewServer(append(dispatch.ServerOptions(), grpc.Creds(credentials.NewTLS(identity.ClusterServerTLS())))...)
+	k.replica.Register(server)
+	k.agents.Register(server)
+
+	// Everything below ends when ctx does or when one of them fails.
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return server.Serve(clusterListener) })
+	group.Go(func() error {
+		<-ctx.Done()
+		k.stepDown()
+		server.Stop()
+		return nil
+	})
+	group.Go(func() error {
+		select {
+		case <-k.replica.Failed():
+			return k.replica.Err()
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	group.Go(func() error { return ended(k.cache.Run(ctx)) })
+	group.Go(func() error { return k.serve(ctx, group, files) })
+	err = group.Wait()
+	if errors.Is(err, grpc.ErrServerStopped) {
+		err = nil
+	}
+	if leaveErr := k.pool.Leave(leaveTimeout); leaveErr != nil {
+		log.Debug("left without telling the others", "error", leaveErr)
+	}
+	return err
+}
+
+// serve starts what needs the log: the API, the agents' streams, and leading.
+func (k *controller) serve(ctx context.Context, group *errgroup.Group, files pki.Files) error {
+	api, err := apiserver.New(ctx, k.apiConfig(files))
+	if err != nil {
+		return err
+	}
+	k.api = api
+	group.Go(func() error { return api.Run(ctx) })
+	group.Go(func() error { return ended(k.agents.Run(ctx)) })
+	group.Go(func() error { return ended(k.lead(ctx)) })
+	return nil
+}
+
+func (k *controller) apiConfig(files pki.Files) apiserver.Config {
+	_, services, _ := net.ParseCIDR(k.serviceCIDR) // checked by validate
+	return apiserver.Config{
+		Name:             k.name,
+		BindAddress:      net.ParseIP(k.bindIP),
+		AdvertiseAddress: net.ParseIP(k.advertiseIP),
+		Port:             k.apiPort,
+		Certificates:     files,
+		Backend:          k.backend,
+		ServiceCIDR:      *services,
+		DialKubelet:      k.agents.DialKubelet,
+		Controllers:      func() []net.IP { return controllerIPs(k.pool) },
+		IsLeader:         k.isLeader,
+		Health: map[string]func(context.Context) error{
+			"raft-leader": func(context.Context) error {
+				if _, _, ok := k.replica.Leader(); !ok {
+					return errors.New("no leader: a majority of the controllers must be up and reach each other")
+				}
+				return nil
+			},
+		},
+		ReadyOnly:                    []string{"raft-leader"},
+		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
+	}
+}
+
+func (k *controller) isLeader() bool {
+	id, _, ok := k.replica.Leader()
+	return ok && id == k.name
+}
+
+// apiAs is the API in memory, as a user with groups.
+func (k *controller) apiAs(name string, groups ...string) *rest.Config {
+	return k.api.InProcess(&user.DefaultInfo{Name: name, Groups: append(groups, user.AllAuthenticated)})
+}
+
+func (k *controller) openGossip() (*gossip.Pool, error) {
+	pool, err := gossip.Open(gossip.Config{
+		Name: k.name, Role: gossip.RoleController, ClusterID: k.bundle.ClusterID(), Key: k.bundle.GossipKey(),
+		BindAddr: k.bindIP, AdvertiseAddr: k.advertiseIP, Port: k.gossipPort, Join: k.join, Logger: k.log,
+		Tags: map[string]string{
+			tagAPI: strconv.Itoa(k.apiPort), tagCluster: strconv.Itoa(k.clusterPort), tagRaft: strconv.Itoa(k.raftPort),
+		},
+	})
+	if err != nil {
+		return nil, portError("gossip-port", err)
+	}
+	return pool, nil
+}
+
+func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) (*consensus.Replica, error) {
+	listener, err := net.Listen("tcp", k.address(k.raftPort))
+	if err != nil {
+		return nil, portError("raft-port", err)
+	}
+	replica, err := consensus.Open(ctx, consensus.Config{
+		ID: k.name, ClusterID: k.bundle.ClusterID(), DataDir: filepath.Join(k.dataDir, "raft"),
+		Listener: listener, AdvertiseAddress: k.advertised(k.raftPort), TLS: identity.RaftTLS(),
+		PeerConn: k.peers.conn, Peers: func() []consensus.Server { return raftServers(k.pool) },
+		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
+		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
+		Logger: k.log,
+	}, machine{k.store})
+	if err != nil {
+		listener.Close()
+	}
+	return replica, err
+}
+
+// stepDown gives leadership away before this controller stops, so that writes
+// hardly pause.
+func (k *controller) stepDown() {
+	if !k.isLeader() {
+		return
+	}
+	if err := k.replica.TransferLeadership(""); err != nil && !errors.Is(err, consensus.ErrNotLeader) {
+		k.log.Warn("leadership could not be handed over; the others will elect a leader", "error", err)
+	}
+}
+
+// servingIPs are the addresses that the API's certificate is valid for.
+func (c config) servingIPs() ([]net.IP, error) {
+	_, services, err := net.ParseCIDR(c.serviceCIDR)
+	if err != nil {
+		return nil, fmt.Errorf("--service-cidr: %w", err)
+	}
+	first := append(net.IP(nil), services.IP...)
+	first[len(first)-1]++ // the kubernetes Service's own
+	ips := []net.IP{net.ParseIP(c.advertiseIP), first}
+	if bind := net.ParseIP(c.bindIP); !bind.IsUnspecified() && !bind.Equal(ips[0]) {
+		ips = append(ips, bind)
+	}
+	return ips, nil
+}
+
+// portError adds to an error of listening which flag to change.
+func portError(flag string, err error) error {
+	return fmt.Errorf("--%s: %w (another process has the port, or --bind-ip is not this machine's)", flag, err)
+}
+
+// ended is nil for an error that only says that the context ended.
+func ended(err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,73 @@
+package main
+
+import (
+	"context"
+	"net"
+	"strings"
+	"time"
+
+	"timonel/dispatch"
+	"timonel/gossip"
+	pb "timonel/proto/timonel/v1"
+
+	"k8s.io/client-go/rest"
+)
+
+// newDispatch makes the controllers' end of the agents' streams, and the tracker
+// of their nodes.
+func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, error) {
+	d, err := dispatch.New(dispatch.Config{
+		Name:      k.name,
+		ClusterID: k.bundle.ClusterID(),
+		Store:     k.store,
+		Objects:   k.cache,
+		Barrier:   k.replica.ReadBarrier,
+		API: func(node string) *rest.Config {
+			return k.apiAs("system:node:"+node, "system:nodes")
+		},
+		Bundle:      k.bundle,
+		Gossip:      k.pool,
+		PeerConn:    k.peers.conn,
+		Controllers: func() []string { return clusterPorts(k.pool) },
+		Status:      k.status,
+		GossipPort:  k.gossipPort,
+		Logger:      k.log,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return d, d.NewTracker(), nil
+}
+
+// clusterPorts is where agents may connect.
+func clusterPorts(pool *gossip.Pool) []string {
+	var out []string
+	for _, m := range controllers(pool) {
+		if port := m.Tags[tagCluster]; port != "" {
+			out = append(out, net.JoinHostPort(m.Host(), port))
+		}
+	}
+	return out
+}
+
+// status is what `timonel status` shows of this controller. dispatch adds the
+// agents that are connected here.
+func (k *controller) status(context.Context) *pb.StatusResponse {
+	s := k.replica.Status()
+	resident, anonymous := residentMemory()
+	out := &pb.StatusResponse{
+		Name: k.name, ClusterId: k.bundle.ClusterID(), Version: version,
+		Role: s.Role, Leader: s.Leader.ID, Term: s.Term,
+		CommitIndex: s.CommitIndex, AppliedIndex: s.AppliedIndex, LastIndex: s.LastIndex,
+		Revision:      k.store.View().Revision(),
+		ResidentBytes: resident, AnonymousBytes: anonymous,
+		FsyncMicroseconds: uint64(s.Fsync / time.Microsecond),
+		Problems:          append(s.Problems, k.pool.Problems()...),
+	}
+	for _, m := range k.pool.Members() {
+		out.Members = append(out.Members, &pb.Member{
+			Name: m.Name, Address: m.Addr, Role: m.Role, State: strings.ToLower(m.State.String()),
+		})
+	}
+	return out
+}
