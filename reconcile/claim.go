@@ -140,4 +140,3 @@ func conditionTime(pod *corev1.Pod, t corev1.PodConditionType, status corev1.Con
 	}
 	return now
 }
-

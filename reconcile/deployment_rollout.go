@@ -184,7 +184,8 @@ func (r *rollout) shrinkOld() bool {
 		shrunk = true
 	}
 
-	spare := total(r.all(), availableReplicas) - minAvailable
+	// A status may still count pods that a former pass has given up already.
+	spare := min(room, total(r.all(), func(rs *appsv1.ReplicaSet) int32 { return min(rs.Status.AvailableReplicas, *rs.Spec.Replicas) })-minAvailable)
 	for _, rs := range old {
 		n := min(spare, *rs.Spec.Replicas)
 		if n <= 0 {

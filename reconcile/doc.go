@@ -7,10 +7,10 @@
 // a file of its own, and is tested by stories in testdata that show objects in
 // and changes out.
 //
-//	 state ──▶ objects.Cache ──changes──▶ queue ──key──▶ Reconcile ──changes──▶ API
-//	   ▲                                    ▲                                    │
-//	   └──────────── Raft ◀─────────────────┼────────────────────────────────────┘
-//	                              health, timers, back-off
+//	state ──▶ objects.Cache ──changes──▶ queue ──key──▶ Reconcile ──changes──▶ API
+//	  ▲                                    ▲                                    │
+//	  └──────────── Raft ◀─────────────────┼────────────────────────────────────┘
+//	                             health, timers, back-off
 //
 // The [Runner] queues the keys that a change concerns, evaluates them on the
 // newest snapshot, makes the changes through the API, many at a time, so that

@@ -314,5 +314,3 @@ func nodeReady(node *corev1.Node) bool {
 	c := nodeCondition(node, corev1.NodeReady)
 	return c != nil && c.Status == corev1.ConditionTrue
 }
-
-

@@ -84,7 +84,7 @@ func (g PodGC) Reconcile(in Input, key Key) (Result, error) {
 	var result Result
 	if key.Kind == podKind.Kind {
 		pod, ok := in.Snapshot.Pods().Get(key.Namespace, key.Name)
-		if ok && pod.DeletionTimestamp != nil && pod.Spec.NodeName == "" {
+		if ok && pod.DeletionTimestamp != nil && pod.Spec.NodeName == "" && !forced(pod) {
 			result.change(forceDelete(in, pod, nil))
 		}
 		return result, nil
@@ -95,6 +95,9 @@ func (g PodGC) Reconcile(in Input, key Key) (Result, error) {
 		return result, nil
 	}
 	for pod := range in.Snapshot.PodsOnNode(key.Name) {
+		if forced(pod) {
+			continue
+		}
 		if ok {
 			if pod.DeletionTimestamp != nil {
 				result.change(forceDelete(in, pod, nil))
@@ -115,6 +118,11 @@ func (g PodGC) Reconcile(in Input, key Key) (Result, error) {
 		}))
 	}
 	return result, nil
+}
+
+// forced says whether a pod is gone but for its finalizers: another delete would change nothing.
+func forced(pod *corev1.Pod) bool {
+	return pod.DeletionTimestamp != nil && pod.DeletionGracePeriodSeconds != nil && *pod.DeletionGracePeriodSeconds == 0
 }
 
 // forceDelete returns the change that removes a pod that has no agent which

@@ -104,6 +104,9 @@ func (r ReplicaSet) Reconcile(in Input, key Key) (Result, error) {
 	result := Result{Changes: c.changes}
 	if rs.DeletionTimestamp == nil {
 		r.manage(in, rs, pods, &result)
+		if len(result.Changes) > 0 && len(in.Failed) == 0 {
+			return result, nil // the next pass, which sees the pods, reports once instead of twice
+		}
 	}
 	r.status(in, rs, pods, terminating, &result)
 	return result, nil

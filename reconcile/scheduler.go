@@ -281,4 +281,3 @@ func commitClaim(d sched.ClaimDecision, node string) Change {
 		"annotations": map[string]string{selectedNodeAnnotation: node},
 	}})
 }
-

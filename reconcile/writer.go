@@ -101,4 +101,3 @@ func (w *restWriter) encode(obj runtime.Object) ([]byte, string, error) {
 	raw, err := runtime.Encode(scheme.Codecs.EncoderForVersion(w.proto, kinds[0].GroupVersion()), obj)
 	return raw, runtime.ContentTypeProtobuf, err
 }
-
