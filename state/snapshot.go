@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 
 	"github.com/tidwall/btree"
@@ -29,6 +28,9 @@ const (
 
 	// maxRecord bounds one record; API objects are limited to a few MiB.
 	maxRecord = 256 << 20
+
+	// snapshotBuffer is read, written and hashed at once.
+	snapshotBuffer = 256 << 10
 
 	valueInline = 0 // the value follows
 	valueLive   = 1 // the key's current value
@@ -55,14 +57,14 @@ func (v View) WriteTo(w io.Writer) (int64, error) {
 	}
 	sum := sha256.New()
 	counter := &countingWriter{w: w}
-	buffered := bufio.NewWriterSize(counter, 256<<10)
-	e := &snapshotEncoder{w: io.MultiWriter(buffered, sum)}
+	buffered := bufio.NewWriterSize(io.MultiWriter(counter, sum), snapshotBuffer)
+	e := &snapshotEncoder{w: buffered}
 	e.view(v.v)
 	if e.err == nil {
-		_, e.err = buffered.Write(sum.Sum(nil))
+		e.err = buffered.Flush()
 	}
 	if e.err == nil {
-		e.err = buffered.Flush()
+		_, e.err = counter.Write(sum.Sum(nil))
 	}
 	if e.err != nil {
 		return counter.n, fmt.Errorf("write snapshot of revision %d: %w", v.v.revision, e.err)
@@ -82,7 +84,7 @@ func (c *countingWriter) Write(p []byte) (int, error) {
 }
 
 type snapshotEncoder struct {
-	w   io.Writer
+	w   *bufio.Writer
 	b   []byte // the record being built
 	len [binary.MaxVarintLen64]byte
 	err error
@@ -98,7 +100,7 @@ func (e *snapshotEncoder) flush() {
 }
 
 func (e *snapshotEncoder) view(v *version) {
-	_, e.err = io.WriteString(e.w, snapshotMagic)
+	_, e.err = e.w.WriteString(snapshotMagic)
 	h := &v.hist
 	e.b = append(e.b[:0], recordMeta, snapshotVersion)
 	for _, n := range []uint64{uint64(v.revision), uint64(h.first), v.index, v.term, uint64(v.clock), v.hash, uint64(v.root.Len())} {
@@ -179,7 +181,7 @@ func (s *Store) Restore(r io.Reader) error {
 // snapshotDecoder reads records and hashes what it read.
 type snapshotDecoder struct {
 	r   *bufio.Reader
-	sum hash.Hash
+	sum *bufio.Writer // of the hash, which is slow byte by byte
 	buf bytes.Buffer
 }
 
@@ -197,7 +199,7 @@ func (d *snapshotDecoder) record() (byte, *decoder, error) {
 		return 0, nil, truncated(err)
 	}
 	b := d.buf.Bytes()
-	d.sum.Write(b)
+	_, _ = d.sum.Write(b) // a hash does not fail
 	return b[0], &decoder{b: b[1:]}, nil
 }
 
@@ -207,7 +209,7 @@ type byteReader struct{ d *snapshotDecoder }
 func (r byteReader) ReadByte() (byte, error) {
 	b, err := r.d.r.ReadByte()
 	if err == nil {
-		r.d.sum.Write([]byte{b})
+		_ = r.d.sum.WriteByte(b)
 	}
 	return b, err
 }
@@ -223,7 +225,8 @@ func truncated(err error) error {
 }
 
 func readSnapshot(r io.Reader) (version, error) {
-	d := &snapshotDecoder{r: bufio.NewReaderSize(r, 256<<10), sum: sha256.New()}
+	sum := sha256.New()
+	d := &snapshotDecoder{r: bufio.NewReaderSize(r, snapshotBuffer), sum: bufio.NewWriterSize(sum, snapshotBuffer)}
 	magic := make([]byte, len(snapshotMagic))
 	if _, err := io.ReadFull(d.r, magic); err != nil {
 		return version{}, truncated(err)
@@ -231,7 +234,7 @@ func readSnapshot(r io.Reader) (version, error) {
 	if string(magic) != snapshotMagic {
 		return version{}, fmt.Errorf("%w: it does not begin as a Timonel snapshot", ErrCorrupt)
 	}
-	d.sum.Write(magic)
+	_, _ = d.sum.Write(magic)
 	s := &snapshotReader{}
 	for !s.ended {
 		kind, fields, err := d.record()
@@ -246,7 +249,8 @@ func readSnapshot(r io.Reader) (version, error) {
 			return version{}, fmt.Errorf("%w: %w", ErrCorrupt, fields.err)
 		}
 	}
-	want := d.sum.Sum(nil)
+	_ = d.sum.Flush()
+	want := sum.Sum(nil)
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(d.r, got); err != nil {
 		return version{}, truncated(err)
