@@ -71,13 +71,13 @@ type Config struct {
 	// HeartbeatTimeout is how long a follower waits without contact before it
 	// stands for election; the leader sends ten times as often. A leader whose
 	// process died is noticed by its closed connections, long before. Default
-	// 500 ms.
+	// 1 s.
 	HeartbeatTimeout time.Duration
 	// ElectionTimeout is how long a candidate waits for votes before it tries
-	// again. At least HeartbeatTimeout. Default 500 ms.
+	// again. At least HeartbeatTimeout. Default 1 s.
 	ElectionTimeout time.Duration
 	// LeaderLeaseTimeout is how long a leader stays one without contact to a
-	// majority. At most HeartbeatTimeout. Default 500 ms.
+	// majority. At most HeartbeatTimeout. Default 1 s.
 	LeaderLeaseTimeout time.Duration
 	// CommitTimeout is how often an idle leader sends its commit index. It does
 	// not delay commits, which are announced at once. Default 50 ms.
@@ -134,9 +134,9 @@ func (c Config) withDefaults() Config {
 			*d = v
 		}
 	}
-	def(&c.HeartbeatTimeout, 500*time.Millisecond)
-	def(&c.ElectionTimeout, max(500*time.Millisecond, c.HeartbeatTimeout))
-	def(&c.LeaderLeaseTimeout, min(500*time.Millisecond, c.HeartbeatTimeout))
+	def(&c.HeartbeatTimeout, time.Second)
+	def(&c.ElectionTimeout, max(time.Second, c.HeartbeatTimeout))
+	def(&c.LeaderLeaseTimeout, min(time.Second, c.HeartbeatTimeout))
 	def(&c.CommitTimeout, 50*time.Millisecond)
 	def(&c.ElectionStagger, 150*time.Millisecond)
 	def(&c.ProposeTimeout, 10*time.Second)
