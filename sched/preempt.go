@@ -209,12 +209,17 @@ func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisru
 	return out, nil
 }
 
-// moreImportant orders pods by priority, then by how long they run.
+// moreImportant orders pods by priority, then by how long they run, then by
+// name, so that the order says nothing about the order of arrival.
 func (r *round) moreImportant(a, b *podInfo) int {
 	if a.priority != b.priority {
 		return cmp.Compare(b.priority, a.priority)
 	}
-	return r.startTime(a).Compare(r.startTime(b))
+	return cmp.Or(
+		r.startTime(a).Compare(r.startTime(b)),
+		cmp.Compare(a.pod.Namespace, b.pod.Namespace),
+		cmp.Compare(a.pod.Name, b.pod.Name),
+	)
 }
 
 func (r *round) startTime(p *podInfo) time.Time {
