@@ -1,0 +1,205 @@
+package pod
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/kubernetes/pkg/api/v1/resource"
+	"k8s.io/kubernetes/pkg/fieldpath"
+	"k8s.io/kubernetes/third_party/forked/golang/expansion"
+)
+
+// variable is one environment variable; later ones of a name have replaced
+// earlier ones.
+type variable struct{ name, value string }
+
+type environment []variable
+
+func (e environment) values() map[string]string {
+	out := make(map[string]string, len(e))
+	for _, v := range e {
+		out[v.name] = v.value
+	}
+	return out
+}
+
+func (e *environment) set(name, value string) {
+	for i := range *e {
+		if (*e)[i].name == name {
+			(*e)[i].value = value
+			return
+		}
+	}
+	*e = append(*e, variable{name, value})
+}
+
+// environment is a container's: the kubernetes service's variables, then
+// envFrom, then env with $(VAR) expanded, as the kubelet orders them.
+func (m *Manager) environment(pod *corev1.Pod, c *corev1.Container, podIPs []string) (environment, error) {
+	var env environment
+	for _, from := range c.EnvFrom {
+		data, err := m.envFrom(pod, &from)
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range slices.Sorted(maps.Keys(data)) {
+			name := from.Prefix + k
+			if strings.ContainsAny(name, "=") || name == "" {
+				continue
+			}
+			env.set(name, data[k])
+		}
+	}
+	services := m.serviceEnvironment()
+	seen := env.values()
+	for _, e := range c.Env {
+		value, found, err := m.envValue(pod, c, &e, podIPs, expansion.MappingFuncFor(seen, services))
+		if err != nil {
+			return nil, err
+		}
+		if !found {
+			continue
+		}
+		env.set(e.Name, value)
+		seen[e.Name] = value
+	}
+	for _, k := range slices.Sorted(maps.Keys(services)) {
+		if _, taken := seen[k]; !taken {
+			env = append(env, variable{k, services[k]})
+		}
+	}
+	return env, nil
+}
+
+func (m *Manager) envFrom(pod *corev1.Pod, from *corev1.EnvFromSource) (map[string]string, error) {
+	out := map[string]string{}
+	switch {
+	case from.ConfigMapRef != nil:
+		ref := from.ConfigMapRef
+		cm, ok := m.cfg.Objects.ConfigMap(pod.Namespace, ref.Name)
+		if !ok && !isTrue(ref.Optional) {
+			return nil, fmt.Errorf("configmap %q not found", ref.Name)
+		}
+		if ok {
+			for k, v := range cm.Data {
+				out[k] = v
+			}
+		}
+	case from.SecretRef != nil:
+		ref := from.SecretRef
+		s, ok := m.cfg.Objects.Secret(pod.Namespace, ref.Name)
+		if !ok && !isTrue(ref.Optional) {
+			return nil, fmt.Errorf("secret %q not found", ref.Name)
+		}
+		if ok {
+			for k, v := range s.Data {
+				out[k] = string(v)
+			}
+		}
+	}
+	return out, nil
+}
+
+func isTrue(b *bool) bool { return b != nil && *b }
+
+// envValue resolves one variable; found is false for an optional reference to
+// what is not there.
+func (m *Manager) envValue(pod *corev1.Pod, c *corev1.Container, e *corev1.EnvVar, podIPs []string, lookup func(string) string) (value string, found bool, err error) {
+	src := e.ValueFrom
+	if src == nil {
+		return expansion.Expand(e.Value, lookup), true, nil
+	}
+	switch {
+	case src.FieldRef != nil:
+		value, err = m.field(pod, src.FieldRef.FieldPath, podIPs)
+	case src.ResourceFieldRef != nil:
+		ref, name := src.ResourceFieldRef, src.ResourceFieldRef.ContainerName
+		if name == "" {
+			name = c.Name
+		}
+		value, err = resource.ExtractResourceValueByContainerNameAndNodeAllocatable(ref, pod, name, m.cfg.Capacity())
+	case src.ConfigMapKeyRef != nil:
+		ref := src.ConfigMapKeyRef
+		cm, ok := m.cfg.Objects.ConfigMap(pod.Namespace, ref.Name)
+		if !ok {
+			return missing(ref.Optional, fmt.Errorf("configmap %q not found", ref.Name))
+		}
+		if value, ok = cm.Data[ref.Key]; !ok {
+			return missing(ref.Optional, fmt.Errorf("couldn't find key %v in ConfigMap %v/%v", ref.Key, pod.Namespace, ref.Name))
+		}
+	case src.SecretKeyRef != nil:
+		ref := src.SecretKeyRef
+		s, ok := m.cfg.Objects.Secret(pod.Namespace, ref.Name)
+		if !ok {
+			return missing(ref.Optional, fmt.Errorf("secret %q not found", ref.Name))
+		}
+		raw, ok := s.Data[ref.Key]
+		if !ok {
+			return missing(ref.Optional, fmt.Errorf("couldn't find key %v in Secret %v/%v", ref.Key, pod.Namespace, ref.Name))
+		}
+		value = string(raw)
+	default:
+		err = errors.New("valueFrom of this kind is not supported by this node")
+	}
+	if err != nil {
+		return "", false, fmt.Errorf("environment variable %s: %w", e.Name, err)
+	}
+	return value, true, nil
+}
+
+func missing(optional *bool, err error) (string, bool, error) {
+	if isTrue(optional) {
+		return "", false, nil
+	}
+	return "", false, err
+}
+
+// field reads a fieldRef, those that only the node knows included.
+func (m *Manager) field(pod *corev1.Pod, path string, podIPs []string) (string, error) {
+	switch path {
+	case "spec.nodeName":
+		return pod.Spec.NodeName, nil
+	case "spec.serviceAccountName":
+		return pod.Spec.ServiceAccountName, nil
+	case "status.hostIP":
+		return first(m.cfg.HostIPs()), nil
+	case "status.hostIPs":
+		return strings.Join(m.cfg.HostIPs(), ","), nil
+	case "status.podIP":
+		return first(podIPs), nil
+	case "status.podIPs":
+		return strings.Join(podIPs, ","), nil
+	}
+	return fieldpath.ExtractFieldPathAsString(pod, path)
+}
+
+func first(list []string) string {
+	if len(list) == 0 {
+		return ""
+	}
+	return list[0]
+}
+
+// serviceEnvironment points at the API: what in-cluster clients read.
+func (m *Manager) serviceEnvironment() map[string]string {
+	ip := m.cfg.KubernetesServiceIP
+	if ip == "" {
+		return nil
+	}
+	addr := "tcp://" + net.JoinHostPort(ip, "443")
+	return map[string]string{
+		"KUBERNETES_SERVICE_HOST":       ip,
+		"KUBERNETES_SERVICE_PORT":       "443",
+		"KUBERNETES_SERVICE_PORT_HTTPS": "443",
+		"KUBERNETES_PORT":               addr,
+		"KUBERNETES_PORT_443_TCP":       addr,
+		"KUBERNETES_PORT_443_TCP_PROTO": "tcp",
+		"KUBERNETES_PORT_443_TCP_PORT":  "443",
+		"KUBERNETES_PORT_443_TCP_ADDR":  ip,
+	}
+}

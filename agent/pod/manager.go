@@ -1,0 +1,338 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/image"
+	"timonel/agent/volume"
+)
+
+// Runtime is CRI's runtime service.
+type Runtime = runtimev1.RuntimeServiceClient
+
+// callTimeout bounds CRI calls that do not wait for a container.
+const callTimeout = 2 * time.Minute
+
+// Objects finds what pods refer to.
+type Objects interface {
+	volume.Objects
+}
+
+// Statuses keeps the last computed status of pods over restarts of the agent.
+type Statuses interface {
+	Status(uid types.UID) (*corev1.PodStatus, bool)
+	SetStatus(uid types.UID, status *corev1.PodStatus)
+	ForgetStatus(uid types.UID)
+}
+
+// Reporter hears what becomes of pods. Its methods do not wait.
+type Reporter interface {
+	SetPodStatus(pod *corev1.Pod, status *corev1.PodStatus)
+	PodTerminated(pod *corev1.Pod)
+	ForgetPod(pod *corev1.Pod)
+	Event(e *corev1.Event)
+}
+
+// Config is what a manager works with.
+type Config struct {
+	NodeName string
+	// Dir holds pods/ (volumes and files) and logs/ (containers' output).
+	Dir string
+	// CgroupRoot is the cgroup below which all pods are.
+	CgroupRoot string
+	SeccompDir string
+
+	Runtime  Runtime
+	Images   runtimev1.ImageServiceClient
+	Objects  Objects
+	Statuses Statuses
+	Reporter Reporter
+	Tokens   volume.Tokens
+
+	HostIPs  func() []string
+	Capacity func() corev1.ResourceList
+	// NetworkReady says whether sandboxes on the pod network can be made.
+	NetworkReady func() bool
+
+	// ClusterDNS are the cluster's name servers; without any, pods use the
+	// node's. ResolvConf is the node's file.
+	ClusterDNS    []string
+	ClusterDomain string
+	ResolvConf    string
+	// KubernetesServiceIP is what KUBERNETES_SERVICE_HOST says in containers.
+	KubernetesServiceIP string
+
+	Now    func() time.Time
+	Logger *slog.Logger
+}
+
+// Manager owns the workers of all pods of a node.
+type Manager struct {
+	cfg     Config
+	log     *slog.Logger
+	volumes *volume.Manager
+	images  *image.Manager
+
+	mu      sync.Mutex
+	ctx     context.Context // of Run; nil before
+	wg      sync.WaitGroup
+	workers map[types.UID]*worker
+	owner   map[string]types.UID // container or sandbox id to pod
+}
+
+// NewManager returns a manager that does nothing until Run.
+func NewManager(cfg Config) *Manager {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.ResolvConf == "" {
+		cfg.ResolvConf = "/etc/resolv.conf"
+	}
+	if cfg.ClusterDomain == "" {
+		cfg.ClusterDomain = "cluster.local"
+	}
+	log := cfg.Logger.With("component", "pods")
+	return &Manager{
+		cfg: cfg, log: log,
+		volumes: volume.New(volume.Config{
+			Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens,
+			Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
+		}),
+		images:  image.New(cfg.Images, cfg.Now, log),
+		workers: map[types.UID]*worker{}, owner: map[string]types.UID{},
+	}
+}
+
+// LogDir is the folder of a pod's container logs.
+func (m *Manager) LogDir(pod *corev1.Pod) string {
+	return filepath.Join(m.cfg.Dir, "logs", LogDirName(pod))
+}
+
+// Run works on the pods that were set, until ctx ends. Containers go on.
+func (m *Manager) Run(ctx context.Context) error {
+	m.mu.Lock()
+	m.ctx = ctx
+	for _, w := range m.workers {
+		m.launch(w)
+	}
+	m.mu.Unlock()
+	<-ctx.Done()
+	m.wg.Wait()
+	return nil
+}
+
+// launch starts a worker's goroutine. m.mu is held.
+func (m *Manager) launch(w *worker) {
+	m.wg.Add(1)
+	go func() {
+		defer m.wg.Done()
+		w.run(m.ctx)
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.ctx.Err() == nil && m.workers[w.uid] == w {
+			delete(m.workers, w.uid)
+		}
+	}()
+}
+
+// Set takes a new or changed pod.
+func (m *Manager) Set(pod *corev1.Pod) {
+	m.mu.Lock()
+	w := m.workers[pod.UID]
+	if w == nil {
+		w = newWorker(m, pod)
+		m.workers[pod.UID] = w
+		if m.ctx != nil {
+			m.launch(w)
+		}
+	}
+	m.mu.Unlock()
+	w.set(pod)
+}
+
+// Remove takes that a pod is not wanted any more and unknown to the cluster.
+func (m *Manager) Remove(pod *corev1.Pod) {
+	m.mu.Lock()
+	w := m.workers[pod.UID]
+	m.mu.Unlock()
+	if w != nil {
+		w.remove()
+	}
+}
+
+// ObjectChanged wakes the pods that refer to a ConfigMap, Secret or
+// ServiceAccount.
+func (m *Manager) ObjectChanged(kind, namespace, name string) {
+	for _, w := range m.all() {
+		if w.refersTo(kind, namespace, name) {
+			w.markVolumes()
+			w.wakeUp()
+		}
+	}
+}
+
+// WakeAll makes every worker look again.
+func (m *Manager) WakeAll() {
+	for _, w := range m.all() {
+		w.wakeUp()
+	}
+}
+
+// ImageAppeared ends back-offs for an image that was imported.
+func (m *Manager) ImageAppeared(name string) {
+	m.images.Appeared(name)
+	for _, w := range m.all() {
+		if w.waitsForImage() {
+			w.wakeUp()
+		}
+	}
+}
+
+// TaskChanged wakes the pod that a container or sandbox belongs to. exited
+// says that CRI is about to learn of its end.
+func (m *Manager) TaskChanged(id string, exited bool) {
+	m.mu.Lock()
+	w := m.workers[m.owner[id]]
+	m.mu.Unlock()
+	if w == nil {
+		return
+	}
+	if exited {
+		w.expectExit(id)
+	}
+	w.wakeUp()
+}
+
+func (m *Manager) all() []*worker {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make([]*worker, 0, len(m.workers))
+	for _, w := range m.workers {
+		out = append(out, w)
+	}
+	return out
+}
+
+func (m *Manager) own(id string, uid types.UID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.owner[id] = uid
+}
+
+func (m *Manager) disown(id string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.owner, id)
+}
+
+// Collect ends what belongs to no pod: sandboxes, containers and folders of
+// pods that were removed while this agent did not run. Call it when the
+// desired state is whole.
+func (m *Manager) Collect(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	orphans := map[types.UID]*corev1.Pod{}
+	add := func(labels, annotations map[string]string) {
+		uid := types.UID(labels[labelPodUID])
+		if uid == "" || orphans[uid] != nil {
+			return
+		}
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: uid, Namespace: labels[labelPodNamespace], Name: labels[labelPodName]}}
+		var grace int64
+		if _, err := fmt.Sscan(annotations[annotationPodGrace], &grace); err == nil {
+			pod.Spec.TerminationGracePeriodSeconds = &grace
+		}
+		orphans[uid] = pod
+	}
+	boxes, err := m.cfg.Runtime.ListPodSandbox(ctx, &runtimev1.ListPodSandboxRequest{})
+	if err != nil {
+		return fmt.Errorf("list sandboxes: %w", err)
+	}
+	for _, s := range boxes.Items {
+		add(s.Labels, s.Annotations)
+	}
+	list, err := m.cfg.Runtime.ListContainers(ctx, &runtimev1.ListContainersRequest{})
+	if err != nil {
+		return fmt.Errorf("list containers: %w", err)
+	}
+	for _, c := range list.Containers {
+		add(c.Labels, c.Annotations)
+	}
+	dirs, err := m.volumes.Pods()
+	if err != nil {
+		return fmt.Errorf("list pod folders: %w", err)
+	}
+	for _, uid := range dirs {
+		if orphans[uid] == nil {
+			orphans[uid] = &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: uid}}
+		}
+	}
+	m.mu.Lock()
+	var made []*worker
+	for uid, pod := range orphans {
+		if m.workers[uid] == nil {
+			w := newWorker(m, pod)
+			w.orphan = true
+			m.workers[uid] = w
+			if m.ctx != nil {
+				m.launch(w)
+			}
+			made = append(made, w)
+		}
+	}
+	m.mu.Unlock()
+	for _, w := range made {
+		m.log.Info("cleaning up a pod that was removed while this agent was away", "uid", w.uid, "pod", w.name())
+		w.remove()
+	}
+	return nil
+}
+
+// Pods returns the pods with workers and their last status.
+func (m *Manager) Pods() []*corev1.Pod {
+	var out []*corev1.Pod
+	for _, w := range m.all() {
+		if pod := w.snapshot(); pod != nil {
+			out = append(out, pod)
+		}
+	}
+	return out
+}
+
+// PodByName finds a pod by its name, the newest when there are two.
+func (m *Manager) PodByName(namespace, name string) (*corev1.Pod, bool) {
+	var found *corev1.Pod
+	for _, pod := range m.Pods() {
+		if pod.Namespace != namespace || pod.Name != name {
+			continue
+		}
+		if found == nil || pod.CreationTimestamp.After(found.CreationTimestamp.Time) {
+			found = pod
+		}
+	}
+	return found, found != nil
+}
+
+func notFound(err error) bool { return status.Code(err) == codes.NotFound }
+
+// rpcText is an error's message without gRPC's prefix.
+func rpcText(err error) string {
+	var se interface{ GRPCStatus() *status.Status }
+	if errors.As(err, &se) {
+		return se.GRPCStatus().Message()
+	}
+	return err.Error()
+}

@@ -1,0 +1,350 @@
+package pod
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/kubernetes/pkg/probe"
+	grpcprobe "k8s.io/kubernetes/pkg/probe/grpc"
+	httpprobe "k8s.io/kubernetes/pkg/probe/http"
+	tcpprobe "k8s.io/kubernetes/pkg/probe/tcp"
+)
+
+const (
+	probeStartup   = "startup"
+	probeLiveness  = "liveness"
+	probeReadiness = "readiness"
+)
+
+func insecureTransport() *http.Transport {
+	return &http.Transport{
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true, Proxy: nil, //nolint:gosec // probes do not authenticate the container, as upstream's
+	}
+}
+
+// prober runs the probes of one pod's containers and keeps their verdicts.
+type prober struct {
+	w *worker
+
+	mu      sync.Mutex
+	running map[string]*probed // by container id
+}
+
+// probed is one running container under probes.
+type probed struct {
+	cancel   context.CancelFunc
+	startup  bool // has passed, or there is none
+	ready    bool
+	hasReady bool
+	failed   string // kind of the probe that failed for good
+	message  string
+}
+
+func newProber(w *worker) *prober { return &prober{w: w, running: map[string]*probed{}} }
+
+// update starts probes for containers that run and stops those of others.
+func (p *prober) update(pod *corev1.Pod, obs *observed) {
+	alive := map[string]bool{}
+	old := p.w.oldStatus(pod)
+	for _, c := range obs.running() {
+		spec := specOf(pod, c.name)
+		if spec == nil {
+			continue
+		}
+		alive[c.id] = true
+		p.start(pod, spec, c, obs, oldStatus(old, c.name))
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, r := range p.running {
+		if !alive[id] {
+			r.cancel()
+			delete(p.running, id)
+		}
+	}
+}
+
+func (p *prober) start(pod *corev1.Pod, spec *corev1.Container, c *container, obs *observed, old *corev1.ContainerStatus) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.running[c.id] != nil {
+		return
+	}
+	p.w.mu.Lock()
+	stopping := p.w.kills[c.id] != nil
+	p.w.mu.Unlock()
+	if stopping {
+		return
+	}
+	ctx, cancel := context.WithCancel(p.w.ctx)
+	r := &probed{cancel: cancel, startup: spec.StartupProbe == nil, hasReady: spec.ReadinessProbe != nil}
+	r.ready = !r.hasReady
+	// A container that an earlier agent found started and ready stays so until
+	// a probe says otherwise.
+	if old != nil && old.ContainerID == containerID(c) && old.State.Running != nil {
+		r.startup = r.startup || isTrue(old.Started)
+		r.ready = r.ready || old.Ready
+	}
+	p.running[c.id] = r
+	var ips []string
+	if s := obs.current(); s != nil {
+		ips = s.ips
+		if s.hostNet {
+			ips = p.w.m.cfg.HostIPs()
+		}
+	}
+	for kind, probe := range map[string]*corev1.Probe{
+		probeStartup: spec.StartupProbe, probeLiveness: spec.LivenessProbe, probeReadiness: spec.ReadinessProbe,
+	} {
+		if probe == nil || kind == probeStartup && r.startup {
+			continue
+		}
+		run := &probeRun{p: p, r: r, pod: pod, spec: spec, id: c.id, kind: kind, probe: probe, ip: first(ips), started: c.started}
+		p.w.wg.Add(1)
+		go func() {
+			defer p.w.wg.Done()
+			run.loop(ctx)
+		}()
+	}
+}
+
+func (p *prober) stop(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r := p.running[id]; r != nil {
+		r.cancel()
+		r.ready = r.ready && !r.hasReady
+	}
+}
+
+func (p *prober) stopAll() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, r := range p.running {
+		r.cancel()
+		delete(p.running, id)
+	}
+}
+
+// readiness are the verdicts of readiness probes by container id.
+func (p *prober) readiness() map[string]bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := map[string]bool{}
+	for id, r := range p.running {
+		out[id] = r.ready
+	}
+	return out
+}
+
+func (p *prober) get(id string) (probed, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r := p.running[id]; r != nil {
+		return *r, true
+	}
+	return probed{}, false
+}
+
+// started implements facts.
+func (w *worker) started(c *container) bool {
+	w.mu.Lock()
+	h := w.hooks[c.id]
+	pending := h != nil && (!h.done || h.err != nil)
+	pod := w.pod
+	w.mu.Unlock()
+	if pending {
+		return false
+	}
+	if r, ok := w.probes.get(c.id); ok {
+		return r.startup
+	}
+	// Its probes have not begun: what needs none has started, and what an
+	// earlier agent found started still is.
+	spec := specOf(pod, c.name)
+	if spec == nil || spec.StartupProbe == nil {
+		return true
+	}
+	old := oldStatus(w.oldStatus(pod), c.name)
+	return old != nil && old.ContainerID == containerID(c) && isTrue(old.Started)
+}
+
+// failed implements facts.
+func (w *worker) failed(c *container) (kind, message string) {
+	w.mu.Lock()
+	h := w.hooks[c.id]
+	w.mu.Unlock()
+	if h != nil && h.done && h.err != nil {
+		return "postStart", fmt.Sprintf("Container %s failed its postStart hook, will be restarted", c.name)
+	}
+	if r, ok := w.probes.get(c.id); ok {
+		return r.failed, r.message
+	}
+	return "", ""
+}
+
+// probeRun is one probe of one container.
+type probeRun struct {
+	p       *prober
+	r       *probed
+	pod     *corev1.Pod
+	spec    *corev1.Container
+	id      string
+	kind    string
+	probe   *corev1.Probe
+	ip      string
+	started time.Time
+}
+
+func seconds(n int32) time.Duration { return time.Duration(n) * time.Second }
+
+// loop probes at the probe's period until ctx ends or the verdict is final.
+func (r *probeRun) loop(ctx context.Context) {
+	period := max(seconds(r.probe.PeriodSeconds), time.Second)
+	delay := time.Until(r.started.Add(seconds(r.probe.InitialDelaySeconds)))
+	if delay < 0 {
+		// After a restart of the agent, probes do not all fire at once.
+		delay = 0
+		if time.Since(r.started) > period {
+			delay = rand.N(period)
+		}
+	}
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
+	streak, last := 0, probe.Unknown
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		}
+		timer.Reset(period)
+		if r.kind != probeStartup && !r.startupPassed() {
+			timer.Reset(min(period, time.Second))
+			continue
+		}
+		result, output := r.once(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		if result == probe.Warning {
+			result = probe.Success
+		}
+		if result == probe.Unknown {
+			continue
+		}
+		if result == last {
+			streak++
+		} else {
+			streak, last = 1, result
+		}
+		if result == probe.Failure {
+			r.p.w.event(r.pod, corev1.EventTypeWarning, "Unhealthy",
+				fmt.Sprintf("%s probe failed: %s", map[string]string{probeStartup: "Startup", probeLiveness: "Liveness", probeReadiness: "Readiness"}[r.kind], output), r.spec.Name)
+		}
+		if result == probe.Failure && streak < int(max(r.probe.FailureThreshold, 1)) ||
+			result == probe.Success && streak < int(max(r.probe.SuccessThreshold, 1)) {
+			continue
+		}
+		if r.decide(result == probe.Success) {
+			return
+		}
+	}
+}
+
+func (r *probeRun) startupPassed() bool {
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	return r.r.startup
+}
+
+// decide records a verdict and wakes the worker when it is news. It says
+// whether this probe is done.
+func (r *probeRun) decide(ok bool) (done bool) {
+	r.p.mu.Lock()
+	news := false
+	switch r.kind {
+	case probeReadiness:
+		news = r.r.ready != ok
+		r.r.ready = ok
+	case probeStartup:
+		news, done = true, true
+		r.r.startup = ok
+	case probeLiveness:
+		news, done = !ok, !ok
+	}
+	if !ok && r.kind != probeReadiness {
+		r.r.failed = r.kind
+		r.r.message = fmt.Sprintf("Container %s failed %s probe, will be restarted", r.spec.Name, r.kind)
+	}
+	r.p.mu.Unlock()
+	if news {
+		r.p.w.wakeUp()
+	}
+	return done
+}
+
+// once probes once.
+func (r *probeRun) once(ctx context.Context) (probe.Result, string) {
+	timeout := max(seconds(r.probe.TimeoutSeconds), time.Second)
+	h := &r.probe.ProbeHandler
+	var result probe.Result
+	var output string
+	var err error
+	switch {
+	case h.Exec != nil:
+		ctx, cancel := context.WithTimeout(ctx, timeout+time.Second)
+		defer cancel()
+		text, code, execErr := r.p.w.exec(ctx, r.id, h.Exec.Command, timeout)
+		switch {
+		case execErr != nil && ctx.Err() == nil && isUnavailable(execErr):
+			return probe.Unknown, execErr.Error()
+		case execErr != nil:
+			return probe.Failure, execErr.Error()
+		case code != 0:
+			return probe.Failure, text
+		}
+		return probe.Success, text
+	case h.HTTPGet != nil:
+		req, reqErr := httpprobe.NewRequestForHTTPGetAction(h.HTTPGet, r.spec, r.ip, "probe")
+		if reqErr != nil {
+			return probe.Unknown, reqErr.Error()
+		}
+		result, output, err = httpprobe.New(false).Probe(req.WithContext(ctx), timeout)
+	case h.TCPSocket != nil:
+		port, portErr := probe.ResolveContainerPort(h.TCPSocket.Port, r.spec)
+		if portErr != nil {
+			return probe.Unknown, portErr.Error()
+		}
+		host := h.TCPSocket.Host
+		if host == "" {
+			host = r.ip
+		}
+		result, output, err = tcpprobe.New().Probe(host, port, timeout)
+	case h.GRPC != nil:
+		service := ""
+		if h.GRPC.Service != nil {
+			service = *h.GRPC.Service
+		}
+		result, output, err = grpcprobe.New().Probe(r.ip, service, int(h.GRPC.Port), timeout, grpcprobe.ProbeOptions{})
+	default:
+		return probe.Success, ""
+	}
+	if err != nil {
+		return probe.Failure, err.Error()
+	}
+	return result, output
+}
+
+// isUnavailable tells a containerd that is away from a command that failed.
+func isUnavailable(err error) bool {
+	return status.Code(err) == codes.Unavailable
+}

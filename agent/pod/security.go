@@ -1,0 +1,195 @@
+package pod
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"strconv"
+
+	corev1 "k8s.io/api/core/v1"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/kubernetes/pkg/securitycontext"
+)
+
+func namespaces(pod *corev1.Pod) *runtimev1.NamespaceOption {
+	o := &runtimev1.NamespaceOption{Pid: runtimev1.NamespaceMode_CONTAINER}
+	if pod.Spec.HostNetwork {
+		o.Network = runtimev1.NamespaceMode_NODE
+	}
+	if pod.Spec.HostIPC {
+		o.Ipc = runtimev1.NamespaceMode_NODE
+	}
+	switch {
+	case pod.Spec.HostPID:
+		o.Pid = runtimev1.NamespaceMode_NODE
+	case pod.Spec.ShareProcessNamespace != nil && *pod.Spec.ShareProcessNamespace:
+		o.Pid = runtimev1.NamespaceMode_POD
+	}
+	return o
+}
+
+func int64Value(v *int64) *runtimev1.Int64Value {
+	if v == nil {
+		return nil
+	}
+	return &runtimev1.Int64Value{Value: *v}
+}
+
+func runtimeDefault() *runtimev1.SecurityProfile {
+	return &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_RuntimeDefault}
+}
+
+func sandboxSecurity(pod *corev1.Pod) *runtimev1.LinuxSandboxSecurityContext {
+	out := &runtimev1.LinuxSandboxSecurityContext{NamespaceOptions: namespaces(pod), Seccomp: runtimeDefault()}
+	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			if sc := list[i].SecurityContext; sc != nil && sc.Privileged != nil && *sc.Privileged {
+				out.Privileged = true
+			}
+		}
+	}
+	if sc := pod.Spec.SecurityContext; sc != nil {
+		out.RunAsUser = int64Value(sc.RunAsUser)
+		if sc.RunAsUser != nil {
+			out.RunAsGroup = int64Value(sc.RunAsGroup)
+		}
+		out.SupplementalGroups = supplementalGroups(pod)
+		out.SelinuxOptions = selinux(sc.SELinuxOptions)
+	}
+	return out
+}
+
+func supplementalGroups(pod *corev1.Pod) []int64 {
+	sc := pod.Spec.SecurityContext
+	if sc == nil {
+		return nil
+	}
+	groups := append([]int64(nil), sc.SupplementalGroups...)
+	if sc.FSGroup != nil {
+		groups = append(groups, *sc.FSGroup)
+	}
+	return groups
+}
+
+func selinux(o *corev1.SELinuxOptions) *runtimev1.SELinuxOption {
+	if o == nil {
+		return nil
+	}
+	return &runtimev1.SELinuxOption{User: o.User, Role: o.Role, Type: o.Type, Level: o.Level}
+}
+
+// containerSecurity merges the pod's and the container's security context, and
+// holds runAsNonRoot against what the image says.
+func (w *worker) containerSecurity(pod *corev1.Pod, c *corev1.Container, imageID string) (*runtimev1.LinuxContainerSecurityContext, error) {
+	sc := securitycontext.DetermineEffectiveSecurityContext(pod, c)
+	if sc == nil {
+		sc = &corev1.SecurityContext{}
+	}
+	out := &runtimev1.LinuxContainerSecurityContext{
+		NamespaceOptions:   namespaces(pod),
+		RunAsUser:          int64Value(sc.RunAsUser),
+		SupplementalGroups: supplementalGroups(pod),
+		SelinuxOptions:     selinux(sc.SELinuxOptions),
+		NoNewPrivs:         securitycontext.AddNoNewPrivileges(sc),
+		MaskedPaths:        securitycontext.ConvertToRuntimeMaskedPaths(sc.ProcMount),
+		ReadonlyPaths:      securitycontext.ConvertToRuntimeReadonlyPaths(sc.ProcMount),
+		Seccomp:            w.seccomp(pod, sc),
+	}
+	if sc.Privileged != nil {
+		out.Privileged = *sc.Privileged
+	}
+	if sc.ReadOnlyRootFilesystem != nil {
+		out.ReadonlyRootfs = *sc.ReadOnlyRootFilesystem
+	}
+	if sc.Capabilities != nil {
+		out.Capabilities = &runtimev1.Capability{}
+		for _, v := range sc.Capabilities.Add {
+			out.Capabilities.AddCapabilities = append(out.Capabilities.AddCapabilities, string(v))
+		}
+		for _, v := range sc.Capabilities.Drop {
+			out.Capabilities.DropCapabilities = append(out.Capabilities.DropCapabilities, string(v))
+		}
+	}
+	if p := sc.AppArmorProfile; p != nil {
+		switch p.Type {
+		case corev1.AppArmorProfileTypeUnconfined:
+			out.Apparmor = &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Unconfined}
+		case corev1.AppArmorProfileTypeRuntimeDefault:
+			out.Apparmor = runtimeDefault()
+		case corev1.AppArmorProfileTypeLocalhost:
+			out.Apparmor = &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Localhost, LocalhostRef: *p.LocalhostProfile}
+		}
+	}
+
+	user, name, err := w.imageUser(imageID)
+	if err != nil {
+		return nil, err
+	}
+	if sc.RunAsNonRoot != nil && *sc.RunAsNonRoot {
+		switch {
+		case sc.RunAsUser != nil && *sc.RunAsUser == 0:
+			return nil, fmt.Errorf("container's runAsUser breaks non-root policy (pod: %q, container: %s)", pod.Name, c.Name)
+		case sc.RunAsUser == nil && user == nil && name != "":
+			return nil, fmt.Errorf("container has runAsNonRoot and image has non-numeric user (%s), cannot verify user is non-root (pod: %q, container: %s)", name, pod.Name, c.Name)
+		case sc.RunAsUser == nil && (user == nil || *user == 0):
+			return nil, fmt.Errorf("container has runAsNonRoot and image will run as root (pod: %q, container: %s)", pod.Name, c.Name)
+		}
+	}
+	if sc.RunAsUser == nil {
+		// CRI takes the image's user only when told so.
+		out.RunAsUser, out.RunAsUsername = int64Value(user), name
+	}
+	if out.RunAsUser != nil || out.RunAsUsername != "" {
+		out.RunAsGroup = int64Value(sc.RunAsGroup)
+	} else if sc.RunAsGroup != nil {
+		root := int64(0)
+		out.RunAsUser, out.RunAsGroup = int64Value(&root), int64Value(sc.RunAsGroup)
+	}
+	return out, nil
+}
+
+// imageUser is the user that an image's configuration names: a number, a name,
+// or neither.
+func (w *worker) imageUser(imageID string) (*int64, string, error) {
+	ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
+	defer cancel()
+	resp, err := w.m.cfg.Images.ImageStatus(ctx, &runtimev1.ImageStatusRequest{Image: &runtimev1.ImageSpec{Image: imageID}})
+	if err != nil {
+		return nil, "", fmt.Errorf("inspect image %s: %w", imageID, err)
+	}
+	if resp.Image == nil {
+		return nil, "", fmt.Errorf("image %s has gone", imageID)
+	}
+	if resp.Image.Uid != nil {
+		uid := resp.Image.Uid.Value
+		return &uid, "", nil
+	}
+	if n, err := strconv.ParseInt(resp.Image.Username, 10, 64); err == nil {
+		return &n, "", nil
+	}
+	return nil, resp.Image.Username, nil
+}
+
+// seccomp is the profile of a container; without one in the spec it is the
+// runtime's default, not unconfined.
+func (w *worker) seccomp(pod *corev1.Pod, sc *corev1.SecurityContext) *runtimev1.SecurityProfile {
+	profile := sc.SeccompProfile
+	if profile == nil && pod.Spec.SecurityContext != nil {
+		profile = pod.Spec.SecurityContext.SeccompProfile
+	}
+	if profile == nil {
+		return runtimeDefault()
+	}
+	switch profile.Type {
+	case corev1.SeccompProfileTypeUnconfined:
+		return &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Unconfined}
+	case corev1.SeccompProfileTypeLocalhost:
+		if profile.LocalhostProfile != nil {
+			return &runtimev1.SecurityProfile{
+				ProfileType:  runtimev1.SecurityProfile_Localhost,
+				LocalhostRef: filepath.Join(w.m.cfg.SeccompDir, *profile.LocalhostProfile),
+			}
+		}
+	}
+	return runtimeDefault()
+}

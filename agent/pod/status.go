@@ -1,0 +1,436 @@
+package pod
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
+)
+
+// waiting is why a container that is wanted does not run.
+type waiting struct{ reason, message string }
+
+// verdict ends a pod for a reason of the node's own.
+type verdict struct{ reason, message string }
+
+// statusInput is all that a pod's status is made from.
+type statusInput struct {
+	pod     *corev1.Pod
+	obs     *observed
+	old     *corev1.PodStatus // the last one, for transition times; the API's at first
+	waiting map[string]waiting
+	ready   map[string]bool // verdicts of readiness probes, by container id; absent: no probe
+	facts   facts
+	hostIPs []string
+	verdict *verdict
+	// ending: the pod is being stopped, or has been.
+	ending bool
+	// stopped: nothing of the pod runs any more, and nothing will.
+	stopped bool
+	now     time.Time
+}
+
+// makeStatus computes the status to report, as the kubelet would.
+func makeStatus(in statusInput) corev1.PodStatus {
+	pod, spec := in.pod, &in.pod.Spec
+	st := corev1.PodStatus{
+		ObservedGeneration: pod.Generation,
+		QOSClass:           qos.GetPodQOS(pod),
+		StartTime:          in.old.StartTime,
+		NominatedNodeName:  in.old.NominatedNodeName,
+		Reason:             in.old.Reason,
+		Message:            in.old.Message,
+		Resize:             in.old.Resize,
+
+		ResourceClaimStatuses: pod.Status.ResourceClaimStatuses,
+	}
+	if st.StartTime == nil {
+		now := metav1.NewTime(in.now).Rfc3339Copy()
+		st.StartTime = &now
+	}
+	if len(in.hostIPs) > 0 {
+		st.HostIP = in.hostIPs[0]
+		for _, ip := range in.hostIPs {
+			st.HostIPs = append(st.HostIPs, corev1.HostIP{IP: ip})
+		}
+	}
+	for _, ip := range podIPs(in) {
+		st.PodIPs = append(st.PodIPs, corev1.PodIP{IP: ip})
+	}
+	if len(st.PodIPs) > 0 {
+		st.PodIP = st.PodIPs[0].IP
+	}
+	for i := range spec.InitContainers {
+		st.InitContainerStatuses = append(st.InitContainerStatuses, containerStatus(in, &spec.InitContainers[i], true))
+	}
+	for i := range spec.Containers {
+		st.ContainerStatuses = append(st.ContainerStatuses, containerStatus(in, &spec.Containers[i], false))
+	}
+	st.EphemeralContainerStatuses = in.old.EphemeralContainerStatuses
+
+	st.Phase = phase(spec, &st, in.stopped)
+	if in.verdict != nil {
+		st.Phase, st.Reason, st.Message = corev1.PodFailed, in.verdict.reason, in.verdict.message
+	}
+	if terminal(in.old.Phase) { // a terminal phase is for ever
+		st.Phase = in.old.Phase
+	} else if terminal(st.Phase) && !in.stopped {
+		// Not while something of the pod still runs.
+		st.Phase = corev1.PodRunning
+		if in.old.Phase == corev1.PodPending || in.old.Phase == "" {
+			st.Phase = corev1.PodPending
+		}
+		st.Reason, st.Message = in.old.Reason, in.old.Message
+	}
+	st.Conditions = conditions(in, &st)
+	return st
+}
+
+func podIPs(in statusInput) []string {
+	if s := in.obs.current(); s != nil {
+		if s.hostNet {
+			return in.hostIPs
+		}
+		if len(s.ips) > 0 {
+			return s.ips
+		}
+	}
+	// Kept while the pod is between sandboxes or has ended, as upstream does.
+	var out []string
+	if in.ending || in.stopped {
+		for _, ip := range in.old.PodIPs {
+			out = append(out, ip.IP)
+		}
+	}
+	return out
+}
+
+func terminated(c *container) *corev1.ContainerStateTerminated {
+	return &corev1.ContainerStateTerminated{
+		ExitCode: c.exitCode, Reason: c.reason, Message: c.message,
+		StartedAt: metav1.NewTime(c.started).Rfc3339Copy(), FinishedAt: metav1.NewTime(c.finished).Rfc3339Copy(),
+		ContainerID: containerID(c),
+	}
+}
+
+func containerID(c *container) string { return "containerd://" + c.id }
+
+// oldStatus finds a container in a status, or nil.
+func oldStatus(st *corev1.PodStatus, name string) *corev1.ContainerStatus {
+	for _, list := range [][]corev1.ContainerStatus{st.InitContainerStatuses, st.ContainerStatuses} {
+		for i := range list {
+			if list[i].Name == name {
+				return &list[i]
+			}
+		}
+	}
+	return nil
+}
+
+func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.ContainerStatus {
+	st := corev1.ContainerStatus{Name: spec.Name, Image: spec.Image}
+	started := false
+	st.Started = &started
+	c := in.obs.latest(spec.Name)
+	old := oldStatus(in.old, spec.Name)
+	if c == nil {
+		return lostStatus(in, spec, st, old)
+	}
+	st.Image, st.ImageID, st.ContainerID, st.RestartCount = c.image, c.imageID, containerID(c), c.restarts
+	if st.Image == "" {
+		st.Image = spec.Image
+	}
+	if list := in.obs.containers[spec.Name]; len(list) > 1 && list[1].exited() {
+		st.LastTerminationState.Terminated = terminated(list[1])
+	} else if old != nil && old.LastTerminationState.Terminated != nil {
+		st.LastTerminationState = old.LastTerminationState
+	}
+	wait, isWaiting := in.waiting[spec.Name]
+	switch {
+	case c.running():
+		st.State.Running = &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(c.started).Rfc3339Copy()}
+		started = in.facts.started(c)
+		st.Ready = started
+		if verdict, probed := in.ready[c.id]; probed && !verdict {
+			st.Ready = false
+		}
+		if init && !sidecar(spec) {
+			st.Ready = false
+		}
+	case c.exited() && isWaiting && !in.ending:
+		st.LastTerminationState.Terminated = terminated(c)
+		st.State.Waiting = &corev1.ContainerStateWaiting{Reason: wait.reason, Message: wait.message}
+	case c.exited():
+		st.State.Terminated = terminated(c)
+		st.Ready = init && !sidecar(spec) && c.exitCode == 0
+	case c.state == runtimev1.ContainerState_CONTAINER_CREATED && !in.stopped:
+		st.State.Waiting = &corev1.ContainerStateWaiting{Reason: "ContainerCreating"}
+		if isWaiting {
+			st.State.Waiting = &corev1.ContainerStateWaiting{Reason: wait.reason, Message: wait.message}
+		}
+	default:
+		st.State.Terminated = unknownEnd(old)
+	}
+	if c.user != nil && c.user.GetLinux() != nil {
+		u := c.user.Linux
+		st.User = &corev1.ContainerUser{Linux: &corev1.LinuxContainerUser{UID: u.Uid, GID: u.Gid, SupplementalGroups: u.SupplementalGroups}}
+	}
+	return st
+}
+
+func unknownEnd(old *corev1.ContainerStatus) *corev1.ContainerStateTerminated {
+	t := &corev1.ContainerStateTerminated{
+		Reason: "ContainerStatusUnknown", Message: "The container could not be located when the pod was terminated", ExitCode: 137,
+	}
+	if old != nil {
+		t.ContainerID = old.ContainerID
+	}
+	return t
+}
+
+// lostStatus is the status of a container that CRI does not have: it was never
+// made, or its record was lost.
+func lostStatus(in statusInput, spec *corev1.Container, st corev1.ContainerStatus, old *corev1.ContainerStatus) corev1.ContainerStatus {
+	if old != nil {
+		st.RestartCount, st.LastTerminationState = old.RestartCount, old.LastTerminationState
+		ended := old.State.Terminated
+		if ended == nil && old.State.Running != nil {
+			ended = unknownEnd(old)
+		}
+		switch {
+		case ended != nil && (in.ending || in.stopped):
+			st.State.Terminated, st.ImageID, st.ContainerID = ended, old.ImageID, old.ContainerID
+			return st
+		case ended != nil:
+			st.LastTerminationState.Terminated = ended
+		}
+	}
+	w, ok := in.waiting[spec.Name]
+	if !ok {
+		w.reason = "ContainerCreating"
+		if len(in.pod.Spec.InitContainers) > 0 {
+			w.reason = "PodInitializing"
+		}
+	}
+	st.State.Waiting = &corev1.ContainerStateWaiting{Reason: w.reason, Message: w.message}
+	return st
+}
+
+// phase sums up the containers' states.
+func phase(spec *corev1.PodSpec, st *corev1.PodStatus, stopped bool) corev1.PodPhase {
+	pendingInit, failedInit := 0, 0
+	for i := range spec.InitContainers {
+		c, cs := &spec.InitContainers[i], &st.InitContainerStatuses[i]
+		if sidecar(c) {
+			if !stopped && (cs.State.Running == nil || !isTrue(cs.Started)) && cs.LastTerminationState.Terminated == nil && cs.State.Terminated == nil {
+				pendingInit++
+			}
+			continue
+		}
+		ended := cs.State.Terminated
+		if ended == nil && cs.State.Waiting != nil && cs.LastTerminationState.Terminated != nil {
+			ended = cs.LastTerminationState.Terminated
+		}
+		switch {
+		case ended == nil:
+			pendingInit++
+		case ended.ExitCode != 0:
+			if stopped || !restartable(&corev1.Pod{Spec: *spec}, c, &container{exitCode: ended.ExitCode}) {
+				failedInit++
+			} else {
+				pendingInit++
+			}
+		}
+	}
+	unknown, running, waiting, stoppedCount, succeeded, stay := 0, 0, 0, 0, 0, 0
+	for i := range spec.Containers {
+		c, cs := &spec.Containers[i], &st.ContainerStatuses[i]
+		switch {
+		case cs.State.Running != nil:
+			running++
+		case cs.State.Terminated != nil:
+			stoppedCount++
+			if cs.State.Terminated.ExitCode == 0 {
+				succeeded++
+			}
+			if !restartable(&corev1.Pod{Spec: *spec}, c, &container{exitCode: cs.State.Terminated.ExitCode}) {
+				stay++
+			}
+		case cs.State.Waiting != nil:
+			if cs.LastTerminationState.Terminated != nil {
+				stoppedCount++
+			} else {
+				waiting++
+			}
+		default:
+			unknown++
+		}
+	}
+	switch {
+	case failedInit > 0:
+		return corev1.PodFailed
+	case stopped && stoppedCount+waiting+unknown > 0 && running == 0:
+		if succeeded == len(spec.Containers) {
+			return corev1.PodSucceeded
+		}
+		return corev1.PodFailed
+	case pendingInit > 0 && running == 0 && stoppedCount == 0:
+		return corev1.PodPending
+	case waiting > 0:
+		return corev1.PodPending
+	case running > 0 && unknown == 0:
+		return corev1.PodRunning
+	case stoppedCount > 0 && unknown == 0:
+		if stay == stoppedCount && stoppedCount == len(spec.Containers) {
+			if succeeded == stoppedCount {
+				return corev1.PodSucceeded
+			}
+			return corev1.PodFailed
+		}
+		return corev1.PodRunning
+	}
+	return corev1.PodPending
+}
+
+// owned are the conditions that the node sets; all others are kept.
+var owned = []corev1.PodConditionType{
+	corev1.PodReadyToStartContainers, corev1.PodInitialized, corev1.PodReady, corev1.ContainersReady, corev1.PodScheduled,
+}
+
+func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
+	set := []corev1.PodCondition{
+		sandboxCondition(in), initializedCondition(in, st),
+	}
+	containers := containersReady(in, st)
+	set = append(set, readyCondition(in, st, containers), containers,
+		corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue})
+	for _, c := range in.pod.Status.Conditions {
+		if !slices.Contains(owned, c.Type) {
+			set = append(set, c)
+		}
+	}
+	for i := range set {
+		c := &set[i]
+		if slices.Contains(owned, c.Type) {
+			c.ObservedGeneration = in.pod.Generation
+		}
+		old := findCondition(in.old.Conditions, c.Type)
+		switch {
+		case old != nil && old.Status == c.Status:
+			c.LastTransitionTime = old.LastTransitionTime
+		case c.LastTransitionTime.IsZero():
+			c.LastTransitionTime = metav1.NewTime(in.now).Rfc3339Copy()
+		}
+		if c.Type == corev1.PodScheduled && old != nil {
+			c.Reason, c.Message = old.Reason, old.Message
+		}
+	}
+	return set
+}
+
+func findCondition(list []corev1.PodCondition, t corev1.PodConditionType) *corev1.PodCondition {
+	for i := range list {
+		if list[i].Type == t {
+			return &list[i]
+		}
+	}
+	return nil
+}
+
+func truth(b bool) corev1.ConditionStatus {
+	if b {
+		return corev1.ConditionTrue
+	}
+	return corev1.ConditionFalse
+}
+
+func sandboxCondition(in statusInput) corev1.PodCondition {
+	s := in.obs.current()
+	return corev1.PodCondition{Type: corev1.PodReadyToStartContainers, Status: truth(s != nil && (s.hostNet || len(s.ips) > 0))}
+}
+
+func initializedCondition(in statusInput, st *corev1.PodStatus) corev1.PodCondition {
+	c := corev1.PodCondition{Type: corev1.PodInitialized, Status: corev1.ConditionTrue}
+	if st.Phase == corev1.PodSucceeded {
+		c.Reason = "PodCompleted"
+		return c
+	}
+	// Once a container of the pod's own has been made, that is over.
+	for i := range in.pod.Spec.Containers {
+		if in.obs.latest(in.pod.Spec.Containers[i].Name) != nil {
+			return c
+		}
+	}
+	var incomplete []string
+	for i := range st.InitContainerStatuses {
+		cs := &st.InitContainerStatuses[i]
+		done := cs.Ready
+		if sidecar(&in.pod.Spec.InitContainers[i]) {
+			done = isTrue(cs.Started)
+		}
+		if !done {
+			incomplete = append(incomplete, cs.Name)
+		}
+	}
+	if len(incomplete) > 0 {
+		c.Status, c.Reason = corev1.ConditionFalse, "ContainersNotInitialized"
+		c.Message = fmt.Sprintf("containers with incomplete status: %s", bracket(incomplete))
+	}
+	return c
+}
+
+func bracket(names []string) string { return "[" + strings.Join(names, " ") + "]" }
+
+func containersReady(in statusInput, st *corev1.PodStatus) corev1.PodCondition {
+	c := corev1.PodCondition{Type: corev1.ContainersReady, Status: corev1.ConditionTrue}
+	switch st.Phase {
+	case corev1.PodSucceeded:
+		c.Status, c.Reason = corev1.ConditionFalse, "PodCompleted"
+		return c
+	case corev1.PodFailed:
+		c.Status, c.Reason = corev1.ConditionFalse, "PodFailed"
+		return c
+	}
+	var unready []string
+	for i := range st.InitContainerStatuses {
+		if sidecar(&in.pod.Spec.InitContainers[i]) && !st.InitContainerStatuses[i].Ready {
+			unready = append(unready, st.InitContainerStatuses[i].Name)
+		}
+	}
+	for i := range st.ContainerStatuses {
+		if !st.ContainerStatuses[i].Ready {
+			unready = append(unready, st.ContainerStatuses[i].Name)
+		}
+	}
+	if len(unready) > 0 {
+		c.Status, c.Reason = corev1.ConditionFalse, "ContainersNotReady"
+		c.Message = "containers with unready status: " + bracket(unready)
+	}
+	return c
+}
+
+func readyCondition(in statusInput, st *corev1.PodStatus, containers corev1.PodCondition) corev1.PodCondition {
+	c := corev1.PodCondition{Type: corev1.PodReady, Status: containers.Status, Reason: containers.Reason, Message: containers.Message}
+	if c.Status != corev1.ConditionTrue {
+		return c
+	}
+	var missing []string
+	for _, gate := range in.pod.Spec.ReadinessGates {
+		got := findCondition(in.pod.Status.Conditions, gate.ConditionType)
+		switch {
+		case got == nil:
+			missing = append(missing, fmt.Sprintf("corresponding condition of pod readiness gate %q does not exist.", gate.ConditionType))
+		case got.Status != corev1.ConditionTrue:
+			missing = append(missing, fmt.Sprintf("the status of pod readiness gate %q is not \"True\", but %v", gate.ConditionType, got.Status))
+		}
+	}
+	if len(missing) > 0 {
+		c.Status, c.Reason, c.Message = corev1.ConditionFalse, "ReadinessGatesNotReady", strings.Join(missing, ", ")
+	}
+	return c
+}

@@ -1,0 +1,427 @@
+package pod
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"maps"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"timonel/agent/desired"
+	"timonel/agent/volume"
+)
+
+// maxSteps bounds how often one pass looks again right after it acted.
+const maxSteps = 8
+
+// exitPatience is for how long CRI is asked again about a container that has
+// ended by containerd's word and still runs by CRI's.
+const exitPatience = 5 * time.Second
+
+// worker runs one pod. Fields below mu are shared; the rest belongs to run.
+type worker struct {
+	m      *Manager
+	uid    types.UID
+	log    *slog.Logger
+	wake   chan struct{}
+	orphan bool // made from what was found on the node, not from a v1.Pod
+	wg     sync.WaitGroup
+
+	mu           sync.Mutex
+	pod          *corev1.Pod
+	removed      bool
+	volumesDirty bool
+	imageWait    bool
+	expected     map[string]*expectation
+	kills        map[string]*killing
+	hooks        map[string]*hook
+	status       *corev1.PodStatus // last computed
+
+	ctx       context.Context
+	observer  observer
+	probes    *prober
+	volumes   volume.Mounts
+	refreshAt time.Time
+	retry     map[string]*retry
+	restart   map[string]*backOff
+	waiting   map[string]waiting
+	reported  []byte
+	verdict   *verdict
+	stopped   map[string]bool // sandboxes that were stopped
+	cleaned   bool
+	said      map[string]string // last message of an event that would repeat
+	next      time.Time         // when to look again without being woken
+}
+
+// expectation is an exit that CRI has not confirmed yet.
+type expectation struct {
+	until time.Time
+	delay time.Duration
+}
+
+func newWorker(m *Manager, pod *corev1.Pod) *worker {
+	w := &worker{
+		m: m, uid: pod.UID, log: m.log.With("pod", pod.Namespace+"/"+pod.Name, "uid", pod.UID),
+		wake: make(chan struct{}, 1), pod: pod, volumesDirty: true,
+		expected: map[string]*expectation{}, kills: map[string]*killing{}, hooks: map[string]*hook{},
+		observer: observer{runtime: m.cfg.Runtime, uid: pod.UID},
+		retry:    map[string]*retry{}, restart: map[string]*backOff{}, waiting: map[string]waiting{},
+		stopped: map[string]bool{}, said: map[string]string{},
+	}
+	w.probes = newProber(w)
+	return w
+}
+
+func (w *worker) wakeUp() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (w *worker) set(pod *corev1.Pod) {
+	w.mu.Lock()
+	old := w.pod
+	w.pod = pod
+	if !maps.Equal(old.Labels, pod.Labels) || !maps.Equal(old.Annotations, pod.Annotations) {
+		w.volumesDirty = true
+	}
+	w.mu.Unlock()
+	w.wakeUp()
+}
+
+func (w *worker) remove() {
+	w.mu.Lock()
+	w.removed = true
+	w.mu.Unlock()
+	w.wakeUp()
+}
+
+func (w *worker) markVolumes() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.volumesDirty = true
+}
+
+func (w *worker) name() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.pod.Namespace + "/" + w.pod.Name
+}
+
+func (w *worker) waitsForImage() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.imageWait
+}
+
+// snapshot is the pod with its last computed status; nil for an orphan.
+func (w *worker) snapshot() *corev1.Pod {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.orphan {
+		return nil
+	}
+	pod := *w.pod
+	if w.status != nil {
+		pod.Status = *w.status
+	}
+	return &pod
+}
+
+func (w *worker) refersTo(kind, namespace, name string) bool {
+	w.mu.Lock()
+	pod := w.pod
+	w.mu.Unlock()
+	if pod.Namespace != namespace {
+		return false
+	}
+	if kind == desired.KindServiceAccount {
+		return pod.Spec.ServiceAccountName == name
+	}
+	for i := range pod.Spec.ImagePullSecrets {
+		if kind == desired.KindSecret && pod.Spec.ImagePullSecrets[i].Name == name {
+			return true
+		}
+	}
+	for i := range pod.Spec.Volumes {
+		v := &pod.Spec.Volumes[i].VolumeSource
+		if v.ConfigMap != nil && kind == desired.KindConfigMap && v.ConfigMap.Name == name ||
+			v.Secret != nil && kind == desired.KindSecret && v.Secret.SecretName == name {
+			return true
+		}
+		if v.Projected == nil {
+			continue
+		}
+		for _, s := range v.Projected.Sources {
+			if s.ConfigMap != nil && kind == desired.KindConfigMap && s.ConfigMap.Name == name ||
+				s.Secret != nil && kind == desired.KindSecret && s.Secret.Name == name {
+				return true
+			}
+		}
+	}
+	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			if envRefersTo(&list[i], kind, name) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func envRefersTo(c *corev1.Container, kind, name string) bool {
+	for _, f := range c.EnvFrom {
+		if f.ConfigMapRef != nil && kind == desired.KindConfigMap && f.ConfigMapRef.Name == name ||
+			f.SecretRef != nil && kind == desired.KindSecret && f.SecretRef.Name == name {
+			return true
+		}
+	}
+	for _, e := range c.Env {
+		if s := e.ValueFrom; s != nil {
+			if s.ConfigMapKeyRef != nil && kind == desired.KindConfigMap && s.ConfigMapKeyRef.Name == name ||
+				s.SecretKeyRef != nil && kind == desired.KindSecret && s.SecretKeyRef.Name == name {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// expectExit notes that CRI should soon say that id has ended.
+func (w *worker) expectExit(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.expected[id] = &expectation{until: w.m.cfg.Now().Add(exitPatience), delay: 2 * time.Millisecond}
+}
+
+// again asks for another look at t, if nothing wakes the worker before.
+func (w *worker) again(t time.Time) {
+	if w.next.IsZero() || t.Before(w.next) {
+		w.next = t
+	}
+}
+
+// run works until the pod is gone or ctx ends.
+func (w *worker) run(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer w.wg.Wait()
+	defer cancel()
+	w.ctx = ctx
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-w.wake:
+		case <-timer.C:
+		}
+		w.next = time.Time{}
+		if done := w.sync(); done {
+			return
+		}
+		if w.next.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(max(0, w.next.Sub(w.m.cfg.Now())))
+		}
+	}
+}
+
+// sync does what is due and reports. It says whether the pod is gone for good.
+func (w *worker) sync() bool {
+	for range maxSteps {
+		w.mu.Lock()
+		pod, removed := w.pod, w.removed
+		w.mu.Unlock()
+		ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
+		obs, err := w.observer.observe(ctx)
+		cancel()
+		if err != nil {
+			if w.ctx.Err() == nil {
+				w.log.Warn("cannot see the pod's containers; trying again", "error", rpcText(err))
+				w.again(w.m.cfg.Now().Add(500 * time.Millisecond))
+			}
+			return false
+		}
+		w.register(obs)
+		w.checkDeadline(pod)
+
+		if removed || pod.DeletionTimestamp != nil {
+			if w.cleaned {
+				if !removed {
+					w.m.cfg.Reporter.PodTerminated(pod)
+				}
+				return removed
+			}
+			ended := w.end(pod, obs)
+			w.report(pod, obs, true, ended)
+			if !ended {
+				return false
+			}
+			if !w.clean(pod, obs) {
+				return false
+			}
+			w.cleaned = true
+			w.finalReport(pod, removed)
+			continue
+		}
+		a := plan(pod, obs, w)
+		if w.verdict != nil || a.finished {
+			ended := w.end(pod, obs)
+			w.report(pod, obs, true, ended)
+			return false
+		}
+		w.waiting = map[string]waiting{}
+		acted := w.act(pod, obs, a)
+		if acted && w.ctx.Err() == nil {
+			continue
+		}
+		w.probes.update(pod, obs)
+		w.report(pod, obs, false, false)
+		w.collect(obs)
+		return false
+	}
+	w.again(w.m.cfg.Now().Add(100 * time.Millisecond))
+	return false
+}
+
+// register tells the manager which ids are this pod's, and settles or repeats
+// the wait for exits that CRI has not seen.
+func (w *worker) register(obs *observed) {
+	running := map[string]bool{}
+	for _, s := range obs.sandboxes {
+		w.m.own(s.id, w.uid)
+		running[s.id] = s.ready
+	}
+	for _, list := range obs.containers {
+		for _, c := range list {
+			w.m.own(c.id, w.uid)
+			running[c.id] = c.running()
+		}
+	}
+	now := w.m.cfg.Now()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for id, e := range w.expected {
+		if !running[id] || now.After(e.until) {
+			delete(w.expected, id)
+			continue
+		}
+		w.again(now.Add(e.delay))
+		e.delay = min(e.delay*2, 250*time.Millisecond)
+	}
+}
+
+// checkDeadline ends a pod that has been active for longer than it may.
+func (w *worker) checkDeadline(pod *corev1.Pod) {
+	if pod.Spec.ActiveDeadlineSeconds == nil || w.verdict != nil || terminal(pod.Status.Phase) {
+		return
+	}
+	old := w.oldStatus(pod)
+	if old.StartTime == nil {
+		return
+	}
+	end := old.StartTime.Add(time.Duration(*pod.Spec.ActiveDeadlineSeconds) * time.Second)
+	if now := w.m.cfg.Now(); now.Before(end) {
+		w.again(end)
+		return
+	}
+	const message = "Pod was active on the node longer than the specified deadline"
+	w.verdict = &verdict{"DeadlineExceeded", message}
+	w.event(pod, corev1.EventTypeWarning, "DeadlineExceeded", message, "")
+}
+
+// oldStatus is the status computed last, by this agent, the one before it, or
+// as the API has it.
+func (w *worker) oldStatus(pod *corev1.Pod) *corev1.PodStatus {
+	w.mu.Lock()
+	st := w.status
+	w.mu.Unlock()
+	if st != nil {
+		return st
+	}
+	if st, ok := w.m.cfg.Statuses.Status(w.uid); ok {
+		return st
+	}
+	return &pod.Status
+}
+
+// report computes the status and sends it when it has changed.
+func (w *worker) report(pod *corev1.Pod, obs *observed, ending, stopped bool) {
+	if w.orphan {
+		return
+	}
+	st := makeStatus(statusInput{
+		pod: pod, obs: obs, old: w.oldStatus(pod), waiting: w.waiting, ready: w.probes.readiness(), facts: w,
+		hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
+	})
+	w.mu.Lock()
+	w.status = &st
+	w.mu.Unlock()
+	raw, err := st.Marshal()
+	if err != nil {
+		w.log.Error("encode the pod's status", "error", err)
+		return
+	}
+	if w.reported != nil && bytes.Equal(raw, w.reported) {
+		return
+	}
+	w.reported = raw
+	w.m.cfg.Statuses.SetStatus(w.uid, &st)
+	w.m.cfg.Reporter.SetPodStatus(pod, &st)
+}
+
+// finalReport says that the pod is gone from this node.
+func (w *worker) finalReport(pod *corev1.Pod, removed bool) {
+	w.m.cfg.Statuses.ForgetStatus(w.uid)
+	if removed {
+		w.m.cfg.Reporter.ForgetPod(pod)
+		return
+	}
+	w.m.cfg.Reporter.PodTerminated(pod)
+}
+
+// event tells the cluster about the pod; container may be empty.
+func (w *worker) event(pod *corev1.Pod, kind, reason, message, container string) {
+	if w.orphan {
+		return
+	}
+	ref := corev1.ObjectReference{
+		Kind: "Pod", APIVersion: "v1", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, ResourceVersion: pod.ResourceVersion,
+	}
+	if container != "" {
+		field := "spec.containers"
+		for i := range pod.Spec.InitContainers {
+			if pod.Spec.InitContainers[i].Name == container {
+				field = "spec.initContainers"
+			}
+		}
+		ref.FieldPath = field + "{" + container + "}"
+	}
+	now := metav1.NewTime(w.m.cfg.Now())
+	w.m.cfg.Reporter.Event(&corev1.Event{
+		ObjectMeta:     metav1.ObjectMeta{Namespace: pod.Namespace},
+		InvolvedObject: ref, Type: kind, Reason: reason, Message: strings.TrimSpace(message),
+		Source: corev1.EventSource{Component: "timonel-agent", Host: w.m.cfg.NodeName}, ReportingController: "timonel-agent", ReportingInstance: w.m.cfg.NodeName,
+		FirstTimestamp: now, LastTimestamp: now, Count: 1,
+	})
+}
+
+// eventOnce is event for what would repeat: the same message is told once
+// until another one of its reason.
+func (w *worker) eventOnce(pod *corev1.Pod, kind, reason, message, container string) {
+	key := reason + "/" + container
+	if w.said[key] == message {
+		return
+	}
+	w.said[key] = message
+	w.event(pod, kind, reason, message, container)
+}
