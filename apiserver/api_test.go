@@ -1,6 +1,7 @@
 package apiserver
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -111,6 +112,53 @@ func TestServesUpstreamsDefaultGroups(t *testing.T) {
 		if err != nil || len(raw) == 0 {
 			t.Errorf("GET %s: %d bytes, %v", path, len(raw), err)
 		}
+	}
+}
+
+// TestServesOpenAPI asks twice: what was built is dropped after the first time.
+func TestServesOpenAPI(t *testing.T) {
+	f := shareServer(t)
+	c := client(t, f.network(t, "admin", "system:masters"))
+	for range 2 {
+		for path, want := range map[string][]string{
+			"/openapi/v2":              {`"io.k8s.api.apps.v1.Deployment"`, `"/apis/apps/v1/namespaces/{namespace}/deployments"`, `"title":"Kubernetes"`},
+			"/openapi/v3":              {`"apis/apps/v1":{"serverRelativeURL":"/openapi/v3/apis/apps/v1?hash=`, `"api/v1"`, `"apis/apiextensions.k8s.io/v1"`},
+			"/openapi/v3/apis/apps/v1": {`"io.k8s.api.apps.v1.Deployment"`, `"/apis/apps/v1/namespaces/{namespace}/deployments"`},
+			"/openapi/v3/api/v1":       {`"io.k8s.api.core.v1.Pod"`},
+			"/openapi/v3/version":      {`"io.k8s.apimachinery.pkg.version.Info"`},
+		} {
+			raw, err := c.RESTClient().Get().AbsPath(path).SetHeader("Accept", "application/json").DoRaw(within(t, 30*time.Second))
+			if err != nil {
+				t.Errorf("GET %s: %v", path, err)
+				continue
+			}
+			for _, text := range want {
+				if !bytes.Contains(raw, []byte(text)) {
+					t.Errorf("GET %s: %d bytes without %s", path, len(raw), text)
+				}
+			}
+		}
+		schema, err := c.Discovery().OpenAPISchema() // protobuf
+		if err != nil || len(schema.Definitions.AdditionalProperties) < 500 {
+			t.Errorf("OpenAPI v2 by protobuf: %v", err)
+		}
+	}
+	raw, err := c.RESTClient().Get().AbsPath("/openapi/v3/apis/apps/v1").SetHeader("Accept", "application/json").DoRaw(within(t, 10*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v3 struct {
+		Components struct {
+			Schemas map[string]struct {
+				Kinds []any `json:"x-kubernetes-group-version-kind"`
+			}
+		}
+	}
+	if err := json.Unmarshal(raw, &v3); err != nil {
+		t.Fatal(err)
+	}
+	if kinds := v3.Components.Schemas["io.k8s.apimachinery.pkg.apis.meta.v1.DeleteOptions"].Kinds; len(kinds) != 2 {
+		t.Errorf("DeleteOptions in apps/v1 is of %v, want the core group's and its own", kinds)
 	}
 }
 

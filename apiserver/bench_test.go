@@ -20,7 +20,7 @@ import (
 // BenchmarkCreate creates ConfigMaps from 32 clients and from one, in memory and
 // by TLS. Clients by TLS have a connection each.
 func BenchmarkCreate(b *testing.B) {
-	f, err := common()
+	f, err := commonServer()
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func BenchmarkCreate(b *testing.B) {
 // BenchmarkStart reports how long a start takes until ready, and the memory of
 // the idle server's process. Run it alone: go test -run xxx -bench Start.
 func BenchmarkStart(b *testing.B) {
-	f, err := common()
+	f, err := commonServer()
 	if err != nil {
 		b.Fatal(err)
 	}

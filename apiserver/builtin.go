@@ -74,6 +74,9 @@ func newBuiltin(s *shared, config *controlplaneapiserver.Config, extensions *api
 	if err := addServiceHooks(s, &completed, server.GenericAPIServer, client); err != nil {
 		return nil, err
 	}
+	if err := installOpenAPI(server.GenericAPIServer, completed.Generic.OpenAPIConfig, completed.Generic.OpenAPIV3Config); err != nil {
+		return nil, err
+	}
 	return server, nil
 }
 

@@ -62,6 +62,8 @@ func newChain(s *shared) (*aggregatorapiserver.APIAggregator, error) {
 	}
 	aggregator.GenericConfig.RESTOptionsGetter = s.overState(aggregator.GenericConfig.RESTOptionsGetter)
 
+	builtin.Generic.SkipOpenAPIInstallation = true // see installOpenAPI
+
 	// The two configurations above have left a function that would ask etcd for
 	// its size when /metrics is read.
 	etcd3metrics.SetStorageMonitorGetter(func() ([]etcd3metrics.Monitor, error) { return nil, nil })

@@ -64,6 +64,10 @@ func build(ctx context.Context, c Config) (_ *Server, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("prepare to serve: %w", err)
 	}
+	// All specifications are rendered now. If one is ever built again its
+	// definitions are made anew.
+	shared.generic.OpenAPIV3Config.Definitions = nil
+
 	transport.open(chain.GenericAPIServer.Handler)
 	return &Server{
 		config:    c,

@@ -34,8 +34,8 @@ type fixture struct {
 	stop    func() error
 }
 
-// common is the server that most tests share: a start takes seconds.
-var common = sync.OnceValues(func() (*fixture, error) {
+// commonServer is the server that most tests share: a start takes seconds.
+var commonServer = sync.OnceValues(func() (*fixture, error) {
 	return startFixture(storagetest.NewLocalBackend(state.Options{}), nil, func(c *Config) {
 		c.Health = map[string]func(context.Context) error{}
 		for name, failure := range health {
@@ -55,7 +55,7 @@ var health = map[string]*atomic.Pointer[error]{"raft": {}, "disk": {}}
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if f, err := common(); err == nil {
+	if f, err := commonServer(); err == nil {
 		if err := f.stop(); err != nil {
 			fmt.Fprintln(os.Stderr, "stop the common server:", err)
 			code = 1
@@ -67,7 +67,7 @@ func TestMain(m *testing.M) {
 // shareServer returns the common server.
 func shareServer(t *testing.T) *fixture {
 	t.Helper()
-	f, err := common()
+	f, err := commonServer()
 	if err != nil {
 		t.Fatal(err)
 	}
