@@ -186,7 +186,7 @@ type snapshotDecoder struct {
 }
 
 func (d *snapshotDecoder) record() (byte, *decoder, error) {
-	size, err := binary.ReadUvarint(byteReader{d})
+	size, err := d.uvarint()
 	if err != nil {
 		return 0, nil, truncated(err)
 	}
@@ -203,23 +203,26 @@ func (d *snapshotDecoder) record() (byte, *decoder, error) {
 	return b[0], &decoder{b: b[1:]}, nil
 }
 
-// byteReader reads the bytes of a varint and hashes them.
-type byteReader struct{ d *snapshotDecoder }
-
-func (r byteReader) ReadByte() (byte, error) {
-	b, err := r.d.r.ReadByte()
-	if err == nil {
-		_ = r.d.sum.WriteByte(b)
+// uvarint reads and hashes a length.
+func (d *snapshotDecoder) uvarint() (uint64, error) {
+	var v uint64
+	for shift := 0; shift < 64; shift += 7 {
+		b, err := d.r.ReadByte()
+		if err != nil {
+			return 0, err
+		}
+		_ = d.sum.WriteByte(b)
+		v |= uint64(b&0x7f) << shift
+		if b < 0x80 {
+			return v, nil
+		}
 	}
-	return b, err
+	return 0, fmt.Errorf("%w: bad length", ErrCorrupt)
 }
 
 func truncated(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("%w: it ends too early", ErrCorrupt)
-	}
-	if err.Error() == "binary: varint overflows a 64-bit integer" { // the one other error of ReadUvarint itself
-		return fmt.Errorf("%w: bad length", ErrCorrupt)
 	}
 	return err
 }
