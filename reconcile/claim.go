@@ -3,6 +3,7 @@ package reconcile
 import (
 	"iter"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -114,6 +115,21 @@ func readyCondition(pod *corev1.Pod) *corev1.PodCondition {
 		return c
 	}
 	return nil
+}
+
+// availableAt returns when a pod is or was available, which is when it has been
+// ready for minReadySeconds, or false if it is not ready.
+func availableAt(pod *corev1.Pod, minReadySeconds int32) (time.Time, bool) {
+	c := readyCondition(pod)
+	switch {
+	case c == nil:
+		return time.Time{}, false
+	case minReadySeconds == 0:
+		return time.Time{}, true
+	case c.LastTransitionTime.IsZero():
+		return time.Time{}, false
+	}
+	return c.LastTransitionTime.Add(time.Duration(minReadySeconds) * time.Second), true
 }
 
 // statusPatch returns the change that merges conditions by type, and other

@@ -100,6 +100,7 @@ type rollout struct {
 	created bool
 	// refused says that the API refused to create current in the pass before.
 	refused bool
+	tallies map[*appsv1.ReplicaSet]tally
 	result  Result
 }
 

@@ -125,11 +125,50 @@ func (r *rollout) grown() int32 {
 	if !r.isRolling() {
 		return r.wanted()
 	}
-	room := r.wanted() + r.maxSurge() - total(r.all(), specReplicas)
+	room := r.wanted() + r.maxSurge() - total(r.all(), r.occupied)
 	if room <= 0 {
 		return have
 	}
 	return have + min(room, r.wanted()-have)
+}
+
+// tally is what a ReplicaSet has of pods, counted in the snapshot: its status is
+// behind while it creates and deletes.
+type tally struct{ active, available int32 }
+
+// pods counts a ReplicaSet's pods.
+func (r *rollout) pods(rs *appsv1.ReplicaSet) tally {
+	if t, ok := r.tallies[rs]; ok {
+		return t
+	}
+	var t tally
+	if rs.UID != "" {
+		for pod := range ownedPods(r.in.Snapshot, rs) {
+			if !podActive(pod) {
+				continue
+			}
+			t.active++
+			if due, ready := availableAt(pod, rs.Spec.MinReadySeconds); ready && !due.After(r.in.Now) {
+				t.available++
+			}
+		}
+	}
+	if r.tallies == nil {
+		r.tallies = map[*appsv1.ReplicaSet]tally{}
+	}
+	r.tallies[rs] = t
+	return t
+}
+
+// occupied is how many pods a ReplicaSet has or is to have, whichever is more: one
+// that was told to shrink still has its pods until it has deleted them.
+func (r *rollout) occupied(rs *appsv1.ReplicaSet) int32 {
+	return max(r.pods(rs).active, *rs.Spec.Replicas)
+}
+
+// kept is how many available pods a ReplicaSet has and keeps.
+func (r *rollout) kept(rs *appsv1.ReplicaSet) int32 {
+	return min(r.pods(rs).available, *rs.Spec.Replicas)
 }
 
 // rolling moves replicas from the old ReplicaSets to the current one, within maxSurge and maxUnavailable.
@@ -167,7 +206,7 @@ func (r *rollout) shrinkOld() bool {
 	}
 	slices.SortFunc(old, olderSet)
 	minAvailable := r.wanted() - r.maxUnavailable()
-	pending := *r.current.Spec.Replicas - r.current.Status.AvailableReplicas
+	pending := *r.current.Spec.Replicas - r.kept(r.current)
 	room := total(r.all(), specReplicas) - minAvailable - pending
 	if room <= 0 {
 		return false
@@ -175,7 +214,7 @@ func (r *rollout) shrinkOld() bool {
 
 	var shrunk bool
 	for _, rs := range old {
-		n := min(room, *rs.Spec.Replicas-rs.Status.AvailableReplicas)
+		n := min(room, *rs.Spec.Replicas-r.kept(rs))
 		if n <= 0 {
 			continue
 		}
@@ -184,8 +223,7 @@ func (r *rollout) shrinkOld() bool {
 		shrunk = true
 	}
 
-	// A status may still count pods that a former pass has given up already.
-	spare := min(room, total(r.all(), func(rs *appsv1.ReplicaSet) int32 { return min(rs.Status.AvailableReplicas, *rs.Spec.Replicas) })-minAvailable)
+	spare := min(room, total(r.all(), r.kept)-minAvailable)
 	for _, rs := range old {
 		n := min(spare, *rs.Spec.Replicas)
 		if n <= 0 {

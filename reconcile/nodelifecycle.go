@@ -52,7 +52,18 @@ func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []Key {
 	}
 	switch c.New.GVK {
 	case nodeKind:
-		return []Key{nodeKey(c.New.Name)}
+		keys := []Key{nodeKey(c.New.Name)}
+		before, after := metaNode(c.Old), metaNode(c.New)
+		if before == nil || after == nil || nodeReady(before) == nodeReady(after) {
+			return keys
+		}
+		// How many Nodes are lost decides about each that is.
+		for node := range s.Nodes().All() {
+			if node.Name != c.New.Name && !nodeReady(node) {
+				keys = append(keys, nodeKey(node.Name))
+			}
+		}
+		return keys
 	case podKind:
 		pod, ok := c.New.Object.(*corev1.Pod)
 		if !ok || pod.Spec.NodeName == "" || readyCondition(pod) == nil {
@@ -307,6 +318,15 @@ func nodeCondition(node *corev1.Node, t corev1.NodeConditionType) *corev1.NodeCo
 		}
 	}
 	return nil
+}
+
+// metaNode returns the Node that a Meta is of, or nil.
+func metaNode(m *objects.Meta) *corev1.Node {
+	if m == nil {
+		return nil
+	}
+	node, _ := m.Object.(*corev1.Node)
+	return node
 }
 
 // nodeReady says whether a Node says that it is ready.

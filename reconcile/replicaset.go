@@ -5,7 +5,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
-	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -153,20 +152,18 @@ func (r ReplicaSet) status(in Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, 
 		Conditions:          slices.Clone(rs.Status.Conditions),
 	}
 	template := labels.SelectorFromSet(rs.Spec.Template.Labels)
-	wait := time.Duration(rs.Spec.MinReadySeconds) * time.Second
 	for _, pod := range pods {
 		if template.Matches(labels.Set(pod.Labels)) {
 			s.FullyLabeledReplicas++
 		}
-		ready := readyCondition(pod)
-		if ready == nil {
+		if readyCondition(pod) == nil {
 			continue
 		}
 		s.ReadyReplicas++
-		switch due := ready.LastTransitionTime.Add(wait); {
-		case wait == 0 || !ready.LastTransitionTime.IsZero() && !due.After(in.Now):
+		switch due, ok := availableAt(pod, rs.Spec.MinReadySeconds); {
+		case ok && !due.After(in.Now):
 			s.AvailableReplicas++
-		case !ready.LastTransitionTime.IsZero():
+		case ok:
 			result.at(due)
 		}
 	}

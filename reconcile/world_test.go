@@ -92,7 +92,9 @@ func newWorld(t tester) *world {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = w.cache.Run(ctx) // ends with ctx
+		if err := w.cache.Run(ctx); ctx.Err() == nil {
+			panic(fmt.Sprintf("object cache: %v", err))
+		}
 	}()
 	t.Cleanup(func() { cancel(); <-done })
 	return w
