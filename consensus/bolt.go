@@ -25,27 +25,77 @@ const (
 	deleteChunk = 512
 )
 
-// openLog opens the log file, which must exist when started is true, checks
-// that all of it can be read, and compacts it when mostly empty.
-func openLog(path string, started bool, log *slog.Logger) (*raftboltdb.BoltStore, error) {
+// logExtent is what a log file holds.
+type logExtent struct {
+	first, last uint64 // indexes of the entries, 0 if there are none
+	used, size  int64  // bytes of entries, and of the file
+}
+
+// inspectLog reads all of the log file, which must exist when started is true,
+// without changing it, and verifies what can be verified.
+func inspectLog(path string, started bool) (x logExtent, err error) {
 	fi, err := os.Stat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist), err == nil && fi.Size() == 0:
 		if started {
-			return nil, errors.New("the file is missing or empty")
+			return x, errors.New("the file is missing or empty")
 		}
+		return x, nil
 	case err != nil:
-		return nil, err
-	default:
-		if err := checkBoltFile(path, fi.Size()); err != nil {
-			return nil, err
+		return x, err
+	}
+	x.size = fi.Size()
+	if err := checkBoltFile(path, x.size); err != nil {
+		return x, err
+	}
+	err = guard(func() error {
+		store, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{ReadOnly: true, Timeout: time.Second}})
+		if err != nil {
+			return err
 		}
-		if err := guard(func() error { return compactLog(path, fi.Size(), log) }); err != nil {
-			return nil, err
+		defer store.Close()
+		return x.read(store)
+	})
+	return x, err
+}
+
+// read reads every entry and verifies the checksum of ours.
+func (x *logExtent) read(store *raftboltdb.BoltStore) (err error) {
+	if x.first, err = store.FirstIndex(); err != nil {
+		return err
+	}
+	if x.last, err = store.LastIndex(); err != nil {
+		return err
+	}
+	for i := x.first; i <= x.last && i > 0; i++ {
+		var l raft.Log
+		if err := store.GetLog(i, &l); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
+		}
+		if l.Index != i {
+			return fmt.Errorf("entry %d claims to be entry %d", i, l.Index)
+		}
+		x.used += int64(len(l.Data)) + 64
+		if l.Type != raft.LogCommand {
+			continue
+		}
+		if _, err := decodeEntry(l.Data); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
 		}
 	}
+	return nil
+}
+
+// openLog opens the log file for writing, after inspectLog, and compacts it
+// when less than a quarter of it is in use.
+func openLog(path string, x logExtent, log *slog.Logger) (*raftboltdb.BoltStore, error) {
 	var store *raftboltdb.BoltStore
-	err = guard(func() (err error) {
+	err := guard(func() (err error) {
+		if x.size >= compactAbove && x.used < x.size/4 {
+			if err := compactLog(path, x.size, log); err != nil {
+				return err
+			}
+		}
 		store, err = raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: boltOptions()})
 		return err
 	})
@@ -108,34 +158,13 @@ func checkBoltFile(path string, size int64) error {
 	return nil
 }
 
-// compactLog reads all of the log and rewrites the file when less than a
-// quarter of it is in use.
+// compactLog rewrites the file without what is unused.
 func compactLog(path string, size int64, log *slog.Logger) error {
 	src, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	var used, last uint64
-	err = src.View(func(tx *bbolt.Tx) error {
-		return tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
-			return b.ForEach(func(k, v []byte) error {
-				used += uint64(len(k) + len(v))
-				if string(name) != "logs" || len(k) != 8 {
-					return nil
-				}
-				index := binary.BigEndian.Uint64(k)
-				if last != 0 && index != last+1 {
-					return fmt.Errorf("entries %d to %d are missing", last+1, index-1)
-				}
-				last = index
-				return nil
-			})
-		})
-	})
-	if err != nil || size < compactAbove || used > uint64(size)/4 {
-		return err
-	}
 	start := time.Now()
 	tmp := path + ".compact"
 	if err := os.RemoveAll(tmp); err != nil {
@@ -162,34 +191,4 @@ func compactLog(path string, size int64, log *slog.Logger) error {
 	}
 	log.Info("compacted the log", "file", path, "before", size, "after", fi.Size(), "took", time.Since(start))
 	return nil
-}
-
-// checkLog reads every entry and verifies the checksum of ours. It returns the
-// indexes of the first and the last, 0 if there is none.
-func checkLog(store *raftboltdb.BoltStore) (first, last uint64, err error) {
-	err = guard(func() error {
-		if first, err = store.FirstIndex(); err != nil {
-			return err
-		}
-		if last, err = store.LastIndex(); err != nil {
-			return err
-		}
-		for i := first; i <= last && i > 0; i++ {
-			var l raft.Log
-			if err := store.GetLog(i, &l); err != nil {
-				return fmt.Errorf("entry %d: %w", i, err)
-			}
-			if l.Index != i {
-				return fmt.Errorf("entry %d claims to be entry %d", i, l.Index)
-			}
-			if l.Type != raft.LogCommand {
-				continue
-			}
-			if _, err := decodeEntry(l.Data); err != nil {
-				return fmt.Errorf("entry %d: %w", i, err)
-			}
-		}
-		return nil
-	})
-	return first, last, err
 }

@@ -1,6 +1,7 @@
 package consensus
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -8,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -18,9 +20,13 @@ import (
 // write, so that a stalled disk is noticed, and keeps a failing one from ending
 // the process.
 type disk struct {
-	store *raftboltdb.BoltStore
-	log   *slog.Logger
-	stop  <-chan struct{} // the replica closes
+	store     *raftboltdb.BoltStore
+	snapshots raft.SnapshotStore
+	log       *slog.Logger
+	stop      <-chan struct{} // the replica closes
+
+	// fault, if set by a test, runs before each write and may delay or fail it.
+	fault atomic.Pointer[func(what string) error]
 
 	mu      sync.Mutex
 	writes  map[uint64]time.Time // in progress, by number: since when
@@ -38,8 +44,8 @@ type DiskStats struct {
 	Total, Max time.Duration
 }
 
-func newDisk(store *raftboltdb.BoltStore, log *slog.Logger, stop <-chan struct{}) *disk {
-	return &disk{store: store, log: log, stop: stop, writes: map[uint64]time.Time{}}
+func newDisk(store *raftboltdb.BoltStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
+	return &disk{store: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{}}
 }
 
 // timed runs one write.
@@ -51,7 +57,13 @@ func (d *disk) timed(what string, entries int, write func() error) error {
 	d.writes[n] = start
 	d.mu.Unlock()
 
-	err := write()
+	var err error
+	if fault := d.fault.Load(); fault != nil {
+		err = (*fault)(what)
+	}
+	if err == nil {
+		err = write()
+	}
 
 	took := time.Since(start)
 	d.mu.Lock()
@@ -83,6 +95,13 @@ func (d *disk) busy() time.Duration {
 	return longest
 }
 
+// fit reports that the last write went through.
+func (d *disk) fit() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err == nil
+}
+
 func (d *disk) stats() (DiskStats, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -103,8 +122,23 @@ func (d *disk) FirstIndex() (uint64, error) { return d.store.FirstIndex() }
 // LastIndex implements raft.LogStore.
 func (d *disk) LastIndex() (uint64, error) { return d.store.LastIndex() }
 
-// GetLog implements raft.LogStore.
-func (d *disk) GetLog(index uint64, l *raft.Log) error { return d.store.GetLog(index, l) }
+// GetLog implements raft.LogStore. For the entry that the newest snapshot ends
+// with, should the log lack it, it returns index and term alone: Raft compares
+// these before it appends, and a follower that got a snapshot and entries after
+// it could otherwise never be sent the first of them again. (Raft sends an entry
+// only when it has the one before as well, so this one is never sent.)
+func (d *disk) GetLog(index uint64, l *raft.Log) error {
+	err := d.store.GetLog(index, l)
+	if !errors.Is(err, raft.ErrLogNotFound) || index <= 1 {
+		return err
+	}
+	list, listErr := d.snapshots.List()
+	if listErr != nil || len(list) == 0 || list[0].Index != index {
+		return err
+	}
+	*l = raft.Log{Index: index, Term: list[0].Term, Type: raft.LogNoop}
+	return nil
+}
 
 // DeleteRange implements raft.LogStore.
 func (d *disk) DeleteRange(first, last uint64) error {

@@ -288,10 +288,13 @@ func (m *machine) Restore(rc io.ReadCloser) error {
 	if binary.LittleEndian.Uint32(h[24:]) != crc32.Checksum(h[:24], castagnoli) {
 		return fmt.Errorf("snapshot header: checksum does not match")
 	}
+	index, term := binary.LittleEndian.Uint64(h[8:]), binary.LittleEndian.Uint64(h[16:])
+	if applied, _ := m.position(); index < applied {
+		return fmt.Errorf("the snapshot ends with entry %d, and %d is applied already: state never goes back", index, applied)
+	}
 	if err := m.fsm.Restore(rc); err != nil {
 		return err
 	}
-	index, term := binary.LittleEndian.Uint64(h[8:]), binary.LittleEndian.Uint64(h[16:])
 
 	m.mu.Lock()
 	defer m.mu.Unlock()

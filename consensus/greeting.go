@@ -20,7 +20,7 @@ type greeting struct {
 	Boot      [16]byte `json:"boot"`              // of the process: a restarted replica has another
 	Want      string   `json:"want,omitempty"`    // whom the dialler means to reach
 	Probe     bool     `json:"probe,omitempty"`   // the dialler hangs up after the answer
-	Unfit     bool     `json:"unfit,omitempty"`   // the answerer should not lead now
+	Leads     bool     `json:"leads,omitempty"`   // the answerer leads, and its disk is well
 	Refusal   string   `json:"refusal,omitempty"` // the answerer will not talk to the dialler
 }
 

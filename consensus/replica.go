@@ -108,7 +108,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.machine.onCorrupt = r.fail
 	r.stream = newStream(r.cfg, ln, r.advertise)
 	r.stream.refuse = r.refuseRaft
-	r.stream.unfit = r.stalled.Load
+	r.stream.leads = r.fitLeader
 	r.stream.lost = r.peerLost
 	r.stream.start()
 
@@ -148,30 +148,30 @@ func (r *Replica) openData() (started bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("snapshots: %w", err)
 	}
-	if r.store, err = openLog(file, r.folder.Started, r.log); err != nil {
-		return false, damage(file, err)
-	}
-	first, last, err := checkLog(r.store)
+	held, err := inspectLog(file, r.folder.Started)
 	if err != nil {
 		return false, damage(file, err)
 	}
 	for id, why := range damaged {
-		if first == 0 || first > newest+1 || last < snapshotIndex(id) {
+		if held.first == 0 || held.first > newest+1 || held.last < snapshotIndex(id) {
 			return false, damage("snapshot", why)
 		}
 		note := fmt.Sprintf("damaged snapshot ignored, as an older one and the log hold the same: %v", why)
 		r.notes = append(r.notes, note)
 		r.log.Warn(note)
 	}
-	if first > newest+1 {
-		return false, damage(r.folder.file(snapshotDir), fmt.Errorf("the log starts at entry %d and no snapshot reaches there", first))
+	if held.first > newest+1 {
+		return false, damage(r.folder.file(snapshotDir), fmt.Errorf("the log starts at entry %d and no snapshot reaches there", held.first))
+	}
+	if r.store, err = openLog(file, held, r.log); err != nil {
+		return false, damage(file, err)
 	}
 	fss, err := raft.NewFileSnapshotStoreWithLogger(dir, r.cfg.SnapshotRetain, newRaftLog(r.log))
 	if err != nil {
 		return false, fmt.Errorf("snapshots: %w", err)
 	}
 	r.snapshots = &snapshotStore{FileSnapshotStore: fss, damaged: damaged}
-	r.disk = newDisk(r.store, r.log, r.stop)
+	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
 	return raft.HasExistingState(r.disk, r.disk, r.snapshots)
 }
 
@@ -207,6 +207,7 @@ func (r *Replica) start() error {
 	})
 	r.trans = newTransport(network)
 	r.trans.leads = r.leadsPeer
+	r.trans.holds = r.holdsSnapshot
 	r.machine.onApply = r.trans.applied
 
 	notify := make(chan bool, 8)
@@ -298,6 +299,12 @@ func (r *Replica) refuseRaft() error {
 	return nil
 }
 
+// fitLeader reports that this replica leads and its disk takes writes.
+func (r *Replica) fitLeader() bool {
+	node := r.node.Load()
+	return node != nil && node.State() == raft.Leader && r.disk.fit() && !r.stalled.Load()
+}
+
 // leadsPeer reports that this replica leads the term, and the peer is a member.
 func (r *Replica) leadsPeer(term uint64, id raft.ServerID) bool {
 	node := r.node.Load()
@@ -310,6 +317,12 @@ func (r *Replica) leadsPeer(term uint64, id raft.ServerID) bool {
 		}
 	}
 	return false
+}
+
+// holdsSnapshot reports that a snapshot the leader sends brings nothing new.
+func (r *Replica) holdsSnapshot(req *raft.InstallSnapshotRequest) bool {
+	node := r.node.Load()
+	return node != nil && req.Term >= node.CurrentTerm() && req.LastLogIndex <= node.AppliedIndex()
 }
 
 // fail makes the replica stand still for good: see Failed.

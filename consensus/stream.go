@@ -42,8 +42,8 @@ type stream struct {
 	// lost is told when a connection that a peer opened ends. It must not
 	// block.
 	lost func(peer string, boot [16]byte)
-	// unfit reports that this replica should not lead now; peers are told.
-	unfit func() bool
+	// leads reports that this replica leads and is fit to; peers are told.
+	leads func() bool
 	// refuse says why no peer is taken in at all now, or nil.
 	refuse func() error
 
@@ -63,7 +63,7 @@ func newStream(c Config, ln net.Listener, advertise string) *stream {
 		id: c.ID, clusterID: c.ClusterID, advertise: raft.ServerAddress(advertise),
 		inner: ln, verify: c.VerifyPeer, dialTimeout: c.DialTimeout,
 		log: c.Logger, logLimit: newLogLimiter(10 * time.Second),
-		lost: func(string, [16]byte) {}, unfit: func() bool { return false }, refuse: func() error { return nil },
+		lost: func(string, [16]byte) {}, leads: func() bool { return false }, refuse: func() error { return nil },
 		accepted: make(chan net.Conn),
 		out:      map[net.Conn]struct{}{}, in: map[net.Conn]struct{}{},
 	}
@@ -167,7 +167,7 @@ func (s *stream) handshake(raw net.Conn) {
 		}
 		return
 	}
-	answer := greeting{ClusterID: s.clusterID, ID: s.id, Boot: s.boot, Unfit: s.unfit()}
+	answer := greeting{ClusterID: s.clusterID, ID: s.id, Boot: s.boot, Leads: s.leads()}
 	if err := s.admit(conn, g); err != nil {
 		answer.Refusal = err.Error()
 		writeGreeting(conn, answer)

@@ -3,6 +3,7 @@ package consensus
 import (
 	"context"
 	"errors"
+	"io"
 	"sync"
 	"time"
 
@@ -27,6 +28,8 @@ type transport struct {
 	rpcs chan raft.RPC
 	// leads reports that this replica leads the term and the peer is a member.
 	leads func(term uint64, id raft.ServerID) bool
+	// holds reports that a snapshot sent to this replica brings nothing new.
+	holds func(*raft.InstallSnapshotRequest) bool
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -56,26 +59,43 @@ type follower struct {
 func newTransport(inner *raft.NetworkTransport) *transport {
 	t := &transport{
 		NetworkTransport: inner, rpcs: make(chan raft.RPC), leads: func(uint64, raft.ServerID) bool { return false },
+		holds:     func(*raft.InstallSnapshotRequest) bool { return false },
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	t.wg.Add(1)
-	go func() {
-		defer t.wg.Done()
-		for {
+	go t.receive()
+	return t
+}
+
+// receive gives incoming messages to Raft.
+func (t *transport) receive() {
+	defer t.wg.Done()
+	for {
+		select {
+		case rpc := <-t.NetworkTransport.Consumer():
+			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && t.holds(req) {
+				t.wg.Add(1)
+				go t.skipSnapshot(rpc, req)
+				continue
+			}
 			select {
-			case rpc := <-inner.Consumer():
-				select {
-				case t.rpcs <- rpc:
-				case <-t.ctx.Done():
-					return
-				}
+			case t.rpcs <- rpc:
 			case <-t.ctx.Done():
 				return
 			}
+		case <-t.ctx.Done():
+			return
 		}
-	}()
-	return t
+	}
+}
+
+// skipSnapshot acknowledges a snapshot without installing it. Raft would put the
+// state back to it, and forward again only with the next commit.
+func (t *transport) skipSnapshot(rpc raft.RPC, req *raft.InstallSnapshotRequest) {
+	defer t.wg.Done()
+	_, err := io.Copy(io.Discard, rpc.Reader)
+	rpc.Respond(&raft.InstallSnapshotResponse{Term: req.Term, Success: err == nil}, err)
 }
 
 // Consumer implements raft.Transport.

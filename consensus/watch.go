@@ -24,7 +24,7 @@ func (r *Replica) peerLost(id string, boot [16]byte) {
 // deathwatch notices at once that the leader's process died, by its closed
 // connections, where Raft would wait for HeartbeatTimeout and more: it asks the
 // leader's address, and when nobody answers there, or another process, or one
-// that says it must not lead, stands for election. The followers do so one
+// that does not lead any more, stands for election. The followers do so one
 // after the other, by name, so that they do not split the vote. An election is
 // safe at any time; the checks are there to spare a healthy leader.
 func (r *Replica) deathwatch() {
@@ -35,9 +35,7 @@ func (r *Replica) deathwatch() {
 			if !ok || v.self || v.ID != lost.id || !r.leaderDied(v, lost.boot) {
 				continue
 			}
-			if r.succeed(v) {
-				continue
-			}
+			r.succeed(v)
 		case <-r.ctx.Done():
 			return
 		}
@@ -54,7 +52,7 @@ func (r *Replica) leaderDied(v leaderView, boot [16]byte) bool {
 		g, err := r.stream.probe(addr, r.cfg.HeartbeatTimeout/2)
 		switch {
 		case err == nil:
-			return g.Boot != boot || g.Unfit
+			return g.Boot != boot || !g.Leads
 		case isRefused(err):
 			return true
 		case r.ctx.Err() != nil || strings.Contains(err.Error(), "timeout") || strings.Contains(err.Error(), "deadline"):
@@ -68,9 +66,9 @@ func (r *Replica) leaderDied(v leaderView, boot [16]byte) bool {
 	return false
 }
 
-// succeed stands for election when it is this replica's turn, and reports
-// whether it did.
-func (r *Replica) succeed(dead leaderView) bool {
+// succeed stands for election when it is this replica's turn and nobody else
+// leads by then.
+func (r *Replica) succeed(dead leaderView) {
 	var heirs []string
 	for _, s := range r.configuration() {
 		if s.Suffrage == raft.Voter && string(s.ID) != dead.ID {
@@ -80,27 +78,37 @@ func (r *Replica) succeed(dead leaderView) bool {
 	slices.Sort(heirs)
 	rank := slices.Index(heirs, r.cfg.ID)
 	if rank < 0 {
-		return false
+		return
 	}
-	if rank > 0 {
-		t := time.NewTimer(time.Duration(rank) * r.cfg.ElectionStagger)
-		defer t.Stop()
-		select {
-		case <-t.C:
-		case <-r.ctx.Done():
-			return false
-		}
+	if !r.sleep(time.Duration(rank) * r.cfg.ElectionStagger) {
+		return
 	}
 	node := r.node.Load()
-	if v, ok := r.view(); (ok && (v.ID != dead.ID || v.Term != dead.Term)) || node.State() != raft.Follower || r.stalled.Load() {
-		return false
+	if node.CurrentTerm() != dead.Term && !r.sleep(r.cfg.ElectionStagger) { // an election is under way: give it time
+		return
 	}
-	r.log.Info("the leader's process died: standing for election", "leader", dead.ID, "term", dead.Term)
+	if v, ok := r.view(); (ok && (v.ID != dead.ID || v.Term != dead.Term)) || node.State() != raft.Follower || r.stalled.Load() || !r.disk.fit() {
+		return
+	}
+	r.log.Info("the leader is gone: standing for election", "leader", dead.ID, "term", dead.Term)
 	if err := r.trans.elect(); err != nil {
 		r.log.Debug("cannot stand for election", "error", err)
+	}
+}
+
+// sleep waits, and reports false when the replica closes meanwhile.
+func (r *Replica) sleep(d time.Duration) bool {
+	if d <= 0 {
+		return r.ctx.Err() == nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-r.ctx.Done():
 		return false
 	}
-	return true
 }
 
 // watchDisk makes a replica whose disk stalls give up leadership: while a write
