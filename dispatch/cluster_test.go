@@ -1,0 +1,623 @@
+package dispatch
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
+	"k8s.io/client-go/kubernetes/scheme"
+	"k8s.io/client-go/rest"
+
+	"timonel/gossip"
+	"timonel/pki"
+	pb "timonel/proto/timonel/v1"
+	"timonel/state"
+	"timonel/state/objects"
+)
+
+const patience = 20 * time.Second
+
+// cluster is several controllers' dispatchers on one store, with an API of the
+// few calls that agents need.
+type cluster struct {
+	t      *testing.T
+	bundle *pki.Bundle
+	store  *state.Store
+	api    *fakeAPI
+	gossip *fakeGossip
+
+	mu          sync.Mutex
+	index       uint64
+	controllers map[string]*controller
+}
+
+type controller struct {
+	*Dispatcher
+	addr    string
+	server  *grpc.Server
+	stop    func()
+	barrier func(context.Context) error
+}
+
+func newCluster(t *testing.T, names ...string) *cluster {
+	t.Helper()
+	bundle, err := pki.CreateBundle(filepath.Join(t.TempDir(), "pki"))
+	require.NoError(t, err)
+	c := &cluster{t: t, bundle: bundle, store: state.New(state.Options{}), gossip: newFakeGossip(), controllers: make(map[string]*controller)}
+	c.api = &fakeAPI{c: c}
+	for _, name := range names {
+		c.start(name)
+	}
+	return c
+}
+
+// start runs one controller until the test ends or it is stopped.
+func (c *cluster) start(name string) *controller {
+	c.t.Helper()
+	identity, err := c.bundle.Controller(name, nil, nil)
+	require.NoError(c.t, err)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(c.t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	cache := objects.NewCache(c.store)
+	k := &controller{addr: listener.Addr().String(), barrier: func(context.Context) error { return nil }}
+	conns := make(map[string]*grpc.ClientConn)
+	var connsMu sync.Mutex
+	k.Dispatcher, err = New(Config{
+		Name: name, ClusterID: c.bundle.ClusterID(), Store: c.store, Objects: cache,
+		Barrier: func(ctx context.Context) error { return k.barrier(ctx) },
+		API:     func(node string) *rest.Config { return c.api.config(node) },
+		Bundle:  c.bundle, Gossip: c.gossip,
+		PeerConn: func(_ context.Context, peer string) (grpc.ClientConnInterface, error) {
+			connsMu.Lock()
+			defer connsMu.Unlock()
+			if conns[peer] != nil {
+				return conns[peer], nil
+			}
+			addr := c.addr(peer)
+			if addr == "" {
+				return nil, errors.New("no such controller")
+			}
+			conn, err := grpc.NewClient("passthrough:///"+addr, append(DialOptions(),
+				grpc.WithTransportCredentials(credentials.NewTLS(identity.ClusterClientTLS())))...)
+			conns[peer] = conn
+			return conn, err
+		},
+		Controllers: func() []string { return c.addrs() },
+		Status:      func(context.Context) *pb.StatusResponse { return &pb.StatusResponse{Name: name} },
+		Logger:      slog.New(slog.DiscardHandler),
+	})
+	require.NoError(c.t, err)
+	k.server = grpc.NewServer(append(ServerOptions(), grpc.Creds(credentials.NewTLS(identity.ClusterServerTLS())))...)
+	k.Register(k.server)
+	var work sync.WaitGroup
+	work.Go(func() { _ = cache.Run(ctx) })
+	work.Go(func() { _ = k.Run(ctx) })
+	work.Go(func() { _ = k.server.Serve(listener) })
+	var once sync.Once
+	k.stop = func() {
+		once.Do(func() {
+			c.gossip.set(gossip.Member{Name: name, Role: gossip.RoleController, State: gossip.Dead})
+			cancel()
+			k.server.Stop()
+			work.Wait()
+			connsMu.Lock()
+			defer connsMu.Unlock()
+			for _, conn := range conns {
+				conn.Close()
+			}
+		})
+	}
+	c.t.Cleanup(k.stop)
+	c.mu.Lock()
+	c.controllers[name] = k
+	c.mu.Unlock()
+	c.gossip.set(gossip.Member{Name: name, Role: gossip.RoleController, State: gossip.Alive, Addr: "127.0.0.1:7946"})
+	require.Eventually(c.t, func() bool { return k.running.Load() != nil }, patience, time.Millisecond)
+	return k
+}
+
+func (c *cluster) addr(name string) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if k := c.controllers[name]; k != nil {
+		return k.addr
+	}
+	return ""
+}
+
+func (c *cluster) addrs() (out []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, k := range c.controllers {
+		out = append(out, k.addr)
+	}
+	return out
+}
+
+// put writes an object as the API server would, and returns its revision.
+func (c *cluster) put(o runtime.Object) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.apply(state.Change{Key: keyOf(o), Value: encode(c.t, o)})
+}
+
+func (c *cluster) remove(o runtime.Object) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.apply(state.Change{Key: keyOf(o), Delete: true})
+}
+
+// apply commits a change. The caller holds c.mu.
+func (c *cluster) apply(change state.Change) int64 {
+	c.index++
+	txn := state.Txn{Changes: []state.Change{change}}
+	return c.store.ApplyBatch([]state.Entry{{Index: c.index, Term: 1, Command: txn.Marshal()}})[0].Revision
+}
+
+func keyOf(o runtime.Object) string {
+	m := o.(metav1.Object)
+	switch o.(type) {
+	case *corev1.Pod:
+		return "/registry/pods/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.Node:
+		return "/registry/minions/" + m.GetName()
+	case *corev1.ConfigMap:
+		return "/registry/configmaps/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.Secret:
+		return "/registry/secrets/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.ServiceAccount:
+		return "/registry/serviceaccounts/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.Event:
+		return "/registry/events/" + m.GetNamespace() + "/" + m.GetName()
+	}
+	panic(fmt.Sprintf("no key for %T", o))
+}
+
+func encode(t *testing.T, o runtime.Object) []byte {
+	o = o.DeepCopyObject()
+	o.(metav1.Object).SetResourceVersion("")
+	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
+	var out bytes.Buffer
+	require.NoError(t, scheme.Codecs.EncoderForVersion(s, corev1.SchemeGroupVersion).Encode(o, &out))
+	return out.Bytes()
+}
+
+// fakeAPI answers the calls that agents need, as user system:node:NAME.
+type fakeAPI struct {
+	c    *cluster
+	mu   sync.Mutex
+	log  []string                                               // "a1 PUT /api/v1/nodes/a1/status"
+	fail func(node, method, path string) *apierrors.StatusError // nil answers normally
+}
+
+func (a *fakeAPI) config(node string) *rest.Config {
+	return &rest.Config{
+		Host: "http://api", Transport: fakeTransport{a, node}, QPS: -1,
+		ContentConfig: rest.ContentConfig{ContentType: runtime.ContentTypeProtobuf},
+	}
+}
+
+func (a *fakeAPI) calls(part string) int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n := 0
+	for _, line := range a.log {
+		if strings.Contains(line, part) {
+			n++
+		}
+	}
+	return n
+}
+
+func (a *fakeAPI) setFail(f func(node, method, path string) *apierrors.StatusError) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.fail = f
+}
+
+type fakeTransport struct {
+	a    *fakeAPI
+	node string
+}
+
+func (f fakeTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	f.a.mu.Lock()
+	f.a.log = append(f.a.log, f.node+" "+r.Method+" "+r.URL.Path)
+	fail := f.a.fail
+	f.a.mu.Unlock()
+	var answer runtime.Object
+	code := http.StatusOK
+	if fail != nil {
+		if err := fail(f.node, r.Method, r.URL.Path); err != nil {
+			st := err.Status()
+			answer, code = &st, int(st.Code)
+		}
+	}
+	if answer == nil {
+		var err *apierrors.StatusError
+		if answer, err = f.a.serve(r); err != nil {
+			st := err.Status()
+			answer, code = &st, int(st.Code)
+		}
+	}
+	gv := schema.GroupVersion{Version: "v1"}
+	if _, ok := answer.(*authenticationv1.TokenRequest); ok {
+		gv = authenticationv1.SchemeGroupVersion
+	}
+	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
+	var body bytes.Buffer
+	if err := scheme.Codecs.EncoderForVersion(s, gv).Encode(answer, &body); err != nil {
+		return nil, err
+	}
+	return &http.Response{
+		StatusCode: code, Header: http.Header{"Content-Type": {runtime.ContentTypeProtobuf}},
+		Body: io.NopCloser(&body), Request: r,
+	}, nil
+}
+
+func (a *fakeAPI) serve(r *http.Request) (runtime.Object, *apierrors.StatusError) {
+	var sent runtime.Object
+	if r.Body != nil {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return nil, apierrors.NewBadRequest(err.Error())
+		}
+		if len(body) > 0 {
+			if sent, _, err = scheme.Codecs.UniversalDeserializer().Decode(body, nil, nil); err != nil {
+				return nil, apierrors.NewBadRequest(err.Error())
+			}
+		}
+	}
+	parts := strings.Split(strings.TrimPrefix(r.URL.Path, "/api/v1/"), "/")
+	var o runtime.Object
+	name, sub, namespace := "", "", ""
+	if parts[0] == "namespaces" {
+		namespace, parts = parts[1], parts[2:]
+	}
+	if len(parts) > 1 {
+		name = parts[1]
+	}
+	if len(parts) > 2 {
+		sub = parts[2]
+	}
+	meta := metav1.ObjectMeta{Namespace: namespace, Name: name}
+	switch parts[0] {
+	case "nodes":
+		o = &corev1.Node{ObjectMeta: meta}
+	case "pods":
+		o = &corev1.Pod{ObjectMeta: meta}
+	case "events":
+		o = &corev1.Event{ObjectMeta: meta}
+	case "serviceaccounts":
+		token := sent.(*authenticationv1.TokenRequest).DeepCopy()
+		token.Status.Token = "token of " + namespace + "/" + name
+		return token, nil
+	}
+	resource := schema.GroupResource{Resource: parts[0]}
+
+	a.c.mu.Lock()
+	defer a.c.mu.Unlock()
+	if r.Method == http.MethodPost {
+		m := sent.(metav1.Object)
+		if _, ok := a.c.store.View().Get(keyOf(sent)); ok {
+			return nil, apierrors.NewAlreadyExists(resource, m.GetName())
+		}
+		m.SetUID("uid-of-new")
+		rev := a.c.apply(state.Change{Key: keyOf(sent), Value: encode(a.c.t, sent)})
+		m.SetResourceVersion(fmt.Sprint(rev))
+		return sent, nil
+	}
+	kv, ok := a.c.store.View().Get(keyOf(o))
+	if !ok {
+		return nil, apierrors.NewNotFound(resource, name)
+	}
+	live, _, err := scheme.Codecs.UniversalDeserializer().Decode(kv.Value, nil, nil)
+	if err != nil {
+		return nil, apierrors.NewInternalError(err)
+	}
+	m := live.(metav1.Object)
+	m.SetResourceVersion(fmt.Sprint(kv.ModRevision))
+	switch r.Method {
+	case http.MethodPut:
+		s := sent.(metav1.Object)
+		if s.GetResourceVersion() != m.GetResourceVersion() || s.GetUID() != m.GetUID() {
+			return nil, apierrors.NewConflict(resource, name, errors.New("changed meanwhile"))
+		}
+		switch next := sent.(type) {
+		case *corev1.Pod:
+			live.(*corev1.Pod).Status = next.Status
+		case *corev1.Node:
+			if sub == "status" {
+				live.(*corev1.Node).Status = next.Status
+			} else {
+				live.(*corev1.Node).Labels = next.Labels
+			}
+		}
+		rev := a.c.apply(state.Change{Key: keyOf(live), Value: encode(a.c.t, live)})
+		m.SetResourceVersion(fmt.Sprint(rev))
+	case http.MethodDelete:
+		if o, ok := sent.(*metav1.DeleteOptions); ok && o.Preconditions != nil && *o.Preconditions.UID != m.GetUID() {
+			return nil, apierrors.NewConflict(resource, name, errors.New("another uid"))
+		}
+		a.c.apply(state.Change{Key: keyOf(live), Delete: true})
+	}
+	return live, nil
+}
+
+// fakeGossip is a pool whose members the test sets.
+type fakeGossip struct {
+	mu      sync.Mutex
+	members map[string]gossip.Member
+	wake    map[chan struct{}]struct{}
+	silent  map[string]bool // members that do not answer probes
+}
+
+func newFakeGossip() *fakeGossip {
+	return &fakeGossip{members: map[string]gossip.Member{}, wake: map[chan struct{}]struct{}{}, silent: map[string]bool{}}
+}
+
+func (g *fakeGossip) set(m gossip.Member) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	m.Since = time.Now()
+	g.members[m.Name] = m
+	for w := range g.wake {
+		notify(w)
+	}
+}
+
+func (g *fakeGossip) setSilent(name string, silent bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.silent[name] = silent
+}
+
+func (g *fakeGossip) Members() (out []gossip.Member) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, m := range g.members {
+		out = append(out, m)
+	}
+	return out
+}
+
+func (g *fakeGossip) Subscribe(ctx context.Context) <-chan gossip.Event {
+	out, wake := make(chan gossip.Event), make(chan struct{}, 1)
+	notify(wake)
+	g.mu.Lock()
+	g.wake[wake] = struct{}{}
+	g.mu.Unlock()
+	go func() {
+		defer close(out)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-wake:
+			}
+			for _, m := range g.Members() {
+				select {
+				case out <- gossip.Event{Member: m}:
+				case <-ctx.Done():
+					return
+				}
+			}
+		}
+	}()
+	return out
+}
+
+func (g *fakeGossip) Probe(ctx context.Context, name string) (time.Duration, error) {
+	g.mu.Lock()
+	_, ok := g.members[name]
+	g.mu.Unlock()
+	if !ok {
+		return 0, gossip.ErrUnknownMember
+	}
+	return g.ProbeAddr(ctx, name, "")
+}
+
+func (g *fakeGossip) ProbeAddr(_ context.Context, name, _ string) (time.Duration, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.silent[name] {
+		return 0, gossip.ErrNoAnswer
+	}
+	return time.Millisecond, nil
+}
+
+// agent is a test's end of a stream.
+type agent struct {
+	t      *testing.T
+	name   string
+	conn   *grpc.ClientConn
+	stream grpc.BidiStreamingClient[pb.AgentMessage, pb.ControllerMessage]
+	cancel context.CancelFunc
+	got    chan *pb.ControllerMessage
+	err    error // why got was closed
+	serve  func(net.Conn)
+	synced int64 // of the last batch
+	hold   sync.Mutex
+}
+
+func nodeObject(name string) *corev1.Node {
+	return &corev1.Node{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"kubernetes.io/hostname": name}},
+		Status: corev1.NodeStatus{
+			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "127.0.0.1"}},
+			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: "AgentReady"}},
+		},
+	}
+}
+
+func (c *cluster) nodeTLS(name string) *tls.Config {
+	c.t.Helper()
+	request, err := pki.NewNodeRequest(name)
+	require.NoError(c.t, err)
+	cert, err := c.bundle.SignNode(request.CSR, name)
+	require.NoError(c.t, err)
+	node := pki.Node{CA: c.bundle.CA(), Pair: pki.KeyPair{Cert: cert, Key: request.Key}, GossipKey: c.bundle.GossipKey()}
+	config, err := node.ClientTLS()
+	require.NoError(c.t, err)
+	return config
+}
+
+func (c *cluster) dial(controller string, config *tls.Config) *grpc.ClientConn {
+	c.t.Helper()
+	conn, err := grpc.NewClient("passthrough:///"+c.addr(controller), append(DialOptions(), grpc.WithTransportCredentials(credentials.NewTLS(config)))...)
+	require.NoError(c.t, err)
+	c.t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// connect opens an agent's stream to a controller with the given Hello.
+func (c *cluster) connect(controller string, hello *pb.Hello) *agent {
+	c.t.Helper()
+	if hello.Node == nil {
+		raw, err := nodeObject(hello.NodeName).Marshal()
+		require.NoError(c.t, err)
+		hello.Node = raw
+	}
+	a := &agent{t: c.t, name: hello.NodeName, got: make(chan *pb.ControllerMessage, 1024)}
+	a.conn = c.dial(controller, c.nodeTLS(hello.NodeName))
+	ctx, cancel := context.WithCancel(context.Background())
+	a.cancel = cancel
+	c.t.Cleanup(cancel)
+	var err error
+	a.stream, err = pb.NewAgentsClient(a.conn).Connect(ctx)
+	require.NoError(c.t, err)
+	require.NoError(c.t, a.stream.Send(&pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: hello}}))
+	go func() {
+		defer close(a.got)
+		for {
+			m, err := a.stream.Recv()
+			a.hold.Lock() // taken by a test whose agent reads nothing
+			a.hold.Unlock()
+			if err != nil {
+				a.err = err
+				return
+			}
+			if open := m.GetTunnelOpen(); open != nil && a.serve != nil {
+				go a.tunnel(ctx, open)
+				continue
+			}
+			a.got <- m
+		}
+	}()
+	return a
+}
+
+// tunnel dials back and serves the connection with a.serve.
+func (a *agent) tunnel(ctx context.Context, open *pb.TunnelOpen) {
+	stream, err := pb.NewAgentsClient(a.conn).Tunnel(metadata.AppendToOutgoingContext(ctx, pb.TunnelIDKey, open.Id))
+	if err != nil {
+		return
+	}
+	conn := newStreamConn(stream, "controller")
+	a.serve(conn)
+	conn.Close()
+	conn.flush()
+	_ = stream.CloseSend()
+	conn.drain()
+}
+
+func (a *agent) say(m *pb.AgentMessage) {
+	a.t.Helper()
+	require.NoError(a.t, a.stream.Send(m))
+}
+
+// batch reads up to and including the next Synced and describes each message.
+func (a *agent) batch() []string {
+	a.t.Helper()
+	var out []string
+	timeout := time.After(patience)
+	for {
+		select {
+		case m, ok := <-a.got:
+			if !ok {
+				a.t.Fatalf("the stream ended after %q: %v", out, a.err)
+			}
+			if line := describe(a.t, m); line != "" {
+				out = append(out, line)
+			}
+			if m.GetSynced() != nil {
+				a.synced = m.GetSynced().Revision
+				return out
+			}
+		case <-timeout:
+			a.t.Fatalf("nothing more came after %q", out)
+		}
+	}
+}
+
+// end waits until the stream has ended and returns why.
+func (a *agent) end() error {
+	a.t.Helper()
+	timeout := time.After(patience)
+	for {
+		select {
+		case _, ok := <-a.got:
+			if !ok {
+				return a.err
+			}
+		case <-timeout:
+			a.t.Fatal("the stream did not end")
+		}
+	}
+}
+
+func describe(t *testing.T, m *pb.ControllerMessage) string {
+	switch m := m.GetMessage().(type) {
+	case *pb.ControllerMessage_Welcome:
+		return fmt.Sprintf("welcome from %s full=%t", m.Welcome.Controller, m.Welcome.Full)
+	case *pb.ControllerMessage_Synced:
+		return "synced"
+	case *pb.ControllerMessage_PodSet:
+		pod := &corev1.Pod{}
+		require.NoError(t, pod.Unmarshal(m.PodSet.Pod))
+		return fmt.Sprintf("pod %s/%s uid=%s rev=%s resume=%d", pod.Namespace, pod.Name, pod.UID, pod.ResourceVersion, m.PodSet.Revision)
+	case *pb.ControllerMessage_PodRemove:
+		return fmt.Sprintf("remove pod %s/%s uid=%s", m.PodRemove.Namespace, m.PodRemove.Name, m.PodRemove.Uid)
+	case *pb.ControllerMessage_ObjectSet:
+		var o interface {
+			metav1.Object
+			Unmarshal([]byte) error
+		}
+		switch m.ObjectSet.Kind {
+		case kindConfigMap:
+			o = &corev1.ConfigMap{}
+		case kindSecret:
+			o = &corev1.Secret{}
+		default:
+			o = &corev1.ServiceAccount{}
+		}
+		require.NoError(t, o.Unmarshal(m.ObjectSet.Object))
+		return fmt.Sprintf("%s %s/%s rev=%s", m.ObjectSet.Kind, o.GetNamespace(), o.GetName(), o.GetResourceVersion())
+	case *pb.ControllerMessage_ObjectRemove:
+		return fmt.Sprintf("remove %s %s/%s", m.ObjectRemove.Kind, m.ObjectRemove.Namespace, m.ObjectRemove.Name)
+	}
+	return "" // Cluster comes when it comes
+}

@@ -1,0 +1,154 @@
+package dispatch
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"timonel/gossip"
+	pb "timonel/proto/timonel/v1"
+)
+
+// track runs a tracker on a controller until the test ends.
+func (c *cluster) track(name string) *Tracker {
+	tracker := c.controllers[name].NewTracker()
+	ctx, cancel := context.WithCancel(context.Background())
+	var done sync.WaitGroup
+	done.Go(func() { _ = tracker.Run(ctx) })
+	c.t.Cleanup(func() { cancel(); done.Wait() })
+	eventually(c.t, "the tracker runs", func() bool { return !tracker.Health().Since.IsZero() })
+	return tracker
+}
+
+// health waits until what is known of a node is as wanted.
+func (t *Tracker) await(tb testing.TB, node string, want func(NodeHealth) bool) NodeHealth {
+	tb.Helper()
+	timeout := time.After(patience)
+	for {
+		n := t.Health().Nodes[node]
+		if want(n) {
+			return n
+		}
+		select {
+		case <-t.changed:
+		case <-time.After(50 * time.Millisecond):
+		case <-timeout:
+			tb.Fatalf("%s never was as wanted: %+v", node, n)
+		}
+	}
+}
+
+func TestTrackerFollowsStreams(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2")
+	c.put(nodeObject("a3")) // never connected
+	c.gossip.set(gossip.Member{Name: "a1", Role: gossip.RoleAgent, State: gossip.Alive})
+	a1 := c.connect("c1", &pb.Hello{NodeName: "a1"})
+	a1.batch()
+	tracker := c.track("c1")
+	a2 := c.connect("c2", &pb.Hello{NodeName: "a2"})
+	a2.batch()
+
+	n := tracker.await(t, "a1", func(n NodeHealth) bool { return n.Stream && n.Gossip == gossip.Alive })
+	require.Equal(t, []string{"c1"}, n.Holders)
+	n = tracker.await(t, "a2", func(n NodeHealth) bool { return n.Stream })
+	require.Equal(t, []string{"c2"}, n.Holders)
+	n = tracker.await(t, "a3", func(n NodeHealth) bool { return !n.StreamSince.IsZero() })
+	require.False(t, n.Stream)
+	require.Equal(t, tracker.Health().Since, n.StreamSince)
+
+	// It moves from one controller to the other.
+	again := c.connect("c1", &pb.Hello{NodeName: "a2"})
+	again.batch()
+	since := tracker.await(t, "a2", func(n NodeHealth) bool { return len(n.Holders) == 2 }).StreamSince
+	a2.cancel()
+	n = tracker.await(t, "a2", func(n NodeHealth) bool { return len(n.Holders) == 1 })
+	require.Equal(t, since, n.StreamSince, "it was connected all the while")
+
+	again.say(&pb.AgentMessage{Message: &pb.AgentMessage_Goodbye{Goodbye: &pb.Goodbye{Reason: "test"}}})
+	require.NoError(t, again.stream.CloseSend())
+	n = tracker.await(t, "a2", func(n NodeHealth) bool { return !n.Stream })
+	require.True(t, n.Goodbye)
+	a1.cancel()
+	n = tracker.await(t, "a1", func(n NodeHealth) bool { return !n.Stream })
+	require.False(t, n.Goodbye)
+
+	a1 = c.connect("c2", &pb.Hello{NodeName: "a1"})
+	a1.batch()
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.Stream && n.ProbesFailed == 0 })
+}
+
+func TestTrackerProbes(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2", "c3")
+	c.gossip.set(gossip.Member{Name: "a1", Role: gossip.RoleAgent, State: gossip.Alive})
+	a := c.connect("c2", &pb.Hello{NodeName: "a1"})
+	a.batch()
+	eventually(t, "a1 is registered", func() bool { return c.node("a1") != nil })
+	tracker := c.track("c1")
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.Stream })
+
+	c.gossip.setSilent("a1", true)
+	require.Zero(t, tracker.Health().Nodes["a1"].ProbesFailed, "a node with a stream is not probed")
+	gone := time.Now()
+	a.cancel()
+	n := tracker.await(t, "a1", func(n NodeHealth) bool { return n.ProbesFailed == 3 })
+	require.False(t, n.ProbesSince.Before(gone))
+	require.WithinDuration(t, gone, time.Now(), 3*time.Second, "two witnesses in time")
+
+	c.gossip.set(gossip.Member{Name: "a1", Role: gossip.RoleAgent, State: gossip.Dead})
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.Gossip == gossip.Dead })
+
+	// It answers again, though it has no stream yet.
+	c.gossip.setSilent("a1", false)
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.ProbesFailed == 0 })
+}
+
+// The agents of a controller that died need time to find another one.
+func TestTrackerLosesAController(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2")
+	a := c.connect("c2", &pb.Hello{NodeName: "a1"})
+	a.batch()
+	tracker := c.track("c1")
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.Stream })
+	before := time.Now()
+	c.controllers["c2"].stop()
+	n := tracker.await(t, "a1", func(n NodeHealth) bool { return !n.Stream })
+	require.False(t, n.StreamSince.Before(before))
+	require.False(t, n.Goodbye)
+	a = c.connect("c1", &pb.Hello{NodeName: "a1"})
+	a.batch()
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.Stream && fmt.Sprint(n.Holders) == "[c1]" })
+}
+
+func TestTrackerResetsAfterAPause(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1")
+	c.put(nodeObject("a1"))
+	c.gossip.setSilent("a1", true)
+	tracker := c.controllers["c1"].NewTracker()
+	var mu sync.Mutex
+	var jump time.Duration
+	tracker.now = func() time.Time {
+		mu.Lock()
+		defer mu.Unlock()
+		return time.Now().Add(jump)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	var done sync.WaitGroup
+	done.Go(func() { _ = tracker.Run(ctx) })
+	defer done.Wait()
+	defer cancel()
+	tracker.await(t, "a1", func(n NodeHealth) bool { return n.ProbesFailed == 1 })
+	since := tracker.Health().Since
+	mu.Lock()
+	jump = time.Minute
+	mu.Unlock()
+	eventually(t, "the clocks start again", func() bool { return tracker.Health().Since.After(since.Add(50 * time.Second)) })
+	require.Equal(t, tracker.Health().Since, tracker.Health().Nodes["a1"].StreamSince)
+}
