@@ -95,11 +95,6 @@ func TestReachesKubeletsThroughDialKubelet(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := f.stop(); err != nil {
-			t.Error(err)
-		}
-	})
 	config := f.network(t, "admin", "system:masters")
 	c := client(t, config)
 	ctx := within(t, 30*time.Second)
@@ -151,6 +146,21 @@ func TestReachesKubeletsThroughDialKubelet(t *testing.T) {
 			}
 		})
 	}
+	t.Run("drains with watches open", func(t *testing.T) {
+		w, err := c.CoreV1().Pods("default").Watch(ctx, metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		if err := f.stop(); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(began); took > DefaultDrainTimeout+2*time.Second {
+			t.Errorf("took %s", took)
+		}
+		for range w.ResultChan() { // ends
+		}
+	})
 	kubelet.mu.Lock()
 	defer kubelet.mu.Unlock()
 	for _, node := range kubelet.dialed {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"time"
 
 	"github.com/spf13/pflag"
 	"k8s.io/apiserver/pkg/features"
@@ -66,6 +67,9 @@ func newOptions(ctx context.Context, c Config) (options.CompletedOptions, error)
 	o.SecureServing.ServerCert.CertKey.CertFile = c.Certificates.APIServingCert
 	o.SecureServing.ServerCert.CertKey.KeyFile = c.Certificates.APIServingKey
 	o.GenericServerRunOptions.AdvertiseAddress = c.AdvertiseAddress
+	// Ends watches first thing in a shutdown, so that clients move on and their
+	// connections are idle.
+	o.GenericServerRunOptions.ShutdownWatchTerminationGracePeriod = time.Second
 
 	// Nothing connects there; the options and the storage factory made from them
 	// only carry codecs and prefixes.

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	genericapiserver "k8s.io/apiserver/pkg/server"
+
+	"timonel/state"
+	"timonel/state/storage/storagetest"
 )
 
 // flakyHook fails a number of times.
@@ -46,6 +49,45 @@ func TestHooksArePatient(t *testing.T) {
 			t.Errorf("%d calls at %s, want 4 after %s", hook.calls, time.Now(), quorum)
 		}
 	})
+}
+
+// lonely is a backend that finds no leader at first.
+type lonely struct {
+	*storagetest.LocalBackend
+	found time.Time
+}
+
+func (l lonely) Commit(ctx context.Context, txn *state.Txn) (state.Result, error) {
+	if time.Now().Before(l.found) {
+		return state.Result{}, errors.New("no leader")
+	}
+	return l.LocalBackend.Commit(ctx, txn)
+}
+
+func (l lonely) ReadBarrier(ctx context.Context) error {
+	if time.Now().Before(l.found) {
+		return errors.New("no leader")
+	}
+	return l.LocalBackend.ReadBarrier(ctx)
+}
+
+func TestIsReadySoonAfterThereIsALeader(t *testing.T) {
+	alone := 6 * time.Second
+	backend := lonely{storagetest.NewLocalBackend(state.Options{}), time.Now().Add(alone)}
+	f, err := startFixture(backend.LocalBackend, nil, func(c *Config) { c.Backend = backend })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := f.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if late := time.Since(backend.found); late > 6*time.Second {
+		t.Errorf("ready %s after there was a leader", late)
+	} else {
+		t.Logf("ready %s after there was a leader", late)
+	}
 }
 
 func TestTasksRunWhileLeading(t *testing.T) {

@@ -6,10 +6,19 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
+	"sync"
 	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/rest"
+)
+
+const (
+	// stateAttempt bounds one attempt to read the state at the start.
+	stateAttempt = 5 * time.Second
+	// stateRetry is the time between two.
+	stateRetry = 50 * time.Millisecond
 )
 
 // Server serves the Kubernetes API of one controller.
@@ -18,12 +27,13 @@ type Server struct {
 	host      string
 	address   net.Addr
 	transport *inProcess
+	handler   http.Handler
 	run       func(context.Context) error
 	cancel    context.CancelFunc
 }
 
 // New listens and builds the server. Requests are answered once Run is called;
-// those that come before wait. What New started ends with ctx, or with Run.
+// connections that come before wait. What New started ends with ctx, or with Run.
 func New(ctx context.Context, c Config) (*Server, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
@@ -68,12 +78,12 @@ func build(ctx context.Context, c Config) (_ *Server, err error) {
 	// definitions are made anew.
 	shared.generic.OpenAPIV3Config.Definitions = nil
 
-	transport.open(chain.GenericAPIServer.Handler)
 	return &Server{
 		config:    c,
 		host:      shared.network.Host,
 		address:   shared.generic.SecureServing.Listener.Addr(),
 		transport: transport,
+		handler:   chain.GenericAPIServer.Handler,
 		run:       prepared.Run,
 	}, nil
 }
@@ -84,6 +94,13 @@ func (s *Server) Run(ctx context.Context) error {
 	defer s.cancel()
 	done := make(chan error, 1)
 	go func() { done <- s.run(ctx) }()
+
+	waiting, stopWaiting := context.WithCancel(ctx)
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	defer stopWaiting()
+	wait.Go(func() { s.openWithState(waiting) })
+
 	select {
 	case err := <-done:
 		return s.stopped(ctx, err)
@@ -95,6 +112,26 @@ func (s *Server) Run(ctx context.Context) error {
 	case <-time.After(s.config.DrainTimeout + time.Second):
 		slog.Warn("API server stops with requests in flight", "waited", s.config.DrainTimeout)
 		return nil
+	}
+}
+
+// openWithState lets requests in memory through once the state can be read. Most
+// are the server's own informers', which would be slow to try again after
+// failures: a replica that found no leader for minutes should be ready as soon
+// as there is one.
+func (s *Server) openWithState(ctx context.Context) {
+	for ctx.Err() == nil {
+		attempt, cancel := context.WithTimeout(ctx, stateAttempt)
+		err := s.config.Backend.ReadBarrier(attempt)
+		cancel()
+		if err == nil {
+			s.transport.open(s.handler)
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(stateRetry):
+		}
 	}
 }
 
@@ -114,6 +151,6 @@ func (s *Server) Addr() net.Addr { return s.address }
 // InProcess returns a client configuration that calls this server in memory as
 // the given user: the whole of authorization, admission and validation, without
 // socket, TLS and rate limit. The handler sees the values of the request's
-// context. Requests wait until the server runs. Built-in kinds travel as
-// protobuf.
+// context. Requests wait until the server runs and the state can be read. Built-in
+// kinds travel as protobuf.
 func (s *Server) InProcess(u user.Info) *rest.Config { return s.transport.config(s.host, u) }
