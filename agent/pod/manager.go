@@ -191,6 +191,16 @@ func (m *Manager) WakeAll() {
 	}
 }
 
+// NetworkChanged lets pods that wait for the pod network try at once.
+func (m *Manager) NetworkChanged() {
+	for _, w := range m.all() {
+		w.mu.Lock()
+		w.hurry = true
+		w.mu.Unlock()
+		w.wakeUp()
+	}
+}
+
 // ImageAppeared ends back-offs for an image that was imported.
 func (m *Manager) ImageAppeared(name string) {
 	m.images.Appeared(name)

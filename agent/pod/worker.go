@@ -38,6 +38,7 @@ type worker struct {
 	removed      bool
 	volumesDirty bool
 	imageWait    bool
+	hurry        bool // what is put off may be tried now
 	expected     map[string]*expectation
 	kills        map[string]*killing
 	hooks        map[string]*hook
@@ -240,6 +241,10 @@ func (w *worker) sync() bool {
 	for range maxSteps {
 		w.mu.Lock()
 		pod, removed := w.pod, w.removed
+		if w.hurry {
+			w.hurry = false
+			delete(w.retry, "sandbox")
+		}
 		w.mu.Unlock()
 		ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
 		obs, err := w.observer.observe(ctx)

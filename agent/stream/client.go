@@ -12,9 +12,7 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
@@ -38,9 +36,6 @@ type Config struct {
 	Tunnel func(target string, conn net.Conn)
 	// Cluster hears where controllers and other nodes are.
 	Cluster func(*pb.Cluster)
-	// Silence is how long a controller may say nothing, pings included, before
-	// the stream is given up. Controllers ping every second. Default 3 s.
-	Silence time.Duration
 	// DialTimeout bounds the attempt on one controller, up to its Welcome.
 	// Default 2 s.
 	DialTimeout time.Duration
@@ -63,9 +58,6 @@ type Client struct {
 
 // New returns a client that is not connected yet.
 func New(cfg Config) *Client {
-	if cfg.Silence == 0 {
-		cfg.Silence = 3 * time.Second
-	}
 	if cfg.DialTimeout == 0 {
 		cfg.DialTimeout = 2 * time.Second
 	}
@@ -177,59 +169,11 @@ func (c *Client) connect(ctx context.Context, addr string) (connected bool, err 
 
 func (c *Client) dial(addr string) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("passthrough:///"+addr,
-		grpc.WithTransportCredentials(credentials.NewTLS(c.cfg.TLS)),
-		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
-			d := net.Dialer{Timeout: c.cfg.DialTimeout}
-			nc, err := d.DialContext(ctx, "tcp", address)
-			if err != nil {
-				return nil, err
-			}
-			setUserTimeout(nc, c.cfg.Silence)
-			return &watchedConn{Conn: nc, silence: c.cfg.Silence}, nil
-		}),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.DefaultConfig, MinConnectTimeout: c.cfg.DialTimeout}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
-		grpc.WithDisableServiceConfig(),
-	)
+		append(pb.DialOptions(), grpc.WithTransportCredentials(credentials.NewTLS(c.cfg.TLS)))...)
 	if err != nil {
 		return nil, fmt.Errorf("controller %s: %w", addr, err)
 	}
 	return conn, nil
-}
-
-// watchedConn fails reads when the peer has been silent for too long. gRPC's
-// own client keepalive cannot ask more often than every 10 s, but a server's
-// pings come every second and count as something said: a controller that is
-// cut off, or stopped while its kernel still acknowledges, goes silent.
-type watchedConn struct {
-	net.Conn
-	silence time.Duration
-}
-
-func (w *watchedConn) Read(p []byte) (int, error) {
-	if err := w.Conn.SetReadDeadline(time.Now().Add(w.silence)); err != nil {
-		return 0, err
-	}
-	n, err := w.Conn.Read(p)
-	var timeout net.Error
-	if errors.As(err, &timeout) && timeout.Timeout() {
-		err = fmt.Errorf("the controller said nothing for %s", w.silence)
-	}
-	return n, err
-}
-
-// setUserTimeout makes the kernel give up on sent data that nobody
-// acknowledges.
-func setUserTimeout(nc net.Conn, d time.Duration) {
-	tcp, ok := nc.(*net.TCPConn)
-	if !ok {
-		return
-	}
-	if raw, err := tcp.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) {
-			_ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(d.Milliseconds()))
-		})
-	}
 }
 
 // SetNode queues the node's new labels or status.

@@ -12,15 +12,12 @@ import (
 	pb "timonel/proto/timonel/v1"
 )
 
-// tunnelIDKey is the metadata key that names the tunnel being answered.
-const tunnelIDKey = "timonel-tunnel-id"
-
 // tunnel dials back for one TunnelOpen and carries its bytes until either side
 // closes.
 func (s *session) tunnel(ctx context.Context, id, target string) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := s.agents.Tunnel(metadata.AppendToOutgoingContext(ctx, tunnelIDKey, id))
+	stream, err := s.agents.Tunnel(metadata.AppendToOutgoingContext(ctx, pb.TunnelIDKey, id))
 	if err != nil {
 		s.client.log.Warn("answer a tunnel", "id", id, "error", short(err))
 		return

@@ -341,6 +341,9 @@ func (m *Manager) Teardown(uid types.UID) error {
 	return nil
 }
 
+// Unmount unmounts everything at or below a folder.
+func Unmount(dir string) error { return unmountAll(dir) }
+
 // unmountAll unmounts everything at or below dir, innermost first.
 func unmountAll(dir string) error {
 	points, err := MountsBelow(dir)

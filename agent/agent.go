@@ -1,0 +1,394 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/cgroup"
+	"timonel/agent/containerd"
+	"timonel/agent/desired"
+	"timonel/agent/kubelet"
+	"timonel/agent/node"
+	"timonel/agent/pod"
+	"timonel/agent/podnet"
+	"timonel/agent/stream"
+	pb "timonel/proto/timonel/v1"
+)
+
+// pressureInterval is how often memory and disk are looked at.
+const pressureInterval = 30 * time.Second
+
+// Agent is one node's agent.
+type Agent struct {
+	cfg     Config
+	log     *slog.Logger
+	daemon  *containerd.Daemon // nil: somebody else's containerd
+	runtime *containerd.Runtime
+	store   *desired.Store
+	network *podnet.Network
+	pods    *pod.Manager
+	stream  *stream.Client
+	kubelet *kubelet.Server
+	images  *containerd.Importer // nil: no folder
+	facts   node.Facts
+
+	nodeChanged chan struct{}
+	synced      chan struct{}
+	joined      sync.Once
+
+	mu         sync.Mutex
+	node       *corev1.Node
+	capacity   corev1.ResourceList
+	networkBad string // why the pod network does not work
+	runtimeBad string // why containerd does not
+}
+
+// New checks the machine, starts or adopts containerd and reads the desired
+// state. Nothing of it harms containers that run.
+func New(ctx context.Context, cfg Config) (*Agent, error) {
+	cfg.SetDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, errors.New("the agent must run as root to run containers: start it with sudo or as a system service")
+	}
+	if err := cgroup.Check(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o711); err != nil {
+		return nil, fmt.Errorf("make the data folder: %w", err)
+	}
+	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), synced: make(chan struct{}, 1)}
+	var err error
+	if a.network, err = podnet.New(cfg.network()); err != nil {
+		return nil, err
+	}
+	socket := cfg.ContainerdSocket
+	if socket == "" {
+		if a.daemon, err = containerd.NewDaemon(cfg.daemon()); err != nil {
+			return nil, err
+		}
+		if err := a.daemon.Start(ctx); err != nil {
+			return nil, err
+		}
+		socket = a.daemon.Socket()
+	} else if err := containerd.Ping(ctx, socket); err != nil {
+		return nil, fmt.Errorf("containerd does not answer at %s (--containerd): %w", socket, err)
+	}
+	if a.runtime, err = containerd.Dial(ctx, socket); err != nil {
+		return nil, err
+	}
+	if err := a.importImages(ctx); err != nil {
+		return nil, err
+	}
+	if a.store, err = desired.Open(cfg.dir("desired"), cfg.Logger); err != nil {
+		return nil, err
+	}
+	if err := a.describe(ctx); err != nil {
+		return nil, err
+	}
+	a.wire()
+	return a, nil
+}
+
+// importImages brings the folder's images in and says when the sandbox image,
+// without which no pod starts, is nowhere.
+func (a *Agent) importImages(ctx context.Context) error {
+	if a.cfg.ImagesDir != "" {
+		a.images = containerd.NewImporter(a.runtime, a.cfg.ImagesDir, a.log)
+		if err := a.images.ImportAll(ctx); err != nil {
+			return err
+		}
+	}
+	if a.cfg.PauseImage != DefaultPauseImage {
+		return nil // may come from a registry
+	}
+	resp, err := a.runtime.Images.ImageStatus(ctx, &runtimev1.ImageStatusRequest{Image: &runtimev1.ImageSpec{Image: a.cfg.PauseImage}})
+	if err != nil {
+		return fmt.Errorf("look for the sandbox image: %w", err)
+	}
+	if resp.Image == nil {
+		return fmt.Errorf("the sandbox image %s is not in containerd: make it with go run ./images/build -out DIR and give --images DIR", a.cfg.PauseImage)
+	}
+	return nil
+}
+
+// describe gathers what the Node object says.
+func (a *Agent) describe(ctx context.Context) error {
+	v, err := a.runtime.Version(ctx, &runtimev1.VersionRequest{})
+	if err != nil {
+		return fmt.Errorf("ask containerd for its version: %w", err)
+	}
+	a.facts = node.Facts{
+		Name: a.cfg.Name, IPs: a.cfg.NodeIPs, Labels: a.cfg.Labels, Taints: a.cfg.Taints, MaxPods: a.cfg.MaxPods,
+		DataDir: a.cfg.DataDir, Runtime: v.RuntimeName + "://" + strings.TrimPrefix(v.RuntimeVersion, "v"),
+		GossipAt: a.cfg.GossipAddress, StartedAt: time.Now(),
+	}
+	if a.capacity, err = node.Resources(&a.facts); err != nil {
+		return err
+	}
+	if !a.network.Ready() {
+		a.networkBad = "this node has no pod CIDR yet"
+	}
+	return a.updateNode()
+}
+
+// updateNode computes the Node object and says whether that worked; a change
+// goes to the controllers.
+func (a *Agent) updateNode() error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad}, a.node, time.Now())
+	if err != nil {
+		return err
+	}
+	if node.Same(n, a.node) {
+		return nil
+	}
+	a.node = n
+	if a.stream != nil {
+		a.stream.SetNode(n)
+	}
+	return nil
+}
+
+// wire connects the parts.
+func (a *Agent) wire() {
+	a.stream = stream.New(stream.Config{
+		NodeName: a.cfg.Name, Version: a.cfg.Version, TLS: a.cfg.TLS, Controllers: a.controllers(),
+		Desired: a.store, Logger: a.log, Cluster: a.cluster,
+		Tunnel: func(_ string, conn net.Conn) { a.kubelet.Serve(conn) },
+	})
+	a.stream.SetNode(a.node)
+	ips := make([]string, 0, len(a.cfg.NodeIPs))
+	for _, ip := range a.cfg.NodeIPs {
+		ips = append(ips, ip.String())
+	}
+	a.pods = pod.NewManager(pod.Config{
+		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"),
+		Runtime: a.runtime, Images: a.runtime.Images, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
+		HostIPs:  func() []string { return ips },
+		Capacity: func() corev1.ResourceList { return a.capacity },
+		NetworkReady: func() bool {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return a.networkBad == ""
+		},
+		ClusterDNS: a.cfg.ClusterDNS, ClusterDomain: a.cfg.ClusterDomain, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
+		Logger: a.log,
+	})
+	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Healthy: a.healthy, Logger: a.log})
+	a.store.Observe(desired.Observer{
+		PodSet:        a.pods.Set,
+		PodRemoved:    a.pods.Remove,
+		ObjectChanged: a.pods.ObjectChanged,
+		Synced: func() {
+			epoch, _ := a.store.Position()
+			a.join(epoch)
+			select {
+			case a.synced <- struct{}{}:
+			default:
+			}
+		},
+	})
+}
+
+func (a *Agent) join(clusterID string) {
+	if clusterID != "" && a.cfg.Joined != nil {
+		a.joined.Do(func() { a.cfg.Joined(clusterID) })
+	}
+}
+
+func (a *Agent) healthy(context.Context) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if text := a.runtimeBad + a.networkBad; text != "" {
+		return errors.New(text)
+	}
+	return nil
+}
+
+// Run works until ctx ends. Containers and containerd go on.
+func (a *Agent) Run(ctx context.Context) error {
+	for _, p := range a.store.Pods() {
+		a.pods.Set(p)
+	}
+	if epoch, _ := a.store.Position(); epoch != "" {
+		a.join(epoch)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if a.daemon != nil {
+		g.Go(func() error { return a.daemon.Run(ctx) })
+	}
+	if a.images != nil {
+		g.Go(func() error { return a.images.Run(ctx) })
+	}
+	g.Go(func() error { return a.pods.Run(ctx) })
+	g.Go(func() error { return a.runtime.Run(ctx, a.handleEvent) })
+	g.Go(func() error { return a.kubelet.Run(ctx) })
+	g.Go(func() error { return a.stream.Run(ctx) })
+	g.Go(func() error { return a.watchNode(ctx) })
+	g.Go(func() error { return a.collect(ctx) })
+	err := g.Wait()
+	return errors.Join(err, a.store.Close(), a.runtime.Close())
+}
+
+// handleEvent takes one event of containerd.
+func (a *Agent) handleEvent(e containerd.Event) {
+	switch e.Type {
+	case containerd.TaskExited:
+		a.pods.TaskChanged(e.ID, true)
+	case containerd.TaskStarted, containerd.TaskOOM:
+		a.pods.TaskChanged(e.ID, false)
+	case containerd.ImageCreated:
+		a.pods.ImageAppeared(e.ID)
+	case containerd.Resubscribed:
+		a.pods.WakeAll()
+		a.kick()
+	}
+}
+
+func (a *Agent) kick() {
+	select {
+	case a.nodeChanged <- struct{}{}:
+	default:
+	}
+}
+
+// cluster takes what a controller says of the others.
+func (a *Agent) cluster(c *pb.Cluster) {
+	if len(c.Controllers) > 0 {
+		raw, err := json.Marshal(c.Controllers)
+		if err == nil {
+			err = os.WriteFile(a.cfg.dir("controllers.json"), raw, 0o600)
+		}
+		if err != nil {
+			a.log.Error("keep the list of controllers", "error", err)
+		}
+	}
+	var own []string
+	var peers []podnet.Peer
+	for _, r := range c.Routes {
+		if r.NodeName == a.cfg.Name {
+			own = r.PodCidrs
+			continue
+		}
+		peers = append(peers, podnet.Peer{Name: r.NodeName, CIDRs: r.PodCidrs, Address: r.NodeAddress})
+	}
+	if _, err := a.network.Update(own, peers); err != nil {
+		a.log.Error("pod network", "error", err)
+	}
+	a.kick()
+}
+
+// controllers are those given and those known from before.
+func (a *Agent) controllers() []string {
+	list := slices.Clone(a.cfg.Controllers)
+	raw, err := os.ReadFile(a.cfg.dir("controllers.json"))
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) {
+			a.log.Warn("read the list of controllers", "error", err)
+		}
+		return list
+	}
+	var known []string
+	if err := json.Unmarshal(raw, &known); err != nil {
+		a.log.Warn("the list of controllers is damaged", "error", err)
+	}
+	for _, addr := range known {
+		if !slices.Contains(list, addr) {
+			list = append(list, addr)
+		}
+	}
+	return list
+}
+
+// watchNode keeps the Node object true: it looks when told to, soon again while
+// containerd is not ready, and now and then at memory and disk.
+func (a *Agent) watchNode(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.nodeChanged:
+		case <-timer.C:
+		}
+		again := a.checkRuntime(ctx)
+		if err := a.updateNode(); err != nil {
+			a.log.Error("describe the node", "error", err)
+		}
+		timer.Reset(again)
+	}
+}
+
+// checkRuntime asks CRI whether it and its network are ready, and lets pods
+// that wait for that start. It returns when to ask again.
+func (a *Agent) checkRuntime(ctx context.Context) time.Duration {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	runtimeText, networkText := "", ""
+	resp, err := a.runtime.Status(ctx, &runtimev1.StatusRequest{})
+	if err != nil {
+		runtimeText = "containerd does not answer: " + err.Error()
+		networkText = runtimeText
+	} else {
+		for _, c := range resp.Status.GetConditions() {
+			switch {
+			case c.Status:
+			case c.Type == runtimev1.RuntimeReady:
+				runtimeText = c.Message
+			case c.Type == runtimev1.NetworkReady:
+				networkText = c.Message
+			}
+		}
+	}
+	switch {
+	case !a.network.Ready():
+		networkText = "this node has no pod CIDR yet"
+	case a.daemon == nil && networkText != "":
+		networkText += " (the containerd given with --containerd must read its CNI configuration from " + a.cfg.dir("cni", "conf") + ")"
+	}
+	a.mu.Lock()
+	better := a.networkBad != "" && networkText == "" || a.runtimeBad != "" && runtimeText == ""
+	a.runtimeBad, a.networkBad = runtimeText, networkText
+	a.mu.Unlock()
+	if better {
+		a.pods.NetworkChanged()
+	}
+	if runtimeText != "" || networkText != "" && a.network.Ready() {
+		return 100 * time.Millisecond // CRI is about to read the new configuration
+	}
+	return pressureInterval
+}
+
+// collect removes what belongs to no pod, once after each time the desired
+// state became whole.
+func (a *Agent) collect(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.synced:
+		}
+		if err := a.pods.Collect(ctx); err != nil && ctx.Err() == nil {
+			a.log.Warn("look for pods that were removed", "error", err)
+		}
+	}
+}

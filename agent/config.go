@@ -1,0 +1,137 @@
+package agent
+
+import (
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path"
+	"path/filepath"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"timonel/agent/containerd"
+	"timonel/agent/podnet"
+)
+
+// Config describes one agent. Everything it owns on the machine is derived
+// from Name and DataDir, so that several agents run on one machine, each in a
+// network namespace of its own.
+type Config struct {
+	// Name is the node's name in the cluster.
+	Name string
+	// DataDir holds all that the agent keeps. Absolute.
+	DataDir string
+	// Controllers are host:port of cluster ports to begin with.
+	Controllers []string
+	// TLS is the node's side of a connection to a controller.
+	TLS *tls.Config
+	// NodeIPs are the node's own addresses, the first of each family counts.
+	NodeIPs []net.IP
+	// ImagesDir has image archives to import; empty: none.
+	ImagesDir string
+	// ContainerdSocket is a containerd to use; empty: the agent runs its own.
+	ContainerdSocket string
+	// ContainerdBinary is the containerd to run. Default: from PATH.
+	ContainerdBinary string
+	// PauseImage is the sandbox image.
+	PauseImage string
+	// RegistryDir has containerd's HOST/hosts.toml files. Default: below DataDir.
+	RegistryDir string
+	// CNIBin has the CNI plugins.
+	CNIBin string
+	// Bridge is the device that pods hang on. Default "timonel0".
+	Bridge string
+	// CgroupRoot is the cgroup of all pods. Default /timonel/NAME-HASH.
+	CgroupRoot string
+	// MaxPods is how many pods the node takes. Default 110.
+	MaxPods int64
+	Labels  map[string]string
+	Taints  []corev1.Taint
+	// GossipAddress is where gossip reaches this node, host:port.
+	GossipAddress string
+	// ClusterDNS, ClusterDomain and KubernetesServiceIP are what containers see.
+	ClusterDNS          []string
+	ClusterDomain       string
+	KubernetesServiceIP string
+	// Version of the agent.
+	Version string
+	// Joined is called, once, with the cluster's id when a controller has first
+	// said it; at once when it is known from before.
+	Joined func(clusterID string)
+	Logger *slog.Logger
+}
+
+// DefaultPauseImage is made by images/build.
+const DefaultPauseImage = "docker.io/timonel/pause:latest"
+
+// DefaultCNIBin is where Debian puts the CNI plugins.
+const DefaultCNIBin = "/usr/lib/cni"
+
+// SetDefaults fills what is empty and has a default.
+func (c *Config) SetDefaults() {
+	if c.PauseImage == "" {
+		c.PauseImage = DefaultPauseImage
+	}
+	if c.CNIBin == "" {
+		c.CNIBin = DefaultCNIBin
+	}
+	if c.Bridge == "" {
+		c.Bridge = "timonel0"
+	}
+	if c.CgroupRoot == "" {
+		c.CgroupRoot = path.Join("/timonel", c.ID())
+	}
+	if c.MaxPods == 0 {
+		c.MaxPods = 110
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+}
+
+// Validate names the first field that cannot work.
+func (c *Config) Validate() error {
+	switch {
+	case c.Name == "":
+		return errors.New("agent config: Name is empty")
+	case !filepath.IsAbs(c.DataDir):
+		return fmt.Errorf("agent config: DataDir %q is not an absolute path", c.DataDir)
+	case len(c.NodeIPs) == 0:
+		return errors.New("agent config: NodeIPs is empty")
+	case c.MaxPods < 0:
+		return fmt.Errorf("agent config: MaxPods %d is negative", c.MaxPods)
+	case len(c.Bridge) > 15:
+		return fmt.Errorf("agent config: Bridge %q is longer than 15 characters", c.Bridge)
+	case !path.IsAbs(c.CgroupRoot) || path.Clean(c.CgroupRoot) == "/":
+		return fmt.Errorf("agent config: CgroupRoot %q must be an absolute cgroup path below the root", c.CgroupRoot)
+	}
+	return nil
+}
+
+// ID tells this agent's things from those of others on the machine.
+func (c *Config) ID() string {
+	sum := sha256.Sum256([]byte(c.DataDir))
+	return c.Name + "-" + hex.EncodeToString(sum[:4])
+}
+
+func (c *Config) dir(parts ...string) string {
+	return filepath.Join(append([]string{c.DataDir}, parts...)...)
+}
+
+func (c *Config) daemon() containerd.DaemonConfig {
+	return containerd.DaemonConfig{
+		Dir: c.dir("containerd"), Binary: c.ContainerdBinary, PauseImage: c.PauseImage,
+		CNIConfDir: c.dir("cni", "conf"), CNIBinDirs: []string{c.CNIBin}, RegistryDir: c.RegistryDir, Logger: c.Logger,
+	}
+}
+
+func (c *Config) network() podnet.Config {
+	return podnet.Config{
+		Name: "timonel-" + c.ID(), Bridge: c.Bridge, ConfDir: c.dir("cni", "conf"), StateDir: c.dir("cni", "state"),
+		BinDir: c.CNIBin, Table: "timonel-pods", Logger: c.Logger,
+	}
+}

@@ -1,0 +1,270 @@
+package podnet
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// routeProtocol marks the routes that are ours in the kernel's table.
+const routeProtocol = 157
+
+// Config says where the network's files are and what it is called.
+type Config struct {
+	// Name is the CNI network's name, derived from the node's.
+	Name string
+	// Bridge is the network device that pods hang on.
+	Bridge string
+	// ConfDir is where containerd reads CNI configuration; StateDir keeps the
+	// addresses that are given out.
+	ConfDir, StateDir string
+	// BinDir has the plugins bridge, host-local, loopback and, for host ports,
+	// portmap.
+	BinDir string
+	// Table is the nftables table for address translation.
+	Table  string
+	Logger *slog.Logger
+}
+
+// Peer is another node.
+type Peer struct {
+	Name    string
+	CIDRs   []string
+	Address string
+}
+
+// Network is one node's pod network.
+type Network struct {
+	cfg Config
+	log *slog.Logger
+
+	mu    sync.Mutex
+	cidrs []string
+	peers []Peer
+}
+
+// New returns a network that has what an earlier agent left. It checks that
+// the plugins are there.
+func New(cfg Config) (*Network, error) {
+	for _, plugin := range []string{"bridge", "host-local", "loopback"} {
+		if _, err := os.Stat(filepath.Join(cfg.BinDir, plugin)); err != nil {
+			return nil, fmt.Errorf("CNI plugin %s not found in %s: install it with: apt-get install containernetworking-plugins (or set --cni-bin)", plugin, cfg.BinDir)
+		}
+	}
+	n := &Network{cfg: cfg, log: cfg.Logger.With("component", "podnet")}
+	if raw, err := os.ReadFile(n.statePath()); err == nil {
+		_ = json.Unmarshal(raw, &n.cidrs) // a damaged file is as none: it comes anew
+	}
+	if len(n.cidrs) > 0 {
+		if err := n.apply(n.cidrs); err != nil {
+			return nil, err
+		}
+	}
+	return n, nil
+}
+
+func (n *Network) statePath() string { return filepath.Join(n.cfg.StateDir, "pod-cidrs.json") }
+func (n *Network) confPath() string  { return filepath.Join(n.cfg.ConfDir, "10-timonel.conflist") }
+
+// Ready says whether this node has a pod CIDR.
+func (n *Network) Ready() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.cidrs) > 0
+}
+
+// CIDRs are the node's own.
+func (n *Network) CIDRs() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.cidrs
+}
+
+// Update takes the node's own pod CIDRs and those of its peers. changed says
+// that the node's own are new.
+func (n *Network) Update(own []string, peers []Peer) (changed bool, err error) {
+	n.mu.Lock()
+	old := n.cidrs
+	n.mu.Unlock()
+	if len(own) > 0 && fmt.Sprint(own) != fmt.Sprint(old) {
+		if len(old) > 0 {
+			n.log.Warn("this node's pod CIDR has changed; running pods keep their old addresses", "old", old, "new", own)
+		}
+		if err := n.apply(own); err != nil {
+			return false, err
+		}
+		raw, err := json.Marshal(own)
+		if err == nil {
+			err = os.WriteFile(n.statePath(), raw, 0o600)
+		}
+		if err != nil {
+			return false, fmt.Errorf("keep the pod CIDR: %w", err)
+		}
+		changed = true
+	}
+	n.mu.Lock()
+	if len(own) > 0 {
+		n.cidrs = own
+	}
+	n.peers = peers
+	cidrs := n.cidrs
+	n.mu.Unlock()
+	return changed, errors.Join(n.routes(peers), n.masquerade(cidrs, peers))
+}
+
+// apply writes the CNI configuration and turns forwarding on.
+func (n *Network) apply(cidrs []string) error {
+	if err := forwarding(); err != nil {
+		return err
+	}
+	for _, dir := range []string{n.cfg.ConfDir, n.cfg.StateDir} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return fmt.Errorf("make the pod network's folder: %w", err)
+		}
+	}
+	conf, err := n.render(cidrs)
+	if err != nil {
+		return err
+	}
+	if old, err := os.ReadFile(n.confPath()); err == nil && bytes.Equal(old, conf) {
+		return nil
+	}
+	temp := n.confPath() + ".new"
+	if err := os.WriteFile(temp, conf, 0o600); err != nil {
+		return fmt.Errorf("write the CNI configuration: %w", err)
+	}
+	return os.Rename(temp, n.confPath())
+}
+
+func (n *Network) render(cidrs []string) ([]byte, error) {
+	type object = map[string]any
+	var ranges [][]object
+	var routes []object
+	for _, c := range cidrs {
+		p, err := netip.ParsePrefix(c)
+		if err != nil {
+			return nil, fmt.Errorf("pod CIDR %q: %w", c, err)
+		}
+		ranges = append(ranges, []object{{"subnet": p.Masked().String()}})
+		dst := "0.0.0.0/0"
+		if p.Addr().Is6() {
+			dst = "::/0"
+		}
+		routes = append(routes, object{"dst": dst})
+	}
+	plugins := []object{{
+		"type": "bridge", "bridge": n.cfg.Bridge, "isGateway": true, "hairpinMode": true, "ipMasq": false,
+		"ipam": object{"type": "host-local", "dataDir": filepath.Join(n.cfg.StateDir, "ipam"), "ranges": ranges, "routes": routes},
+	}}
+	// portmap needs iptables even to take nothing down.
+	_, portmap := os.Stat(filepath.Join(n.cfg.BinDir, "portmap"))
+	if _, err := exec.LookPath("iptables"); err == nil && portmap == nil {
+		plugins = append(plugins, object{"type": "portmap", "capabilities": object{"portMappings": true}, "snat": true})
+	}
+	return json.MarshalIndent(object{"cniVersion": "0.4.0", "name": n.cfg.Name, "plugins": plugins}, "", "  ")
+}
+
+func forwarding() error {
+	for _, path := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+		raw, err := os.ReadFile(path)
+		if os.IsNotExist(err) {
+			continue // no such family
+		}
+		if err == nil && len(raw) > 0 && raw[0] == '1' {
+			continue
+		}
+		if err := os.WriteFile(path, []byte("1"), 0o644); err != nil {
+			return fmt.Errorf("turn on forwarding: %w", err)
+		}
+	}
+	return nil
+}
+
+// routes makes the kernel's routes to the pods of peers, and removes those of
+// ours that lead nowhere any more.
+func (n *Network) routes(peers []Peer) error {
+	var errs []error
+	want := map[string]bool{}
+	for _, p := range peers {
+		gw := net.ParseIP(p.Address)
+		if gw == nil || len(p.CIDRs) == 0 {
+			continue
+		}
+		link, ok, err := direct(gw)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("route to node %s: %w", p.Name, err))
+			continue
+		}
+		if !ok {
+			n.log.Warn("node is not on this network; its pods cannot be reached from here", "node", p.Name, "address", p.Address)
+			continue
+		}
+		for _, c := range p.CIDRs {
+			_, dst, err := net.ParseCIDR(c)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("pod CIDR of node %s: %w", p.Name, err))
+				continue
+			}
+			if (dst.IP.To4() == nil) != (gw.To4() == nil) {
+				continue
+			}
+			want[dst.String()] = true
+			if err := netlink.RouteReplace(&netlink.Route{Dst: dst, Gw: gw, LinkIndex: link, Protocol: routeProtocol}); err != nil {
+				errs = append(errs, fmt.Errorf("route %s via node %s (%s): %w", c, p.Name, p.Address, err))
+			}
+		}
+	}
+	have, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)
+	if err != nil {
+		return errors.Join(append(errs, fmt.Errorf("list routes: %w", err))...)
+	}
+	for _, r := range have {
+		if r.Dst == nil || want[r.Dst.String()] {
+			continue
+		}
+		if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("remove route %s: %w", r.Dst, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// direct says by which link an address is reached without a gateway.
+func direct(ip net.IP) (link int, ok bool, err error) {
+	routes, err := netlink.RouteGet(ip)
+	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
+		return 0, false, nil
+	}
+	if err != nil {
+		return 0, false, err
+	}
+	for _, r := range routes {
+		if r.Gw == nil && r.Type != unix.RTN_LOCAL {
+			return r.LinkIndex, true, nil
+		}
+	}
+	return 0, false, nil
+}
+
+// Remove takes down what this package made in the network namespace: the
+// bridge, the routes and the nftables table.
+func Remove(cfg Config) error {
+	var errs []error
+	if link, err := netlink.LinkByName(cfg.Bridge); err == nil {
+		errs = append(errs, netlink.LinkDel(link))
+	}
+	n := &Network{cfg: cfg, log: cfg.Logger}
+	errs = append(errs, n.routes(nil), n.unmasquerade())
+	return errors.Join(errs...)
+}

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/pflag"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
+
+	"timonel/agent"
+	"timonel/pki"
+)
+
+// options are the flags, as given.
+type options struct {
+	name, dataDir string
+	cgroupRoot    string
+	bridge        string
+	containerd    string
+	logLevel      string
+
+	controllers     []string
+	token           string
+	nodeIP          string
+	images          string
+	containerdBin   string
+	pauseImage      string
+	registryDir     string
+	cniBin          string
+	gossipPort      int
+	labels          []string
+	taints          []string
+	maxPods         int64
+	clusterDNS      []string
+	clusterDomain   string
+	kubernetesIP    string
+	purge, keepData bool
+}
+
+// common are the flags that cleanup takes too.
+func (o *options) common(f *pflag.FlagSet) {
+	host, _ := os.Hostname()
+	f.StringVar(&o.name, "name", strings.ToLower(host), "the node's name in the cluster")
+	f.StringVar(&o.dataDir, "data-dir", "/var/lib/timonel-agent", "folder for all that the agent keeps")
+	f.StringVar(&o.cgroupRoot, "cgroup-root", "", "cgroup of all pods (default /timonel/NAME-HASH)")
+	f.StringVar(&o.bridge, "bridge", "timonel0", "network device that pods hang on")
+	f.StringVar(&o.containerd, "containerd", "", "socket of a containerd to use, instead of one of the agent's own")
+	f.BoolVar(&o.keepData, "keep-data", false, "cleanup: keep the data folder, with images and credentials")
+	f.StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
+}
+
+func (o *options) flags(f *pflag.FlagSet) {
+	f.StringSliceVar(&o.controllers, "controllers", nil, "host:port of the controllers' cluster ports; after joining, those known are used too")
+	f.StringVar(&o.token, "token", "", "join token, or @FILE; needed once")
+	f.StringVar(&o.nodeIP, "node-ip", "", "this node's own address or addresses (default: that of the default route)")
+	f.StringVar(&o.images, "images", "", "folder of image archives (*.tar) to import, now and when they appear")
+	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run (default: from PATH)")
+	f.StringVar(&o.pauseImage, "pause-image", agent.DefaultPauseImage, "image of every pod's sandbox")
+	f.StringVar(&o.registryDir, "registry-config", "", "folder of containerd's HOST/hosts.toml files (default: DATA-DIR/containerd/certs.d)")
+	f.StringVar(&o.cniBin, "cni-bin", agent.DefaultCNIBin, "folder of the CNI plugins")
+	f.IntVar(&o.gossipPort, "gossip-port", 7946, "port of the gossip pool, UDP and TCP")
+	f.StringSliceVar(&o.labels, "labels", nil, "labels of the node, key=value,…")
+	f.StringSliceVar(&o.taints, "taints", nil, "taints of the node when it registers, key=value:effect,…")
+	f.Int64Var(&o.maxPods, "max-pods", 110, "how many pods the node takes")
+	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "the cluster's name servers for pods (default: the node's own)")
+	f.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the cluster's DNS domain")
+	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
+	f.BoolVar(&o.purge, "purge", false, "the same as the command cleanup")
+}
+
+// checkCommon validates what every command needs and makes paths absolute.
+func (o *options) checkCommon() error {
+	if err := pki.CheckName(o.name); err != nil {
+		return fmt.Errorf("--name %q: %w", o.name, err)
+	}
+	if o.dataDir == "" {
+		return fmt.Errorf("--data-dir is empty")
+	}
+	var err error
+	if o.dataDir, err = filepath.Abs(o.dataDir); err != nil {
+		return fmt.Errorf("--data-dir: %w", err)
+	}
+	if o.dataDir == "/" {
+		return fmt.Errorf("--data-dir is /: give a folder of the agent's own")
+	}
+	return nil
+}
+
+func (o *options) logger() (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
+		return nil, fmt.Errorf("--log-level %q: want debug, info, warn or error", o.logLevel)
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
+}
+
+// config validates all flags and makes the agent's configuration of them. Each
+// error names its flag.
+func (o *options) config() (agent.Config, error) {
+	var cfg agent.Config
+	if err := o.checkCommon(); err != nil {
+		return cfg, err
+	}
+	log, err := o.logger()
+	if err != nil {
+		return cfg, err
+	}
+	for _, addr := range o.controllers {
+		host, port, err := net.SplitHostPort(addr)
+		if n, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || n == 0 || host == "" {
+			return cfg, fmt.Errorf("--controllers: %q is not host:port", addr)
+		}
+	}
+	if o.gossipPort < 1 || o.gossipPort > 65535 {
+		return cfg, fmt.Errorf("--gossip-port %d is not a port number", o.gossipPort)
+	}
+	if o.maxPods < 1 {
+		return cfg, fmt.Errorf("--max-pods %d: must be at least 1", o.maxPods)
+	}
+	ips, err := nodeIPs(o.nodeIP)
+	if err != nil {
+		return cfg, err
+	}
+	for flag, dir := range map[string]*string{"--images": &o.images, "--registry-config": &o.registryDir, "--cni-bin": &o.cniBin} {
+		if *dir == "" {
+			continue
+		}
+		if *dir, err = filepath.Abs(*dir); err != nil {
+			return cfg, fmt.Errorf("%s: %w", flag, err)
+		}
+		if info, err := os.Stat(*dir); err != nil || !info.IsDir() {
+			return cfg, fmt.Errorf("%s: %s is not a folder", flag, *dir)
+		}
+	}
+	labels, err := parseLabels(o.labels)
+	if err != nil {
+		return cfg, err
+	}
+	taints, err := parseTaints(o.taints)
+	if err != nil {
+		return cfg, err
+	}
+	for _, ip := range append([]string{o.kubernetesIP}, o.clusterDNS...) {
+		if ip != "" && net.ParseIP(ip) == nil {
+			return cfg, fmt.Errorf("--cluster-dns or --kubernetes-service-ip: %q is not an IP address", ip)
+		}
+	}
+	cfg = agent.Config{
+		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
+		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
+		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, Labels: labels, Taints: taints,
+		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
+		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP,
+		Version: version, Logger: log,
+	}
+	cfg.SetDefaults()
+	return cfg, cfg.Validate()
+}
+
+// nodeIPs are the given addresses, or the one that the machine would reach
+// others from.
+func nodeIPs(text string) ([]net.IP, error) {
+	if text != "" {
+		var out []net.IP
+		for _, part := range strings.Split(text, ",") {
+			ip := net.ParseIP(strings.TrimSpace(part))
+			if ip == nil {
+				return nil, fmt.Errorf("--node-ip: %q is not an IP address", part)
+			}
+			if !isLocal(ip) {
+				return nil, fmt.Errorf("--node-ip: no network device of this machine has the address %s", ip)
+			}
+			out = append(out, ip)
+		}
+		return out, nil
+	}
+	// No packet is sent: this asks the kernel's routing table.
+	conn, err := net.Dial("udp", "192.0.2.1:9")
+	if err == nil {
+		defer conn.Close()
+		if addr, ok := conn.LocalAddr().(*net.UDPAddr); ok {
+			return []net.IP{addr.IP}, nil
+		}
+	}
+	return nil, fmt.Errorf("--node-ip is needed: this machine has no default route to tell its address by")
+}
+
+func isLocal(ip net.IP) bool {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return true // cannot tell
+	}
+	for _, a := range addrs {
+		if n, ok := a.(*net.IPNet); ok && n.IP.Equal(ip) {
+			return true
+		}
+	}
+	return false
+}
+
+func parseLabels(list []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, item := range list {
+		key, value, ok := strings.Cut(item, "=")
+		if !ok {
+			return nil, fmt.Errorf("--labels: %q is not key=value", item)
+		}
+		if errs := append(validation.IsQualifiedName(key), validation.IsValidLabelValue(value)...); len(errs) > 0 {
+			return nil, fmt.Errorf("--labels: %q: %s", item, errs[0])
+		}
+		out[key] = value
+	}
+	return out, nil
+}
+
+func parseTaints(list []string) ([]corev1.Taint, error) {
+	var out []corev1.Taint
+	for _, item := range list {
+		rest, effect, ok := strings.Cut(item, ":")
+		key, value, _ := strings.Cut(rest, "=")
+		switch e := corev1.TaintEffect(effect); e {
+		case corev1.TaintEffectNoSchedule, corev1.TaintEffectPreferNoSchedule, corev1.TaintEffectNoExecute:
+		default:
+			ok = false
+		}
+		if !ok {
+			return nil, fmt.Errorf("--taints: %q is not key=value:NoSchedule, :PreferNoSchedule or :NoExecute", item)
+		}
+		if errs := append(validation.IsQualifiedName(key), validation.IsValidLabelValue(value)...); len(errs) > 0 {
+			return nil, fmt.Errorf("--taints: %q: %s", item, errs[0])
+		}
+		out = append(out, corev1.Taint{Key: key, Value: value, Effect: corev1.TaintEffect(effect)})
+	}
+	return out, nil
+}

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"timonel/agent"
+	"timonel/gossip"
+)
+
+// run joins the cluster if need be and runs the agent until ctx ends.
+func run(ctx context.Context, o *options) error {
+	cfg, err := o.config()
+	if err != nil {
+		return err
+	}
+	if err := precheck(o); err != nil {
+		return err
+	}
+	unlock, err := lock(o.dataDir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	slog.SetDefault(cfg.Logger)
+	klog.SetSlogLogger(cfg.Logger)
+	logrus.SetOutput(io.Discard) // containerd's client; its errors come back as errors
+
+	m, err := o.membership(ctx, cfg.Logger)
+	if err != nil {
+		return err
+	}
+	if cfg.TLS, err = m.node.ClientTLS(); err != nil {
+		return err
+	}
+	for _, addr := range m.peers.Controllers {
+		if !slices.Contains(cfg.Controllers, addr) {
+			cfg.Controllers = append(cfg.Controllers, addr)
+		}
+	}
+	pool := &pool{o: o, m: m, log: cfg.Logger, advertise: cfg.NodeIPs[0].String()}
+	cfg.Joined = pool.open
+	defer pool.close()
+	a, err := agent.New(ctx, cfg)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	cfg.Logger.Info("the agent runs", "node", o.name, "data", o.dataDir, "version", version)
+	return a.Run(ctx)
+}
+
+// precheck finds what makes the agent useless before anything is changed.
+func precheck(o *options) error {
+	if os.Geteuid() != 0 {
+		return errors.New("the agent must run as root to run containers: start it with sudo or as a system service")
+	}
+	if o.containerd == "" {
+		name := o.containerdBin
+		if name == "" {
+			name = "containerd"
+		}
+		if _, err := exec.LookPath(name); err != nil {
+			return fmt.Errorf("containerd not found (%v): install it with: apt-get install containerd runc containernetworking-plugins, or give --containerd SOCKET", err)
+		}
+	} else if _, err := os.Stat(o.containerd); err != nil {
+		return fmt.Errorf("--containerd: %w", err)
+	}
+	return nil
+}
+
+// lock makes this the only agent of a data folder.
+func lock(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("--data-dir: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "agent.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("--data-dir: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("--data-dir %s is in use by another agent: stop that one first", dir)
+		}
+		return nil, fmt.Errorf("--data-dir: lock: %w", err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// pool is the agent's part in the gossip pool, from when it knows the cluster.
+type pool struct {
+	o         *options
+	m         *membership
+	log       *slog.Logger
+	advertise string
+
+	mu sync.Mutex
+	p  *gossip.Pool
+}
+
+// open joins the pool. An agent whose gossip port is taken still works by its
+// stream; it says so.
+func (p *pool) open(clusterID string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.p != nil {
+		return
+	}
+	got, err := gossip.Open(gossip.Config{
+		Name: p.o.name, Role: gossip.RoleAgent, ClusterID: clusterID, Key: p.m.node.GossipKey,
+		BindAddr: p.advertise, AdvertiseAddr: p.advertise, Port: p.o.gossipPort, Join: p.m.peers.Gossip, Logger: p.log,
+	})
+	if err != nil {
+		p.log.Error("join the gossip pool: a failure of this node will be noticed later (is --gossip-port in use?)", "port", p.o.gossipPort, "error", err)
+		return
+	}
+	p.p = got
+}
+
+func (p *pool) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.p == nil {
+		return
+	}
+	_ = p.p.Leave(500 * time.Millisecond)
+	_ = p.p.Close()
+}
