@@ -63,7 +63,9 @@ func (i *Init) Run(ctx context.Context) error {
 	for {
 		select {
 		case <-children:
+			i.mu.Lock()
 			i.reap()
+			i.mu.Unlock()
 		case err := <-served:
 			return err
 		case <-ctx.Done():
@@ -93,6 +95,7 @@ func (i *Init) answer(conn net.Conn) {
 		return
 	}
 	i.mu.Lock()
+	i.reap() // so that the answer is of now
 	if r.Op == opStart {
 		i.start(r.Process)
 	}
@@ -139,10 +142,8 @@ func startProcess(p Process) (int, error) {
 	return process.Pid, nil
 }
 
-// reap collects every child that ended.
+// reap collects every child that ended. i.mu is held.
 func (i *Init) reap() {
-	i.mu.Lock()
-	defer i.mu.Unlock()
 	for {
 		var status unix.WaitStatus
 		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)

@@ -261,7 +261,16 @@ func (m *Machine) Signal(ctx context.Context, signal unix.Signal, everything boo
 	}
 	ctx, cancel := context.WithTimeout(ctx, settle)
 	defer cancel()
-	return poll(ctx, func() (bool, error) { return !state.Main.Alive(), nil })
+	return m.waitEnded(ctx)
+}
+
+// waitEnded waits until process 1 has seen the main process end, so that it can
+// be started again.
+func (m *Machine) waitEnded(ctx context.Context) error {
+	return poll(ctx, func() (bool, error) {
+		running, _, err := m.Running(ctx)
+		return !running, err
+	})
 }
 
 // Stop asks the main process to end (SIGTERM) and waits until it has, or until
@@ -274,7 +283,7 @@ func (m *Machine) Stop(ctx context.Context) error {
 	if err := unix.Kill(state.Main.Pid, unix.SIGTERM); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("machine %s: stop pid %d: %w", m.Name, state.Main.Pid, err)
 	}
-	if err := poll(ctx, func() (bool, error) { return !state.Main.Alive(), nil }); err != nil {
+	if err := m.waitEnded(ctx); err != nil {
 		return fmt.Errorf("machine %s: pid %d does not end: %w", m.Name, state.Main.Pid, err)
 	}
 	return nil

@@ -151,10 +151,11 @@ func TestMachines(t *testing.T) {
 
 	t.Run("killed alone it leaves the rest, and how it ended is known", func(t *testing.T) {
 		require.NoError(t, c1.Signal(ctx, unix.SIGKILL, false))
-		require.NoError(t, poll(ctx, func() (bool, error) {
-			state, err := c1.State(ctx)
-			return !state.Up() && state.On && state.Exited == "killed by SIGKILL", err
-		}))
+		state, err := c1.State(ctx)
+		require.NoError(t, err)
+		require.False(t, state.Up())
+		require.True(t, state.On)
+		require.Equal(t, "killed by SIGKILL", state.Exited)
 		pids, err := c1.Pids()
 		require.NoError(t, err)
 		require.Len(t, pids, 2, "process 1 and the orphaned sleep")

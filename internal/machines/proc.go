@@ -26,13 +26,22 @@ func Identify(pid int) (ProcessID, error) {
 	return ProcessID{Pid: pid, Start: stat.start}, nil
 }
 
-// Alive reports whether the process is there and not a zombie.
+// Alive reports whether any thread of the process is there still. A zombie is
+// not alive.
 func (p ProcessID) Alive() bool {
 	if p.Pid <= 0 {
 		return false
 	}
 	stat, err := readStat(p.Pid)
-	return err == nil && stat.start == p.Start && stat.state != 'Z' && stat.state != 'X'
+	if err != nil || stat.start != p.Start || stat.state == 'X' {
+		return false
+	}
+	if stat.state != 'Z' {
+		return true
+	}
+	// The first thread is a zombie as soon as it ends; others may be ending yet.
+	threads, err := os.ReadDir(filepath.Join("/proc", strconv.Itoa(p.Pid), "task"))
+	return err == nil && len(threads) > 1
 }
 
 // Stopped reports whether the process is stopped by a signal.

@@ -3,9 +3,11 @@ package harness
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -153,10 +155,10 @@ type Writer struct {
 	done      chan struct{}
 	cluster   *Cluster
 
+	mu           sync.Mutex
 	acknowledged []string
 	failures     int
 	longest      time.Duration
-	longestEnd   time.Time
 }
 
 // Written is what a Writer did.
@@ -192,9 +194,11 @@ func (c *Cluster) Write(t testing.TB, on string) *Writer {
 				Data: map[string]string{"at": time.Now().Format(time.RFC3339Nano)}}, metav1.CreateOptions{})
 			cancel()
 			if err != nil && !apierrors.IsAlreadyExists(err) { // that one was taken before, its answer was lost
+				w.mu.Lock()
 				if ctx.Err() == nil {
 					w.failures++
 				}
+				w.mu.Unlock()
 				select { // a client that fails does not spin
 				case <-ctx.Done():
 				case <-time.After(5 * time.Millisecond):
@@ -202,21 +206,34 @@ func (c *Cluster) Write(t testing.TB, on string) *Writer {
 				continue
 			}
 			now := time.Now()
-			if gap := now.Sub(last); gap > w.longest {
-				w.longest, w.longestEnd = gap, now
-			}
-			last = now
+			w.mu.Lock()
+			w.longest = max(w.longest, now.Sub(last))
 			w.acknowledged = append(w.acknowledged, name)
+			w.mu.Unlock()
+			last = now
 			i++
 		}
 	}()
 	return w
 }
 
-// Stop stops the writer and checks that every controller has every write that
-// was acknowledged.
+func (w *Writer) count() int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.acknowledged)
+}
+
+// Stop waits for one more write, so that the last gap counts too, stops the
+// writer and checks that every controller has every write that was acknowledged.
 func (w *Writer) Stop(t testing.TB) Written {
 	t.Helper()
+	so := w.count()
+	Eventually(t, 30*time.Second, "one more write", func() error {
+		if w.count() == so {
+			return errors.New("none was acknowledged")
+		}
+		return nil
+	})
 	w.cancel()
 	<-w.done
 	require.NotEmpty(t, w.acknowledged, "no write was acknowledged")
