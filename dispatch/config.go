@@ -28,6 +28,8 @@ type Gossip interface {
 	ProbeAddr(ctx context.Context, name, addr string) (time.Duration, error)
 }
 
+var _ Gossip = (*gossip.Pool)(nil)
+
 // Config says what a Dispatcher works with. All fields are required unless they
 // have a default.
 type Config struct {

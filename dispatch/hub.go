@@ -81,7 +81,7 @@ func (h *hub) wakeFor(changes []objects.Changed, routes chan<- struct{}) {
 			case *corev1.Node:
 				notify(routes)
 				if s := h.sessions[o.Name]; s != nil && m == c.New {
-					s.nodeChanged()
+					s.nodeChanged(o)
 				}
 			case *corev1.ConfigMap:
 				h.wakeUsers(objKey{kindConfigMap, o.Namespace, o.Name})
@@ -101,11 +101,14 @@ func (h *hub) wakeUsers(k objKey) {
 }
 
 func (h *hub) wakeAll() {
+	nodes := h.d.config.Objects.Snapshot().Nodes()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, s := range h.sessions {
 		notify(s.wake)
-		s.nodeChanged()
+		if live, ok := nodes.Get("", s.node); ok {
+			s.nodeChanged(live)
+		}
 	}
 }
 

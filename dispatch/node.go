@@ -25,8 +25,23 @@ func (s *session) reportNode(node *corev1.Node) {
 func (s *session) queueNode() { s.writer.add("node "+s.node, s.writeNode) }
 
 // nodeChanged looks whether somebody took the node for dead: while its agent is
-// connected, what the agent says holds.
-func (s *session) nodeChanged() { s.queueNode() }
+// connected, what the agent says holds. Other differences are left alone, so that
+// two who write what the other changes back do not go on for ever.
+func (s *session) nodeChanged(live *corev1.Node) {
+	s.reports.mu.Lock()
+	said := s.reports.node
+	s.reports.mu.Unlock()
+	if said == nil {
+		return
+	}
+	for i := range said.Status.Conditions {
+		c := &said.Status.Conditions[i]
+		if was, known := conditionOf(&live.Status, c.Type); !known || was.Status != c.Status {
+			s.queueNode()
+			return
+		}
+	}
+}
 
 // writeNode creates the node's object, or makes its labels and status those that
 // the agent said. It writes nothing when they are.

@@ -16,6 +16,9 @@ import (
 	pb "timonel/proto/timonel/v1"
 )
 
+// requestSettle is for how long a request that is forbidden is tried again.
+const requestSettle = 2 * time.Second
+
 // maxEvents bounds the events of one agent that wait to be written.
 const maxEvents = 256
 
@@ -244,11 +247,13 @@ func (s *session) reportEvent(e *corev1.Event) {
 
 // request answers something that the agent asks for as its node.
 func (s *session) request(r *pb.Request) {
+	start := time.Now()
 	s.writer.add(fmt.Sprintf("request %d", r.GetId()), func(ctx context.Context) error {
 		reply := &pb.Reply{Id: r.GetId()}
 		body, err := s.answer(ctx, r)
 		if err != nil {
-			if ctx.Err() != nil {
+			// The API server hears of a pod's node a moment after we do.
+			if ctx.Err() != nil || apierrors.IsForbidden(err) && time.Since(start) < requestSettle {
 				return err
 			}
 			st := apierrors.NewInternalError(err).ErrStatus

@@ -98,7 +98,8 @@ func (d *Dispatcher) dialHere(ctx context.Context, node string) (*streamConn, er
 	}
 	select {
 	case <-s.ended:
-		return nil, fmt.Errorf("node %s: its stream ended while a connection to it was opened", node)
+		// It may be on another controller already.
+		return nil, fmt.Errorf("node %s: its stream ended while a connection to it was opened: %w", node, errNotHere)
 	default:
 		return nil, fmt.Errorf("node %s: its agent did not open the connection that it was asked for: %w", node, ctx.Err())
 	}

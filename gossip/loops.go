@@ -16,33 +16,33 @@ const callsPerRound = 3
 func (p *Pool) rejoin(ctx context.Context) {
 	ticker := time.NewTicker(p.config.Timings.RejoinInterval)
 	defer ticker.Stop()
-	joined := false
 	for {
+		var calls sync.WaitGroup
 		for _, addr := range p.callable() {
-			if ctx.Err() != nil {
-				return
-			}
-			_, err := p.list.Join([]string{addr})
-			switch {
-			case err == nil:
-				p.clear("join " + addr)
-				if !joined {
-					joined = true
-					p.log.Info("joined the gossip pool", "through", addr)
-				}
-			case keyDiffers(err.Error()):
-				p.report("join "+addr, "the member at "+addr+" cannot read this member's gossip, nor the reverse: its gossip key differs"+
-					" (another cluster, or a gossip.key that was not copied from this one)", err)
-			default: // a foreign cluster was reported by the merge delegate
-				p.log.Debug("a member does not answer yet", "addr", addr, "err", err)
-			}
+			calls.Go(func() { p.call(addr) })
 		}
+		calls.Wait()
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 			p.forget()
 		}
+	}
+}
+
+// call joins the pool that the member at addr is in.
+func (p *Pool) call(addr string) {
+	_, err := p.list.Join([]string{addr})
+	switch {
+	case err == nil:
+		p.clear("join " + addr)
+		p.log.Info("reached a member of the gossip pool", "addr", addr)
+	case keyDiffers(err.Error()):
+		p.report("join "+addr, "the member at "+addr+" cannot read this member's gossip, nor the reverse: its gossip key differs"+
+			" (another cluster, or a gossip.key that was not copied from this one)", err)
+	default: // a foreign cluster was reported by the merge delegate
+		p.log.Debug("a member does not answer yet", "addr", addr, "err", err)
 	}
 }
 
