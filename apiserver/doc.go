@@ -16,6 +16,11 @@
 //   - kubelet connections go through the agent's stream (see kubelet.go).
 //   - callers in this process (the leader's reconcilers, agents' streams, the
 //     server's own informers) skip the network (see inprocess.go).
+//   - start-up waits for a leader as long as it takes (see hooks.go and
+//     [Server.Run]); upstream would end the process after a minute.
+//   - specifications are rendered once and what they were built from is dropped
+//     (see openapi.go); a client certificate is verified every ten seconds
+//     instead of at every request (see certcache.go).
 //
 // Its use:
 //
