@@ -1,0 +1,124 @@
+package consensus
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// logBuffer collects a log for looking into it while it is written.
+type logBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func testStream(t *testing.T, cfg Config) *stream {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	s := newStream(cfg.withDefaults(), ln, ln.Addr().String())
+	s.start()
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func TestOnlyControllersOfThisClusterGetIn(t *testing.T) {
+	t.Parallel()
+	ours, theirs := newTestCA(t), newTestCA(t)
+	controller := func(ca *testCA, id string) *tls.Config {
+		return ca.config(t, "timonel:controller:"+id, "timonel:controllers")
+	}
+	tests := []struct {
+		name   string
+		peer   Config
+		dial   string // id to look for at c1's address
+		dialer string // expected in the dialler's error; empty: it gets in
+		log    string // expected in c1's log
+	}{
+		{name: "a replica of the cluster", peer: Config{ID: "c2", ClusterID: "one", TLS: controller(ours, "c2")}, dial: "c1"},
+		{name: "another CA", peer: Config{ID: "c2", ClusterID: "one", TLS: controller(theirs, "c2")}, dial: "c1",
+			dialer: "another cluster's CA", log: "another cluster's CA"},
+		{name: "another cluster of the same CA", peer: Config{ID: "c2", ClusterID: "two", TLS: controller(ours, "c2")}, dial: "c1",
+			dialer: `is of cluster "two"`, log: `is of cluster \"two\"`},
+		{name: "an agent's certificate", peer: Config{ID: "c2", ClusterID: "one", TLS: ours.config(t, "system:node:a1", "system:nodes")}, dial: "c1",
+			dialer: "not a controller's", log: "not a controller's"},
+		{name: "a name that is not the certificate's", peer: Config{ID: "c3", ClusterID: "one", TLS: controller(ours, "c2")}, dial: "c1",
+			dialer: "calls itself", log: "calls itself"},
+		{name: "a second replica of the same name", peer: Config{ID: "c1", ClusterID: "one", TLS: controller(ours, "c1")}, dial: "",
+			dialer: "also calls itself", log: "also calls itself"},
+		{name: "an address that another replica has now", peer: Config{ID: "c2", ClusterID: "one", TLS: controller(ours, "c2")}, dial: "c3",
+			dialer: `looks for "c3" here, this is "c1"`, log: "looks for"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var out logBuffer
+			server := testStream(t, Config{ID: "c1", ClusterID: "one", TLS: controller(ours, "c1"), Logger: slog.New(slog.NewTextHandler(&out, nil))})
+			tt.peer.Logger = slog.New(slog.DiscardHandler)
+			client := testStream(t, tt.peer)
+			addr := server.advertise
+			if tt.dial != "" {
+				addr = encodeAddr(raft.ServerID(tt.dial), addr)
+			}
+			conn, err := client.Dial(addr, 5*time.Second)
+			if tt.dialer == "" {
+				must(t, err)
+				defer conn.Close()
+				in, err := server.Accept()
+				must(t, err)
+				in.Close()
+				return
+			}
+			if err == nil {
+				conn.Close()
+				t.Fatal("it got in")
+			}
+			if !strings.Contains(err.Error(), tt.dialer) {
+				t.Errorf("dialler's error %q lacks %q", err, tt.dialer)
+			}
+			eventually(t, "a line in the log", func() error {
+				if !strings.Contains(out.String(), tt.log) {
+					return errLog(out.String())
+				}
+				return nil
+			})
+		})
+	}
+}
+
+type errLog string
+
+func (e errLog) Error() string { return "log: " + string(e) }
+
+func TestStrangersDoNotDisturb(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1).startAll(1)
+	for _, first := range []string{"", "GET / HTTP/1.0\r\n\r\n", strings.Repeat("\x00", 4096)} {
+		conn, err := net.Dial("tcp", c.leader().raft)
+		must(t, err)
+		_, err = conn.Write([]byte(first))
+		must(t, err)
+		conn.Close()
+	}
+	must(t, c.leader().ReadBarrier(context.Background()))
+}
