@@ -185,6 +185,10 @@ func (r *Replica) Leader() (id, addr string, ok bool) {
 // when ctx ends or the replica closes.
 func (r *Replica) LeaderChanges(ctx context.Context) <-chan Leader {
 	out := make(chan Leader, 1)
+	if r.ctx.Err() != nil {
+		close(out)
+		return out
+	}
 	r.goFunc(func() {
 		defer close(out)
 		var last Leader
@@ -222,11 +226,11 @@ func (r *Replica) TransferLeadership(id string) error {
 		return ErrNotLeader
 	}
 	if id == "" {
-		return node.LeadershipTransfer().Error()
+		return r.transfer(node.LeadershipTransfer)
 	}
 	for _, s := range r.configuration() {
 		if string(s.ID) == id {
-			return node.LeadershipTransferToServer(s.ID, s.Address).Error()
+			return r.transfer(func() raft.Future { return node.LeadershipTransferToServer(s.ID, s.Address) })
 		}
 	}
 	return errors.New("transfer leadership: no replica " + id + " in the configuration")

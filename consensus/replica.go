@@ -172,7 +172,12 @@ func (r *Replica) openData() (started bool, err error) {
 	}
 	r.snapshots = &snapshotStore{FileSnapshotStore: fss, damaged: damaged}
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
-	return raft.HasExistingState(r.disk, r.disk, r.snapshots)
+	exists, err := raft.HasExistingState(r.disk, r.disk, r.snapshots)
+	if err == nil && exists && !r.folder.Started && held.last == 0 && newest == 0 {
+		// The founding was cut off between its two writes, before Raft ran.
+		return false, r.disk.SetUint64([]byte("CurrentTerm"), 0)
+	}
+	return exists, err
 }
 
 // snapshotIndex reads the index from a snapshot's id, term-index-time.
@@ -373,7 +378,7 @@ func (r *Replica) close(graceful bool) error {
 		defer close(r.done)
 		node := r.node.Load()
 		if graceful && node != nil && node.State() == raft.Leader && len(r.configuration()) > 1 {
-			if err := node.LeadershipTransfer().Error(); err != nil {
+			if err := r.transfer(node.LeadershipTransfer); err != nil {
 				r.log.Info("could not hand over leadership before closing", "error", err)
 			}
 		}
@@ -385,7 +390,10 @@ func (r *Replica) close(graceful bool) error {
 		if node != nil {
 			f := node.Shutdown()
 			r.stream.Close() // ends what Raft waits for
-			r.closeErr = f.Error()
+			if r.closeErr = within(closeTimeout, f.Error); errors.Is(r.closeErr, errNoAnswer) {
+				r.closeErr = fmt.Errorf("the disk of %s does not answer: left the log open", r.cfg.DataDir)
+				return
+			}
 			r.trans.Close()
 		}
 		r.wg.Wait()
@@ -393,6 +401,31 @@ func (r *Replica) close(graceful bool) error {
 	})
 	<-r.done
 	return r.closeErr
+}
+
+// closeTimeout bounds how long Close waits for a disk that does not answer.
+const closeTimeout = 5 * time.Second
+
+var errNoAnswer = errors.New("no answer in time")
+
+// within returns f's error, or errNoAnswer when it takes longer: Raft's futures
+// wait for its main loop, which waits for the disk.
+func within(d time.Duration, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-t.C:
+		return errNoAnswer
+	}
+}
+
+// transfer hands leadership over.
+func (r *Replica) transfer(f func() raft.Future) error {
+	return within(2*r.cfg.ElectionTimeout, func() error { return f().Error() })
 }
 
 // release frees what Open took.

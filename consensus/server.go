@@ -14,7 +14,8 @@ import (
 )
 
 // Register registers the services that replicas offer one another. The server
-// must let in callers with a controller's certificate only.
+// must let in callers with a controller's certificate only, and take messages
+// (grpc.MaxRecvMsgSize) of Config.MaxCommandBytes and 1 KiB more.
 func (r *Replica) Register(s grpc.ServiceRegistrar) {
 	pb.RegisterConsensusServer(s, &consensusServer{r: r})
 	pb.RegisterMembershipServer(s, &membershipServer{r: r})

@@ -135,7 +135,7 @@ func (r *Replica) watchDisk() {
 		}
 		r.log.Warn("the disk answers again", "folder", r.cfg.DataDir)
 		if node := r.node.Load(); node != nil && node.State() == raft.Leader {
-			if err := node.LeadershipTransfer().Error(); err != nil {
+			if err := r.transfer(node.LeadershipTransfer); err != nil {
 				r.log.Debug("hand over leadership after a disk stall", "error", err)
 			}
 		}

@@ -1,0 +1,167 @@
+package consensus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"google.golang.org/grpc"
+
+	pb "timonel/proto/timonel/v1"
+)
+
+func TestPromiseToFoundOneCluster(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	r := c.start("c2") // alone: it founds nothing by itself
+	self := Server{ID: "c2", Addr: r.raft}
+	c1, c3, c4 := Server{"c1", "127.0.0.1:1"}, Server{"c3", "127.0.0.1:3"}, Server{"c4", "127.0.0.1:4"}
+	steps := []struct {
+		name    string
+		from    string
+		step    pb.BootstrapStep
+		set     []Server
+		refusal string // empty: accepted
+	}{
+		{"a set without it", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE, []Server{c1, c3, c4}, "not in the set"},
+		{"a set of the wrong size", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE, []Server{c1, self}, "bootstrap-expect is 3"},
+		{"start without a promise", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_START, []Server{c1, self, c3}, "no such promise"},
+		{"first proposal", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE, []Server{c1, self, c4}, ""},
+		{"the proposer thinks again", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE, []Server{c1, self, c3}, ""},
+		{"another proposer", "c0", pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE, []Server{c1, self, c3}, "promised c1"},
+		{"start with the set given up", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_START, []Server{c1, self, c4}, "no such promise"},
+		{"start", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_START, []Server{c1, self, c3}, ""},
+		{"start again", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_START, []Server{c1, self, c3}, ""},
+		{"a proposal after the start", "c1", pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE, []Server{c1, self, c3}, "has data"},
+	}
+	for _, s := range steps {
+		req := &pb.HelloRequest{ClusterId: c.id, Id: s.from, Step: s.step}
+		for _, x := range s.set {
+			req.Proposed = append(req.Proposed, &pb.RaftServer{Id: x.ID, Address: x.Addr})
+		}
+		ok, refusal := r.bootstrapStep(req)
+		if ok != (s.refusal == "") || !strings.Contains(refusal, s.refusal) {
+			t.Errorf("%s: accepted %v, refusal %q, want %q", s.name, ok, refusal, s.refusal)
+		}
+	}
+	c.kill("c2")
+	if r := c.start("c2"); r.Status().Role == "joining" || len(r.Members()) != 3 {
+		t.Errorf("after a restart: %+v", r.Status())
+	}
+}
+
+func TestReplicasThatExpectDifferentNumbersFoundNothing(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.start("c1")
+	c.start("c2")
+	c.expect = 5
+	c.start("c3")
+	time.Sleep(500 * time.Millisecond) // the period in which nothing may happen
+	for _, id := range []string{"c1", "c2", "c3"} {
+		if role := c.node(id).Status().Role; role != "joining" {
+			t.Errorf("%s is %s", id, role)
+		}
+	}
+}
+
+func TestSecondReplicaOfANameIsNotLetIn(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3).startAll(3)
+	victim := c.followers()[0].cfg.ID
+	// A machine set up by mistake with the name of a healthy member and an
+	// empty folder must not take the member's place.
+	cfg := c.config(victim)
+	cfg.DataDir = filepath.Join(c.dir, "impostor")
+	leader := c.leader()
+	cfg.PeerConn = func(ctx context.Context, id string) (grpc.ClientConnInterface, error) {
+		return leader.cfg.PeerConn(ctx, id)
+	}
+	r, err := c.open(cfg)
+	must(t, err)
+	err = r.enter(leader.cfg.ID)
+	if err == nil || !strings.Contains(err.Error(), "another replica that calls itself") {
+		t.Errorf("enter: %v", err)
+	}
+	for _, m := range leader.Members() {
+		if !m.Voter {
+			t.Errorf("members: %v", leader.Members())
+		}
+	}
+}
+
+func TestFoundingCutOffIsTakenUpAgain(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.start("c1")
+	c.kill("c1")
+	store, err := openLog(filepath.Join(c.dir, "c1", logFile), logExtent{}, c.log)
+	must(t, err)
+	must(t, store.SetUint64([]byte("CurrentTerm"), 1)) // what raft.BootstrapCluster writes first
+	must(t, store.Close())
+	c.startAll(3)
+	c.leader().put(t, "a", "b")
+}
+
+func TestCloseDoesNotWaitForADeadDisk(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1).startAll(1)
+	n := c.leader()
+	release := make(chan struct{})
+	defer close(release)
+	fault := func(string) error { <-release; return errors.New("late") }
+	n.disk.fault.Store(&fault)
+	go n.Apply(context.Background(), []byte("a=b"))
+	eventually(t, "the write to hang", func() error {
+		if n.disk.busy() == 0 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if err := n.Close(); err == nil || !strings.Contains(err.Error(), "does not answer") {
+		t.Errorf("close: %v", err)
+	}
+}
+
+// TestSnapshotOnTopOfTheLog: a follower that was given a snapshot and entries
+// after it takes the first of these again, and an older snapshot changes
+// nothing.
+func TestSnapshotOnTopOfTheLog(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	smallSnapshots(c)
+	c.startAll(3)
+	victim := c.followers()[0].cfg.ID
+	c.kill(victim)
+	c.wipe(victim)
+	for i := range 60 {
+		c.leader().put(t, fmt.Sprint(i), "x")
+	}
+	must(t, c.leader().Snapshot())
+	n := c.start(victim)
+	must(t, n.ReadBarrier(context.Background()))
+	list, err := n.snapshots.List()
+	must(t, err)
+	if len(list) == 0 {
+		t.Fatal("no snapshot was installed")
+	}
+	var l raft.Log
+	must(t, n.disk.GetLog(list[0].Index, &l))
+	if l.Index != list[0].Index || l.Term != list[0].Term {
+		t.Errorf("entry %d of term %d, want %d of %d", l.Index, l.Term, list[0].Index, list[0].Term)
+	}
+	leader := c.leader()
+	before := n.fsm.state()
+	req := &raft.InstallSnapshotRequest{Term: leader.Status().Term, LastLogIndex: list[0].Index}
+	if !n.holdsSnapshot(req) {
+		t.Errorf("a snapshot up to %d would be installed over %d", req.LastLogIndex, n.Status().AppliedIndex)
+	}
+	if after := n.fsm.state(); after.N < before.N {
+		t.Errorf("state went back from %d to %d commands", before.N, after.N)
+	}
+}
