@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 )
 
 // Namespace is the containerd namespace that CRI and therefore the agent uses.
@@ -94,7 +95,10 @@ func (c *DaemonConfig) render() []byte {
 	w("version = 2")
 	w("root = %s", q(p.root))
 	w("state = %s", q(p.state))
-	w("oom_score = -999")
+	protect := mayLowerOOMScore()
+	if protect {
+		w("oom_score = -999")
+	}
 	w("disabled_plugins = [")
 	// What the agent does not use costs start time and log lines.
 	for _, id := range []string{
@@ -121,6 +125,7 @@ func (c *DaemonConfig) render() []byte {
 	w("  netns_mounts_under_state_dir = true")
 	w("  tolerate_missing_hugetlb_controller = true")
 	w("  disable_hugetlb_controller = true")
+	w("  restrict_oom_score_adj = %t", !protect)
 	w("  enable_unprivileged_ports = true")
 	w("  enable_unprivileged_icmp = true")
 	w("  [plugins.\"io.containerd.grpc.v1.cri\".cni]")
@@ -138,6 +143,26 @@ func (c *DaemonConfig) render() []byte {
 	w("        Root = %s", q(filepath.Join(c.Dir, "runc")))
 	w("        SystemdCgroup = false")
 	return b.Bytes()
+}
+
+// mayLowerOOMScore says whether this process, and so containerd and runc, may
+// protect a process from the kernel's out-of-memory killer. In a container or
+// a restricted machine root may lack the capability (CAP_SYS_RESOURCE), and
+// runc then fails to start what asks for it.
+func mayLowerOOMScore() bool {
+	const path = "/proc/self/oom_score_adj"
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return false
+	}
+	score, err := strconv.Atoi(strings.TrimSpace(string(raw)))
+	if err != nil || score <= -999 {
+		return err == nil
+	}
+	if os.WriteFile(path, []byte(strconv.Itoa(-999)), 0o644) != nil {
+		return false
+	}
+	return os.WriteFile(path, raw, 0o644) == nil
 }
 
 // write makes the folders and the configuration file.

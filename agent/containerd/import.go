@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/fsnotify/fsnotify"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -108,6 +109,7 @@ func (r *Runtime) Import(ctx context.Context, path string) ([]string, error) {
 		return nil, fmt.Errorf("import image: %w", err)
 	}
 	defer f.Close()
+	ctx = namespaces.WithNamespace(ctx, Namespace) // the client's default does not reach all of an import
 	imgs, err := r.client.Import(ctx, f, client.WithImageLabels(map[string]string{"io.cri-containerd.image": "managed"}))
 	if err != nil {
 		return nil, fmt.Errorf("import image %s: %w", path, err)
