@@ -2,7 +2,9 @@ package apiserver
 
 import (
 	"fmt"
+	"net/url"
 
+	corev1 "k8s.io/api/core/v1"
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apiserver/pkg/admission"
 	genericapifilters "k8s.io/apiserver/pkg/endpoints/filters"
@@ -14,6 +16,7 @@ import (
 	"k8s.io/apiserver/pkg/util/proxy"
 	"k8s.io/apiserver/pkg/util/webhook"
 	"k8s.io/client-go/dynamic"
+	corelisters "k8s.io/client-go/listers/core/v1"
 	basecompatibility "k8s.io/component-base/compatibility"
 	metricsfeatures "k8s.io/component-base/metrics/features"
 	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
@@ -88,10 +91,29 @@ func newChain(s *shared) (*aggregatorapiserver.APIAggregator, error) {
 }
 
 // newServiceResolver finds the servers of aggregated APIs and webhooks by their
-// Services' endpoints, and this server itself without going far.
+// Services' endpoints, for there is no service proxy on a controller, those of
+// ExternalName Services by that name, and this server itself without going far.
 func newServiceResolver(s *shared, slices proxy.EndpointSliceGetter) aggregatorapiserver.ServiceResolver {
-	resolver := aggregatorapiserver.NewEndpointServiceResolver(s.informers.Core().V1().Services().Lister(), slices)
-	return aggregatorapiserver.NewLoopbackServiceResolver(resolver, s.hostURL)
+	services := s.informers.Core().V1().Services().Lister()
+	return aggregatorapiserver.NewLoopbackServiceResolver(serviceResolver{
+		services:  services,
+		endpoints: aggregatorapiserver.NewEndpointServiceResolver(services, slices),
+		names:     aggregatorapiserver.NewClusterIPServiceResolver(services),
+	}, s.hostURL)
+}
+
+// serviceResolver chooses how to find a Service's server by its type.
+type serviceResolver struct {
+	services         corelisters.ServiceLister
+	endpoints, names aggregatorapiserver.ServiceResolver
+}
+
+// ResolveEndpoint implements aggregatorapiserver.ServiceResolver.
+func (r serviceResolver) ResolveEndpoint(namespace, name string, port int32) (*url.URL, error) {
+	if service, err := r.services.Services(namespace).Get(name); err == nil && service.Spec.Type == corev1.ServiceTypeExternalName {
+		return r.names.ResolveEndpoint(namespace, name, port)
+	}
+	return r.endpoints.ResolveEndpoint(namespace, name, port)
 }
 
 // newControlPlaneConfig configures the built-in APIs and admission, for all
