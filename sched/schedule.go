@@ -15,14 +15,8 @@ func Schedule(c Config, in Input) (Plan, error) {
 	if err := c.Validate(); err != nil {
 		return Plan{}, err
 	}
-	if in.State == nil {
-		if in.Snapshot == nil {
-			return Plan{}, fmt.Errorf("sched: Input.Snapshot and Input.State are both nil; give a view to plan from")
-		}
-		in.State = FromObjects(in.Snapshot)
-	}
-	if in.Cluster == nil {
-		in.Cluster = Build(in.State)
+	if err := in.complete(); err != nil {
+		return Plan{}, err
 	}
 	r := newRound(&c, in)
 	tried := 0
@@ -39,6 +33,20 @@ func Schedule(c Config, in Input) (Plan, error) {
 		return true
 	})
 	return r.plan, nil
+}
+
+// complete fills in what can be derived.
+func (in *Input) complete() error {
+	if in.State == nil {
+		if in.Snapshot == nil {
+			return fmt.Errorf("sched: Input.Snapshot and Input.State are both nil; give a view to plan from")
+		}
+		in.State = FromObjects(in.Snapshot)
+	}
+	if in.Cluster == nil {
+		in.Cluster = Build(in.State)
+	}
+	return nil
 }
 
 // round is one call of Schedule: the Cluster it started from and what it has

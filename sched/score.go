@@ -14,31 +14,7 @@ const maxScore = 100
 // choose returns the feasible node with the highest weighted sum of scores.
 // Among equals the pod's own random numbers decide.
 func (r *round) choose(c *candidate, feasible []int32) int32 {
-	total := make([]int64, len(feasible))
-	scores := make([]int64, len(feasible))
-	for _, s := range []struct {
-		weight int64
-		score  func(*candidate, []int32, []int64) bool
-	}{
-		{r.cfg.Weights.TaintToleration, r.scoreTaints},
-		{r.cfg.Weights.NodeAffinity, r.scoreNodeAffinity},
-		{r.cfg.Weights.TopologySpread, r.scoreSpread},
-		{r.cfg.Weights.PodAffinity, r.scoreAffinity},
-		{r.cfg.Weights.LeastAllocated, r.scoreLeastAllocated},
-		{r.cfg.Weights.BalancedResource, r.scoreBalance},
-		{r.cfg.Weights.ImageLocality, r.scoreImages},
-	} {
-		if s.weight == 0 {
-			continue
-		}
-		clear(scores)
-		if !s.score(c, feasible, scores) {
-			continue
-		}
-		for i := range total {
-			total[i] += s.weight * scores[i]
-		}
-	}
+	total := r.score(c, feasible)
 	best, ties := 0, 1
 	random := r.random(c.p)
 	for i := 1; i < len(feasible); i++ {
@@ -52,6 +28,45 @@ func (r *round) choose(c *candidate, feasible []int32) int32 {
 		}
 	}
 	return feasible[best]
+}
+
+// score returns the weighted sum of scores of each feasible node.
+func (r *round) score(c *candidate, feasible []int32) []int64 {
+	total := make([]int64, len(feasible))
+	r.eachScore(c, feasible, func(_ string, weight int64, scores []int64) {
+		for i := range total {
+			total[i] += weight * scores[i]
+		}
+	})
+	return total
+}
+
+// eachScore visits the scores that tell the feasible nodes apart, by the names
+// of [Weights].
+func (r *round) eachScore(c *candidate, feasible []int32, visit func(name string, weight int64, scores []int64)) {
+	scores := make([]int64, len(feasible))
+	w := &r.cfg.Weights
+	for _, s := range [...]struct {
+		name   string
+		weight int64
+		score  func(*candidate, []int32, []int64) bool
+	}{
+		{"TaintToleration", w.TaintToleration, r.scoreTaints},
+		{"NodeAffinity", w.NodeAffinity, r.scoreNodeAffinity},
+		{"TopologySpread", w.TopologySpread, r.scoreSpread},
+		{"PodAffinity", w.PodAffinity, r.scoreAffinity},
+		{"LeastAllocated", w.LeastAllocated, r.scoreLeastAllocated},
+		{"BalancedResource", w.BalancedResource, r.scoreBalance},
+		{"ImageLocality", w.ImageLocality, r.scoreImages},
+	} {
+		if s.weight == 0 {
+			continue
+		}
+		clear(scores)
+		if s.score(c, feasible, scores) {
+			visit(s.name, s.weight, scores)
+		}
+	}
 }
 
 // normalize stretches scores to 0..maxScore by their highest; reverse makes the
