@@ -104,9 +104,9 @@ func (h *history) dropTo(revision int64) {
 func (h *history) trim(o *Options, clock int64) {
 	maxAge := int64(o.HistoryAge.Seconds())
 	for h.first < h.next {
-		e := h.at(h.first)
-		if h.next-h.first <= int64(o.HistoryChanges) && h.bytes <= o.HistoryBytes &&
-			(clock == 0 || e.time == 0 || clock-e.time <= maxAge) {
+		e, kept := h.at(h.first), h.next-h.first
+		old := clock != 0 && e.time != 0 && clock-e.time > maxAge && kept > int64(o.HistoryAgeless)
+		if kept <= int64(o.HistoryChanges) && h.bytes <= o.HistoryBytes && !old {
 			return
 		}
 		h.dropTo(h.first)

@@ -295,7 +295,7 @@ func TestAgainstModel(t *testing.T) {
 func TestReplicasAreEqual(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
-		options := Options{HistoryChanges: rapid.IntRange(1, 50).Draw(t, "window"), HistoryBytes: 4000, HistoryAge: 10e9}
+		options := Options{HistoryChanges: rapid.IntRange(1, 50).Draw(t, "window"), HistoryBytes: 4000, HistoryAge: 10e9, HistoryAgeless: rapid.IntRange(-1, 5).Draw(t, "ageless")}
 		var entries []Entry
 		for i := range rapid.IntRange(1, 80).Draw(t, "entries") {
 			txn := Txn{Time: rapid.Int64Range(0, 100).Draw(t, "time")}

@@ -44,6 +44,10 @@ type Options struct {
 	// HistoryAge is how long a change is kept at most, by the times that
 	// transactions carry (Txn.Time). Default 10 minutes.
 	HistoryAge time.Duration
+	// HistoryAgeless is how many of the newest changes are kept whatever their
+	// age, so that a watch resumes after a quiet night. Default 1,000; negative
+	// for none.
+	HistoryAgeless int
 }
 
 func (o Options) withDefaults() Options {
@@ -55,6 +59,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.HistoryAge <= 0 {
 		o.HistoryAge = 10 * time.Minute
+	}
+	if o.HistoryAgeless == 0 {
+		o.HistoryAgeless = 1000
 	}
 	return o
 }

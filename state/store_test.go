@@ -235,7 +235,11 @@ func TestHistoryWindow(t *testing.T) {
 	}{
 		{"by count", Options{HistoryChanges: 3}, []Txn{changes(put("a", ""), put("a", ""), put("a", "")), changes(put("a", ""), put("a", ""))}, 3},
 		{"by bytes", Options{HistoryBytes: 3*eventOverhead + 100}, []Txn{changes(put("a", "")), changes(put("a", "")), changes(put("a", "")), changes(put("a", ""))}, 2},
-		{"by age", Options{HistoryAge: time.Minute}, []Txn{
+		{"by age, but some are kept", Options{HistoryAge: time.Minute, HistoryAgeless: 2}, []Txn{
+			{Time: 1000, Changes: []Change{put("a", ""), put("a", ""), put("a", "")}},
+			{Time: 9000},
+		}, 2},
+		{"by age", Options{HistoryAge: time.Minute, HistoryAgeless: -1}, []Txn{
 			{Time: 1000, Changes: []Change{put("a", "")}},
 			{Time: 1030, Changes: []Change{put("a", "")}},
 			{Time: 900, Changes: []Change{put("a", "")}}, // a clock behind counts as the newest seen

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"sync"
+	"sync/atomic"
 
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
@@ -62,18 +63,31 @@ func (s *Store) decodeNew(data []byte, revision int64) (runtime.Object, error) {
 // object returns the decoded object of a stored value. It is shared: it must not
 // be changed. keep says whether to remember it.
 func (s *Store) object(ctx context.Context, kv *state.KV, keep bool) (runtime.Object, error) {
-	return s.objectOf(kv, keep, func() ([]byte, error) {
-		data, _, err := s.transform(ctx, kv)
-		return data, err
-	})
+	d := s.caches.objects.entry(objectKey{s, kv.Key, kv.ModRevision}, len(kv.Value), keep)
+	if !d.done.Load() {
+		s.fill(ctx, d, *kv, nil)
+	}
+	return d.obj, d.err
 }
 
-// objectOf is object with the means to get the codec's bytes.
-func (s *Store) objectOf(kv *state.KV, keep bool, plain func() ([]byte, error)) (runtime.Object, error) {
-	d := s.caches.objects.entry(objectKey{s, kv.Key, kv.ModRevision}, len(kv.Value), keep)
+// written is object for a value that was just stored; data is its encoding.
+func (s *Store) written(kv *state.KV, data []byte) (runtime.Object, error) {
+	d := s.caches.objects.entry(objectKey{s, kv.Key, kv.ModRevision}, len(kv.Value), true)
+	if !d.done.Load() {
+		s.fill(context.Background(), d, *kv, data)
+	}
+	return d.obj, d.err
+}
+
+// fill decodes into an entry, once. data is the codec's bytes if they are known.
+func (s *Store) fill(ctx context.Context, d *decoded, kv state.KV, data []byte) {
 	d.once.Do(func() {
-		var data []byte
-		if data, d.err = plain(); d.err == nil {
+		defer d.done.Store(true)
+		if data == nil {
+			// Others wait for this, so the caller's giving up is not to end it.
+			data, _, d.err = s.transform(context.WithoutCancel(ctx), &kv)
+		}
+		if d.err == nil {
 			d.obj, d.err = s.decodeNew(data, kv.ModRevision)
 		}
 		if d.err != nil {
@@ -82,7 +96,6 @@ func (s *Store) objectOf(kv *state.KV, keep bool, plain func() ([]byte, error)) 
 			s.caches.objects.forget(objectKey{s, kv.Key, kv.ModRevision}, d)
 		}
 	})
-	return d.obj, d.err
 }
 
 // readError is the error that a read of one object answers for a failure of
@@ -147,6 +160,7 @@ type objectKey struct {
 
 type decoded struct {
 	once sync.Once
+	done atomic.Bool // obj or err is set
 	obj  runtime.Object
 	err  error
 	size int

@@ -186,7 +186,10 @@ func (l *lister) add(kv *state.KV) error {
 		return nil
 	}
 	if matched, err := l.pred.Matches(obj); err == nil && matched {
-		l.items.Set(reflect.Append(l.items, reflect.ValueOf(obj).Elem()))
+		n := l.items.Len()
+		l.items.Grow(1)
+		l.items.SetLen(n + 1)
+		l.items.Index(n).Set(reflect.ValueOf(obj).Elem())
 	}
 	return nil
 }

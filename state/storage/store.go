@@ -178,7 +178,7 @@ func (s *Store) Create(ctx context.Context, key string, obj, out runtime.Object,
 	if out == nil {
 		return nil
 	}
-	return s.written(change, data, result.Revision, out)
+	return s.answer(change, data, result.Revision, out)
 }
 
 // put returns the change that stores encoded data.
@@ -200,11 +200,11 @@ func (s *Store) expiry(ttl uint64) int64 {
 	return s.now().Unix() + int64(ttl)
 }
 
-// written sets out to the object that a committed change stored; data is its
+// answer sets out to the object that a committed change stored; data is its
 // encoding.
-func (s *Store) written(change state.Change, data []byte, revision int64, out runtime.Object) error {
+func (s *Store) answer(change state.Change, data []byte, revision int64, out runtime.Object) error {
 	kv := state.KV{Key: change.Key, Value: change.Value, ModRevision: revision, ExpiresAt: change.ExpiresAt}
-	obj, err := s.objectOf(&kv, true, func() ([]byte, error) { return data, nil })
+	obj, err := s.written(&kv, data)
 	if err != nil {
 		return readError(err)
 	}

@@ -273,7 +273,7 @@ func (w *writer) update(b *base, preconditions *storage.Preconditions, tryUpdate
 	if !result.Succeeded {
 		return w.conflict(result)
 	}
-	return nil, s.written(change, data, result.Revision, out)
+	return nil, s.answer(change, data, result.Revision, out)
 }
 
 // apply calls tryUpdate and returns what to store, and until when.
