@@ -8,6 +8,7 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -212,49 +213,38 @@ func TestCorruptEntryStopsTheReplica(t *testing.T) {
 
 func TestReadRoundsAreShared(t *testing.T) {
 	t.Parallel()
-	var rounds int
-	begun, finish := make(chan struct{}), make(chan struct{})
-	b := &batcher{round: func() (uint64, error) {
-		rounds++
-		begun <- struct{}{}
-		<-finish
-		return uint64(rounds), nil
-	}}
-	got := make(chan uint64, 100)
-	join := func() {
-		i, err := b.join(context.Background())
-		if err != nil {
-			t.Error(err)
+	synctest.Test(t, func(t *testing.T) {
+		var rounds uint64
+		finish := make(chan struct{})
+		b := &batcher{round: func() (uint64, error) {
+			rounds++
+			n := rounds
+			<-finish
+			return n, nil
+		}}
+		got := make(chan uint64, 100)
+		join := func() {
+			i, err := b.join(context.Background())
+			if err != nil {
+				t.Error(err)
+			}
+			got <- i
 		}
-		got <- i
-	}
-	go join()
-	<-begun // the first round is under way: who comes now must not share it
-	for range 50 {
 		go join()
-	}
-	eventually(t, "a second round to be waited for", func() error {
-		b.mu.Lock()
-		defer b.mu.Unlock()
-		if b.next == nil {
-			return io.EOF
+		synctest.Wait() // the first round is under way: who comes now must not share it
+		for range 50 {
+			go join()
 		}
-		return nil
+		synctest.Wait()
+		finish <- struct{}{}
+		finish <- struct{}{}
+		synctest.Wait()
+		counts := map[uint64]int{}
+		for range 51 {
+			counts[<-got]++
+		}
+		if counts[1] != 1 || counts[2] != 50 {
+			t.Errorf("reads per round: %v, want 1 in the first and 50 in the second", counts)
+		}
 	})
-	finish <- struct{}{}
-	<-begun
-	finish <- struct{}{}
-	counts := map[uint64]int{}
-	for n := 0; n < 51; {
-		select {
-		case i := <-got:
-			counts[i]++
-			n++
-		case <-begun: // late starters of the 50
-			finish <- struct{}{}
-		}
-	}
-	if counts[1] != 1 || len(counts) > 4 {
-		t.Errorf("reads per round: %v", counts)
-	}
 }
