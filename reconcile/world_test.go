@@ -47,6 +47,8 @@ type tester interface {
 	Cleanup(func())
 }
 
+var boatKind = schema.GroupVersionKind{Group: "ships.example.org", Version: "v1", Kind: "Boat"}
+
 // worldKinds are the kinds the world serves and where it keeps them.
 var worldKinds = map[schema.GroupVersionKind]string{
 	podKind:        "pods",
