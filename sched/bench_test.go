@@ -190,3 +190,32 @@ func BenchmarkFull(b *testing.B) {
 		b.ReportMetric(1000/time.Since(start).Seconds(), "pods/s")
 	}
 }
+
+// BenchmarkPreempt finds victims for 100 important pods on full nodes.
+func BenchmarkPreempt(b *testing.B) {
+	for _, n := range []int{100, 1000, 5000} {
+		s := benchCluster(n)
+		high := int32(1000)
+		var refs []Ref
+		for i := range 100 {
+			pod := workload(i, template{"urgent", func(p *corev1.Pod) {
+				p.Spec.Priority = &high
+				p.Spec.Containers[0].Resources.Requests[corev1.ResourceCPU] = resource.MustParse("30")
+			}}, s.fakeState)
+			s.put(pod)
+			refs = append(refs, Ref{KindPod, pod.Namespace, pod.Name})
+		}
+		cluster := Build(s).Advance(s, refs)
+		b.Run(fmt.Sprintf("nodes=%d", n), func(b *testing.B) {
+			found := 0
+			for i := range b.N {
+				plan, err := Schedule(DefaultConfig(), Input{Now: epoch, Seed: uint64(i), State: s, Cluster: cluster})
+				if err != nil {
+					b.Fatal(err)
+				}
+				found += len(plan.Preemptions)
+			}
+			b.ReportMetric(float64(found)/b.Elapsed().Seconds(), "preemptions/s")
+		})
+	}
+}
