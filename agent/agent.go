@@ -387,8 +387,16 @@ func (a *Agent) collect(ctx context.Context) error {
 			return nil
 		case <-a.synced:
 		}
-		if err := a.pods.Collect(ctx); err != nil && ctx.Err() == nil {
-			a.log.Warn("look for pods that were removed", "error", err)
+		for {
+			err := a.pods.Collect(ctx)
+			if err == nil || ctx.Err() != nil {
+				break
+			}
+			a.log.Warn("look for pods that were removed; trying again", "error", err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Second):
+			}
 		}
 	}
 }
