@@ -209,7 +209,9 @@ func BenchmarkPreempt(b *testing.B) {
 		b.Run(fmt.Sprintf("nodes=%d", n), func(b *testing.B) {
 			found := 0
 			for i := range b.N {
-				plan, err := Schedule(DefaultConfig(), Input{Now: epoch, Seed: uint64(i), State: s, Cluster: cluster})
+				cfg := DefaultConfig()
+				cfg.MaxVictimSearches = 0
+				plan, err := Schedule(cfg, Input{Now: epoch, Seed: uint64(i), State: s, Cluster: cluster})
 				if err != nil {
 					b.Fatal(err)
 				}

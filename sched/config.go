@@ -49,6 +49,12 @@ type Config struct {
 	// Default: 0.
 	MaxPods int
 
+	// MaxVictimSearches ends a call after this many pods looked for victims on
+	// nodes that have any, which in large clusters takes milliseconds. The caller leaves
+	// pods that failed aside for a while ([Input.Skip]), lest the next call
+	// search for the same ones. 0: no limit. Default: 64.
+	MaxVictimSearches int
+
 	// Version is the Kubernetes version whose node features pods may require.
 	// Default: 1.37.
 	Version *version.Version
@@ -81,6 +87,7 @@ func DefaultConfig() Config {
 		HardPodAffinityWeight:          1,
 		PreemptionCandidatesPercentage: 10,
 		PreemptionCandidatesMin:        100,
+		MaxVictimSearches:              64,
 		Version:                        version.MajorMinor(1, 37),
 	}
 }
@@ -110,6 +117,7 @@ func (c Config) Validate() error {
 		{"PreemptionCandidatesPercentage", int64(c.PreemptionCandidatesPercentage), 0, 100},
 		{"PreemptionCandidatesMin", int64(c.PreemptionCandidatesMin), 0, 1e9},
 		{"MaxPods", int64(c.MaxPods), 0, 1e9},
+		{"MaxVictimSearches", int64(c.MaxVictimSearches), 0, 1e9},
 	} {
 		if f.value < f.low || f.value > f.high {
 			return fmt.Errorf("sched: Config.%s is %d; want %d to %d", f.name, f.value, f.low, f.high)

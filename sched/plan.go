@@ -76,7 +76,7 @@ type Plan struct {
 	// provisioned there first.
 	Waiting []Waiting
 	// Remaining counts pending pods that were not tried because of
-	// [Config.MaxPods].
+	// [Config.MaxPods] or [Config.MaxVictimSearches].
 	Remaining int
 }
 

@@ -119,10 +119,14 @@ func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
 	offset := r.random(c.p).IntN(len(nodes))
 	budgets := slices.Collect(r.in.State.PodDisruptionBudgets())
 	var found []*nodeVictims
-	harmless := false
+	harmless, searched := false, false
 	for i := range nodes {
 		slot := nodes[(offset+i)%len(nodes)]
 		v, s := r.victimsOn(c, slot, budgets)
+		if s != statusNoVictims && !searched {
+			searched = true
+			r.searches++
+		}
 		if s != nil {
 			statuses[slot] = s
 			continue
@@ -144,18 +148,17 @@ func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
 // important first, as long as the pod still fits. Pods that leave already are
 // no victims. A status says why it does not help.
 func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisruptionBudget) (*nodeVictims, *status) {
-	var removed, potential []*podInfo
+	var leaving, potential []*podInfo
 	for _, p := range r.nodes[slot].pods {
 		switch {
 		case p.priority >= c.p.priority:
 		case r.leaving(p):
-			removed = append(removed, p)
+			leaving = append(leaving, p)
 		case p.pod.Spec.NodeName != "": // not placed in this very round
-			removed = append(removed, p)
 			potential = append(potential, p)
 		}
 	}
-	if len(removed) == 0 {
+	if len(leaving)+len(potential) == 0 {
 		return nil, statusNoVictims
 	}
 	n := r.nodes[slot].clone()
@@ -167,36 +170,31 @@ func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisru
 		n.add(p)
 		c.count(p, n, 1)
 	}
-	for _, p := range removed {
+	for _, p := range leaving {
+		remove(p)
+		defer c.count(p, n, 1)
+	}
+	for _, p := range potential {
 		remove(p)
 	}
-	out := &nodeVictims{slot: slot}
-	away := map[*podInfo]bool{}
-	for _, p := range removed {
-		away[p] = true
-	}
-	defer func() {
-		for _, p := range removed {
-			if away[p] {
-				c.count(p, n, 1)
-			}
-		}
-	}()
 	if s := r.filter(c, n); s != nil {
+		for _, p := range potential {
+			c.count(p, n, 1)
+		}
 		return nil, s
 	}
-	slices.SortStableFunc(potential, r.moreImportant)
-	violating, others := splitByBudget(potential, budgets)
+	out := &nodeVictims{slot: slot}
 	reprieve := func(p *podInfo) bool {
 		add(p)
 		if r.filter(c, n) == nil {
-			away[p] = false
 			return true
 		}
 		remove(p)
 		out.pods = append(out.pods, p)
 		return false
 	}
+	slices.SortFunc(potential, r.moreImportant)
+	violating, others := splitByBudget(potential, budgets)
 	for _, p := range violating {
 		if !reprieve(p) {
 			out.violations++
@@ -205,7 +203,10 @@ func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisru
 	for _, p := range others {
 		reprieve(p)
 	}
-	slices.SortStableFunc(out.pods, r.moreImportant)
+	for _, p := range out.pods {
+		c.count(p, n, 1)
+	}
+	slices.SortFunc(out.pods, r.moreImportant)
 	return out, nil
 }
 

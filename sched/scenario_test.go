@@ -31,7 +31,8 @@ var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 //	           select=k=v phase= port= gate= scheduler=
 //	apply      objects in YAML, separated by ---
 //	delete     KIND [NAMESPACE/]NAME a line
-//	schedule   prints the plan; seed=N, commit (applies the plan), max=N
+//	schedule   prints the plan; seed=N, commit (applies the plan), max=N,
+//	           searches=N, nopreemption
 //	where      prints the pods on each node
 //
 // After each change the incremental Cluster is compared with a new one by
@@ -117,6 +118,7 @@ func (s *scenario) schedule(t *testing.T, d *datadriven.TestData) string {
 	d.MaybeScanArgs(t, "max", &maxPods)
 	cfg := s.cfg
 	cfg.MaxPods = maxPods
+	d.MaybeScanArgs(t, "searches", &cfg.MaxVictimSearches)
 	if d.HasArg("nopreemption") {
 		cfg.DisablePreemption = true
 	}

@@ -24,7 +24,7 @@ func Schedule(c Config, in Input) (Plan, error) {
 		if p.pod.Spec.SchedulerName != c.SchedulerName || (in.Skip != nil && in.Skip(p.pod)) {
 			return true
 		}
-		if c.MaxPods > 0 && tried == c.MaxPods {
+		if (c.MaxPods > 0 && tried == c.MaxPods) || (c.MaxVictimSearches > 0 && r.searches == c.MaxVictimSearches) {
 			r.plan.Remaining++
 			return true
 		}
@@ -73,6 +73,8 @@ type round struct {
 	volumes volumeRound
 	// evicted pods were chosen as victims in this round.
 	evicted map[*podInfo]bool
+	// searches counts how often victims were looked for.
+	searches int
 	// hopeless maps what a pod asks for to the failure of an equal pod.
 	hopeless map[string]string
 

@@ -161,6 +161,7 @@ func TestConfigValidate(t *testing.T) {
 		"PreemptionCandidatesPercentage":     func(c *Config) { c.PreemptionCandidatesPercentage = -1 },
 		"PreemptionCandidatesMin":            func(c *Config) { c.PreemptionCandidatesMin = -1 },
 		"MaxPods":                            func(c *Config) { c.MaxPods = -1 },
+		"MaxVictimSearches":                  func(c *Config) { c.MaxVictimSearches = -1 },
 		"DefaultSpread[0].TopologyKey":       func(c *Config) { c.DefaultSpread = []corev1.TopologySpreadConstraint{{MaxSkew: 1}} },
 		"DefaultSpread[0].MaxSkew":           func(c *Config) { c.DefaultSpread = []corev1.TopologySpreadConstraint{{TopologyKey: "k"}} },
 		"DefaultSpread[0].WhenUnsatisfiable": func(c *Config) { c.DefaultSpread = []corev1.TopologySpreadConstraint{{TopologyKey: "k", MaxSkew: 1}} },
