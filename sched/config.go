@@ -50,9 +50,9 @@ type Config struct {
 	MaxPods int
 
 	// MaxVictimSearches ends a call after this many pods looked for victims on
-	// nodes that have any, which in large clusters takes milliseconds. The caller leaves
-	// pods that failed aside for a while ([Input.Skip]), lest the next call
-	// search for the same ones. 0: no limit. Default: 64.
+	// nodes that have any, which in large clusters takes milliseconds. The
+	// caller leaves pods that failed aside for a while ([Input.Skip]), lest the
+	// next call search for the same ones. 0: no limit. Default: 64.
 	MaxVictimSearches int
 
 	// Version is the Kubernetes version whose node features pods may require.
