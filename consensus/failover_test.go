@@ -302,3 +302,40 @@ func TestFollowerCatchesUpSoonAfterALongAbsence(t *testing.T) {
 		t.Logf("caught up after %v", took.Round(time.Millisecond))
 	}
 }
+
+func TestNonVotersDoNotConfirmReads(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.tune = func(cfg *Config) { // long enough for the leader not to notice on its own
+		cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = 5*time.Second, 5*time.Second, 5*time.Second
+	}
+	c.startAll(3)
+	leader := c.leader()
+	// A non-voter that the leader's upkeep cannot ask, and so never promotes.
+	cfg := c.config("c4")
+	cfg.BootstrapExpect, cfg.Peers = 0, nil
+	fsm := newMapFSM()
+	n, err := Open(context.Background(), cfg, fsm)
+	must(t, err)
+	t.Cleanup(func() { n.close(false) })
+	n.members.start.Lock()
+	must(t, n.start())
+	n.members.start.Unlock()
+	must(t, leader.AddNonvoter(context.Background(), "c4", n.advertise))
+	leader.put(t, "a", "b")
+	eventually(t, "the non-voter to have it", func() error {
+		if fsm.get("a") != "b" {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	must(t, leader.ReadBarrier(context.Background()))
+	for _, f := range c.followers() {
+		c.kill(f.cfg.ID)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := leader.ReadBarrier(ctx); err == nil {
+		t.Error("a read was confirmed by the non-voter alone")
+	}
+}

@@ -153,6 +153,19 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	return err
 }
 
+// heartbeat sends one of the leader's heartbeats and reports whether the peer
+// follows it.
+func (t *transport) heartbeat(to raft.Server, id, addr string, term uint64) bool {
+	self := []byte(encodeAddr(raft.ServerID(id), raft.ServerAddress(addr)))
+	req := raft.AppendEntriesRequest{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: self},
+		Term:      term, Leader: self,
+	}
+	var resp raft.AppendEntriesResponse
+	err := t.NetworkTransport.AppendEntries(to.ID, to.Address, &req, &resp)
+	return err == nil && resp.Success && resp.Term == term
+}
+
 // awaitPeer waits until a heartbeat reaches the peer again and reports whether
 // one did. Raft backs off from a follower that is down up to 10 s per try, and
 // would leave it behind for as long when it is back; so a failed try is not
