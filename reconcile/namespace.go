@@ -57,6 +57,9 @@ func (n Namespace) Reconcile(in Input, key Key) (Result, error) {
 	if !ok || ns.DeletionTimestamp == nil || !slices.Contains(ns.Spec.Finalizers, corev1.FinalizerKubernetes) {
 		return Result{}, nil
 	}
+	if len(in.Kinds) == 0 {
+		return Result{}, nil // not known yet: the key comes again when they are
+	}
 	left := n.contents(in, ns.Name)
 
 	var result Result

@@ -106,7 +106,7 @@ func (w *world) revision() int64 { return w.store.View().Revision() }
 
 // snapshot returns a snapshot with everything that was written.
 func (w *world) snapshot() *objects.Snapshot {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	if err := w.cache.WaitRevision(ctx, w.revision()); err != nil {
 		w.t.Fatalf("the cache does not follow: %v", err)
