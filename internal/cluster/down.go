@@ -38,6 +38,11 @@ func Down(ctx context.Context, run, name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	for _, machine := range names {
+		if dir, ok := s.Machine(machine).RunsElsewhere(); ok {
+			return false, fmt.Errorf("the machines of the cluster %s were made with another run folder: use --run %s", s.Name, filepath.Dir(dir))
+		}
+	}
 	if len(names) == 0 && len(s.Network().Leftovers(nil)) == 0 && len(s.files(names)) == 0 {
 		return false, nil
 	}

@@ -133,10 +133,11 @@ func RoleOf(name string) Role {
 	return Agent
 }
 
-// Address is a machine's address: controllers from .11, agents from .101.
+// Address is a machine's address: controllers from .11, agents from .101. It is
+// the zero Addr when the subnet is not known.
 func (s *Spec) Address(name string) netip.Addr {
 	number, err := strconv.Atoi(name[1:])
-	if err != nil {
+	if err != nil || !s.Subnet.IsValid() {
 		return netip.Addr{}
 	}
 	base := 100

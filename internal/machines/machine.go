@@ -321,25 +321,56 @@ func (m *Machine) initID() ProcessID {
 // findInit looks for a process 1 whose record is lost, so that a half-broken
 // cluster can still be taken down.
 func (m *Machine) findInit() ProcessID {
+	for dir, id := range m.inits() {
+		if dir == m.Dir {
+			return id
+		}
+	}
+	return ProcessID{}
+}
+
+// RunsElsewhere reports whether a machine of this network and name is on that
+// has another folder, and which.
+func (m *Machine) RunsElsewhere() (dir string, ok bool) {
+	for dir := range m.inits() {
+		if dir != m.Dir {
+			return dir, true
+		}
+	}
+	return "", false
+}
+
+// inits finds every process 1 of a machine with this name that has this folder
+// or is in this network namespace, by its folder.
+func (m *Machine) inits() map[string]ProcessID {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		return ProcessID{}
+		return nil
 	}
-	want := strings.Join([]string{"init", "--dir", m.Dir, "--hostname", m.Name}, "\x00")
+	namespace, namespaceErr := os.Stat(filepath.Join(netnsDir, m.Namespace()))
+	found := map[string]ProcessID{}
 	for _, entry := range entries {
 		pid, err := strconv.Atoi(entry.Name())
 		if err != nil {
 			continue
 		}
 		cmdline, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cmdline"))
-		if err != nil || !strings.HasSuffix(strings.TrimRight(string(cmdline), "\x00"), want) {
+		if err != nil {
 			continue
 		}
-		if id, err := Identify(pid); err == nil {
-			return id
+		args := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
+		if len(args) != 6 || args[1] != "init" || args[2] != "--dir" || args[4] != "--hostname" || args[5] != m.Name {
+			continue
+		}
+		inside, err := os.Stat(filepath.Join("/proc", entry.Name(), "ns", "net"))
+		if args[3] != m.Dir && (err != nil || namespaceErr != nil || !os.SameFile(inside, namespace)) {
+			continue
+		}
+		if id, err := Identify(pid); err == nil && id.Alive() {
+			found[args[3]] = id
 		}
 	}
-	return ProcessID{}
+	return found
 }
 
 func writeJSON(file string, value any) error {

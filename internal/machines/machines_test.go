@@ -184,6 +184,11 @@ func TestMachines(t *testing.T) {
 
 	t.Run("a machine whose record is lost is still found", func(t *testing.T) {
 		id := c2.initID()
+		_, elsewhere := c2.RunsElsewhere()
+		require.False(t, elsewhere)
+		dir, elsewhere := n.Machine("c2", c2.Address, t.TempDir()).RunsElsewhere()
+		require.True(t, elsewhere)
+		require.Equal(t, c2.Dir, dir)
 		require.NoError(t, os.Remove(c2.idFile()))
 		require.Equal(t, id, c2.initID())
 		require.NoError(t, c2.PowerOff(ctx))

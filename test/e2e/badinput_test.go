@@ -9,11 +9,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"io/fs"
-	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -21,8 +22,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 
+	"timonel/internal/machines"
 	"timonel/pki"
 	"timonel/test/harness"
 )
@@ -69,10 +70,12 @@ func TestBadInput(t *testing.T) {
 // wellFormedToken is of a cluster that there is not.
 var wellFormedToken = "timonel1." + strings.Repeat("ab", 32) + "." + strings.Repeat("cd", 16)
 
-// TestBadStart breaks what a single controller on loopback starts from.
+// TestBadStart breaks what a single controller, on a machine of its own, starts
+// from.
 func TestBadStart(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
-	c := &controller{dir: dir, bundle: filepath.Join(dir, "bundle"), data: filepath.Join(dir, "data"), ports: freePorts(t, 4)}
+	c := &controller{bundle: filepath.Join(dir, "bundle"), data: filepath.Join(dir, "data"), machine: newMachine(t, filepath.Join(dir, "c1"))}
 	_, err := pki.CreateBundle(c.bundle)
 	require.NoError(t, err)
 	other := filepath.Join(dir, "other-bundle")
@@ -88,7 +91,7 @@ func TestBadStart(t *testing.T) {
 	t.Run("agent: the token of another cluster", func(t *testing.T) {
 		requireFails(t, "agent", c.agent(t, otherBundle.Token()), "another cluster")
 	})
-	t.Run("agent: a wrong secret in the right cluster's token", func(t *testing.T) {
+	t.Run("agent: a wrong secret in the token of the right cluster", func(t *testing.T) {
 		bundle, err := pki.LoadBundle(c.bundle)
 		require.NoError(t, err)
 		token := bundle.Token()
@@ -114,6 +117,12 @@ func TestBadStart(t *testing.T) {
 	})
 	t.Run("a truncated snapshot", func(t *testing.T) {
 		c.start(t)
+		harness.Eventually(t, 3*time.Minute, "a snapshot", func() error { // one is due every minute or two
+			if found, err := filepath.Glob(filepath.Join(c.data, "*", "snapshots", "*", "state.bin")); err != nil || len(found) == 0 {
+				return errors.New("there is none")
+			}
+			return nil
+		})
 		c.stop(t)
 		c.requireRefusesTruncated(t, "state.bin")
 	})
@@ -123,46 +132,68 @@ func TestBadStart(t *testing.T) {
 	})
 }
 
-// controller is a cluster of one on loopback.
-type controller struct {
-	dir, bundle, data string
-	ports             []int
-	running           *exec.Cmd
-	output            bytes.Buffer
+// newMachine turns on a machine that is gone after the test.
+func newMachine(t *testing.T, dir string) *machines.Machine {
+	t.Helper()
+	var candidates []netip.Prefix
+	for i := range 100 {
+		candidates = append(candidates, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 79, byte(i), 0}), 24))
+	}
+	prefix, err := machines.FreePrefix(candidates)
+	require.NoError(t, err)
+	network := machines.Network{Name: "badstart-" + strconv.Itoa(os.Getpid()), Prefix: prefix}
+	t.Cleanup(func() { require.NoError(t, network.Delete()) })
+	require.NoError(t, network.Create())
+	m := network.Machine("c1", network.Host().Next(), dir)
+	t.Cleanup(func() { require.NoError(t, m.PowerOff(context.Background())) })
+	require.NoError(t, m.Boot(t.Context(), harness.Program(t, "machine")))
+	return m
 }
 
+// controller is a cluster of one.
+type controller struct {
+	bundle, data string
+	machine      *machines.Machine
+}
+
+func (c *controller) argv(t *testing.T) []string {
+	t.Helper()
+	return []string{harness.Program(t, "controller"), "--name=c1", "--data-dir", c.data, "--bundle", c.bundle,
+		"--bind-ip", c.machine.Address.String(), "--bootstrap-expect=1", "--snapshot-threshold=20", "--trailing-logs=10"}
+}
+
+// command starts the controller on the machine, as one that is to fail.
 func (c *controller) command(t *testing.T) *exec.Cmd {
 	t.Helper()
-	return exec.Command(harness.Program(t, "controller"), "--name=c1", "--data-dir", c.data, "--bundle", c.bundle, "--bind-ip=127.0.0.1",
-		"--bootstrap-expect=1", "--api-port", strconv.Itoa(c.ports[0]), "--cluster-port", strconv.Itoa(c.ports[1]),
-		"--raft-port", strconv.Itoa(c.ports[2]), "--gossip-port", strconv.Itoa(c.ports[3]), "--snapshot-threshold=20", "--trailing-logs=10")
+	return c.inside(t, c.argv(t))
 }
 
 func (c *controller) agent(t *testing.T, token string) *exec.Cmd {
 	t.Helper()
-	return exec.Command(harness.Program(t, "agent"), "--name=a1", "--data-dir", t.TempDir(), "--node-ip=127.0.0.1",
-		"--controllers=127.0.0.1:"+strconv.Itoa(c.ports[1]), "--token", token, "--cgroup-root", "/timonel-badinput")
+	return c.inside(t, []string{harness.Program(t, "agent"), "--name=a1", "--data-dir", t.TempDir(), "--node-ip", c.machine.Address.String(),
+		"--controllers", c.machine.Address.String() + ":7443", "--token", token, "--cgroup-root", "/timonel-badstart"})
+}
+
+func (c *controller) inside(t *testing.T, argv []string) *exec.Cmd {
+	t.Helper()
+	cmd, err := c.machine.Command(t.Context(), argv...)
+	require.NoError(t, err)
+	return cmd
 }
 
 func (c *controller) start(t *testing.T) {
 	t.Helper()
-	c.running = c.command(t)
-	c.output.Reset()
-	c.running.Stderr = &c.output
-	require.NoError(t, c.running.Start())
-	ended := make(chan error, 1)
-	go func(cmd *exec.Cmd) { ended <- cmd.Wait() }(c.running)
-	t.Cleanup(func() { c.running.Process.Kill() })
+	log := filepath.Join(c.machine.Dir, "controller.log")
+	require.NoError(t, c.machine.Start(t.Context(), machines.Process{Argv: c.argv(t), Env: []string{"PATH=" + os.Getenv("PATH")}, Log: log}))
 	bundle, err := pki.LoadBundle(c.bundle)
 	require.NoError(t, err)
 	client := clientOf(t, bundle)
 	harness.Eventually(t, time.Minute, "the controller is ready", func() error {
-		select {
-		case err := <-ended:
-			t.Fatalf("the controller ended: %v\n%s", err, c.output.String())
-		default:
+		if running, exited, err := c.machine.Running(t.Context()); err != nil || !running {
+			content, _ := os.ReadFile(log)
+			t.Fatalf("the controller ended (%s): %s", exited, content)
 		}
-		response, err := client.Get("https://127.0.0.1:" + strconv.Itoa(c.ports[0]) + "/readyz")
+		response, err := client.Get("https://" + c.machine.Address.String() + ":6443/readyz")
 		if err != nil {
 			return err
 		}
@@ -176,21 +207,12 @@ func (c *controller) start(t *testing.T) {
 
 func (c *controller) stop(t *testing.T) {
 	t.Helper()
-	if c.running == nil {
-		return
-	}
-	pid := c.running.Process.Pid
-	require.NoError(t, c.running.Process.Signal(unix.SIGTERM))
-	harness.Eventually(t, 30*time.Second, "the controller ends", func() error {
-		if unix.Kill(pid, 0) == nil {
-			return errors.New("it runs still")
-		}
-		return nil
-	})
-	c.running = nil
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	require.NoError(t, c.machine.Stop(ctx))
 }
 
-// requireRefusesTruncated cuts the newest file of that name in half, checks that
+// requireRefusesTruncated cuts the newest file of that name short, checks that
 // the controller refuses to start and changes nothing, and puts the file right.
 func (c *controller) requireRefusesTruncated(t *testing.T, pattern string) {
 	t.Helper()
@@ -212,7 +234,8 @@ func (c *controller) requireRefusesTruncated(t *testing.T, pattern string) {
 	require.NotEmpty(t, newest, "no %s in %s", pattern, c.data)
 	whole, err := os.ReadFile(newest)
 	require.NoError(t, err)
-	require.NoError(t, os.Truncate(newest, int64(len(whole)/2)))
+	// Well below half, for a database has room to spare at its end.
+	require.NoError(t, os.Truncate(newest, int64(min(len(whole)/2, 20<<10))))
 	before := contents(t, c.data)
 	requireFails(t, "controller", c.command(t), filepath.Base(newest))
 	require.Equal(t, before, contents(t, c.data), "nothing is destroyed")
@@ -224,7 +247,7 @@ func contents(t *testing.T, dir string) map[string]int64 {
 	t.Helper()
 	files := map[string]int64{}
 	require.NoError(t, filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() || filepath.Ext(path) == ".crt" || filepath.Ext(path) == ".key" || filepath.Ext(path) == ".pem" {
+		if err != nil || entry.IsDir() || entry.Name() == "lock" || slices.Contains([]string{".crt", ".key", ".pem"}, filepath.Ext(path)) {
 			return err
 		}
 		info, err := entry.Info()
@@ -242,6 +265,7 @@ func requireFails(t *testing.T, program string, cmd *exec.Cmd, want string) {
 	t.Helper()
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output
+	cmd.WaitDelay = time.Second // what nsenter started may outlive it
 	require.NoError(t, cmd.Start())
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -275,19 +299,6 @@ func asNobody(t *testing.T, program string, args ...string) *exec.Cmd {
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	return cmd
-}
-
-// freePorts returns ports of loopback that nothing listens on.
-func freePorts(t *testing.T, count int) []int {
-	t.Helper()
-	var ports []int
-	for range count {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		defer l.Close()
-		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
-	}
-	return ports
 }
 
 func clientOf(t *testing.T, bundle *pki.Bundle) *http.Client {

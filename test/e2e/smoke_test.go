@@ -27,6 +27,7 @@ import (
 // TestCluster walks through what a new user does with a cluster, on real
 // containers.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	c := harness.Up(t, harness.Options{Controllers: 3, Agents: 2, Sample: true})
 
 	t.Run("the kubeconfig has a context for all and one for each controller", func(t *testing.T) {
