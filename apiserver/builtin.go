@@ -11,6 +11,7 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/discovery"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/klog/v2"
 	controlplaneapiserver "k8s.io/kubernetes/pkg/controlplane/apiserver"
 	"k8s.io/kubernetes/pkg/controlplane/controller/defaultservicecidr"
 	"k8s.io/kubernetes/pkg/controlplane/controller/kubernetesservice"
@@ -124,7 +125,7 @@ func addServiceHooks(s *shared, c *controlplaneapiserver.CompletedConfig, server
 	}
 	endpoints := newControllerEndpoints(s.config, client)
 	if err := endpoints.ValidateIP(c.Generic.PublicAddress); err != nil {
-		return fmt.Errorf("AdvertiseAddress %s cannot be an endpoint of the kubernetes Service: %w", c.Generic.PublicAddress, err)
+		klog.Background().Info("WARNING: the kubernetes Service has no endpoint here, pods cannot reach the API by it: no endpoint may have this replica's advertised address", "address", c.Generic.PublicAddress, "reason", err)
 	}
 	service := kubernetesservice.New(kubernetesservice.Config{
 		PublicIP:           c.Generic.PublicAddress,

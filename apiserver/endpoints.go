@@ -48,6 +48,9 @@ func (e *controllerEndpoints) ReconcileEndpoints(service string, ip net.IP, port
 	if err != nil {
 		return err
 	}
+	if len(alive) == 0 {
+		return nil // a controller on loopback: no endpoint may have such an address
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if slices.Equal(alive, e.written) && time.Since(e.checked) < endpointRecheck {
@@ -85,11 +88,14 @@ func (e *controllerEndpoints) StopReconciling() {
 // aliveControllers implements reconcilers.Leases from gossip.
 type aliveControllers struct{ list func() []net.IP }
 
-// ListLeases returns the addresses of the controllers alive, sorted.
+// ListLeases returns the addresses of the controllers alive that an endpoint may
+// have, sorted.
 func (a aliveControllers) ListLeases() ([]string, error) {
 	var addresses []string
 	for _, ip := range a.list() {
-		addresses = append(addresses, ip.String())
+		if !ip.IsLoopback() && !ip.IsLinkLocalUnicast() && !ip.IsUnspecified() {
+			addresses = append(addresses, ip.String())
+		}
 	}
 	slices.Sort(addresses)
 	return slices.Compact(addresses), nil
