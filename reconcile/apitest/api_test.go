@@ -212,6 +212,7 @@ func (c *cluster) await(what string, ok func(*objects.Snapshot) bool) {
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
+	c.must(c.cache.WaitRevision(ctx, c.backend.Store().View().Revision())) // what was done before must show
 	for {
 		s := c.cache.Snapshot()
 		if ok(s) {
@@ -220,7 +221,9 @@ func (c *cluster) await(what string, ok func(*objects.Snapshot) bool) {
 		}
 		if err := c.cache.WaitRevision(ctx, s.Revision()+1); err != nil {
 			for m := range s.Metas().All() {
-				c.t.Logf("%s deleting=%v finalizers=%v", m.Key, m.DeletionTimestamp != nil, m.Finalizers)
+				if m.Namespace == "default" || m.Namespace == "shop" {
+					c.t.Logf("%s deleting=%v finalizers=%v", m.Key, m.DeletionTimestamp != nil, m.Finalizers)
+				}
 			}
 			c.t.Fatalf("waiting for %s: %v", what, err)
 		}
