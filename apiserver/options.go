@@ -71,6 +71,9 @@ func newOptions(ctx context.Context, c Config) (options.CompletedOptions, error)
 	// connections are idle.
 	o.GenericServerRunOptions.ShutdownWatchTerminationGracePeriod = time.Second
 
+	// None, and not "from a file that is not given", which is logged as an error.
+	o.Metrics.AllowListMapping = map[string]string{}
+
 	// Nothing connects there; the options and the storage factory made from them
 	// only carry codecs and prefixes.
 	o.Etcd.StorageConfig.Transport.ServerList = []string{"timonel.invalid"}

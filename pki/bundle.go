@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -97,7 +98,8 @@ func createBundle(dir string, now func() time.Time) (*Bundle, error) {
 	if err := syncDir(tmp); err != nil {
 		return nil, fmt.Errorf("create cluster bundle: %w", err)
 	}
-	if err := os.Rename(tmp, dir); err != nil {
+	// Not os.Rename, which refuses an empty folder in the way.
+	if err := syscall.Rename(tmp, dir); err != nil {
 		return nil, fmt.Errorf("create cluster bundle: %w", err)
 	}
 	if err := syncDir(parent); err != nil {

@@ -26,6 +26,16 @@ func newBundle(t *testing.T) *Bundle {
 
 func at(when time.Time) func() time.Time { return func() time.Time { return when } }
 
+func TestCreateBundleInAnEmptyFolder(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := CreateBundle(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadBundle(dir); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestCreateBundle(t *testing.T) {
 	t.Parallel()
 	b := newBundle(t)
