@@ -370,7 +370,7 @@ func (a *Agent) checkRuntime(ctx context.Context) time.Duration {
 	a.runtimeBad, a.networkBad = runtimeText, networkText
 	a.mu.Unlock()
 	if better {
-		a.pods.NetworkChanged()
+		a.pods.Hurry()
 	}
 	if runtimeText != "" || networkText != "" && a.network.Ready() {
 		return 100 * time.Millisecond // CRI is about to read the new configuration
@@ -387,6 +387,7 @@ func (a *Agent) collect(ctx context.Context) error {
 			return nil
 		case <-a.synced:
 		}
+		a.pods.Hurry() // those that wait for tokens
 		for {
 			err := a.pods.Collect(ctx)
 			if err == nil || ctx.Err() != nil {

@@ -47,7 +47,15 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 		}
 	}
 	if socket != "" && containerd.Ping(ctx, socket) == nil {
-		if err := removePods(ctx, socket); err != nil {
+		// In a containerd that others use too, only this agent's pods are ours.
+		only := func(uid string) bool { return true }
+		if daemon == nil {
+			only = func(uid string) bool {
+				_, err := os.Stat(cfg.dir("pods", uid))
+				return uid != "" && err == nil
+			}
+		}
+		if err := removePods(ctx, socket, only); err != nil {
 			log.Warn("remove pods by way of containerd; ending their processes instead", "error", err)
 		}
 	}
@@ -72,7 +80,7 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 }
 
 // removePods removes the sandboxes of this agent, with all in them.
-func removePods(ctx context.Context, socket string) error {
+func removePods(ctx context.Context, socket string, only func(uid string) bool) error {
 	rt, err := containerd.Dial(ctx, socket)
 	if err != nil {
 		return err
@@ -89,6 +97,9 @@ func removePods(ctx context.Context, socket string) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(16)
 	for _, s := range list.Items {
+		if !only(s.Metadata.GetUid()) {
+			continue
+		}
 		g.Go(func() error {
 			for _, c := range containers.Containers {
 				if c.PodSandboxId == s.Id {

@@ -191,8 +191,9 @@ func (m *Manager) WakeAll() {
 	}
 }
 
-// NetworkChanged lets pods that wait for the pod network try at once.
-func (m *Manager) NetworkChanged() {
+// Hurry lets pods that were put off for want of the pod network or of a
+// controller try at once.
+func (m *Manager) Hurry() {
 	for _, w := range m.all() {
 		w.mu.Lock()
 		w.hurry = true

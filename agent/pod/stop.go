@@ -49,12 +49,6 @@ func (w *worker) kill(pod *corev1.Pod, c *container, spec *corev1.Container, mes
 		w.mu.Unlock()
 		return
 	}
-	if _, put := w.retry["kill/"+c.id]; put && old == nil {
-		if _, put := w.deferred("kill/" + c.id); put {
-			w.mu.Unlock()
-			return
-		}
-	}
 	k := &killing{deadline: deadline}
 	w.kills[c.id] = k
 	w.mu.Unlock()
@@ -69,14 +63,18 @@ func (w *worker) kill(pod *corev1.Pod, c *container, spec *corev1.Container, mes
 	go func() {
 		defer w.wg.Done()
 		err := w.stopContainer(pod, c, spec, deadline, old == nil && grace > 0)
+		if err != nil && w.ctx.Err() == nil {
+			w.log.Warn("stop container; trying again", "container", c.name, "id", c.id, "error", rpcText(err))
+			select {
+			case <-w.ctx.Done():
+			case <-time.After(time.Second):
+			}
+		}
 		w.mu.Lock()
 		if w.kills[c.id] == k {
 			delete(w.kills, c.id)
 		}
 		w.mu.Unlock()
-		if err != nil && w.ctx.Err() == nil {
-			w.log.Warn("stop container", "container", c.name, "id", c.id, "error", rpcText(err))
-		}
 		w.wakeUp()
 	}()
 }

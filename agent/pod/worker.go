@@ -244,6 +244,7 @@ func (w *worker) sync() bool {
 		if w.hurry {
 			w.hurry = false
 			delete(w.retry, "sandbox")
+			delete(w.retry, "volumes")
 		}
 		w.mu.Unlock()
 		ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
@@ -261,9 +262,7 @@ func (w *worker) sync() bool {
 
 		if removed || pod.DeletionTimestamp != nil {
 			if w.cleaned {
-				if !removed {
-					w.m.cfg.Reporter.PodTerminated(pod)
-				}
+				w.finalReport(pod, removed)
 				return removed
 			}
 			ended := w.end(pod, obs)
@@ -275,7 +274,6 @@ func (w *worker) sync() bool {
 				return false
 			}
 			w.cleaned = true
-			w.finalReport(pod, removed)
 			continue
 		}
 		a := plan(pod, obs, w)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,9 +41,15 @@ func run(ctx context.Context, o *options) error {
 	klog.SetSlogLogger(cfg.Logger)
 	logrus.SetOutput(io.Discard) // containerd's client; its errors come back as errors
 
+	if err := portFree(cfg.GossipAddress); err != nil {
+		return err
+	}
 	m, err := o.membership(ctx, cfg.Logger)
 	if err != nil {
 		return err
+	}
+	if expires, err := m.node.Expires(); err == nil && time.Until(expires) < 30*24*time.Hour {
+		cfg.Logger.Warn("the node's certificate expires soon: remove the folder pki of --data-dir and start the agent with --token", "expires", expires)
 	}
 	if cfg.TLS, err = m.node.ClientTLS(); err != nil {
 		return err
@@ -83,6 +90,22 @@ func precheck(o *options) error {
 		return fmt.Errorf("--containerd: %w", err)
 	}
 	return nil
+}
+
+// portFree says whether gossip can have its port.
+func portFree(addr string) error {
+	l, err := net.Listen("tcp", addr)
+	if err == nil {
+		defer l.Close()
+		var p net.PacketConn
+		if p, err = net.ListenPacket("udp", addr); err == nil {
+			return p.Close()
+		}
+	}
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return fmt.Errorf("--gossip-port: %s is in use by another program: stop that one or give another port", addr)
+	}
+	return fmt.Errorf("--gossip-port: %w", err)
 }
 
 // lock makes this the only agent of a data folder.

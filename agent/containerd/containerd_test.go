@@ -1,0 +1,77 @@
+package containerd
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+func config(dir string) DaemonConfig {
+	return DaemonConfig{Dir: dir, PauseImage: "docker.io/timonel/pause:latest", CNIConfDir: filepath.Join(dir, "cni"), CNIBinDirs: []string{"/opt/cni"}}
+}
+
+func TestConfigIsDerivedFromItsFolder(t *testing.T) {
+	t.Parallel()
+	c := config("/data/a1")
+	text := string(c.render())
+	for _, want := range []string{
+		`root = "/data/a1/root"`, `state = "/data/a1/state"`, `address = "/data/a1/containerd.sock"`, `Root = "/data/a1/runc"`,
+		`conf_dir = "/data/a1/cni"`, `bin_dir = "/opt/cni"`, `config_path = "/data/a1/certs.d"`, `sandbox_image = "docker.io/timonel/pause:latest"`,
+	} {
+		require.Contains(t, text, want)
+	}
+	if path, err := exec.LookPath("containerd"); err == nil {
+		file := filepath.Join(t.TempDir(), "config.toml")
+		require.NoError(t, os.WriteFile(file, c.render(), 0o600))
+		out, err := exec.Command(path, "--config", file, "config", "dump").CombinedOutput()
+		require.NoError(t, err, string(out))
+	}
+	deep := config("/" + strings.Repeat("d", 120))
+	require.Less(t, len(deep.paths().socket), maxSocketPath)
+	require.NotEqual(t, deep.paths().socket, (&DaemonConfig{Dir: "/" + strings.Repeat("e", 120)}).paths().socket)
+}
+
+func TestValidateNamesTheField(t *testing.T) {
+	t.Parallel()
+	for field, spoil := range map[string]func(*DaemonConfig){
+		"Dir":        func(c *DaemonConfig) { c.Dir = "relative" },
+		"PauseImage": func(c *DaemonConfig) { c.PauseImage = "" },
+		"CNIConfDir": func(c *DaemonConfig) { c.CNIConfDir = "" },
+		"CNIBinDirs": func(c *DaemonConfig) { c.CNIBinDirs = nil },
+	} {
+		c := config("/data")
+		spoil(&c)
+		require.ErrorContains(t, c.Validate(), field)
+	}
+	c := config("/data")
+	c.Binary = "no-such-containerd"
+	if os.Geteuid() == 0 {
+		_, err := NewDaemon(c)
+		require.ErrorContains(t, err, "apt-get install containerd")
+	}
+}
+
+func TestProcessIdentity(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command("sleep", "100")
+	require.NoError(t, cmd.Start())
+	start, err := startTime(cmd.Process.Pid)
+	require.NoError(t, err)
+	p := process{pid: cmd.Process.Pid, start: start}
+	done := make(chan error, 1)
+	go func() { done <- p.wait(t.Context()) }()
+	select {
+	case <-done:
+		t.Fatal("it still runs")
+	case <-time.After(50 * time.Millisecond):
+	}
+	require.NoError(t, cmd.Process.Kill())
+	_ = cmd.Wait()
+	require.NoError(t, <-done)
+	require.NoError(t, process{pid: os.Getpid(), start: "other"}.wait(t.Context()), "a pid used again is another process")
+}

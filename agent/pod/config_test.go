@@ -1,0 +1,183 @@
+package pod
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// objects are ConfigMaps and Secrets by name.
+type objects struct {
+	maps    map[string]map[string]string
+	secrets map[string]map[string][]byte
+}
+
+func (o objects) ConfigMap(_, name string) (*corev1.ConfigMap, bool) {
+	d, ok := o.maps[name]
+	return &corev1.ConfigMap{Data: d}, ok
+}
+
+func (o objects) Secret(_, name string) (*corev1.Secret, bool) {
+	d, ok := o.secrets[name]
+	return &corev1.Secret{Data: d}, ok
+}
+
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	m := &Manager{cfg: Config{
+		Objects: objects{maps: map[string]map[string]string{"cm": {"a": "1", "b": "2"}}, secrets: map[string]map[string][]byte{"s": {"k": []byte("v")}}},
+		HostIPs: func() []string { return []string{"192.168.0.1", "fd00::1"} },
+		Capacity: func() corev1.ResourceList {
+			return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("8Gi")}
+		},
+		KubernetesServiceIP: "10.96.0.1",
+	}}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "p", Namespace: "ns", Labels: map[string]string{"l": "x"}}, Spec: corev1.PodSpec{NodeName: "n1"}}
+	yes := true
+	fromMap := func(name, key string, optional *bool) *corev1.EnvVarSource {
+		return &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{LocalObjectReference: corev1.LocalObjectReference{Name: name}, Key: key, Optional: optional}}
+	}
+	field := func(path string) *corev1.EnvVarSource {
+		return &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: path}}
+	}
+	for _, tc := range []struct {
+		name      string
+		container corev1.Container
+		want      map[string]string
+		err       string
+	}{
+		{"the API's address", corev1.Container{}, map[string]string{"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_PORT": "tcp://10.96.0.1:443"}, ""},
+		{"expansion in order", corev1.Container{Env: []corev1.EnvVar{{Name: "A", Value: "x"}, {Name: "B", Value: "$(A)y$(LATER)$$(A)"}, {Name: "LATER", Value: "z"}}},
+			map[string]string{"B": "xy$(LATER)$(A)"}, ""},
+		{"services can be expanded", corev1.Container{Env: []corev1.EnvVar{{Name: "URL", Value: "https://$(KUBERNETES_SERVICE_HOST)"}}}, map[string]string{"URL": "https://10.96.0.1"}, ""},
+		{"env wins over envFrom", corev1.Container{
+			EnvFrom: []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "cm"}}}},
+			Env:     []corev1.EnvVar{{Name: "a", Value: "mine-$(b)"}},
+		}, map[string]string{"a": "mine-2", "b": "2"}, ""},
+		{"a prefix", corev1.Container{EnvFrom: []corev1.EnvFromSource{{Prefix: "P_", SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "s"}}}}},
+			map[string]string{"P_k": "v"}, ""},
+		{"fields", corev1.Container{Env: []corev1.EnvVar{
+			{Name: "NODE", ValueFrom: field("spec.nodeName")}, {Name: "IP", ValueFrom: field("status.podIP")}, {Name: "HOSTS", ValueFrom: field("status.hostIPs")}, {Name: "L", ValueFrom: field("metadata.labels['l']")},
+		}}, map[string]string{"NODE": "n1", "IP": "10.0.0.9", "HOSTS": "192.168.0.1,fd00::1", "L": "x"}, ""},
+		{"an absent limit is the node's size", corev1.Container{Name: "c", Env: []corev1.EnvVar{{Name: "M", ValueFrom: &corev1.EnvVarSource{ResourceFieldRef: &corev1.ResourceFieldSelector{Resource: "limits.memory", Divisor: resource.MustParse("1Gi")}}}}},
+			map[string]string{"M": "8"}, ""},
+		{"optional and absent", corev1.Container{Env: []corev1.EnvVar{{Name: "X", ValueFrom: fromMap("none", "k", &yes)}, {Name: "Y", ValueFrom: fromMap("cm", "none", &yes)}}}, nil, ""},
+		{"no such map", corev1.Container{Env: []corev1.EnvVar{{Name: "X", ValueFrom: fromMap("none", "k", nil)}}}, nil, `configmap "none" not found`},
+		{"no such key", corev1.Container{Env: []corev1.EnvVar{{Name: "X", ValueFrom: fromMap("cm", "none", nil)}}}, nil, "couldn't find key none in ConfigMap ns/cm"},
+		{"envFrom of nothing", corev1.Container{EnvFrom: []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "none"}}}}}, nil, `secret "none" not found`},
+		{"no such field", corev1.Container{Env: []corev1.EnvVar{{Name: "X", ValueFrom: field("spec.nothing")}}}, nil, "environment variable X"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			p := pod.DeepCopy()
+			p.Spec.Containers = []corev1.Container{tc.container}
+			env, err := m.environment(p, &p.Spec.Containers[0], []string{"10.0.0.9"})
+			if tc.err != "" {
+				require.ErrorContains(t, err, tc.err)
+				return
+			}
+			require.NoError(t, err)
+			values := env.values()
+			for k, v := range tc.want {
+				require.Equal(t, v, values[k], k)
+			}
+			for _, k := range []string{"X", "Y"} {
+				require.NotContains(t, values, k)
+			}
+		})
+	}
+}
+
+func TestResources(t *testing.T) {
+	t.Parallel()
+	list := func(cpu, memory string) corev1.ResourceList {
+		out := corev1.ResourceList{}
+		if cpu != "" {
+			out[corev1.ResourceCPU] = resource.MustParse(cpu)
+		}
+		if memory != "" {
+			out[corev1.ResourceMemory] = resource.MustParse(memory)
+		}
+		return out
+	}
+	capacity := list("4", "10Gi")
+	for _, tc := range []struct {
+		name                       string
+		requests, limits           corev1.ResourceList
+		shares, quota, memory, oom int64
+		parent                     string
+	}{
+		{"best effort", nil, nil, 2, 0, 0, 1000, "/root/besteffort/podu"},
+		{"guaranteed", list("500m", "1Gi"), list("500m", "1Gi"), 512, 50000, 1 << 30, -997, "/root/podu"},
+		{"burstable", list("100m", "1Gi"), list("1", ""), 102, 100000, 0, 900, "/root/burstable/podu"},
+		{"a limit is a request", nil, list("2", ""), 2048, 200000, 0, 999, "/root/burstable/podu"},
+		{"least", list("1m", ""), list("1m", ""), 2, 1000, 0, 999, "/root/burstable/podu"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u"}, Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "c", Resources: corev1.ResourceRequirements{Requests: tc.requests, Limits: tc.limits}}}}}
+			r := containerResources(pod, &pod.Spec.Containers[0], capacity)
+			require.Equal(t, []int64{tc.shares, tc.quota, tc.memory, tc.oom}, []int64{r.CpuShares, r.CpuQuota, r.MemoryLimitInBytes, r.OomScoreAdj})
+			require.Equal(t, tc.parent, cgroupParent("/root", pod))
+		})
+	}
+}
+
+func TestDNS(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "resolv.conf")
+	require.NoError(t, os.WriteFile(file, []byte("# mine\nnameserver 9.9.9.9\nsearch example.com\noptions timeout:1\n"), 0o644))
+	two := "2"
+	for _, tc := range []struct {
+		name    string
+		spec    corev1.PodSpec
+		cluster []string
+		want    [3][]string // servers, searches, options
+	}{
+		{"default", corev1.PodSpec{DNSPolicy: corev1.DNSDefault}, []string{"10.96.0.10"}, [3][]string{{"9.9.9.9"}, {"example.com"}, {"timeout:1"}}},
+		{"cluster", corev1.PodSpec{DNSPolicy: corev1.DNSClusterFirst}, []string{"10.96.0.10"},
+			[3][]string{{"10.96.0.10"}, {"ns.svc.cluster.local", "svc.cluster.local", "cluster.local", "example.com"}, {"ndots:5"}}},
+		{"cluster without one", corev1.PodSpec{DNSPolicy: corev1.DNSClusterFirst}, nil, [3][]string{{"9.9.9.9"}, {"example.com"}, {"timeout:1"}}},
+		{"host network", corev1.PodSpec{DNSPolicy: corev1.DNSClusterFirst, HostNetwork: true}, []string{"10.96.0.10"}, [3][]string{{"9.9.9.9"}, {"example.com"}, {"timeout:1"}}},
+		{"none but the pod's", corev1.PodSpec{DNSPolicy: corev1.DNSNone, DNSConfig: &corev1.PodDNSConfig{Nameservers: []string{"1.1.1.1"}, Options: []corev1.PodDNSConfigOption{{Name: "ndots", Value: &two}}}},
+			nil, [3][]string{{"1.1.1.1"}, nil, {"ndots:2"}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			m := &Manager{cfg: Config{ResolvConf: file, ClusterDNS: tc.cluster, ClusterDomain: "cluster.local"}}
+			got, err := m.dnsConfig(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: tc.spec})
+			require.NoError(t, err)
+			require.Equal(t, tc.want, [3][]string{got.Servers, got.Searches, got.Options})
+		})
+	}
+}
+
+func TestTerminationMessage(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	said, empty, logs := filepath.Join(dir, "said"), filepath.Join(dir, "empty"), filepath.Join(dir, "log")
+	require.NoError(t, os.WriteFile(said, []byte("my last words"), 0o600))
+	require.NoError(t, os.WriteFile(empty, nil, 0o600))
+	require.NoError(t, os.WriteFile(logs, []byte("2026-01-01T00:00:00Z stdout F one\n2026-01-01T00:00:00Z stderr P tw\n2026-01-01T00:00:00Z stderr F o\n"), 0o600))
+	fallback := string(corev1.TerminationMessageFallbackToLogsOnError)
+	for _, tc := range []struct {
+		name string
+		c    container
+		want string
+	}{
+		{"the file", container{messageFile: said, messagePolicy: fallback, logPath: logs, exitCode: 1}, "my last words"},
+		{"the log when it failed", container{messageFile: empty, messagePolicy: fallback, logPath: logs, exitCode: 1}, "one\ntwo\n"},
+		{"not the log when it succeeded", container{messageFile: empty, messagePolicy: fallback, logPath: logs, message: "cri"}, "cri"},
+		{"not the log unless asked", container{messageFile: empty, logPath: logs, exitCode: 1}, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			require.Equal(t, tc.want, terminationMessage(&tc.c))
+		})
+	}
+}
