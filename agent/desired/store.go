@@ -285,7 +285,7 @@ func (s *Store) Pod(uid types.UID) (*corev1.Pod, bool) {
 	return pod, ok
 }
 
-// ConfigMap, Secret and ServiceAccount return an object that a pod refers to.
+// ConfigMap returns one that a pod refers to, as Secret and ServiceAccount do.
 func (s *Store) ConfigMap(namespace, name string) (*corev1.ConfigMap, bool) {
 	obj, ok := s.object(KindConfigMap, namespace, name).(*corev1.ConfigMap)
 	return obj, ok

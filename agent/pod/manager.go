@@ -178,8 +178,7 @@ func (m *Manager) Remove(pod *corev1.Pod) {
 func (m *Manager) ObjectChanged(kind, namespace, name string) {
 	for _, w := range m.all() {
 		if w.refersTo(kind, namespace, name) {
-			w.markVolumes()
-			w.wakeUp()
+			w.refresh()
 		}
 	}
 }

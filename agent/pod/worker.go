@@ -104,10 +104,12 @@ func (w *worker) remove() {
 	w.wakeUp()
 }
 
-func (w *worker) markVolumes() {
+// refresh makes the worker look again at what the pod refers to.
+func (w *worker) refresh() {
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.volumesDirty = true
+	w.volumesDirty, w.hurry = true, true
+	w.mu.Unlock()
+	w.wakeUp()
 }
 
 func (w *worker) name() string {
@@ -243,8 +245,7 @@ func (w *worker) sync() bool {
 		pod, removed := w.pod, w.removed
 		if w.hurry {
 			w.hurry = false
-			delete(w.retry, "sandbox")
-			delete(w.retry, "volumes")
+			maps.DeleteFunc(w.retry, func(step string, _ *retry) bool { return !strings.HasPrefix(step, "stop/") })
 		}
 		w.mu.Unlock()
 		ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
