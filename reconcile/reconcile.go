@@ -134,10 +134,3 @@ func (r *Result) at(t time.Time) {
 		r.Next = t
 	}
 }
-
-// merge adds what o decided.
-func (r *Result) merge(o Result) {
-	r.Changes = append(r.Changes, o.Changes...)
-	r.Events = append(r.Events, o.Events...)
-	r.at(o.Next)
-}

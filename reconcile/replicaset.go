@@ -225,14 +225,14 @@ const (
 	maxName     = 63
 )
 
-// names makes the names of new pods. They follow from the seed, so that a pass
-// can be repeated, and are known before the pods are created.
+// names makes the names of an owner's new objects, pods unless taken is replaced.
+// They follow from the seed, so that a pass can be repeated, and are known before
+// the objects are created.
 type names struct {
-	in     Input
-	owner  metav1.Object
 	prefix string
 	random *rand.Rand
 	used   map[string]bool
+	taken  func(name string) bool
 }
 
 func newNames(in Input, owner metav1.Object) *names {
@@ -240,11 +240,17 @@ func newNames(in Input, owner metav1.Object) *names {
 	if len(prefix) > maxName-nameSuffix {
 		prefix = prefix[:maxName-nameSuffix]
 	}
-	return &names{in: in, owner: owner, prefix: prefix, used: map[string]bool{},
-		random: rand.New(rand.NewPCG(in.Seed, hashString(string(owner.GetUID()))))}
+	return &names{
+		prefix: prefix, used: map[string]bool{},
+		random: rand.New(rand.NewPCG(in.Seed, hashString(string(owner.GetUID())))),
+		taken: func(name string) bool {
+			_, ok := in.Snapshot.Pods().Get(owner.GetNamespace(), name)
+			return ok
+		},
+	}
 }
 
-// next returns a name that no pod has.
+// next returns a name that none has.
 func (n *names) next() string {
 	for {
 		suffix := make([]byte, nameSuffix)
@@ -252,7 +258,7 @@ func (n *names) next() string {
 			suffix[i] = nameLetters[n.random.IntN(len(nameLetters))]
 		}
 		name := n.prefix + string(suffix)
-		if _, taken := n.in.Snapshot.Pods().Get(n.owner.GetNamespace(), name); !taken && !n.used[name] {
+		if !n.used[name] && !n.taken(name) {
 			n.used[name] = true
 			return name
 		}

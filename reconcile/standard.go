@@ -39,6 +39,7 @@ func Standard(c StandardConfig) ([]Reconciler, error) {
 		TaintEviction{Health: c.Health},
 		ReplicaSet{},
 		Deployment{},
+		EndpointSlice{},
 		NamespaceDefaults{RootCA: c.RootCA},
 		Namespace{},
 		GarbageCollector{},

@@ -69,7 +69,7 @@ func allReconcilers(t tester) []Reconciler {
 	}
 	return []Reconciler{
 		Deployment{}, ReplicaSet{}, scheduler, NodeLifecycle{}, TaintEviction{}, PodGC{}, TerminatedPodGC{Threshold: 3},
-		Namespace{}, NamespaceDefaults{RootCA: []byte("CA")}, GarbageCollector{},
+		EndpointSlice{PerSlice: 2}, Namespace{}, NamespaceDefaults{RootCA: []byte("CA")}, GarbageCollector{},
 		NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
 	}
 }

@@ -19,6 +19,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -179,6 +180,7 @@ func (c *cluster) addNode(name string) {
 // agents make bound pods run and end terminating ones on nodes with a stream.
 func (c *cluster) agents(ctx context.Context) error {
 	var after int64
+	ips := 0
 	for {
 		changes, err := c.cache.Changes(ctx, after)
 		if err != nil {
@@ -196,6 +198,9 @@ func (c *cluster) agents(ctx context.Context) error {
 			case pod.Status.Phase == corev1.PodPending:
 				pod = pod.DeepCopy()
 				pod.Status.Phase = corev1.PodRunning
+				ips++
+				pod.Status.PodIP = fmt.Sprintf("10.244.%d.%d", ips/250, ips%250+1)
+				pod.Status.PodIPs = []corev1.PodIP{{IP: pod.Status.PodIP}}
 				pod.Status.Conditions = append(pod.Status.Conditions, corev1.PodCondition{Type: corev1.PodReady, Status: corev1.ConditionTrue, LastTransitionTime: metav1.Now()})
 				_, err = pods.UpdateStatus(ctx, pod, metav1.UpdateOptions{})
 			}
@@ -286,7 +291,25 @@ func TestStandardReconcilers(t *testing.T) {
 
 	_, err := deployments.Create(c.ctx(), deployment("web", 3), metav1.CreateOptions{})
 	c.must(err)
+	_, err = c.client.CoreV1().Services("default").Create(c.ctx(), &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"},
+		Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{{Name: "http", Port: 80}}},
+	}, metav1.CreateOptions{})
+	c.must(err)
 	c.await("a deployment of 3", complete("web", 3))
+	c.await("its endpoints", func(s *objects.Snapshot) bool {
+		ready := 0
+		for slice := range s.EndpointSlices().InNamespace("default") {
+			if slice.Labels[discoveryv1.LabelServiceName] == "web" {
+				for _, ep := range slice.Endpoints {
+					if *ep.Conditions.Ready {
+						ready++
+					}
+				}
+			}
+		}
+		return ready == 3
+	})
 	patch("web", `{"spec":{"replicas":6}}`, "scale")
 	c.await("scaled to 6", complete("web", 6))
 	patch("web", `{"spec":{"template":{"metadata":{"annotations":{"kubectl.kubernetes.io/restartedAt":"now"}}}}}`)
