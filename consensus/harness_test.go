@@ -150,12 +150,11 @@ type cluster struct {
 
 type node struct {
 	*Replica
-	fsm    *mapFSM
-	grpc   *grpc.Server
-	addr   string // gRPC
-	raft   string
-	conns  map[string]*grpc.ClientConn
-	cancel context.CancelFunc
+	fsm   *mapFSM
+	grpc  *grpc.Server
+	addr  string // gRPC
+	raft  string
+	conns map[string]*grpc.ClientConn
 }
 
 func newCluster(t testing.TB, expect int) *cluster {

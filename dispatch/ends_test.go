@@ -2,7 +2,6 @@ package dispatch
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -27,7 +26,6 @@ import (
 // while all connections stay open, as a network does that lost a machine.
 type relay struct {
 	net.Listener
-	mu  sync.Mutex
 	cut chan struct{}
 }
 
@@ -202,5 +200,5 @@ func TestCutOff(t *testing.T) {
 	start := time.Now()
 	tracker.await(t, "a1", func(n NodeHealth) bool { return !n.Stream && n.ProbesFailed == 1 })
 	require.Less(t, time.Since(start), pb.PingInterval+pb.PingTimeout+2500*time.Millisecond)
-	t.Log(fmt.Sprintf("missed after %s", time.Since(start).Round(time.Millisecond)))
+	t.Logf("missed after %s", time.Since(start).Round(time.Millisecond))
 }

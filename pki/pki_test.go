@@ -235,7 +235,7 @@ func TestNodeSaveAndLoad(t *testing.T) {
 
 // handshake runs one TLS handshake in both directions and returns what each end
 // says of it, and whom the server saw.
-func handshake(t *testing.T, server, client *tls.Config) (serverErr, clientErr error, seen Identity) {
+func handshake(t *testing.T, server, client *tls.Config) (seen Identity, serverErr, clientErr error) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -267,7 +267,7 @@ func handshake(t *testing.T, server, client *tls.Config) (serverErr, clientErr e
 	}
 	raw.Close()
 	serverErr = <-done
-	return serverErr, clientErr, seen
+	return seen, serverErr, clientErr
 }
 
 func TestTLS(t *testing.T) {
@@ -318,7 +318,7 @@ func TestTLS(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			serverErr, clientErr, seen := handshake(t, test.server, test.client)
+			seen, serverErr, clientErr := handshake(t, test.server, test.client)
 			check := func(err error, want string) {
 				if want == "" {
 					require.NoError(t, err)
