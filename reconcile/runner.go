@@ -2,7 +2,6 @@ package reconcile
 
 import (
 	"context"
-	"fmt"
 	"runtime"
 	"sync"
 	"time"
@@ -377,6 +376,3 @@ func (t *term) expire(ctx context.Context) {
 		}
 	}
 }
-
-// String says which term this is, for panics.
-func (t *term) String() string { return fmt.Sprintf("term %d", t.number) }
