@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -66,7 +67,9 @@ func TestContainers(t *testing.T) {
 
 // TestWrites breaks controllers while clients write.
 func TestWrites(t *testing.T) {
-	c := harness.Up(t, harness.Options{Controllers: 3})
+	// Snapshots are due soon and few entries are kept behind them, so that a
+	// replica that was away cannot catch up from the log.
+	c := harness.Up(t, harness.Options{Controllers: 3, ControllerFlags: []string{"--snapshot-threshold=100", "--trailing-logs=10"}})
 
 	t.Run("a cluster at rest appends nothing to its log", func(t *testing.T) {
 		requireRest(t, c, 15*time.Second)
@@ -121,6 +124,9 @@ func TestWrites(t *testing.T) {
 	t.Run("all controllers killed and started", func(t *testing.T) { killAll(t, c) })
 
 	t.Run("a wiped controller catches up from a snapshot", func(t *testing.T) {
+		w := c.Write(t, "")
+		waitSnapshots(t, c)
+		w.Stop(t)
 		victim := follower(t, c)
 		require.NoError(t, c.Spec.Kill(t.Context(), victim, false))
 		require.NoError(t, c.Spec.Wipe(t.Context(), victim))
@@ -128,7 +134,30 @@ func TestWrites(t *testing.T) {
 		begin := time.Now()
 		c.Start(t, victim)
 		t.Logf("%s, wiped, serves %s after its start", victim, ms(time.Since(begin)))
+		require.NotEmpty(t, snapshots(t, c, victim), "it was sent a snapshot")
 		requireSameEverywhere(t, c)
+	})
+}
+
+// snapshots lists a controller's snapshot files.
+func snapshots(t *testing.T, c *harness.Cluster, name string) []string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(c.Spec.DataDir(name), "*", "snapshots", "*", "state.bin"))
+	require.NoError(t, err)
+	return files
+}
+
+// waitSnapshots waits until every controller has a snapshot; one is due every
+// minute or two.
+func waitSnapshots(t *testing.T, c *harness.Cluster) {
+	t.Helper()
+	harness.Eventually(t, 4*time.Minute, "each controller has a snapshot", func() error {
+		for _, name := range c.Spec.ControllerNames() {
+			if len(snapshots(t, c, name)) == 0 {
+				return errors.New(name + " has none")
+			}
+		}
+		return nil
 	})
 }
 
