@@ -110,7 +110,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 // without which no pod starts, is nowhere.
 func (a *Agent) importImages(ctx context.Context) error {
 	if a.cfg.ImagesDir != "" {
-		a.images = containerd.NewImporter(a.runtime, a.cfg.ImagesDir, a.log)
+		a.images = containerd.NewImporter(a.runtime, a.cfg.ImagesDir, a.cfg.dir("imported.json"), a.log)
 		if err := a.images.ImportAll(ctx); err != nil {
 			return err
 		}

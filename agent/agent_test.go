@@ -8,7 +8,9 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,6 +22,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -28,6 +31,7 @@ import (
 
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
+	"timonel/agent/volume"
 )
 
 func TestRunPodServeLogsAndEnd(t *testing.T) {
@@ -173,14 +177,11 @@ func TestCutOffAndBack(t *testing.T) {
 	n.stop()
 
 	t.Log("the machine reboots while cut off: containers are gone, the agent starts alone")
-	rt := runtimeOf(t, n)
-	for _, id := range sandboxes(t, rt) {
-		_, err := rt.StopPodSandbox(t.Context(), &runtimev1.StopPodSandboxRequest{PodSandboxId: id})
-		require.NoError(t, err)
-	}
+	reboot(t, n)
 	controllers := n.cfg.Controllers
 	n.cfg.Controllers = []string{"127.0.0.1:1"}
 	n.start()
+	rt := runtimeOf(t, n)
 	require.Eventually(t, func() bool { return len(running(t, rt)) == 2 }, 30*time.Second, 50*time.Millisecond)
 	n.stop()
 
@@ -202,6 +203,32 @@ func TestCutOffAndBack(t *testing.T) {
 		return err == nil && len(list.Items) == 0
 	}, 30*time.Second, 50*time.Millisecond)
 	require.NoDirExists(t, filepath.Join(n.cfg.DataDir, "pods", string(goes.UID)))
+}
+
+// reboot ends what the end of a machine ends: all processes, mounts and devices.
+func reboot(t *testing.T, n *testNode) {
+	t.Helper()
+	cfg := n.cfg
+	cfg.SetDefaults()
+	_ = syscall.Kill(readPid(t, cfg.DataDir), syscall.SIGKILL)
+	raw, err := exec.Command("pgrep", "-f", "containerd-shim.* -address "+filepath.Join(cfg.DataDir, "containerd", "containerd.sock")).Output()
+	require.NoError(t, err)
+	for _, f := range strings.Fields(string(raw)) {
+		pid, err := strconv.Atoi(f)
+		require.NoError(t, err)
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	require.Eventually(t, func() bool {
+		left := cgroup.Processes(cfg.CgroupRoot)
+		for _, pid := range left {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		return len(left) == 0
+	}, 10*time.Second, 20*time.Millisecond)
+	require.NoError(t, volume.Unmount(cfg.DataDir))
+	link, err := netlink.LinkByName("timonel0")
+	require.NoError(t, err)
+	require.NoError(t, netlink.LinkDel(link))
 }
 
 func runtimeOf(t *testing.T, n *testNode) *containerd.Runtime {

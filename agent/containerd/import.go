@@ -2,6 +2,7 @@ package containerd
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,19 +23,43 @@ import (
 type Importer struct {
 	runtime *Runtime
 	dir     string
+	record  string
 	log     *slog.Logger
 	seen    map[string]stamp // by path
 }
 
 // stamp tells whether a file is the one that was imported already.
 type stamp struct {
-	size    int64
-	modTime time.Time
+	Size    int64     `json:"size"`
+	ModTime time.Time `json:"modTime"`
+	Images  []string  `json:"images"`
 }
 
-// NewImporter returns an importer of dir's archives.
-func NewImporter(r *Runtime, dir string, log *slog.Logger) *Importer {
-	return &Importer{runtime: r, dir: dir, log: log, seen: map[string]stamp{}}
+// NewImporter returns an importer of dir's archives. It keeps a record, in the
+// file of that name, of what it has imported, for the next start.
+func NewImporter(r *Runtime, dir, record string, log *slog.Logger) *Importer {
+	im := &Importer{runtime: r, dir: dir, record: record, log: log, seen: map[string]stamp{}}
+	if raw, err := os.ReadFile(record); err == nil {
+		if err := json.Unmarshal(raw, &im.seen); err != nil {
+			im.seen = map[string]stamp{} // imports all again
+		}
+	}
+	return im
+}
+
+// done says whether a file is imported and its images are still there.
+func (im *Importer) done(ctx context.Context, path string, info fs.FileInfo) bool {
+	old, ok := im.seen[path]
+	if !ok || old.Size != info.Size() || !old.ModTime.Equal(info.ModTime()) {
+		return false
+	}
+	for _, name := range old.Images {
+		resp, err := im.runtime.Images.ImageStatus(ctx, &runtimev1.ImageStatusRequest{Image: &runtimev1.ImageSpec{Image: name}})
+		if err != nil || resp.Image == nil {
+			return false
+		}
+	}
+	return true
 }
 
 // ImportAll imports every archive that is new or has changed since this
@@ -54,8 +79,7 @@ func (im *Importer) ImportAll(ctx context.Context) error {
 			errs = append(errs, err)
 			continue
 		}
-		now := stamp{size: info.Size(), modTime: info.ModTime()}
-		if im.seen[path] == now {
+		if im.done(ctx, path, info) {
 			continue
 		}
 		names, err := im.runtime.Import(ctx, path)
@@ -63,7 +87,12 @@ func (im *Importer) ImportAll(ctx context.Context) error {
 			errs = append(errs, err)
 			continue
 		}
-		im.seen[path] = now
+		im.seen[path] = stamp{Size: info.Size(), ModTime: info.ModTime(), Images: names}
+		if raw, err := json.Marshal(im.seen); err == nil {
+			if err := os.WriteFile(im.record, raw, 0o600); err != nil {
+				errs = append(errs, fmt.Errorf("keep a record of imported images: %w", err))
+			}
+		}
 		im.log.Info("imported images", "file", path, "images", strings.Join(names, ","))
 	}
 	return errors.Join(errs...)

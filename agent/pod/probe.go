@@ -247,7 +247,8 @@ func (r *probeRun) loop(ctx context.Context) {
 			streak, last = 1, result
 		}
 		if result == probe.Failure {
-			r.p.w.event(r.pod, corev1.EventTypeWarning, "Unhealthy",
+			// Told once, not at every period: each event is a write to the log.
+			r.p.w.eventOnce(r.pod, corev1.EventTypeWarning, "Unhealthy",
 				fmt.Sprintf("%s probe failed: %s", map[string]string{probeStartup: "Startup", probeLiveness: "Liveness", probeReadiness: "Readiness"}[r.kind], output), r.spec.Name)
 		}
 		if result == probe.Failure && streak < int(max(r.probe.FailureThreshold, 1)) ||

@@ -270,7 +270,7 @@ func (w *worker) startContainer(pod *corev1.Pod, obs *observed, box *sandbox, s 
 	}
 	res := w.m.images.Ensure(w.ctx, image.Request{
 		Pod: pod, Container: s.spec, Secrets: w.pullSecrets(pod), Sandbox: box2, Changed: w.wakeUp,
-		Event: func(kind, reason, message string) { w.event(pod, kind, reason, message, name) },
+		Event: func(kind, reason, message string) { w.eventOnce(pod, kind, reason, message, name) },
 	})
 	switch res.State {
 	case image.Pulling:

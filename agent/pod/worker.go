@@ -42,6 +42,7 @@ type worker struct {
 	expected     map[string]*expectation
 	kills        map[string]*killing
 	hooks        map[string]*hook
+	said         map[string]string // last message of an event that would repeat
 	status       *corev1.PodStatus // last computed
 
 	ctx       context.Context
@@ -56,8 +57,7 @@ type worker struct {
 	verdict   *verdict
 	stopped   map[string]bool // sandboxes that were stopped
 	cleaned   bool
-	said      map[string]string // last message of an event that would repeat
-	next      time.Time         // when to look again without being woken
+	next      time.Time // when to look again without being woken
 }
 
 // expectation is an exit that CRI has not confirmed yet.
@@ -423,9 +423,12 @@ func (w *worker) event(pod *corev1.Pod, kind, reason, message, container string)
 // until another one of its reason.
 func (w *worker) eventOnce(pod *corev1.Pod, kind, reason, message, container string) {
 	key := reason + "/" + container
-	if w.said[key] == message {
+	w.mu.Lock()
+	again := w.said[key] == message
+	w.said[key] = message
+	w.mu.Unlock()
+	if again {
 		return
 	}
-	w.said[key] = message
 	w.event(pod, kind, reason, message, container)
 }
