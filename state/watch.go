@@ -258,6 +258,9 @@ func (w *Watcher) Poll() ([]*Event, error) {
 		next := w.position.next.Load()
 		if next == nil {
 			w.progress = max(w.progress, w.end, delivered)
+			if n := len(events); n > 0 {
+				w.progress = max(w.progress, events[n-1].Revision)
+			}
 			return events, nil
 		}
 		if len(events) == watchBatch {
