@@ -23,7 +23,8 @@ up: deps build images ## Bring a cluster up: three controllers, two agents, a sa
 	$(SUDO) bin/timonel up
 
 .PHONY: down
-down: build ## Take it down; nothing of it is left
+down: ## Take it down; nothing of it is left
+	@test -x bin/timonel || $(MAKE) build
 	$(SUDO) bin/timonel down
 
 .PHONY: build
