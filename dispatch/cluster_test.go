@@ -45,6 +45,7 @@ type cluster struct {
 	mu          sync.Mutex
 	index       uint64
 	controllers map[string]*controller
+	known       map[string][]string // the controllers that each real agent was told of
 }
 
 type controller struct {
@@ -59,7 +60,8 @@ func newCluster(t *testing.T, names ...string) *cluster {
 	t.Helper()
 	bundle, err := pki.CreateBundle(filepath.Join(t.TempDir(), "pki"))
 	require.NoError(t, err)
-	c := &cluster{t: t, bundle: bundle, store: state.New(state.Options{}), gossip: newFakeGossip(), controllers: make(map[string]*controller)}
+	c := &cluster{t: t, bundle: bundle, store: state.New(state.Options{}), gossip: newFakeGossip(), controllers: make(map[string]*controller),
+		known: make(map[string][]string)}
 	c.api = &fakeAPI{c: c}
 	for _, name := range names {
 		c.start(name)
@@ -131,6 +133,18 @@ func (c *cluster) start(name string) *controller {
 	c.gossip.set(gossip.Member{Name: name, Role: gossip.RoleController, State: gossip.Alive, Addr: "127.0.0.1:7946"})
 	require.Eventually(c.t, func() bool { return k.running.Load() != nil }, patience, time.Millisecond)
 	return k
+}
+
+func (c *cluster) tell(agent string, controllers []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.known[agent] = controllers
+}
+
+func (c *cluster) knownTo(agent string) []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.known[agent]
 }
 
 func (c *cluster) addr(name string) string {

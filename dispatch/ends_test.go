@@ -84,7 +84,8 @@ func (c *cluster) realAgent(name string, controllers ...string) (*stream.Client,
 	require.NoError(c.t, err)
 	client := stream.New(stream.Config{
 		NodeName: name, Version: "test", TLS: c.nodeTLS(name), Controllers: controllers, Desired: store,
-		Logger: slog.New(slog.DiscardHandler),
+		Logger:  slog.New(slog.DiscardHandler),
+		Cluster: func(news *pb.Cluster) { c.tell(name, news.GetControllers()) },
 		Tunnel: func(target string, conn net.Conn) {
 			go func() { // as an HTTP server would
 				_ = http.Serve(&oneConn{conn: conn}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -162,10 +163,7 @@ func TestBothEnds(t *testing.T) {
 	}
 
 	// c1 dies; what happens meanwhile is not missed.
-	eventually(t, "the agent knows c2", func() bool {
-		_, _, ok := client.Connected()
-		return ok && len(c.addrs()) == 2
-	})
+	eventually(t, "the agent knows c2", func() bool { return len(c.knownTo("a1")) == 2 })
 	c.controllers["c1"].stop()
 	c.put(configMap("env", "2"))
 	c.put(podOn("a1", "second", "u2"))

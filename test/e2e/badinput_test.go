@@ -171,7 +171,8 @@ func (c *controller) command(t *testing.T) *exec.Cmd {
 func (c *controller) agent(t *testing.T, token string) *exec.Cmd {
 	t.Helper()
 	return c.inside(t, []string{harness.Program(t, "agent"), "--name=a1", "--data-dir", t.TempDir(), "--node-ip", c.machine.Address.String(),
-		"--controllers", c.machine.Address.String() + ":7443", "--token", token, "--cgroup-root", "/timonel-badstart"})
+		"--controllers", c.machine.Address.String() + ":7443", "--gossip-port=17946", // 7946 is the controller's, on the same machine
+		"--token", token, "--cgroup-root", "/timonel-badstart"})
 }
 
 func (c *controller) inside(t *testing.T, argv []string) *exec.Cmd {
