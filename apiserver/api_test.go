@@ -23,6 +23,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/apiserver/pkg/authentication/user"
 	applycorev1 "k8s.io/client-go/applyconfigurations/core/v1"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -373,6 +374,17 @@ func TestAuthorizes(t *testing.T) {
 			if _, err := c.RESTClient().Get().AbsPath(path).DoRaw(ctx); err != nil {
 				t.Errorf("GET %s: %v", path, err)
 			}
+		}
+	})
+	t.Run("path of ours", func(t *testing.T) {
+		const path = "/timonel/v1/test"
+		_, err := client(t, f.network(t, "eve")).RESTClient().Get().AbsPath(path).DoRaw(ctx)
+		if !apierrors.IsForbidden(err) {
+			t.Errorf("%v, want Forbidden", err)
+		}
+		answer, err := client(t, f.network(t, "ops", user.SystemPrivilegedGroup)).RESTClient().Post().AbsPath(path).DoRaw(ctx)
+		if err != nil || !strings.HasPrefix(string(answer), "POST ") || !strings.HasSuffix(string(answer), "deadline: false") {
+			t.Errorf("%q, %v", answer, err)
 		}
 	})
 	t.Run("node restriction", func(t *testing.T) {

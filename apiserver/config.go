@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
+	"strings"
 	"time"
 
 	utilnet "k8s.io/apimachinery/pkg/util/net"
@@ -76,6 +78,11 @@ type Config struct {
 	// ReadyOnly names the checks of Health that only matter to /readyz, such as
 	// "is there a leader": restarting this replica would not help.
 	ReadyOnly []string
+	// Paths are handlers of further paths under "/timonel/", behind
+	// authentication and RBAC (nonResourceURLs, whose verb is the method in lower
+	// case). One that ends in "/" serves what is below it too. Requests have no
+	// deadline: handlers bound their own time.
+	Paths map[string]http.Handler
 
 	// UnreachableTolerationSeconds is how long a pod that does not say stays
 	// bound to a node that is not ready or unreachable. Default: 30 (upstream:
@@ -169,6 +176,11 @@ func (c Config) Validate() error {
 	for _, name := range c.ReadyOnly {
 		if c.Health[name] == nil {
 			wrong("ReadyOnly", "names %q, which is not a check in Health", name)
+		}
+	}
+	for path, handler := range c.Paths {
+		if !strings.HasPrefix(path, "/timonel/") || handler == nil {
+			wrong("Paths", "%q: needs a handler, and a path under /timonel/", path)
 		}
 	}
 	return errors.Join(errs...)

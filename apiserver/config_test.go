@@ -3,6 +3,7 @@ package apiserver
 import (
 	"context"
 	"net"
+	"net/http"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -38,6 +39,7 @@ func TestConfigValidate(t *testing.T) {
 		{"node ports", func(c *Config) { c.NodePortRange = utilnet.PortRange{Base: 65000, Size: 1000} }, "NodePortRange 65000-65999"},
 		{"toleration", func(c *Config) { c.UnreachableTolerationSeconds = -1 }, "UnreachableTolerationSeconds"},
 		{"no key", func(c *Config) { c.Certificates.ServiceAccountKey = "" }, "Certificates.ServiceAccountKey is required"},
+		{"path", func(c *Config) { c.Paths = map[string]http.Handler{"/api/x": http.NotFoundHandler()} }, `Paths "/api/x"`},
 		{"check", func(c *Config) { c.ReadyOnly = []string{"raft"} }, `ReadyOnly names "raft"`},
 	} {
 		t.Run(test.name, func(t *testing.T) {

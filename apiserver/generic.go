@@ -95,8 +95,8 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 	generic.OpenAPIConfig.Info.Title = "Kubernetes"
 	generic.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(definitions, namer)
 	generic.OpenAPIV3Config.Info.Title = "Kubernetes"
-	generic.LongRunningFunc = genericfilters.BasicLongRunningRequestCheck(
-		sets.NewString("watch", "proxy"), sets.NewString("attach", "exec", "proxy", "log", "portforward"))
+	generic.LongRunningFunc = withLongPaths(genericfilters.BasicLongRunningRequestCheck(
+		sets.NewString("watch", "proxy"), sets.NewString("attach", "exec", "proxy", "log", "portforward")), s.config.Paths)
 	generic.AggregatedDiscoveryGroupManager = aggregated.NewResourceManager("apis")
 
 	if s.storage, err = newStorageFactory(o, generic); err != nil {

@@ -68,6 +68,7 @@ func build(ctx context.Context, c Config) (_ *Server, err error) {
 	if err != nil {
 		return nil, err
 	}
+	installPaths(chain.GenericAPIServer.Handler.NonGoRestfulMux, c.Paths)
 	// Shutdown gives connections this long to become idle.
 	chain.GenericAPIServer.ShutdownTimeout = c.DrainTimeout
 	prepared, err := chain.PrepareRun()

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
@@ -47,6 +48,11 @@ var commonServer = sync.OnceValues(func() (*fixture, error) {
 			}
 		}
 		c.ReadyOnly = []string{"raft"}
+		c.Paths = map[string]http.Handler{"/timonel/v1/test": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			who, _ := request.UserFrom(r.Context())
+			_, deadline := r.Context().Deadline()
+			fmt.Fprintf(w, "%s %s, deadline: %t", r.Method, who.GetName(), deadline)
+		})}
 	})
 })
 
