@@ -95,6 +95,10 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 	generic.OpenAPIConfig.Info.Title = "Kubernetes"
 	generic.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(definitions, namer)
 	generic.OpenAPIV3Config.Info.Title = "Kubernetes"
+	// Without these, builders put in functions that keep all definitions, 14 MB,
+	// for as long as the configuration lives.
+	generic.OpenAPIConfig.GetOperationIDAndTagsFromRoute = operationOfRoute
+	generic.OpenAPIV3Config.GetOperationIDAndTagsFromRoute = operationOfRoute
 	generic.LongRunningFunc = withLongPaths(genericfilters.BasicLongRunningRequestCheck(
 		sets.NewString("watch", "proxy"), sets.NewString("attach", "exec", "proxy", "log", "portforward")), s.config.Paths)
 	generic.AggregatedDiscoveryGroupManager = aggregated.NewResourceManager("apis")

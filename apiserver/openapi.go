@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/emicklei/go-restful/v3"
+	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/kube-openapi/pkg/builder"
 	"k8s.io/kube-openapi/pkg/builder3"
@@ -69,6 +70,15 @@ func installOpenAPI(server *genericapiserver.GenericAPIServer, v2 *common.Config
 		routes[openAPIv3+"/"].ServeHTTP(w, r)
 	}))
 	return nil
+}
+
+// operationOfRoute names the operation of a route, as upstream does.
+func operationOfRoute(route common.Route) (string, []string, error) {
+	adapter, ok := route.(*restfuladapter.RouteAdapter)
+	if !ok {
+		return "", nil, fmt.Errorf("route %s %s is a %T", route.Method(), route.Path(), route)
+	}
+	return openapinamer.GetOperationIDAndTags(adapter.Route)
 }
 
 // buildV3 builds the specification of one group version, or of what is at one

@@ -2,10 +2,110 @@ package main
 
 import (
 	"bufio"
+	"context"
+	"fmt"
 	"os"
+	"runtime/debug"
+	"runtime/metrics"
 	"strconv"
 	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+const (
+	// idleGC is the GOGC of a controller that has little to do: its heap may grow
+	// by a quarter between collections. busyGC is Go's default.
+	idleGC, busyGC = 25, 100
+	// busyRate is from how many bytes allocated per second a controller is busy.
+	// At that rate an idle one would collect every four seconds or so.
+	busyRate = 4 << 20
+	// tendEvery is how often to look which it is, quietFor how often in a row it
+	// must have been quiet to be called idle.
+	tendEvery, quietFor = 2 * time.Second, 4
+)
+
+// tendMemory keeps the memory of a controller small while it has little to do,
+// and leaves the collector alone while it is busy, as at the start. It ends with
+// ctx.
+func tendMemory(ctx context.Context) error {
+	if os.Getenv("GOGC") != "" {
+		return nil // the operator decides
+	}
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(sample)
+	last, lastTime := sample[0].Value.Uint64(), time.Now()
+	started, idle, quiet := false, false, 0
+	for pause(ctx, tendEvery) {
+		metrics.Read(sample)
+		allocated, now := sample[0].Value.Uint64(), time.Now()
+		rate := float64(allocated-last) / now.Sub(lastTime).Seconds()
+		last, lastTime = allocated, now
+		if rate >= busyRate {
+			quiet = 0
+		} else {
+			quiet++
+		}
+		switch {
+		case !idle && quiet == quietFor:
+			idle = true
+			debug.SetGCPercent(idleGC)
+			debug.FreeOSMemory()
+			if !started {
+				started = true
+				_ = releaseProgram() // an economy, nothing depends on it
+			}
+		case idle && quiet == 0:
+			idle = false
+			debug.SetGCPercent(busyGC)
+		}
+	}
+	return ctx.Err()
+}
+
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// releaseProgram tells the kernel that the pages of the program's own file need
+// not stay mapped: half of them ran at the start alone. What is needed is mapped
+// again from the page cache when it is next touched. Pages that are written to
+// are left alone.
+func releaseProgram() error {
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	f, err := os.Open("/proc/self/maps")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	s := bufio.NewScanner(f)
+	for s.Scan() {
+		// start-end perms offset device inode path
+		fields := strings.Fields(s.Text())
+		if len(fields) < 6 || strings.Join(fields[5:], " ") != exe || strings.Contains(fields[1], "w") {
+			continue
+		}
+		var start, end uintptr
+		if _, err := fmt.Sscanf(fields[0], "%x-%x", &start, &end); err != nil {
+			return err
+		}
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, start, end-start, unix.MADV_DONTNEED); errno != 0 {
+			return fmt.Errorf("madvise %s: %w", fields[0], errno)
+		}
+	}
+	return s.Err()
+}
 
 // residentMemory is how many bytes this process holds in memory, and how many of
 // them are anonymous (not backed by the program's file). Zeros where the kernel

@@ -114,6 +114,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		}
 	})
 	group.Go(func() error { return ended(k.cache.Run(ctx)) })
+	group.Go(func() error { return ended(tendMemory(ctx)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
 	err = group.Wait()
 	if errors.Is(err, grpc.ErrServerStopped) {

@@ -11,13 +11,14 @@ import (
 )
 
 // kubectlCommand is kubectl itself, of the version of the API, with the
-// cluster's kubeconfig unless KUBECONFIG or --kubeconfig names another.
+// cluster's kubeconfig unless --kubeconfig names another, or KUBECONFIG while
+// --run is not given.
 func (t *tool) kubectlCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "kubectl …", Short: "kubectl, of the right version and for this cluster",
 		DisableFlagParsing: true, // all flags are kubectl's
-		RunE: func(_ *cobra.Command, args []string) error {
-			if os.Getenv("KUBECONFIG") == "" {
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if os.Getenv("KUBECONFIG") == "" || cmd.Root().PersistentFlags().Changed("run") {
 				s, err := t.load()
 				if err != nil {
 					return err

@@ -45,7 +45,9 @@ func command() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		// So that `timonel --run DIR kubectl …` takes --run for itself.
+		TraverseChildren: true,
+		RunE:             func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.PersistentFlags().StringVar(&t.run, "run", environment("TIMONEL_RUN", "run"), "the cluster's folder (or TIMONEL_RUN)")
 	root.PersistentFlags().StringVar(&t.name, "name", environment("TIMONEL_NAME", "timonel"), "the cluster's name (or TIMONEL_NAME)")

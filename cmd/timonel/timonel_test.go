@@ -42,6 +42,13 @@ func TestCommandLineErrors(t *testing.T) {
 	}
 }
 
+func TestKubectlTakesRunForItself(t *testing.T) {
+	t.Parallel()
+	root, dir := command(), t.TempDir()
+	root.SetArgs([]string{"--run", dir, "kubectl", "get", "namespaces"})
+	require.ErrorContains(t, root.Execute(), "no cluster in "+dir)
+}
+
 func TestInitMakesABundleOnce(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "bundle")
