@@ -36,6 +36,8 @@ const (
 	valueLive   = 1 // the key's current value
 	valueEvent  = 2 // the value that the event of the KV's revision put
 	valueNone   = 3 // no KV
+
+	keysOutOfOrder = "keys out of order"
 )
 
 // ErrCorrupt is wrapped by the error of a Restore from bytes that are not a
@@ -55,21 +57,27 @@ func (v View) WriteTo(w io.Writer) (int64, error) {
 	if v.v.expiry == nil {
 		return 0, fmt.Errorf("snapshot of revision %d: only a view that was the newest can be written", v.v.revision)
 	}
-	sum := sha256.New()
 	counter := &countingWriter{w: w}
-	buffered := bufio.NewWriterSize(io.MultiWriter(counter, sum), snapshotBuffer)
+	if err := writeRecords(counter, func(e *snapshotEncoder) { e.view(v.v) }); err != nil {
+		return counter.n, fmt.Errorf("write snapshot of revision %d: %w", v.v.revision, err)
+	}
+	return counter.n, nil
+}
+
+// writeRecords writes the magic, what write encodes, and the checksum.
+func writeRecords(w io.Writer, write func(e *snapshotEncoder)) error {
+	sum := sha256.New()
+	buffered := bufio.NewWriterSize(io.MultiWriter(w, sum), snapshotBuffer)
 	e := &snapshotEncoder{w: buffered}
-	e.view(v.v)
+	_, e.err = buffered.WriteString(snapshotMagic)
+	write(e)
 	if e.err == nil {
 		e.err = buffered.Flush()
 	}
 	if e.err == nil {
-		_, e.err = counter.Write(sum.Sum(nil))
+		_, e.err = w.Write(sum.Sum(nil))
 	}
-	if e.err != nil {
-		return counter.n, fmt.Errorf("write snapshot of revision %d: %w", v.v.revision, e.err)
-	}
-	return counter.n, nil
+	return e.err
 }
 
 type countingWriter struct {
@@ -100,25 +108,32 @@ func (e *snapshotEncoder) flush() {
 }
 
 func (e *snapshotEncoder) view(v *version) {
-	_, e.err = e.w.WriteString(snapshotMagic)
 	h := &v.hist
-	e.b = append(e.b[:0], recordMeta, snapshotVersion)
-	for _, n := range []uint64{uint64(v.revision), uint64(h.first), v.index, v.term, uint64(v.clock), v.hash, uint64(v.root.Len())} {
-		e.b = binary.AppendUvarint(e.b, n)
-	}
-	e.flush()
+	e.meta(v, uint64(v.root.Len()))
 	v.root.Scan(func(_ string, kv *KV) bool {
-		e.b = append(e.b[:0], recordKV)
-		e.b = appendString(e.b, kv.Key)
-		e.b = appendBytes(e.b, kv.Value)
-		e.b = appendNumbers(e.b, kv)
-		e.flush()
+		e.kv(kv)
 		return e.err == nil
 	})
 	for r := h.first; r < h.next && e.err == nil; r++ {
 		e.event(v, h.at(r))
 	}
 	e.b = append(e.b[:0], recordEnd)
+	e.flush()
+}
+
+func (e *snapshotEncoder) meta(v *version, keys uint64) {
+	e.b = append(e.b[:0], recordMeta, snapshotVersion)
+	for _, n := range []uint64{uint64(v.revision), uint64(v.hist.first), v.index, v.term, uint64(v.clock), v.hash, keys} {
+		e.b = binary.AppendUvarint(e.b, n)
+	}
+	e.flush()
+}
+
+func (e *snapshotEncoder) kv(kv *KV) {
+	e.b = append(e.b[:0], recordKV)
+	e.b = appendString(e.b, kv.Key)
+	e.b = appendBytes(e.b, kv.Value)
+	e.b = appendNumbers(e.b, kv)
 	e.flush()
 }
 
@@ -228,45 +243,60 @@ func truncated(err error) error {
 }
 
 func readSnapshot(r io.Reader) (version, error) {
+	s := &snapshotReader{}
+	err := readRecords(r, func(kind byte, fields *decoder) (end bool, err error) {
+		s.record(kind, fields)
+		return s.ended, nil
+	})
+	if err != nil {
+		return version{}, err
+	}
+	return s.v, nil
+}
+
+// readRecords calls each with the records of a snapshot up to the one that it
+// calls the end, then verifies the checksum and that nothing follows.
+func readRecords(r io.Reader, each func(kind byte, fields *decoder) (end bool, err error)) error {
 	sum := sha256.New()
 	d := &snapshotDecoder{r: bufio.NewReaderSize(r, snapshotBuffer), sum: bufio.NewWriterSize(sum, snapshotBuffer)}
 	magic := make([]byte, len(snapshotMagic))
 	if _, err := io.ReadFull(d.r, magic); err != nil {
-		return version{}, truncated(err)
+		return truncated(err)
 	}
 	if string(magic) != snapshotMagic {
-		return version{}, fmt.Errorf("%w: it does not begin as a Timonel snapshot", ErrCorrupt)
+		return fmt.Errorf("%w: it does not begin as a Timonel snapshot", ErrCorrupt)
 	}
 	_, _ = d.sum.Write(magic)
-	s := &snapshotReader{}
-	for !s.ended {
+	for end := false; !end; {
 		kind, fields, err := d.record()
 		if err != nil {
-			return version{}, err
+			return err
 		}
-		s.record(kind, fields)
+		if end, err = each(kind, fields); err != nil {
+			return err
+		}
 		if fields.err == nil && len(fields.b) > 0 {
 			fields.fail("bytes after the end of a record")
 		}
 		if fields.err != nil {
-			return version{}, fmt.Errorf("%w: %w", ErrCorrupt, fields.err)
+			return fmt.Errorf("%w: %w", ErrCorrupt, fields.err)
 		}
 	}
 	_ = d.sum.Flush()
 	want := sum.Sum(nil)
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(d.r, got); err != nil {
-		return version{}, truncated(err)
+		return truncated(err)
 	}
 	if !bytes.Equal(got, want) {
-		return version{}, fmt.Errorf("%w: checksum differs", ErrCorrupt)
+		return fmt.Errorf("%w: checksum differs", ErrCorrupt)
 	}
 	if _, err := d.r.ReadByte(); err == nil {
-		return version{}, fmt.Errorf("%w: bytes after its end", ErrCorrupt)
+		return fmt.Errorf("%w: bytes after its end", ErrCorrupt)
 	} else if !errors.Is(err, io.EOF) {
-		return version{}, err
+		return err
 	}
-	return s.v, nil
+	return nil
 }
 
 // snapshotReader builds a version from records.
@@ -325,7 +355,7 @@ func (s *snapshotReader) kv(d *decoder) {
 	kv := &KV{Key: d.string("key"), Value: d.bytes("value")}
 	d.numbers(kv, s.v.revision)
 	if d.err == nil && s.v.root.Len() > 0 && kv.Key <= s.lastKey {
-		d.fail("keys out of order")
+		d.fail(keysOutOfOrder)
 	}
 	if d.err != nil {
 		return
