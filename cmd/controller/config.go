@@ -34,6 +34,8 @@ type config struct {
 	snapshotThreshold, trailingLogs                uint64
 	historyRevisions                               int
 
+	backups backupConfig
+
 	logLevel, logFormat string
 }
 
@@ -75,6 +77,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Uint64Var(&c.snapshotThreshold, "snapshot-threshold", c.snapshotThreshold, "log entries after which a snapshot is taken (0: the tuned default)")
 	f.Uint64Var(&c.trailingLogs, "trailing-logs", c.trailingLogs, "log entries kept behind a snapshot for slow followers (0: the tuned default)")
 	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "revisions kept for watches to resume from and lists to be paged over (0: the default)")
+	c.backups.flags(f)
 	f.StringVar(&c.logLevel, "log-level", c.logLevel, "debug, info, warn or error")
 	f.StringVar(&c.logFormat, "log-format", c.logFormat, "text or json")
 }
@@ -152,6 +155,7 @@ func (c *config) validate() error {
 	if c.lostShare <= 0 || c.lostShare > 1 {
 		bad("lost-share", "%g is not above 0 and at most 1", c.lostShare)
 	}
+	c.backups.validate(bad)
 	return errors.Join(errs...)
 }
 

@@ -47,6 +47,9 @@ func (k *controller) lead(ctx context.Context) error {
 		group.Go(func() error { return ended(k.tracker.Run(ctx)) })
 		group.Go(func() error { return ended(storage.Expire(ctx, k.backend, k.log)) })
 		group.Go(func() error { return ended(runner.Run(ctx, term)) })
+		if k.scheduler != nil {
+			group.Go(func() error { return ended(k.scheduler.Run(ctx)) })
+		}
 		return group.Wait()
 	})
 }

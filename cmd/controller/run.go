@@ -17,6 +17,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"timonel/apiserver"
+	"timonel/backup"
 	"timonel/consensus"
 	"timonel/dispatch"
 	"timonel/gossip"
@@ -43,6 +44,8 @@ type controller struct {
 	api     *apiserver.Server
 	agents  *dispatch.Dispatcher
 	tracker *dispatch.Tracker
+	// scheduler takes scheduled snapshots on the leader; nil if none are wanted.
+	scheduler *backup.Scheduler
 }
 
 // run serves until ctx ends, or until a part of the controller fails.
@@ -83,6 +86,9 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	}
 	defer k.replica.Close()
 	k.backend = backend{store: k.store, replica: k.replica}
+	if k.scheduler, err = k.newScheduler(); err != nil {
+		return err
+	}
 
 	files, err := identity.WriteFiles(filepath.Join(c.dataDir, "pki"))
 	if err != nil {
@@ -160,6 +166,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 				return nil
 			},
 		},
+		Paths:                        k.backupPaths(),
 		ReadyOnly:                    []string{"raft-leader"},
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}

@@ -64,6 +64,9 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 		FsyncMicroseconds: uint64(s.Fsync / time.Microsecond),
 		Problems:          append(s.Problems, k.pool.Problems()...),
 	}
+	if k.scheduler != nil {
+		out.Problems = append(out.Problems, k.scheduler.Problems()...)
+	}
 	for _, m := range k.pool.Members() {
 		out.Members = append(out.Members, &pb.Member{
 			Name: m.Name, Address: m.Addr, Role: m.Role, State: strings.ToLower(m.State.String()),
