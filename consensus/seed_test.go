@@ -117,3 +117,49 @@ func TestSeedRefuses(t *testing.T) {
 		}
 	}
 }
+
+// TestSeedBesideFormerQuorum lets a majority of the cluster that the seed
+// replaces run on, with its data and in the same network, which nobody should: it
+// goes on as before. What was restored does not mix with it, and is there again
+// when the others were stopped and their folders removed.
+func TestSeedBesideFormerQuorum(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.startAll(3)
+	c.leader().put(t, "k", "lost")
+	for _, id := range []string{"c1", "c2", "c3"} {
+		c.kill(id)
+	}
+	c.wipe("c1")
+	must(t, c.seed("c1", map[string]string{"k": "restored"}))
+	for _, id := range []string{"c2", "c3", "c1"} {
+		c.start(id)
+	}
+	eventually(t, "the former majority leads", func() error {
+		if l := c.node("c2").Status().Leader.ID; l != "c2" && l != "c3" {
+			return fmt.Errorf("%q leads", l)
+		}
+		return nil
+	})
+	former := c.node(c.node("c2").Status().Leader.ID)
+	if _, err := former.Apply(t.Context(), []byte("k=former")); err != nil {
+		t.Logf("the former majority: %v", err) // it is electing, as c1 is in its way
+	}
+	for _, id := range []string{"c2", "c3"} {
+		c.kill(id)
+		c.wipe(id)
+	}
+	if got := c.node("c1").fsm.get("k"); got != "restored" || c.node("c1").Err() != nil {
+		t.Fatalf("c1 holds %q, %v", got, c.node("c1").Err())
+	}
+	for _, id := range []string{"c2", "c3"} {
+		c.start(id)
+		eventually(t, id+" joins c1", func() error {
+			if got := c.node(id).fsm.get("k"); got != "restored" {
+				return fmt.Errorf("it holds %q", got)
+			}
+			return nil
+		})
+	}
+	c.node("c3").put(t, "k", "new")
+}

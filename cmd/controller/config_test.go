@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestConfigNamesTheWrongFlag(t *testing.T) {
@@ -33,6 +34,16 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 		{"port twice", func(c *config) { c.raftPort = c.clusterPort }, "--raft-port: 7443 is also --cluster-port"},
 		{"network", func(c *config) { c.clusterCIDR = "10.244.0.1/16" }, "--cluster-cidr"},
 		{"toleration", func(c *config) { c.unreachableToleration = 0 }, "--unreachable-toleration"},
+		{"snapshots to a folder", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, dir: "/backups"} }, ""},
+		{"snapshots to S3", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, url: "s3://b/p"} }, ""},
+		{"snapshots nowhere", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1} }, "--snapshot-dir: required"},
+		{"snapshots never", func(c *config) { c.backups = backupConfig{retain: 1, dir: "/backups"} }, "--snapshot-interval: required"},
+		{"snapshots all the time", func(c *config) { c.backups = backupConfig{interval: 1, retain: 1, dir: "/backups"} }, "--snapshot-interval: 1ns"},
+		{"no snapshot kept", func(c *config) { c.backups = backupConfig{interval: time.Hour, dir: "/backups"} }, "--snapshot-retain: 0"},
+		{"snapshots to two places", func(c *config) {
+			c.backups = backupConfig{interval: time.Hour, retain: 1, dir: "/backups", url: "s3://b/p"}
+		}, "--snapshot-dir: and --snapshot-s3"},
+		{"not a bucket", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, url: "https://b/p"} }, "--snapshot-s3"},
 		{"share", func(c *config) { c.lostShare = 2 }, "--lost-share"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

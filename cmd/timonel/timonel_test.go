@@ -30,6 +30,14 @@ func TestCommandLineErrors(t *testing.T) {
 		"two logs":          {[]string{"logs", "c1", "c2"}, "one machine"},
 		"output":            {[]string{"status", "-o", "yaml"}, "table or json"},
 		"subnet":            {[]string{"up", "--subnet", "here"}, "--subnet"},
+		"no snapshot file":  {[]string{"snapshot", "save"}, "name one file"},
+		"no such snapshot":  {[]string{"snapshot", "inspect", "/nowhere.snapshot"}, "/nowhere.snapshot: no such file"},
+		"snapshot output":   {[]string{"snapshot", "inspect", "f", "-o", "yaml"}, "table or json"},
+		"no cluster to ask": {[]string{"snapshot", "save", "f", "--kubeconfig", "/nowhere"}, "/nowhere"},
+		"half an access":    {[]string{"snapshot", "list", "--server", "https://c1:6443"}, "--bundle and --server go together"},
+		"restore to where":  {[]string{"snapshot", "restore", "f"}, "is required"},
+		"restore, address":  {[]string{"snapshot", "restore", "f", "--data-dir=d", "--bundle=b", "--name=c1", "--raft-address=c1"}, "--raft-address"},
+		"restore backwards": {[]string{"snapshot", "restore", "f", "--data-dir=d", "--bundle=b", "--name=c1", "--bump-revision=-1"}, "--bump-revision"},
 		"bundle":            {[]string{"init"}, "--bundle"},
 	} {
 		t.Run(name, func(t *testing.T) {
