@@ -18,7 +18,7 @@ export GOFLAGS
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: up
 up: deps build images ## Bring a cluster up: three controllers, two agents, a sample application
@@ -68,9 +68,20 @@ e2e: build images ## A real cluster: deploy, kill the leader, bad input
 chaos: deps build images ## Break a real cluster in every way we know; prints the figures
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -tags chaos -count 1 -timeout 60m -v ./test/chaos
 
+# Kubernetes and etcd have modules of their own, so that ours needs nothing of them.
 .PHONY: bench
-bench: ## Benchmarks of the log, the state and the scheduler
+bench: ## Measure beside Kubernetes on etcd: BENCH="-sides timonel -rows get32 -seconds 5"
+	@mkdir -p bin/bench
+	$(GO) build -ldflags '$(LDFLAGS)' -o bin/ ./cmd/controller
+	cd test/bench/etcd && $(GO) build -o ../../../bin/bench/etcd .
+	cd test/bench/kubernetes && $(GO) build -ldflags '$(LDFLAGS)' -o ../../../bin/bench/ \
+		$(addprefix k8s.io/kubernetes/cmd/,kube-apiserver kube-scheduler kube-controller-manager)
+	$(GO) run ./test/bench $(BENCH)
+
+.PHONY: bench-parts
+bench-parts: ## Benchmarks of the log, the state and the scheduler; growth to 150,000 pods
 	$(GO) test -run '^$$' -bench . -benchmem ./consensus ./state ./sched
+	TIMONEL_GROWTH=1 $(GO) test -run Growth -bench . -count 1 -v -timeout 20m ./test/bench
 
 .PHONY: generate
 generate: ## Generate code from proto/

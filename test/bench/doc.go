@@ -1,0 +1,17 @@
+// Command bench measures Timonel beside Kubernetes on etcd: the same load, with
+// protobuf clients, against any Kubernetes API, in rounds that alternate between
+// the sides, on one machine and one disk. It prints the medians as a table.
+//
+//	make bench                                   # every side, every row
+//	go run ./test/bench -sides timonel -rows create32,get32 -seconds 5 -rounds 1
+//	go run ./test/bench -kubeconfig FILE         # an API that runs already
+//
+// Sides: three Timonel controllers; and one kube-apiserver, kube-scheduler and
+// kube-controller-manager on one or on three etcd members. All processes listen
+// on free ports of 127.0.0.1 and talk TLS with client certificates, etcd's
+// members included. Clients of Timonel are spread over the three controllers;
+// Kubernetes has one API server, as it needs no more for its own availability on
+// one machine and more of them would only cost it memory here.
+//
+// Only one side runs at a time. Each starts with an empty data folder.
+package main
