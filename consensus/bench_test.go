@@ -14,7 +14,15 @@ import (
 // 256 bytes. Run with: go test -run '^$' -bench . -benchtime 3s ./consensus
 
 func BenchmarkApply(b *testing.B) {
-	c := newCluster(b, 3).startAll(3)
+	for _, kind := range logKinds {
+		b.Run("log="+kind.name, func(b *testing.B) { benchApply(b, kind.name) })
+	}
+}
+
+func benchApply(b *testing.B, kind string) {
+	c := newCluster(b, 3)
+	c.logStore = kind
+	c.startAll(3)
 	for _, on := range []string{"leader", "follower"} {
 		for _, clients := range []int{1, 32, 100} {
 			b.Run(fmt.Sprintf("%s/clients=%d", on, clients), func(b *testing.B) {

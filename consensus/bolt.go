@@ -60,7 +60,7 @@ func inspectLog(path string, started bool) (x logExtent, err error) {
 }
 
 // read reads every entry and verifies the checksum of ours.
-func (x *logExtent) read(store *raftboltdb.BoltStore) (err error) {
+func (x *logExtent) read(store raft.LogStore) (err error) {
 	if x.first, err = store.FirstIndex(); err != nil {
 		return err
 	}

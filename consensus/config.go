@@ -36,6 +36,10 @@ type Config struct {
 	// created when missing and belongs to one process at a time. Required.
 	DataDir string
 
+	// LogStore says how the log is kept: LogStoreBolt or LogStoreWAL. The same for
+	// the life of a data folder. Default LogStoreBolt.
+	LogStore string
+
 	// BindAddress is the host:port to listen on for Raft. Default ":7444".
 	BindAddress string
 	// AdvertiseAddress is the host:port that other replicas dial. Default: the
@@ -149,6 +153,9 @@ func (c Config) withDefaults() Config {
 	if c.BindAddress == "" {
 		c.BindAddress = ":7444"
 	}
+	if c.LogStore == "" {
+		c.LogStore = LogStoreBolt
+	}
 	if c.MaxAppendEntries == 0 {
 		c.MaxAppendEntries = 512
 	}
@@ -197,6 +204,8 @@ func (c Config) Validate() error {
 		return bad("ClusterID", "1 to 253 bytes, %d given", len(c.ClusterID))
 	case c.DataDir == "":
 		return bad("DataDir", "a folder for the log is needed")
+	case c.LogStore != LogStoreBolt && c.LogStore != LogStoreWAL:
+		return bad("LogStore", "%q: must be %s or %s", c.LogStore, LogStoreBolt, LogStoreWAL)
 	case c.TLS == nil:
 		return bad("TLS", "replicas only talk over mutual TLS: certificate and CA are needed")
 	case c.TLS.RootCAs == nil:

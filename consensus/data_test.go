@@ -16,9 +16,10 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-func TestRestartKeepsEverything(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3).startAll(3)
+func TestRestartKeepsEverything(t *testing.T) { forLogStores(t, testRestartKeepsEverything) }
+
+func testRestartKeepsEverything(t *testing.T, c *cluster) {
+	c.startAll(3)
 	for i := range 50 {
 		c.leader().put(t, fmt.Sprint(i), "x")
 	}

@@ -68,7 +68,7 @@ func openDataFolder(path, clusterID, replicaID string) (*dataFolder, error) {
 			return nil, fmt.Errorf("%s: the data is of replica %q, this is replica %q: each replica needs its own folder", file, d.ReplicaID, replicaID)
 		}
 	} else {
-		for _, name := range []string{logFile, snapshotDir} {
+		for _, name := range []string{logFile, walDir, snapshotDir} {
 			if _, err := os.Stat(filepath.Join(path, name)); err == nil {
 				return nil, fmt.Errorf("%s is missing beside %s: restore it, or remove %s to rejoin from the other replicas", file, name, path)
 			}

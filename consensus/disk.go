@@ -13,14 +13,13 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 )
 
 // disk is the log store and the stable store as Raft sees them: it times each
 // write, so that a stalled disk is noticed, and keeps a failing one from ending
 // the process.
 type disk struct {
-	store     *raftboltdb.BoltStore
+	store     logStore
 	snapshots raft.SnapshotStore
 	log       *slog.Logger
 	stop      <-chan struct{} // the replica closes
@@ -44,7 +43,7 @@ type DiskStats struct {
 	Total, Max time.Duration
 }
 
-func newDisk(store *raftboltdb.BoltStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
+func newDisk(store logStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
 	return &disk{store: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{}}
 }
 
@@ -140,13 +139,21 @@ func (d *disk) GetLog(index uint64, l *raft.Log) error {
 	return nil
 }
 
+// IsMonotonic implements raft.MonotonicLogStore: a write-ahead log takes no gaps.
+func (d *disk) IsMonotonic() bool {
+	m, ok := d.store.(raft.MonotonicLogStore)
+	return ok && m.IsMonotonic()
+}
+
 // DeleteRange implements raft.LogStore.
 func (d *disk) DeleteRange(first, last uint64) error {
 	end, err := d.store.LastIndex()
 	if err != nil {
 		return err
 	}
-	if last >= end { // a suffix that conflicts goes at once, lest a hole stay
+	// A suffix that conflicts goes at once, lest a hole stay; and a write-ahead log
+	// drops whole files.
+	if last >= end || d.IsMonotonic() {
 		return d.timed("truncate", 0, func() error { return d.store.DeleteRange(first, last) })
 	}
 	for ; first <= last; first += deleteChunk {

@@ -12,8 +12,11 @@ import (
 )
 
 func TestKillLeaderLosesAndDoublesNothing(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3).startAll(3)
+	forLogStores(t, testKillLeaderLosesAndDoublesNothing)
+}
+
+func testKillLeaderLosesAndDoublesNothing(t *testing.T, c *cluster) {
+	c.startAll(3)
 	ctx, cancel := context.WithCancel(context.Background())
 	var (
 		wg      sync.WaitGroup

@@ -142,7 +142,9 @@ type cluster struct {
 	dir    string
 	expect int
 	tune   func(*Config)
-	log    *slog.Logger
+	// logStore is Config.LogStore.
+	logStore string
+	log      *slog.Logger
 
 	mu    sync.Mutex
 	nodes map[string]*node
@@ -170,6 +172,18 @@ func newCluster(t testing.TB, expect int) *cluster {
 	return c
 }
 
+// forLogStores runs a test for each way to keep the log.
+func forLogStores(t *testing.T, f func(t *testing.T, c *cluster)) {
+	for _, kind := range logKinds {
+		t.Run(kind.name, func(t *testing.T) {
+			t.Parallel()
+			c := newCluster(t, 3)
+			c.logStore = kind.name
+			f(t, c)
+		})
+	}
+}
+
 // testLog logs to the test when CONSENSUS_LOG is set.
 func testLog(t testing.TB) *slog.Logger {
 	if os.Getenv("CONSENSUS_LOG") == "" {
@@ -193,6 +207,7 @@ func (c *cluster) config(id string) Config {
 	return Config{
 		ID: id, ClusterID: c.id, DataDir: filepath.Join(c.dir, id), BindAddress: "127.0.0.1:0",
 		TLS: c.ca.config(c.t, "timonel:controller:"+id, "timonel:controllers"), Peers: c.peers,
+		LogStore:        c.logStore,
 		BootstrapExpect: c.expect, UpkeepInterval: 50 * time.Millisecond, Logger: c.log,
 		SlowFsync: time.Minute,
 	}

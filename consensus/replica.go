@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 )
 
 // Replica is one replica of the log. Its methods may be called concurrently.
@@ -25,7 +24,7 @@ type Replica struct {
 	fsync     time.Duration // measured at start
 	stream    *stream
 	machine   *machine
-	store     *raftboltdb.BoltStore
+	store     logStore
 	disk      *disk
 	snapshots *snapshotStore
 	stop      chan struct{} // closed when Close begins
@@ -140,7 +139,12 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 // openData opens and verifies log and snapshots. It reports whether they show
 // that this replica was a member before.
 func (r *Replica) openData() (started bool, err error) {
-	dir, file := r.cfg.DataDir, r.folder.file(logFile)
+	dir := r.cfg.DataDir
+	kind, err := logKindIn(dir, r.cfg.LogStore)
+	if err != nil {
+		return false, err
+	}
+	file := r.folder.file(kind.file)
 	damage := func(file string, err error) error {
 		return fmt.Errorf("%s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", file, err, dir)
 	}
@@ -148,7 +152,7 @@ func (r *Replica) openData() (started bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("snapshots: %w", err)
 	}
-	held, err := inspectLog(file, r.folder.Started)
+	held, err := kind.inspect(file, r.folder.Started)
 	if err != nil {
 		return false, damage(file, err)
 	}
@@ -163,7 +167,7 @@ func (r *Replica) openData() (started bool, err error) {
 	if held.first > newest+1 {
 		return false, damage(r.folder.file(snapshotDir), fmt.Errorf("the log starts at entry %d and no snapshot reaches there", held.first))
 	}
-	if r.store, err = openLog(file, held, r.log); err != nil {
+	if r.store, err = kind.open(file, held, r.log); err != nil {
 		return false, damage(file, err)
 	}
 	fss, err := raft.NewFileSnapshotStoreWithLogger(dir, r.cfg.SnapshotRetain, newRaftLog(r.log))

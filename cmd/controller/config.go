@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+
+	"timonel/consensus"
 )
 
 // config is what the flags say. Durations are positive; ports are TCP (gossip's
@@ -33,6 +35,7 @@ type config struct {
 	heartbeatTimeout, electionTimeout, leaderLease time.Duration
 	snapshotThreshold, trailingLogs                uint64
 	historyRevisions                               int
+	logStore                                       string
 
 	backups backupConfig
 
@@ -50,6 +53,7 @@ func defaultConfig() config {
 		serviceCIDR:           "10.96.0.0/16",
 		unreachableToleration: 30 * time.Second,
 		lostShare:             0.55,
+		logStore:              consensus.LogStoreBolt,
 		logLevel:              "info",
 		logFormat:             "text",
 	}
@@ -76,6 +80,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.leaderLease, "leader-lease", c.leaderLease, "how long a leader that hears of no majority goes on; at most --heartbeat-timeout (0: the tuned default)")
 	f.Uint64Var(&c.snapshotThreshold, "snapshot-threshold", c.snapshotThreshold, "log entries after which a snapshot is taken (0: the tuned default)")
 	f.Uint64Var(&c.trailingLogs, "trailing-logs", c.trailingLogs, "log entries kept behind a snapshot for slow followers (0: the tuned default)")
+	f.StringVar(&c.logStore, "log-store", c.logStore, "how the log is kept on disk: boltdb (raft-boltdb) or wal (raft-wal, one sync for each append instead of two); the same for the life of --data-dir")
 	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "revisions kept for watches to resume from and lists to be paged over (0: the default)")
 	c.backups.flags(f)
 	f.StringVar(&c.logLevel, "log-level", c.logLevel, "debug, info, warn or error")
@@ -131,6 +136,9 @@ func (c *config) validate() error {
 		if _, port, err := net.SplitHostPort(seed); err != nil || port == "" {
 			bad("join", "%q is not host:port", seed)
 		}
+	}
+	if c.logStore != consensus.LogStoreBolt && c.logStore != consensus.LogStoreWAL {
+		bad("log-store", "%q is not boltdb or wal", c.logStore)
 	}
 	seen := map[int]string{}
 	for _, p := range []struct {

@@ -16,8 +16,13 @@ import (
 
 const (
 	// idleGC is the GOGC of a controller that has little to do: its heap may grow
-	// by a quarter between collections. busyGC is Go's default.
-	idleGC, busyGC = 25, 100
+	// by a quarter between collections.
+	idleGC = 25
+	// A busy one's may grow by busyGrowth, but by no less than Go's default of
+	// what lives and by no more than four times that: with a small state the
+	// collector would otherwise take a tenth of the processor.
+	busyGrowth       = 256 << 20
+	minBusy, maxBusy = 100, 400
 	// busyRate is from how many bytes allocated per second a controller is busy.
 	// At that rate an idle one would collect every four seconds or so.
 	busyRate = 4 << 20
@@ -33,7 +38,7 @@ func tendMemory(ctx context.Context) error {
 	if os.Getenv("GOGC") != "" {
 		return nil // the operator decides
 	}
-	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}, {Name: "/gc/heap/live:bytes"}}
 	metrics.Read(sample)
 	last, lastTime := sample[0].Value.Uint64(), time.Now()
 	started, idle, quiet := false, false, 0
@@ -58,10 +63,15 @@ func tendMemory(ctx context.Context) error {
 			}
 		case idle && quiet == 0:
 			idle = false
-			debug.SetGCPercent(busyGC)
+			debug.SetGCPercent(busyGC(sample[1].Value.Uint64()))
 		}
 	}
 	return ctx.Err()
+}
+
+// busyGC is the GOGC of a busy controller with so many bytes live.
+func busyGC(live uint64) int {
+	return int(min(max(busyGrowth*100/max(live, 1), minBusy), maxBusy))
 }
 
 func pause(ctx context.Context, d time.Duration) bool {

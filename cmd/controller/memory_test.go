@@ -16,3 +16,9 @@ func TestReleaseProgram(t *testing.T) {
 	resident, anonymous := residentMemory()
 	require.Greater(t, resident, anonymous)
 }
+
+func TestBusyGC(t *testing.T) {
+	for live, want := range map[uint64]int{0: 400, 50 << 20: 400, 128 << 20: 200, 1 << 30: 100, 64 << 30: 100} {
+		require.Equal(t, want, busyGC(live), "%d bytes", live)
+	}
+}

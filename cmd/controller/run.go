@@ -202,7 +202,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		return nil, portError("raft-port", err)
 	}
 	replica, err := consensus.Open(ctx, consensus.Config{
-		ID: k.name, ClusterID: k.bundle.ClusterID(), DataDir: filepath.Join(k.dataDir, "raft"),
+		ID: k.name, ClusterID: k.bundle.ClusterID(), DataDir: filepath.Join(k.dataDir, "raft"), LogStore: k.logStore,
 		Listener: listener, AdvertiseAddress: k.advertised(k.raftPort), TLS: identity.RaftTLS(),
 		PeerConn: k.peers.conn, Peers: func() []consensus.Server { return raftServers(k.pool) },
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
