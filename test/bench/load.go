@@ -63,6 +63,7 @@ func (l *load) create(ctx context.Context, client int) error {
 
 // timing is what a row of calls took.
 type timing struct {
+	calls    int
 	rate     float64 // per second
 	p50, p99 time.Duration
 }
@@ -101,7 +102,7 @@ func (l *load) repeat(ctx context.Context, n int, d time.Duration, call func(ctx
 	}
 	elapsed := time.Since(begin)
 	slices.Sort(all)
-	return timing{float64(len(all)) / elapsed.Seconds(), all[len(all)/2], all[len(all)*99/100]}, nil
+	return timing{len(all), float64(len(all)) / elapsed.Seconds(), all[len(all)/2], all[len(all)*99/100]}, nil
 }
 
 // get reads one object without a resourceVersion: linearizable.
@@ -201,7 +202,7 @@ func (l *load) fanOut(ctx context.Context, d time.Duration) (timing, error) {
 		return timing{}, fmt.Errorf("watchers got %d of %d events", got, written*watchers)
 	}
 	slices.Sort(all)
-	return timing{float64(len(all)) / elapsed.Seconds(), all[len(all)/2], all[len(all)*99/100]}, nil
+	return timing{len(all), float64(len(all)) / elapsed.Seconds(), all[len(all)/2], all[len(all)*99/100]}, nil
 }
 
 // gap is the longest time between two writes that succeeded, of any of 8 clients

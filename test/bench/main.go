@@ -32,12 +32,12 @@ var rows = []struct{ name, title, wanted string }{
 }
 
 type options struct {
-	dir, bin         string
-	sides, rows      []string
-	seconds, settle  time.Duration
-	rounds           int
-	kubeconfig       string
-	verbose, keepDir bool
+	dir, bin        string
+	sides, rows     []string
+	seconds, settle time.Duration
+	rounds          int
+	kubeconfig      string
+	profiles        string
 }
 
 func main() {
@@ -56,6 +56,7 @@ func main() {
 	flag.StringVar(&o.bin, "bin", "bin", "folder of the programs, Kubernetes' and etcd's in bench below it")
 	flag.StringVar(&o.dir, "dir", "", "folder on the disk to measure on (default: a temporary one)")
 	flag.StringVar(&o.kubeconfig, "kubeconfig", "", "measure the API of this kubeconfig instead, one of its contexts being one server")
+	flag.StringVar(&o.profiles, "profiles", "", "folder to put CPU profiles of the API servers during each row of calls into, and heap profiles at rest")
 	flag.Parse()
 	o.sides, o.rows = strings.Split(*sides, ","), strings.Split(*which, ",")
 	o.seconds, o.settle = time.Duration(*seconds*float64(time.Second)), time.Duration(*settle*float64(time.Second))
@@ -72,7 +73,10 @@ type figures map[string][]measure
 type measure struct {
 	rate          float64
 	p50, p99, gap time.Duration
-	rss, anon     float64
+	// cpu is what all processes of the side used for one call. It hardly depends
+	// on what else the machine does, as the others do.
+	cpu       time.Duration
+	rss, anon float64
 }
 
 func run(ctx context.Context, o options) error {
@@ -176,6 +180,7 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 			m.rss, m.anon = m.rss+rss, m.anon+anon
 		}
 		add("memory", m)
+		s.profile(ctx, o.profiles, "memory", "heap")()
 	}
 	l, err := newLoad(ctx, s.apis, 32)
 	if err != nil {
@@ -198,11 +203,15 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 				return err
 			}
 		}
+		profiled := s.profile(ctx, o.profiles, row.name, fmt.Sprintf("profile?seconds=%d", max(1, int(o.seconds.Seconds())-1)))
+		before := s.cpu()
 		t, err := l.repeat(ctx, row.clients, o.seconds, row.call)
+		cpu := s.cpu() - before
+		profiled()
 		if err != nil {
 			return fmt.Errorf("%s: %w", row.name, err)
 		}
-		add(row.name, measure{rate: t.rate, p50: t.p50, p99: t.p99})
+		add(row.name, measure{rate: t.rate, p50: t.p50, p99: t.p99, cpu: cpu / time.Duration(t.calls)})
 	}
 	if wants("watch") {
 		t, err := l.fanOut(ctx, o.seconds)
@@ -236,9 +245,11 @@ func (m measure) text(row string) string {
 	case "kill":
 		return fmt.Sprintf("%.2f s", m.gap.Seconds())
 	case "create1":
-		return fmt.Sprintf("p50 %.1f, p99 %.1f ms, %.0f/s", ms(m.p50), ms(m.p99), m.rate)
+		return fmt.Sprintf("p50 %.1f, p99 %.1f ms, %.0f/s, CPU %.2f ms", ms(m.p50), ms(m.p99), m.rate, ms(m.cpu))
+	case "watch":
+		return fmt.Sprintf("%.0f/s, p50 %.1f, p99 %.1f ms", m.rate, ms(m.p50), ms(m.p99))
 	}
-	return fmt.Sprintf("%.0f/s, p50 %.1f, p99 %.1f ms", m.rate, ms(m.p50), ms(m.p99))
+	return fmt.Sprintf("%.0f/s, p50 %.1f, p99 %.1f ms, CPU %.2f ms", m.rate, ms(m.p50), ms(m.p99), ms(m.cpu))
 }
 
 // median takes each figure's own.
@@ -254,12 +265,12 @@ func median(all []measure) measure {
 	return measure{
 		rate: of(func(m measure) float64 { return m.rate }), rss: of(func(m measure) float64 { return m.rss }), anon: of(func(m measure) float64 { return m.anon }),
 		p50: time.Duration(of(func(m measure) float64 { return float64(m.p50) })), p99: time.Duration(of(func(m measure) float64 { return float64(m.p99) })),
-		gap: time.Duration(of(func(m measure) float64 { return float64(m.gap) })),
+		gap: time.Duration(of(func(m measure) float64 { return float64(m.gap) })), cpu: time.Duration(of(func(m measure) float64 { return float64(m.cpu) })),
 	}
 }
 
 func print(o options, results map[string]figures, titles map[string]string) {
-	fmt.Printf("Medians of %d rounds of %s a row\n\n| work |", o.rounds, o.seconds)
+	fmt.Printf("Medians of %d rounds of %s a row. CPU is what all processes of the side used for one call.\n\n| work |", o.rounds, o.seconds)
 	for _, s := range o.sides {
 		fmt.Printf(" %s |", titles[s])
 	}

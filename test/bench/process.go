@@ -92,6 +92,30 @@ func (p *process) memory() (rss, anonymous float64, err error) {
 	return rss, anonymous, nil
 }
 
+// cpu is how much processor time the process has used, in ticks of 10 ms.
+func (p *process) cpu() time.Duration {
+	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	if err != nil {
+		return 0
+	}
+	_, after, _ := strings.Cut(string(content), ") ") // the name may hold anything
+	fields := strings.Fields(after)
+	if len(fields) < 13 {
+		return 0
+	}
+	user, _ := strconv.Atoi(fields[11])
+	system, _ := strconv.Atoi(fields[12])
+	return time.Duration(user+system) * 10 * time.Millisecond
+}
+
+// cpu is what all processes of the side have used.
+func (s *side) cpu() (sum time.Duration) {
+	for _, p := range s.processes {
+		sum += p.cpu()
+	}
+	return sum
+}
+
 // ports returns free TCP ports of 127.0.0.1.
 func ports(n int) ([]string, error) {
 	var out []string
