@@ -260,7 +260,7 @@ func median(all []measure) measure {
 			v = append(v, get(m))
 		}
 		slices.Sort(v)
-		return v[len(v)/2]
+		return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 	}
 	return measure{
 		rate: of(func(m measure) float64 { return m.rate }), rss: of(func(m measure) float64 { return m.rss }), anon: of(func(m measure) float64 { return m.anon }),
