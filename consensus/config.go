@@ -127,6 +127,11 @@ type Config struct {
 	// its cluster. Default 300 ms.
 	UpkeepInterval time.Duration
 
+	// FingerprintInterval is how often the leader compares the replicas' states,
+	// if the FSM is a Fingerprinter and has changed. Default 10 s; negative:
+	// never.
+	FingerprintInterval time.Duration
+
 	// Logger gets this replica's and Raft's messages. Default slog.Default().
 	Logger *slog.Logger
 }
@@ -149,6 +154,7 @@ func (c Config) withDefaults() Config {
 	def(&c.SnapshotInterval, time.Minute)
 	def(&c.SlowFsync, 10*time.Millisecond)
 	def(&c.DiskStallTimeout, 2*time.Second)
+	def(&c.FingerprintInterval, 10*time.Second)
 	def(&c.UpkeepInterval, 300*time.Millisecond)
 	if c.BindAddress == "" {
 		c.BindAddress = ":7444"

@@ -168,12 +168,17 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 		dropped []requestID
 	)
 	m.mu.Lock()
-	corrupt := m.corrupt
+	corrupt, after := m.corrupt, m.applied
 	m.mu.Unlock()
 	for _, l := range logs {
 		if corrupt != nil {
 			break
 		}
+		if l.Index <= after {
+			corrupt = fmt.Errorf("log entry %d came after entry %d: what is applied never goes back", l.Index, after)
+			break
+		}
+		after = l.Index
 		if l.Type != raft.LogCommand {
 			continue
 		}

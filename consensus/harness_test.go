@@ -79,9 +79,53 @@ type mapFSM struct {
 	data map[string]string
 	hash uint64 // of all commands in order
 	n    int
+
+	hashes map[int64]uint64 // after each command
+	grown  chan struct{}    // closed and renewed with every batch
 }
 
-func newMapFSM() *mapFSM { return &mapFSM{data: map[string]string{}} }
+func newMapFSM() *mapFSM {
+	return &mapFSM{data: map[string]string{}, hashes: map[int64]uint64{0: 0}, grown: make(chan struct{})}
+}
+
+// Fingerprint implements Fingerprinter.
+func (f *mapFSM) Fingerprint() (int64, uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return int64(f.n), f.hash
+}
+
+// FingerprintAt implements Fingerprinter.
+func (f *mapFSM) FingerprintAt(position int64) (uint64, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	h, ok := f.hashes[position]
+	return h, ok
+}
+
+// AwaitFingerprint implements Fingerprinter.
+func (f *mapFSM) AwaitFingerprint(ctx context.Context, position int64) error {
+	for {
+		f.mu.Lock()
+		reached, grown := int64(f.n) >= position, f.grown
+		f.mu.Unlock()
+		if reached {
+			return nil
+		}
+		select {
+		case <-grown:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// spoil changes the state as a broken memory would.
+func (f *mapFSM) spoil() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hash ^= 1 << 40
+}
 
 func (f *mapFSM) ApplyBatch(entries []Entry) []any {
 	f.mu.Lock()
@@ -95,8 +139,11 @@ func (f *mapFSM) ApplyBatch(entries []Entry) []any {
 			f.hash = f.hash*1099511628211 + uint64(c)
 		}
 		f.hash = f.hash*31 + e.Index
+		f.hashes[int64(f.n)] = f.hash
 		out[i] = e.Index
 	}
+	close(f.grown)
+	f.grown = make(chan struct{})
 	return out
 }
 
@@ -124,6 +171,9 @@ func (f *mapFSM) Restore(r io.Reader) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.data, f.hash, f.n = s.Data, s.Hash, s.N
+	f.hashes = map[int64]uint64{int64(f.n): f.hash}
+	close(f.grown)
+	f.grown = make(chan struct{})
 	return nil
 }
 

@@ -47,7 +47,9 @@ type Replica struct {
 	remote  batcher // and as a follower
 	lostCh  chan lostPeer
 	stalled atomic.Bool
-	members membersState
+	// diverged says that replicas differ and none can be said to be right.
+	diverged atomic.Pointer[string]
+	members  membersState
 
 	failedMu sync.Mutex
 	failed   error         // why this replica stands still for good
@@ -130,6 +132,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.goFunc(r.watchDisk)
 	r.goFunc(r.deathwatch)
 	r.goFunc(r.upkeep)
+	r.goFunc(r.compareFingerprints)
 	if !started {
 		r.goFunc(r.findCluster)
 	}

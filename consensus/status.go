@@ -57,6 +57,9 @@ func (r *Replica) Status() Status {
 	if err := r.Err(); err != nil {
 		s.Problems = append(s.Problems, fmt.Sprintf("stopped: %v", err))
 	}
+	if d := r.diverged.Load(); d != nil && *d != "" {
+		s.Problems = append(s.Problems, *d)
+	}
 	if v, ok := r.view(); ok {
 		s.Leader = v.Leader
 	}

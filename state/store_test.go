@@ -330,3 +330,23 @@ func TestWaitRevision(t *testing.T) {
 		}
 	})
 }
+
+func TestHashAt(t *testing.T) {
+	t.Parallel()
+	s := New(Options{HistoryChanges: 3, HistoryAgeless: -1})
+	hashes := map[int64]uint64{1: s.View().Hash()}
+	for i := range uint64(6) {
+		txn := Txn{Changes: []Change{{Key: "k", Value: []byte{byte(i)}}}}
+		s.ApplyBatch([]Entry{{Index: i + 1, Term: 1, Command: txn.Marshal()}})
+		hashes[s.View().Revision()] = s.View().Hash()
+	}
+	for revision, want := range hashes {
+		got, ok := s.HashAt(revision)
+		if known := revision > 4; ok != known || (ok && got != want) {
+			t.Errorf("at %d: %x, %t; want %x, %t", revision, got, ok, want, known)
+		}
+	}
+	if _, ok := s.HashAt(8); ok {
+		t.Error("the future is known")
+	}
+}

@@ -26,6 +26,19 @@ func (v View) Applied() (index, term uint64) { return v.v.index, v.v.term }
 // revision have the same hash, or one of them is corrupt.
 func (v View) Hash() uint64 { return v.v.hash }
 
+// HashAt returns what [View.Hash] was at a revision, as long as the revision is
+// reached and within the history.
+func (s *Store) HashAt(revision int64) (hash uint64, ok bool) {
+	v := s.current.Load()
+	switch {
+	case revision == v.revision:
+		return v.hash, true
+	case revision > v.revision || revision < v.hist.first:
+		return 0, false
+	}
+	return v.hist.at(revision).hash, true
+}
+
 // Len is the number of keys.
 func (v View) Len() int { return v.v.root.Len() }
 

@@ -30,6 +30,22 @@ func (m machine) Snapshot() (consensus.SnapshotWriter, error) { return m.store.V
 
 func (m machine) Restore(r io.Reader) error { return m.store.Restore(r) }
 
+// Fingerprint implements consensus.Fingerprinter.
+func (m machine) Fingerprint() (revision int64, hash uint64) {
+	v := m.store.View()
+	return v.Revision(), v.Hash()
+}
+
+// FingerprintAt implements consensus.Fingerprinter.
+func (m machine) FingerprintAt(revision int64) (hash uint64, ok bool) {
+	return m.store.HashAt(revision)
+}
+
+// AwaitFingerprint implements consensus.Fingerprinter.
+func (m machine) AwaitFingerprint(ctx context.Context, revision int64) error {
+	return m.store.WaitRevision(ctx, revision)
+}
+
 // backend is the API server's storage: transactions through Raft, reads from
 // this replica's store.
 type backend struct {

@@ -440,6 +440,136 @@ func (*EnterResponse) Descriptor() ([]byte, []int) {
 	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{4}
 }
 
+type FingerprintRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Id        string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`              // the replica that asks
+	Position  int64                  `protobuf:"varint,3,opt,name=position,proto3" json:"position,omitempty"` // the state's revision
+	// What the majority has there, once the leader found the callee in the
+	// minority: it verifies that its own differs, and stops. 0: just asking.
+	Majority      uint64 `protobuf:"fixed64,4,opt,name=majority,proto3" json:"majority,omitempty"`
+	Differs       bool   `protobuf:"varint,5,opt,name=differs,proto3" json:"differs,omitempty"` // majority is set
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FingerprintRequest) Reset() {
+	*x = FingerprintRequest{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FingerprintRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FingerprintRequest) ProtoMessage() {}
+
+func (x *FingerprintRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FingerprintRequest.ProtoReflect.Descriptor instead.
+func (*FingerprintRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *FingerprintRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *FingerprintRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *FingerprintRequest) GetPosition() int64 {
+	if x != nil {
+		return x.Position
+	}
+	return 0
+}
+
+func (x *FingerprintRequest) GetMajority() uint64 {
+	if x != nil {
+		return x.Majority
+	}
+	return 0
+}
+
+func (x *FingerprintRequest) GetDiffers() bool {
+	if x != nil {
+		return x.Differs
+	}
+	return false
+}
+
+type FingerprintResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Known         bool                   `protobuf:"varint,1,opt,name=known,proto3" json:"known,omitempty"` // the position is reached and still in the history
+	Hash          uint64                 `protobuf:"fixed64,2,opt,name=hash,proto3" json:"hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FingerprintResponse) Reset() {
+	*x = FingerprintResponse{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FingerprintResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FingerprintResponse) ProtoMessage() {}
+
+func (x *FingerprintResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FingerprintResponse.ProtoReflect.Descriptor instead.
+func (*FingerprintResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *FingerprintResponse) GetKnown() bool {
+	if x != nil {
+		return x.Known
+	}
+	return false
+}
+
+func (x *FingerprintResponse) GetHash() uint64 {
+	if x != nil {
+		return x.Hash
+	}
+	return 0
+}
+
 var File_timonel_v1_membership_proto protoreflect.FileDescriptor
 
 const file_timonel_v1_membership_proto_rawDesc = "" +
@@ -479,15 +609,26 @@ const file_timonel_v1_membership_proto_rawDesc = "" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12 \n" +
 	"\vincarnation\x18\x04 \x01(\fR\vincarnation\"\x0f\n" +
-	"\rEnterResponse*e\n" +
+	"\rEnterResponse\"\x95\x01\n" +
+	"\x12FingerprintRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1a\n" +
+	"\bposition\x18\x03 \x01(\x03R\bposition\x12\x1a\n" +
+	"\bmajority\x18\x04 \x01(\x06R\bmajority\x12\x18\n" +
+	"\adiffers\x18\x05 \x01(\bR\adiffers\"?\n" +
+	"\x13FingerprintResponse\x12\x14\n" +
+	"\x05known\x18\x01 \x01(\bR\x05known\x12\x12\n" +
+	"\x04hash\x18\x02 \x01(\x06R\x04hash*e\n" +
 	"\rBootstrapStep\x12\x1e\n" +
 	"\x1aBOOTSTRAP_STEP_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16BOOTSTRAP_STEP_PROPOSE\x10\x01\x12\x18\n" +
-	"\x14BOOTSTRAP_STEP_START\x10\x022\x88\x01\n" +
+	"\x14BOOTSTRAP_STEP_START\x10\x022\xd8\x01\n" +
 	"\n" +
 	"Membership\x12<\n" +
 	"\x05Hello\x12\x18.timonel.v1.HelloRequest\x1a\x19.timonel.v1.HelloResponse\x12<\n" +
-	"\x05Enter\x12\x18.timonel.v1.EnterRequest\x1a\x19.timonel.v1.EnterResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
+	"\x05Enter\x12\x18.timonel.v1.EnterRequest\x1a\x19.timonel.v1.EnterResponse\x12N\n" +
+	"\vFingerprint\x12\x1e.timonel.v1.FingerprintRequest\x1a\x1f.timonel.v1.FingerprintResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
 
 var (
 	file_timonel_v1_membership_proto_rawDescOnce sync.Once
@@ -502,24 +643,28 @@ func file_timonel_v1_membership_proto_rawDescGZIP() []byte {
 }
 
 var file_timonel_v1_membership_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_timonel_v1_membership_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_timonel_v1_membership_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_timonel_v1_membership_proto_goTypes = []any{
-	(BootstrapStep)(0),    // 0: timonel.v1.BootstrapStep
-	(*RaftServer)(nil),    // 1: timonel.v1.RaftServer
-	(*HelloRequest)(nil),  // 2: timonel.v1.HelloRequest
-	(*HelloResponse)(nil), // 3: timonel.v1.HelloResponse
-	(*EnterRequest)(nil),  // 4: timonel.v1.EnterRequest
-	(*EnterResponse)(nil), // 5: timonel.v1.EnterResponse
+	(BootstrapStep)(0),          // 0: timonel.v1.BootstrapStep
+	(*RaftServer)(nil),          // 1: timonel.v1.RaftServer
+	(*HelloRequest)(nil),        // 2: timonel.v1.HelloRequest
+	(*HelloResponse)(nil),       // 3: timonel.v1.HelloResponse
+	(*EnterRequest)(nil),        // 4: timonel.v1.EnterRequest
+	(*EnterResponse)(nil),       // 5: timonel.v1.EnterResponse
+	(*FingerprintRequest)(nil),  // 6: timonel.v1.FingerprintRequest
+	(*FingerprintResponse)(nil), // 7: timonel.v1.FingerprintResponse
 }
 var file_timonel_v1_membership_proto_depIdxs = []int32{
 	0, // 0: timonel.v1.HelloRequest.step:type_name -> timonel.v1.BootstrapStep
 	1, // 1: timonel.v1.HelloRequest.proposed:type_name -> timonel.v1.RaftServer
 	2, // 2: timonel.v1.Membership.Hello:input_type -> timonel.v1.HelloRequest
 	4, // 3: timonel.v1.Membership.Enter:input_type -> timonel.v1.EnterRequest
-	3, // 4: timonel.v1.Membership.Hello:output_type -> timonel.v1.HelloResponse
-	5, // 5: timonel.v1.Membership.Enter:output_type -> timonel.v1.EnterResponse
-	4, // [4:6] is the sub-list for method output_type
-	2, // [2:4] is the sub-list for method input_type
+	6, // 4: timonel.v1.Membership.Fingerprint:input_type -> timonel.v1.FingerprintRequest
+	3, // 5: timonel.v1.Membership.Hello:output_type -> timonel.v1.HelloResponse
+	5, // 6: timonel.v1.Membership.Enter:output_type -> timonel.v1.EnterResponse
+	7, // 7: timonel.v1.Membership.Fingerprint:output_type -> timonel.v1.FingerprintResponse
+	5, // [5:8] is the sub-list for method output_type
+	2, // [2:5] is the sub-list for method input_type
 	2, // [2:2] is the sub-list for extension type_name
 	2, // [2:2] is the sub-list for extension extendee
 	0, // [0:2] is the sub-list for field type_name
@@ -536,7 +681,7 @@ func file_timonel_v1_membership_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_membership_proto_rawDesc), len(file_timonel_v1_membership_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   5,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

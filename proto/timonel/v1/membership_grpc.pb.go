@@ -23,8 +23,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Membership_Hello_FullMethodName = "/timonel.v1.Membership/Hello"
-	Membership_Enter_FullMethodName = "/timonel.v1.Membership/Enter"
+	Membership_Hello_FullMethodName       = "/timonel.v1.Membership/Hello"
+	Membership_Enter_FullMethodName       = "/timonel.v1.Membership/Enter"
+	Membership_Fingerprint_FullMethodName = "/timonel.v1.Membership/Fingerprint"
 )
 
 // MembershipClient is the client API for Membership service.
@@ -41,6 +42,10 @@ type MembershipClient interface {
 	// is already a member is removed first, because it lost its log and votes.
 	// FAILED_PRECONDITION: this replica does not lead.
 	Enter(ctx context.Context, in *EnterRequest, opts ...grpc.CallOption) (*EnterResponse, error)
+	// Fingerprint returns the hash of all changes up to a position of the state,
+	// so that the leader can tell whether replicas are equal. It waits a moment
+	// for the position to be reached.
+	Fingerprint(ctx context.Context, in *FingerprintRequest, opts ...grpc.CallOption) (*FingerprintResponse, error)
 }
 
 type membershipClient struct {
@@ -71,6 +76,16 @@ func (c *membershipClient) Enter(ctx context.Context, in *EnterRequest, opts ...
 	return out, nil
 }
 
+func (c *membershipClient) Fingerprint(ctx context.Context, in *FingerprintRequest, opts ...grpc.CallOption) (*FingerprintResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FingerprintResponse)
+	err := c.cc.Invoke(ctx, Membership_Fingerprint_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // MembershipServer is the server API for Membership service.
 // All implementations must embed UnimplementedMembershipServer
 // for forward compatibility.
@@ -85,6 +100,10 @@ type MembershipServer interface {
 	// is already a member is removed first, because it lost its log and votes.
 	// FAILED_PRECONDITION: this replica does not lead.
 	Enter(context.Context, *EnterRequest) (*EnterResponse, error)
+	// Fingerprint returns the hash of all changes up to a position of the state,
+	// so that the leader can tell whether replicas are equal. It waits a moment
+	// for the position to be reached.
+	Fingerprint(context.Context, *FingerprintRequest) (*FingerprintResponse, error)
 	mustEmbedUnimplementedMembershipServer()
 }
 
@@ -100,6 +119,9 @@ func (UnimplementedMembershipServer) Hello(context.Context, *HelloRequest) (*Hel
 }
 func (UnimplementedMembershipServer) Enter(context.Context, *EnterRequest) (*EnterResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Enter not implemented")
+}
+func (UnimplementedMembershipServer) Fingerprint(context.Context, *FingerprintRequest) (*FingerprintResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Fingerprint not implemented")
 }
 func (UnimplementedMembershipServer) mustEmbedUnimplementedMembershipServer() {}
 func (UnimplementedMembershipServer) testEmbeddedByValue()                    {}
@@ -158,6 +180,24 @@ func _Membership_Enter_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Membership_Fingerprint_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FingerprintRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MembershipServer).Fingerprint(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Membership_Fingerprint_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MembershipServer).Fingerprint(ctx, req.(*FingerprintRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Membership_ServiceDesc is the grpc.ServiceDesc for Membership service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -172,6 +212,10 @@ var Membership_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Enter",
 			Handler:    _Membership_Enter_Handler,
+		},
+		{
+			MethodName: "Fingerprint",
+			Handler:    _Membership_Fingerprint_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
