@@ -94,6 +94,19 @@ func (d *disk) busy() time.Duration {
 	return longest
 }
 
+// DiskErr returns why this replica cannot write its log now: the error of its
+// last write, or that a write has been in progress for longer than
+// Config.DiskStallTimeout. Nil when all is well.
+func (r *Replica) DiskErr() error {
+	if _, err := r.disk.stats(); err != nil {
+		return fmt.Errorf("cannot write the log in %s: %w", r.cfg.DataDir, err)
+	}
+	if busy := r.disk.busy(); busy > r.cfg.DiskStallTimeout {
+		return fmt.Errorf("the disk of %s stalls: a write has taken %v so far", r.cfg.DataDir, busy.Round(time.Millisecond))
+	}
+	return nil
+}
+
 // fit reports that the last write went through.
 func (d *disk) fit() bool {
 	d.mu.Lock()

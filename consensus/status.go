@@ -46,13 +46,9 @@ func (r *Replica) Status() Status {
 	s := Status{ID: r.cfg.ID, ClusterID: r.cfg.ClusterID, Address: r.advertise, Role: "joining", Fsync: r.fsync}
 	s.Problems = append(s.Problems, r.notes...)
 	s.AppliedIndex, _ = r.machine.position()
-	var diskErr error
-	s.Disk, diskErr = r.disk.stats()
-	if diskErr != nil {
-		s.Problems = append(s.Problems, fmt.Sprintf("cannot write the log in %s: %v", r.cfg.DataDir, diskErr))
-	}
-	if busy := r.disk.busy(); busy > r.cfg.DiskStallTimeout {
-		s.Problems = append(s.Problems, fmt.Sprintf("the disk of %s stalls: a write has taken %v so far", r.cfg.DataDir, busy.Round(time.Millisecond)))
+	s.Disk, _ = r.disk.stats()
+	if err := r.DiskErr(); err != nil {
+		s.Problems = append(s.Problems, err.Error())
 	}
 	if err := r.Err(); err != nil {
 		s.Problems = append(s.Problems, fmt.Sprintf("stopped: %v", err))

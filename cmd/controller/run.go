@@ -167,7 +167,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 			},
 		},
 		Paths:                        k.backupPaths(),
-		ReadyOnly:                    []string{"raft-leader"},
+		ReadyOnly:                    []string{"raft-leader", "disk"},
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
 }
