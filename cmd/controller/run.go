@@ -139,6 +139,7 @@ func (k *controller) serve(ctx context.Context, group *errgroup.Group, files pki
 		return err
 	}
 	k.api = api
+	k.registerMetrics()
 	group.Go(func() error { return api.Run(ctx) })
 	group.Go(func() error { return ended(k.agents.Run(ctx)) })
 	group.Go(func() error { return ended(k.lead(ctx)) })
@@ -165,6 +166,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 				}
 				return nil
 			},
+			"disk": func(context.Context) error { return k.replica.DiskErr() },
 		},
 		Paths:                        k.backupPaths(),
 		ReadyOnly:                    []string{"raft-leader", "disk"},

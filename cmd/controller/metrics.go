@@ -1,0 +1,119 @@
+package main
+
+import (
+	"strings"
+
+	"k8s.io/component-base/metrics"
+	"k8s.io/component-base/metrics/legacyregistry"
+
+	"timonel/gossip"
+)
+
+// collector tells, on /metrics of the API, what is Timonel's own: the log, the
+// state and the members. What the Kubernetes API says of itself is upstream's.
+type collector struct {
+	metrics.BaseStableCollector
+	k *controller
+}
+
+func desc(name, help string, labels ...string) *metrics.Desc {
+	return metrics.NewDesc("timonel_"+name, help, labels, nil, metrics.ALPHA, "")
+}
+
+var (
+	descLeader       = desc("raft_is_leader", "1 on the controller that leads.")
+	descTerm         = desc("raft_term", "The Raft term.")
+	descCommit       = desc("raft_commit_index", "The last log entry known to be committed.")
+	descApplied      = desc("raft_applied_index", "The last log entry that this controller has applied.")
+	descLast         = desc("raft_last_index", "The last entry of this controller's log.")
+	descFirst        = desc("raft_first_index", "The first entry of this controller's log.")
+	descSnapshot     = desc("raft_snapshot_index", "The last log entry that the newest snapshot holds.")
+	descSnapshotSize = desc("raft_snapshot_bytes", "The size of the newest snapshot.")
+	descMembers      = desc("raft_members", "Members of the Raft configuration.", "role")
+	descAppends      = desc("log_appends_total", "Appends to the log on disk, each of one or more entries.")
+	descEntries      = desc("log_entries_total", "Entries appended to the log on disk.")
+	descAppendTime   = desc("log_append_seconds_total", "Time that appends took, syncs included.")
+	descAppendMax    = desc("log_append_max_seconds", "The longest append since the start.")
+	descFsync        = desc("log_fsync_seconds", "The median time of a sync, measured at the start.")
+	descDisk         = desc("log_disk_ok", "0 while the log cannot be written: the disk is full, broken or stalls.")
+	descCorrupt      = desc("state_corrupt", "1 when this controller stopped because its data is damaged or differs from the majority's.")
+	descProblems     = desc("problems", "Problems that `timonel status` shows of this controller.")
+	descRevision     = desc("state_revision", "The revision of the state.")
+	descKeys         = desc("state_keys", "Keys in the state.")
+	descBytes        = desc("state_bytes", "Bytes of keys and values in the state.")
+	descCompacted    = desc("state_compact_revision", "The oldest revision that a watch can start after.")
+	descGossip       = desc("gossip_members", "Members of the gossip pool.", "role", "state")
+)
+
+// DescribeWithStability implements metrics.StableCollector.
+func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
+	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
+		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
+		descRevision, descKeys, descBytes, descCompacted, descGossip} {
+		to <- d
+	}
+}
+
+// CollectWithStability implements metrics.StableCollector.
+func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
+	gauge := func(d *metrics.Desc, value float64, labels ...string) {
+		to <- metrics.NewLazyConstMetric(d, metrics.GaugeValue, value, labels...)
+	}
+	counter := func(d *metrics.Desc, value float64) {
+		to <- metrics.NewLazyConstMetric(d, metrics.CounterValue, value)
+	}
+	flag := func(d *metrics.Desc, set bool) {
+		value := 0.0
+		if set {
+			value = 1
+		}
+		gauge(d, value)
+	}
+	k := c.k
+	s := k.replica.Status()
+	flag(descLeader, s.Role == "leader")
+	gauge(descTerm, float64(s.Term))
+	gauge(descCommit, float64(s.CommitIndex))
+	gauge(descApplied, float64(s.AppliedIndex))
+	gauge(descLast, float64(s.LastIndex))
+	gauge(descFirst, float64(s.FirstIndex))
+	gauge(descSnapshot, float64(s.SnapshotIndex))
+	gauge(descSnapshotSize, float64(s.SnapshotSize))
+	voters := 0
+	for _, m := range s.Members {
+		if m.Voter {
+			voters++
+		}
+	}
+	gauge(descMembers, float64(voters), "voter")
+	gauge(descMembers, float64(len(s.Members)-voters), "non-voter")
+	counter(descAppends, float64(s.Disk.Appends))
+	counter(descEntries, float64(s.Disk.Entries))
+	counter(descAppendTime, s.Disk.Total.Seconds())
+	gauge(descAppendMax, s.Disk.Max.Seconds())
+	gauge(descFsync, s.Fsync.Seconds())
+	flag(descDisk, k.replica.DiskErr() == nil)
+	flag(descCorrupt, k.replica.Err() != nil)
+	gauge(descProblems, float64(len(s.Problems)))
+	view := k.store.View()
+	gauge(descRevision, float64(view.Revision()))
+	gauge(descKeys, float64(view.Len()))
+	gauge(descBytes, float64(view.Bytes()))
+	gauge(descCompacted, float64(k.store.CompactRevision()))
+	counts := map[[2]string]int{}
+	for _, role := range []string{gossip.RoleController, gossip.RoleAgent} {
+		counts[[2]string{role, "alive"}] = 0
+	}
+	for _, m := range k.pool.Members() {
+		counts[[2]string{m.Role, strings.ToLower(m.State.String())}]++
+	}
+	for labels, n := range counts {
+		gauge(descGossip, float64(n), labels[0], labels[1])
+	}
+}
+
+// registerMetrics serves the controller's metrics beside the API's. There is one
+// controller in a process.
+func (k *controller) registerMetrics() {
+	legacyregistry.CustomMustRegister(&collector{k: k})
+}
