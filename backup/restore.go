@@ -20,6 +20,8 @@ type Target struct {
 	// Address is where others reach that controller's Raft; it corrects it when it
 	// starts.
 	Address string
+	// LogStore is the controller's --log-store; empty for the default.
+	LogStore string
 	// Now decides what the revisions are raised to; see the package's comment.
 	Now time.Time
 	// Bump, if not 0, is what every revision is raised by instead.
@@ -58,7 +60,7 @@ func Restore(r *Reader, t Target) (Restored, error) {
 	}
 	var info state.SnapshotInfo
 	err := consensus.Seed(consensus.SeedConfig{
-		DataDir: t.DataDir, ClusterID: t.ClusterID, ID: t.Name, Address: t.Address, Index: raise.Index, Term: raise.Term,
+		DataDir: t.DataDir, ClusterID: t.ClusterID, ID: t.Name, Address: t.Address, LogStore: t.LogStore, Index: raise.Index, Term: raise.Term,
 	}, func(w io.Writer) (err error) {
 		if info, err = state.RaiseSnapshot(w, r, raise); err != nil {
 			return r.stateError(err)

@@ -25,6 +25,8 @@ type SeedConfig struct {
 	// Those of a cluster that this one replaces should be less, so that a member
 	// of it that is still about is not listened to.
 	Index, Term uint64
+	// LogStore is as in Config.
+	LogStore string
 	// Logger gets Raft's messages. Default: none.
 	Logger *slog.Logger
 }
@@ -49,6 +51,12 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("data folder: %w", err)
 	}
+	if c.LogStore == "" {
+		c.LogStore = LogStoreBolt
+	}
+	if c.LogStore != LogStoreBolt && c.LogStore != LogStoreWAL {
+		return fmt.Errorf("seed: LogStore: %q: must be %s or %s", c.LogStore, LogStoreBolt, LogStoreWAL)
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -72,7 +80,7 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 	if err := seedSnapshot(partial, c, write); err != nil {
 		return err
 	}
-	if err := seedLog(folder.file(logFile), c); err != nil {
+	if err := seedLog(partial, c); err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
 	folder.Started = true
@@ -120,8 +128,12 @@ func seedSnapshot(dir string, c SeedConfig, write func(io.Writer) error) error {
 }
 
 // seedLog makes an empty log whose next term is after the snapshot's.
-func seedLog(file string, c SeedConfig) error {
-	store, err := openLog(file, logExtent{}, c.Logger)
+func seedLog(dir string, c SeedConfig) error {
+	kind, err := logKindIn(dir, c.LogStore)
+	if err != nil {
+		return err
+	}
+	store, err := kind.open(filepath.Join(dir, kind.file), logExtent{}, c.Logger)
 	if err != nil {
 		return err
 	}

@@ -12,13 +12,13 @@ import (
 )
 
 func (c *cluster) seed(id string, data map[string]string) error {
-	return Seed(SeedConfig{DataDir: filepath.Join(c.dir, id), ClusterID: c.id, ID: id, Address: "127.0.0.1:1", Index: 5000, Term: 100},
+	return Seed(SeedConfig{DataDir: filepath.Join(c.dir, id), ClusterID: c.id, ID: id, Address: "127.0.0.1:1", Index: 5000, Term: 100, LogStore: c.logStore},
 		func(w io.Writer) error { return gob.NewEncoder(w).Encode(mapState{Data: data, N: len(data)}) })
 }
 
-func TestSeed(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3)
+func TestSeed(t *testing.T) { forLogStores(t, testSeed) }
+
+func testSeed(t *testing.T, c *cluster) {
 	must(t, c.seed("c1", map[string]string{"old": "state"}))
 	c.startAll(3)
 	leader := c.leader()
@@ -110,6 +110,7 @@ func TestSeedRefuses(t *testing.T) {
 	for name, c := range map[string]SeedConfig{
 		"no name":    {DataDir: dir, ClusterID: "x", Address: "127.0.0.1:1", Index: 1, Term: 1},
 		"no index":   {DataDir: dir, ClusterID: "x", ID: "c1", Address: "127.0.0.1:1", Term: 1},
+		"log store":  {DataDir: dir, ClusterID: "x", ID: "c1", Address: "127.0.0.1:1", Index: 1, Term: 1, LogStore: "paper"},
 		"no address": {DataDir: dir, ClusterID: "x", ID: "c1", Index: 1, Term: 1},
 	} {
 		if err := Seed(c, nil); err == nil {

@@ -253,7 +253,7 @@ func (t *tool) snapshotListCommand() *cobra.Command {
 }
 
 func snapshotRestoreCommand() *cobra.Command {
-	var dataDir, bundleDir, name, address string
+	var dataDir, bundleDir, name, address, logStore string
 	var bump int64
 	var s3 backup.S3Config
 	cmd := &cobra.Command{
@@ -285,7 +285,7 @@ any more, and their folders must be removed. A folder with data is refused.`,
 			defer closer.Close()
 			folder := filepath.Join(dataDir, "raft")
 			restored, err := backup.Restore(r, backup.Target{
-				DataDir: folder, ClusterID: bundle.ClusterID(), Name: name, Address: address, Now: time.Now(), Bump: bump,
+				DataDir: folder, ClusterID: bundle.ClusterID(), Name: name, Address: address, LogStore: logStore, Now: time.Now(), Bump: bump,
 			})
 			if err != nil {
 				return err
@@ -304,6 +304,7 @@ any more, and their folders must be removed. A folder with data is refused.`,
 	f.StringVar(&bundleDir, "bundle", "", "the controller's --bundle")
 	f.StringVar(&name, "name", "", "the controller's --name")
 	f.StringVar(&address, "raft-address", "127.0.0.1:7444", "address to record until the controller leads and records its own")
+	f.StringVar(&logStore, "log-store", "boltdb", "the controller's --log-store: boltdb or wal")
 	f.Int64Var(&bump, "bump-revision", 0, "what to raise every revision by (default: up to the clock's microseconds)")
 	s3.Flags(f, "s3-")
 	return cmd
