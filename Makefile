@@ -64,11 +64,12 @@ unit: ## Unit tests
 e2e: build images ## A real cluster: deploy, kill the leader, bad input
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -tags e2e -count 1 -timeout 15m -v ./test/e2e
 
+# SEED= or MINUTES= choose the random mix alone: see test/chaos/mix_test.go.
 .PHONY: chaos
-chaos: deps build images ## Break a real cluster in every way we know; prints the figures
-	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -tags chaos -count 1 -timeout 60m -v ./test/chaos
+chaos: deps build images ## Break a real cluster in every way we know; SEED=n MINUTES=m repeats one random mix
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" \
+		$(GO) test -tags chaos -count 1 -timeout $(if $(MINUTES),$(shell echo $$(( $(firstword $(subst ., ,$(MINUTES))) + 30 ))),70)m $(if $(SEED)$(MINUTES),-run '^TestMix$$') -v ./test/chaos
 
-# Kubernetes and etcd have modules of their own, so that ours needs nothing of them.
 .PHONY: bench
 bench: ## Measure beside Kubernetes on etcd: BENCH="-sides timonel -rows get32 -seconds 5"
 	@mkdir -p bin/bench

@@ -1,0 +1,381 @@
+//go:build chaos
+
+package chaos
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/kubernetes"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+
+	"timonel/test/harness"
+	"timonel/test/history"
+)
+
+// TestMix breaks three controllers in a random order, for MINUTES (default 10),
+// while clients on each of them read, write, list and watch, and checks that what
+// they saw is linearizable. SEED chooses the order; the same seed breaks the same
+// things in the same order, though not at the same instant.
+func TestMix(t *testing.T) {
+	seed, minutes := uint64(time.Now().UnixNano()%1e6), 10.0
+	if text := os.Getenv("SEED"); text != "" {
+		n, err := strconv.ParseUint(text, 10, 64)
+		require.NoError(t, err, "SEED")
+		seed = n
+	}
+	if text := os.Getenv("MINUTES"); text != "" {
+		n, err := strconv.ParseFloat(text, 64)
+		require.NoError(t, err, "MINUTES")
+		minutes = n
+	}
+	t.Logf("to repeat: make chaos SEED=%d MINUTES=%g", seed, minutes)
+	random := rand.New(rand.NewPCG(seed, 0))
+	c := harness.Up(t, harness.Options{Controllers: 3, ControllerFlags: []string{"--snapshot-threshold=500", "--trailing-logs=100"}})
+
+	m := &mix{cluster: c, deadline: time.Now().Add(time.Duration(minutes * float64(time.Minute)))}
+	space, err := c.Client(t, "").CoreV1().Namespaces().Create(t.Context(),
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "mix-"}}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	m.namespace = space.Name
+	start, err := strconv.ParseInt(space.ResourceVersion, 10, 64)
+	require.NoError(t, err)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var work, watching sync.WaitGroup
+	names := c.Spec.ControllerNames()
+	for i := range 9 {
+		client := m.client(t, names[i%3])
+		work.Go(func() { m.use(client, i, rand.New(rand.NewPCG(seed, uint64(i)+1))) })
+	}
+	watchContext, stopWatching := context.WithCancel(ctx)
+	for i := range 3 {
+		var clients []typedcorev1.ConfigMapInterface
+		for j := range 3 {
+			clients = append(clients, m.client(t, names[(i+j)%3]))
+		}
+		w := m.recorder.Watch(fmt.Sprintf("watcher %d", i), start)
+		watching.Go(func() { m.watch(watchContext, w, clients) })
+	}
+
+	faults := map[string]int{}
+	for time.Now().Before(m.deadline) {
+		n := nemeses[random.IntN(len(nemeses))]
+		faults[n.name]++
+		n.strike(t, c, random)
+		for _, name := range names {
+			c.WaitServing(t, name, 2*time.Minute)
+		}
+	}
+	work.Wait()
+	// The watchers see the last write too.
+	last, err := c.Client(t, "").CoreV1().ConfigMaps(m.namespace).Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "last"}}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	end, err := strconv.ParseInt(last.ResourceVersion, 10, 64)
+	require.NoError(t, err)
+	harness.Eventually(t, time.Minute, "the watchers to see the last write", func() error {
+		for _, w := range m.recorder.History().Watches {
+			if len(w.Events) == 0 || w.Events[len(w.Events)-1].Revision < end {
+				return fmt.Errorf("%s lags", w.Name)
+			}
+		}
+		return nil
+	})
+	stopWatching()
+	watching.Wait()
+
+	h := m.recorder.History()
+	report := history.Check(h, 5*time.Minute)
+	counts := map[string]int{}
+	for _, o := range h.Operations {
+		counts[string(o.Kind)+" "+string(o.Outcome.Status)]++
+	}
+	t.Logf("seed %d: faults %v; operations %v; longest time without an acknowledged write %s", seed, faults, counts, ms(longestQuiet(h)))
+	if len(report.Violations) > 0 || report.Undecided {
+		dir, err := os.MkdirTemp("", "timonel-chaos-")
+		require.NoError(t, err)
+		require.NoError(t, h.Save(filepath.Join(dir, "history.json")))
+		require.NoError(t, report.Visualize(filepath.Join(dir, "history.html")))
+		t.Logf("history.json and history.html are kept in %s; to repeat: make chaos SEED=%d MINUTES=%g", dir, seed, minutes)
+	}
+	require.Empty(t, report.Violations)
+	require.False(t, report.Undecided, "porcupine did not come to an end")
+	requireSameEverywhere(t, c)
+}
+
+// nemesis breaks something and mends it.
+type nemesis struct {
+	name   string
+	strike func(t *testing.T, c *harness.Cluster, random *rand.Rand)
+}
+
+var nemeses = []nemesis{
+	{"leader killed", func(t *testing.T, c *harness.Cluster, random *rand.Rand) { killOne(t, c, c.Leader(t), random) }},
+	{"follower killed", func(t *testing.T, c *harness.Cluster, random *rand.Rand) { killOne(t, c, follower(t, c), random) }},
+	{"leader paused", func(t *testing.T, c *harness.Cluster, random *rand.Rand) { pauseOne(t, c, c.Leader(t), random) }},
+	{"follower paused", func(t *testing.T, c *harness.Cluster, random *rand.Rand) { pauseOne(t, c, follower(t, c), random) }},
+	{"leader cut off", func(t *testing.T, c *harness.Cluster, random *rand.Rand) { cutOne(t, c, c.Leader(t), random) }},
+	{"follower cut off", func(t *testing.T, c *harness.Cluster, random *rand.Rand) { cutOne(t, c, follower(t, c), random) }},
+	{"leader stopped", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
+		leader := c.Leader(t)
+		require.NoError(t, c.Spec.Stop(t.Context(), leader))
+		c.Start(t, leader)
+	}},
+	{"all killed", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
+		for _, name := range c.Spec.ControllerNames() {
+			c.Kill(t, name, true)
+		}
+		for _, name := range c.Spec.ControllerNames() {
+			require.NoError(t, c.Spec.Start(t.Context(), name))
+		}
+	}},
+	{"follower wiped: leaves and joins", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
+		name := follower(t, c)
+		c.Kill(t, name, false)
+		require.NoError(t, c.Spec.Wipe(t.Context(), name))
+		c.Start(t, name)
+	}},
+}
+
+func hold(t *testing.T, random *rand.Rand) {
+	select {
+	case <-time.After(time.Duration(500+random.IntN(5000)) * time.Millisecond):
+	case <-t.Context().Done():
+	}
+}
+
+func killOne(t *testing.T, c *harness.Cluster, name string, random *rand.Rand) {
+	c.Kill(t, name, random.IntN(2) == 0)
+	hold(t, random)
+	c.Start(t, name)
+}
+
+func pauseOne(t *testing.T, c *harness.Cluster, name string, random *rand.Rand) {
+	require.NoError(t, c.Spec.Pause(t.Context(), name, false))
+	hold(t, random)
+	require.NoError(t, c.Spec.Resume(t.Context(), name))
+}
+
+// cutOne cuts a controller off from the other two, which includes one way alone.
+func cutOne(t *testing.T, c *harness.Cluster, name string, random *rand.Rand) {
+	c.Run(t, "partition", name, "--from", others(c, name), "--direction", []string{"in", "out", "both"}[random.IntN(3)])
+	hold(t, random)
+	c.Run(t, "partition", name, "--heal")
+}
+
+// mix is what the clients of one run share.
+type mix struct {
+	cluster   *harness.Cluster
+	namespace string
+	deadline  time.Time
+	recorder  history.Recorder
+}
+
+// client talks to one controller and never asks twice by itself: each request is
+// one operation.
+func (m *mix) client(t *testing.T, on string) typedcorev1.ConfigMapInterface {
+	t.Helper()
+	config, err := m.cluster.Spec.RESTConfig(on)
+	require.NoError(t, err)
+	config.QPS = -1
+	config.ContentType = "application/vnd.kubernetes.protobuf"
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return once{next} })
+	set, err := kubernetes.NewForConfig(config)
+	require.NoError(t, err)
+	return set.CoreV1().ConfigMaps(m.namespace)
+}
+
+// once takes away the answer's advice to try again, which client-go follows.
+type once struct{ next http.RoundTripper }
+
+func (o once) RoundTrip(r *http.Request) (*http.Response, error) {
+	response, err := o.next.RoundTrip(r)
+	if err == nil {
+		response.Header.Del("Retry-After")
+	}
+	return response, err
+}
+
+// WrappedRoundTripper lets client-go find the connection's own.
+func (o once) WrappedRoundTripper() http.RoundTripper { return o.next }
+
+const (
+	perOperation = 3 * time.Second
+	keyLife      = 3 * time.Second // then others are used, so that porcupine's parts stay small
+)
+
+// use is one client.
+func (m *mix) use(maps typedcorev1.ConfigMapInterface, id int, random *rand.Rand) {
+	known := map[string]int64{} // the revision that this client last saw of a key
+	begin := time.Now()
+	for i := 0; time.Now().Before(m.deadline); i++ {
+		epoch := fmt.Sprintf("k%04d-", int(time.Since(begin)/keyLife))
+		key := epoch + strconv.Itoa(random.IntN(4))
+		value := fmt.Sprintf("%d-%d", id, i)
+		ctx, cancel := context.WithTimeout(context.Background(), perOperation)
+		var outcome history.Outcome
+		switch p := random.IntN(100); {
+		case p < 35:
+			op := m.recorder.Begin(id, history.Operation{Kind: history.Get, Key: key})
+			got, err := maps.Get(ctx, key, metav1.GetOptions{})
+			if outcome = outcomeOf(err); err == nil {
+				outcome.Found, outcome.Value, outcome.Revision = true, got.Data["v"], revision(got)
+				known[key] = outcome.Revision
+			} else if apierrors.IsNotFound(err) {
+				outcome.Status = history.OK
+				delete(known, key)
+			}
+			m.recorder.End(op, outcome)
+		case p < 45:
+			op := m.recorder.Begin(id, history.Operation{Kind: history.List, Key: epoch})
+			outcome = m.list(ctx, maps, epoch, p < 40)
+			m.recorder.End(op, outcome)
+		case p < 55 && known[key] != 0:
+			op := m.recorder.Begin(id, history.Operation{Kind: history.Delete, Key: key, If: known[key]})
+			at := strconv.FormatInt(known[key], 10)
+			err := maps.Delete(ctx, key, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{ResourceVersion: &at}})
+			outcome = outcomeOf(err)
+			m.recorder.End(op, outcome)
+			delete(known, key)
+		case known[key] != 0:
+			op := m.recorder.Begin(id, history.Operation{Kind: history.Update, Key: key, Value: value, If: known[key]})
+			got, err := maps.Update(ctx, object(key, value, known[key]), metav1.UpdateOptions{})
+			if outcome = outcomeOf(err); err == nil {
+				outcome.Revision = revision(got)
+				known[key] = outcome.Revision
+			} else {
+				delete(known, key)
+			}
+			m.recorder.End(op, outcome)
+		default:
+			op := m.recorder.Begin(id, history.Operation{Kind: history.Create, Key: key, Value: value})
+			got, err := maps.Create(ctx, object(key, value, 0), metav1.CreateOptions{})
+			if outcome = outcomeOf(err); err == nil {
+				outcome.Revision = revision(got)
+				known[key] = outcome.Revision
+			}
+			m.recorder.End(op, outcome)
+		}
+		cancel()
+		if outcome.Status == history.Unknown || outcome.Status == history.NoEffect {
+			time.Sleep(20 * time.Millisecond) // a client that fails does not spin
+		}
+	}
+}
+
+// list lists the keys with a prefix, by pages of two or at once.
+func (m *mix) list(ctx context.Context, maps typedcorev1.ConfigMapInterface, prefix string, paged bool) history.Outcome {
+	options := metav1.ListOptions{}
+	if paged {
+		options.Limit = 50
+	}
+	out := history.Outcome{Items: map[string]history.Item{}}
+	for {
+		page, err := maps.List(ctx, options)
+		if err != nil {
+			return outcomeOf(err)
+		}
+		if out.Revision == 0 {
+			out.Revision, _ = strconv.ParseInt(page.ResourceVersion, 10, 64)
+		}
+		for i := range page.Items {
+			if o := &page.Items[i]; strings.HasPrefix(o.Name, prefix) {
+				out.Items[o.Name] = history.Item{Value: o.Data["v"], Revision: revision(o)}
+			}
+		}
+		if options.Continue = page.Continue; options.Continue == "" {
+			out.Status = history.OK
+			return out
+		}
+	}
+}
+
+// watch follows the namespace, and resumes on the next controller at the last
+// revision it saw whenever a stream ends.
+func (m *mix) watch(ctx context.Context, w *history.Watch, clients []typedcorev1.ConfigMapInterface) {
+	last := w.After
+	for i := 0; ctx.Err() == nil; i++ {
+		stream, cancel := context.WithTimeout(ctx, 10*time.Second) // so that it resumes often
+		events, err := clients[i%len(clients)].Watch(stream, metav1.ListOptions{ResourceVersion: strconv.FormatInt(last, 10), AllowWatchBookmarks: true})
+		if err != nil {
+			cancel()
+			select {
+			case <-ctx.Done():
+			case <-time.After(50 * time.Millisecond):
+			}
+			continue
+		}
+		for e := range events.ResultChan() {
+			o, ok := e.Object.(*corev1.ConfigMap)
+			if !ok {
+				break // an error: it resumes elsewhere, and what it misses will show
+			}
+			if last = revision(o); e.Type != watch.Bookmark {
+				m.recorder.Saw(w, history.Event{Delete: e.Type == watch.Deleted, Key: o.Name, Value: o.Data["v"], Revision: last})
+			}
+		}
+		events.Stop()
+		cancel()
+	}
+}
+
+func object(key, value string, at int64) *corev1.ConfigMap {
+	o := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: key}, Data: map[string]string{"v": value}}
+	if at != 0 {
+		o.ResourceVersion = strconv.FormatInt(at, 10)
+	}
+	return o
+}
+
+func revision(o metav1.Object) int64 {
+	n, _ := strconv.ParseInt(o.GetResourceVersion(), 10, 64)
+	return n
+}
+
+// outcomeOf says what an error means for whether the operation was done.
+func outcomeOf(err error) history.Outcome {
+	var refused interface{ Timeout() bool }
+	switch {
+	case err == nil:
+		return history.Outcome{Status: history.OK}
+	case apierrors.IsConflict(err), apierrors.IsAlreadyExists(err), apierrors.IsNotFound(err):
+		return history.Outcome{Status: history.Refused}
+	case apierrors.IsTooManyRequests(err), apierrors.IsUnauthorized(err), apierrors.IsForbidden(err):
+		return history.Outcome{Status: history.NoEffect}
+	case strings.Contains(err.Error(), "connection refused"), strings.Contains(err.Error(), "no route to host"):
+		return history.Outcome{Status: history.NoEffect}
+	case errors.As(err, &refused) && refused.Timeout() && strings.Contains(err.Error(), "dial tcp"):
+		return history.Outcome{Status: history.NoEffect}
+	}
+	return history.Outcome{Status: history.Unknown}
+}
+
+// longestQuiet is the longest time between two acknowledged writes.
+func longestQuiet(h history.History) (longest time.Duration) {
+	var last time.Duration
+	for _, o := range h.Operations { // in the order of their calls, near enough
+		if o.Outcome.Status == history.OK && o.Kind != history.Get && o.Kind != history.List && o.Return > last {
+			if last != 0 {
+				longest = max(longest, o.Return-last)
+			}
+			last = o.Return
+		}
+	}
+	return longest
+}
