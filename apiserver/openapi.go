@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"strings"
 	"sync"
@@ -36,7 +37,13 @@ const (
 func installOpenAPI(server *genericapiserver.GenericAPIServer, v2 *common.Config, v3 *common.OpenAPIV3Config) error {
 	mux, container := server.Handler.NonGoRestfulMux, server.Handler.GoRestfulContainer
 
+	// Builders write into the definitions that they share, and all specifications
+	// are asked for at once.
+	var building sync.Mutex
+
 	swagger := &draft[spec.Swagger]{name: openAPIv2, build: func() (*spec.Swagger, error) {
+		building.Lock()
+		defer building.Unlock()
 		built, err := builder.BuildOpenAPISpecFromRoutes(restfuladapter.AdaptWebServices(container.RegisteredWebServices()), v2)
 		if err == nil {
 			built.Definitions = handler.PruneDefaults(built.Definitions)
@@ -55,7 +62,11 @@ func installOpenAPI(server *genericapiserver.GenericAPIServer, v2 *common.Config
 	var drafts []*draft[spec3.OpenAPI]
 	for _, web := range container.RegisteredWebServices() {
 		path := strings.TrimPrefix(web.RootPath(), "/")
-		one := &draft[spec3.OpenAPI]{name: path, build: func() (*spec3.OpenAPI, error) { return buildV3(path, web, v3) }}
+		one := &draft[spec3.OpenAPI]{name: path, build: func() (*spec3.OpenAPI, error) {
+			building.Lock()
+			defer building.Unlock()
+			return buildV3(path, web, v3)
+		}}
 		drafts = append(drafts, one)
 		service.UpdateGroupVersionLazy(path, one)
 	}
@@ -87,6 +98,12 @@ func buildV3(path string, web *restful.WebService, config *common.OpenAPIV3Confi
 	built, err := builder3.BuildOpenAPISpecFromRoutes(restfuladapter.AdaptWebServices([]*restful.WebService{web}), config)
 	if err != nil {
 		return nil, err
+	}
+	if built.Components != nil {
+		// The next builder writes into these maps while this is rendered.
+		for _, schema := range built.Components.Schemas {
+			schema.Extensions = maps.Clone(schema.Extensions)
+		}
 	}
 	group, version, ok := strings.Cut(strings.TrimPrefix(path, "apis/"), "/")
 	if path == "api/v1" {
