@@ -132,6 +132,9 @@ type Config struct {
 	// never.
 	FingerprintInterval time.Duration
 
+	// Version of the program, told to whoever lists the members.
+	Version string
+
 	// Logger gets this replica's and Raft's messages. Default slog.Default().
 	Logger *slog.Logger
 }

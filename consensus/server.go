@@ -131,6 +131,7 @@ func (s *membershipServer) Hello(ctx context.Context, req *pb.HelloRequest) (*pb
 		resp.Term, resp.LastIndex = node.CurrentTerm(), node.LastIndex()
 		resp.AppliedIndex, _ = r.machine.position()
 	}
+	resp.Version, resp.DiskFailed = r.cfg.Version, r.DiskErr() != nil
 	if v, ok := r.view(); ok {
 		resp.LeaderId = v.ID
 	}

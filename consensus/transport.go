@@ -153,6 +153,18 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	return err
 }
 
+// sinceReached returns how many microseconds ago the peer answered a heartbeat,
+// -1 if it never did.
+func (t *transport) sinceReached(id raft.ServerID) int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	at, ok := t.reached[id]
+	if !ok {
+		return -1
+	}
+	return time.Since(at).Microseconds()
+}
+
 // heartbeat sends one of the leader's heartbeats and reports whether the peer
 // follows it.
 func (t *transport) heartbeat(to raft.Server, id, addr string, term uint64) bool {

@@ -90,12 +90,17 @@ func (k *controller) barrierView(ctx context.Context) (state.View, error) {
 	return k.store.View(), nil
 }
 
-// backupPaths are the operator's paths on the API port.
-func (k *controller) backupPaths() map[string]http.Handler {
-	return map[string]http.Handler{
+// paths are the operator's paths on the API port.
+func (k *controller) paths() map[string]http.Handler {
+	paths := map[string]http.Handler{
 		"/timonel/v1/snapshot":  http.HandlerFunc(k.serveSnapshot),
 		"/timonel/v1/snapshots": http.HandlerFunc(k.serveSnapshots),
+		membersPath:             http.HandlerFunc(k.serveMembers),
 	}
+	for name, kind := range memberChanges {
+		paths[membersPath+"/"+name] = k.serveMemberChange(kind)
+	}
+	return paths
 }
 
 // serveSnapshot streams a snapshot file of this replica's state.

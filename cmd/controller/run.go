@@ -168,7 +168,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 			},
 			"disk": func(context.Context) error { return k.replica.DiskErr() },
 		},
-		Paths:                        k.backupPaths(),
+		Paths:                        k.paths(),
 		ReadyOnly:                    []string{"raft-leader", "disk"},
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
@@ -209,7 +209,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		PeerConn: k.peers.conn, Peers: func() []consensus.Server { return raftServers(k.pool) },
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
-		Logger: k.log,
+		Version: version, Logger: k.log,
 	}, machine{k.store})
 	if err != nil {
 		listener.Close()

@@ -4,6 +4,7 @@
 //
 //	timonel up                  three controllers, two agents, a sample application
 //	timonel status              who leads, members, nodes, pods
+//	timonel members list        the controllers that keep the log
 //	timonel kubectl get pods
 //	timonel kill c1 && timonel start c1
 //	timonel down

@@ -75,6 +75,12 @@ func (a *access) config(t *tool, cmd *cobra.Command) (*rest.Config, error) {
 
 // get asks for a path of the API and returns the body of a good answer.
 func (a *access) get(ctx context.Context, t *tool, cmd *cobra.Command, path string) (io.ReadCloser, error) {
+	return a.do(ctx, t, cmd, http.MethodGet, path, nil)
+}
+
+// do sends a request with a JSON body, if any, and returns the body of a good
+// answer.
+func (a *access) do(ctx context.Context, t *tool, cmd *cobra.Command, method, path string, send io.Reader) (io.ReadCloser, error) {
 	config, err := a.config(t, cmd)
 	if err != nil {
 		return nil, err
@@ -87,9 +93,12 @@ func (a *access) get(ctx context.Context, t *tool, cmd *cobra.Command, path stri
 	if err != nil {
 		return nil, err
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, base.JoinPath(path).String(), nil)
+	request, err := http.NewRequestWithContext(ctx, method, base.JoinPath(path).String(), send)
 	if err != nil {
 		return nil, err
+	}
+	if send != nil {
+		request.Header.Set("Content-Type", "application/json")
 	}
 	response, err := client.Do(request)
 	if err != nil {

@@ -75,6 +75,61 @@ func (BootstrapStep) EnumDescriptor() ([]byte, []int) {
 	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{0}
 }
 
+type MemberChange int32
+
+const (
+	MemberChange_MEMBER_CHANGE_UNSPECIFIED     MemberChange = 0
+	MemberChange_MEMBER_CHANGE_ADD             MemberChange = 1 // as a non-voter
+	MemberChange_MEMBER_CHANGE_PROMOTE         MemberChange = 2 // make it a voter now
+	MemberChange_MEMBER_CHANGE_REMOVE          MemberChange = 3
+	MemberChange_MEMBER_CHANGE_TRANSFER_LEADER MemberChange = 4 // target empty: to any
+)
+
+// Enum value maps for MemberChange.
+var (
+	MemberChange_name = map[int32]string{
+		0: "MEMBER_CHANGE_UNSPECIFIED",
+		1: "MEMBER_CHANGE_ADD",
+		2: "MEMBER_CHANGE_PROMOTE",
+		3: "MEMBER_CHANGE_REMOVE",
+		4: "MEMBER_CHANGE_TRANSFER_LEADER",
+	}
+	MemberChange_value = map[string]int32{
+		"MEMBER_CHANGE_UNSPECIFIED":     0,
+		"MEMBER_CHANGE_ADD":             1,
+		"MEMBER_CHANGE_PROMOTE":         2,
+		"MEMBER_CHANGE_REMOVE":          3,
+		"MEMBER_CHANGE_TRANSFER_LEADER": 4,
+	}
+)
+
+func (x MemberChange) Enum() *MemberChange {
+	p := new(MemberChange)
+	*p = x
+	return p
+}
+
+func (x MemberChange) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MemberChange) Descriptor() protoreflect.EnumDescriptor {
+	return file_timonel_v1_membership_proto_enumTypes[1].Descriptor()
+}
+
+func (MemberChange) Type() protoreflect.EnumType {
+	return &file_timonel_v1_membership_proto_enumTypes[1]
+}
+
+func (x MemberChange) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MemberChange.Descriptor instead.
+func (MemberChange) EnumDescriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{1}
+}
+
 // RaftServer is one member of the Raft configuration.
 type RaftServer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -135,6 +190,7 @@ type HelloRequest struct {
 	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
 	Step          BootstrapStep          `protobuf:"varint,4,opt,name=step,proto3,enum=timonel.v1.BootstrapStep" json:"step,omitempty"`
 	Proposed      []*RaftServer          `protobuf:"bytes,5,rep,name=proposed,proto3" json:"proposed,omitempty"`
+	Generation    uint64                 `protobuf:"varint,6,opt,name=generation,proto3" json:"generation,omitempty"` // of the caller's data, see HelloResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -204,20 +260,35 @@ func (x *HelloRequest) GetProposed() []*RaftServer {
 	return nil
 }
 
+func (x *HelloRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
 type HelloResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
-	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
-	HasState      bool                   `protobuf:"varint,4,opt,name=has_state,json=hasState,proto3" json:"has_state,omitempty"` // it has a log: the cluster was bootstrapped
-	Expect        uint32                 `protobuf:"varint,5,opt,name=expect,proto3" json:"expect,omitempty"`                     // its bootstrap-expect
-	Accepted      bool                   `protobuf:"varint,6,opt,name=accepted,proto3" json:"accepted,omitempty"`                 // answer to a bootstrap step
-	Refusal       string                 `protobuf:"bytes,7,opt,name=refusal,proto3" json:"refusal,omitempty"`                    // why not
-	LeaderId      string                 `protobuf:"bytes,8,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`  // empty: it knows none
-	Term          uint64                 `protobuf:"varint,9,opt,name=term,proto3" json:"term,omitempty"`
-	LastIndex     uint64                 `protobuf:"varint,10,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
-	AppliedIndex  uint64                 `protobuf:"varint,11,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
-	Incarnation   []byte                 `protobuf:"bytes,12,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // of its data folder: changes when it is wiped
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId    string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Id           string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Address      string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
+	HasState     bool                   `protobuf:"varint,4,opt,name=has_state,json=hasState,proto3" json:"has_state,omitempty"` // it has a log: the cluster was bootstrapped
+	Expect       uint32                 `protobuf:"varint,5,opt,name=expect,proto3" json:"expect,omitempty"`                     // its bootstrap-expect
+	Accepted     bool                   `protobuf:"varint,6,opt,name=accepted,proto3" json:"accepted,omitempty"`                 // answer to a bootstrap step
+	Refusal      string                 `protobuf:"bytes,7,opt,name=refusal,proto3" json:"refusal,omitempty"`                    // why not
+	LeaderId     string                 `protobuf:"bytes,8,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`  // empty: it knows none
+	Term         uint64                 `protobuf:"varint,9,opt,name=term,proto3" json:"term,omitempty"`
+	LastIndex    uint64                 `protobuf:"varint,10,opt,name=last_index,json=lastIndex,proto3" json:"last_index,omitempty"`
+	AppliedIndex uint64                 `protobuf:"varint,11,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	Incarnation  []byte                 `protobuf:"bytes,12,opt,name=incarnation,proto3" json:"incarnation,omitempty"` // of its data folder: changes when it is wiped
+	Version      string                 `protobuf:"bytes,13,opt,name=version,proto3" json:"version,omitempty"`         // of its program
+	// It leads, has everything earlier leaders committed, and the caller is not in
+	// its configuration.
+	NotAMember bool `protobuf:"varint,14,opt,name=not_a_member,json=notAMember,proto3" json:"not_a_member,omitempty"`
+	// When the cluster was last recovered or restored, in microseconds since 1970;
+	// 0: never. Data of an earlier generation is not of this cluster any more.
+	Generation    uint64 `protobuf:"varint,15,opt,name=generation,proto3" json:"generation,omitempty"`
+	DiskFailed    bool   `protobuf:"varint,16,opt,name=disk_failed,json=diskFailed,proto3" json:"disk_failed,omitempty"` // it cannot write its log
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -336,6 +407,34 @@ func (x *HelloResponse) GetIncarnation() []byte {
 	return nil
 }
 
+func (x *HelloResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *HelloResponse) GetNotAMember() bool {
+	if x != nil {
+		return x.NotAMember
+	}
+	return false
+}
+
+func (x *HelloResponse) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *HelloResponse) GetDiskFailed() bool {
+	if x != nil {
+		return x.DiskFailed
+	}
+	return false
+}
+
 type EnterRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
@@ -406,6 +505,7 @@ func (x *EnterRequest) GetIncarnation() []byte {
 
 type EnterResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Generation    uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"` // of the cluster, see HelloResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -438,6 +538,13 @@ func (x *EnterResponse) ProtoReflect() protoreflect.Message {
 // Deprecated: Use EnterResponse.ProtoReflect.Descriptor instead.
 func (*EnterResponse) Descriptor() ([]byte, []int) {
 	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *EnterResponse) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
 }
 
 type FingerprintRequest struct {
@@ -570,6 +677,371 @@ func (x *FingerprintResponse) GetHash() uint64 {
 	return 0
 }
 
+type MembersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // the replica that asks
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MembersRequest) Reset() {
+	*x = MembersRequest{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MembersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MembersRequest) ProtoMessage() {}
+
+func (x *MembersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MembersRequest.ProtoReflect.Descriptor instead.
+func (*MembersRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *MembersRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *MembersRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type MembersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	LeaderId      string                 `protobuf:"bytes,1,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
+	CommitIndex   uint64                 `protobuf:"varint,3,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
+	Members       []*RaftMember          `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MembersResponse) Reset() {
+	*x = MembersResponse{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MembersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MembersResponse) ProtoMessage() {}
+
+func (x *MembersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MembersResponse.ProtoReflect.Descriptor instead.
+func (*MembersResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *MembersResponse) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
+}
+
+func (x *MembersResponse) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *MembersResponse) GetCommitIndex() uint64 {
+	if x != nil {
+		return x.CommitIndex
+	}
+	return 0
+}
+
+func (x *MembersResponse) GetMembers() []*RaftMember {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+// RaftMember is one member as the leader sees it.
+type RaftMember struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Id                string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Address           string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Voter             bool                   `protobuf:"varint,3,opt,name=voter,proto3" json:"voter,omitempty"`
+	Healthy           bool                   `protobuf:"varint,4,opt,name=healthy,proto3" json:"healthy,omitempty"` // it answers and follows this leader
+	Problem           string                 `protobuf:"bytes,5,opt,name=problem,proto3" json:"problem,omitempty"`  // why it is not
+	AppliedIndex      uint64                 `protobuf:"varint,6,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	Version           string                 `protobuf:"bytes,7,opt,name=version,proto3" json:"version,omitempty"`
+	LastContactMicros int64                  `protobuf:"varint,8,opt,name=last_contact_micros,json=lastContactMicros,proto3" json:"last_contact_micros,omitempty"` // since a heartbeat was answered; -1: never; 0 for the leader
+	Removal           string                 `protobuf:"bytes,9,opt,name=removal,proto3" json:"removal,omitempty"`                                                 // why it should not be removed; empty: it may be
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *RaftMember) Reset() {
+	*x = RaftMember{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RaftMember) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RaftMember) ProtoMessage() {}
+
+func (x *RaftMember) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RaftMember.ProtoReflect.Descriptor instead.
+func (*RaftMember) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RaftMember) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RaftMember) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *RaftMember) GetVoter() bool {
+	if x != nil {
+		return x.Voter
+	}
+	return false
+}
+
+func (x *RaftMember) GetHealthy() bool {
+	if x != nil {
+		return x.Healthy
+	}
+	return false
+}
+
+func (x *RaftMember) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *RaftMember) GetAppliedIndex() uint64 {
+	if x != nil {
+		return x.AppliedIndex
+	}
+	return 0
+}
+
+func (x *RaftMember) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *RaftMember) GetLastContactMicros() int64 {
+	if x != nil {
+		return x.LastContactMicros
+	}
+	return 0
+}
+
+func (x *RaftMember) GetRemoval() string {
+	if x != nil {
+		return x.Removal
+	}
+	return ""
+}
+
+type ChangeMembersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"` // the replica that asks
+	Change        MemberChange           `protobuf:"varint,3,opt,name=change,proto3,enum=timonel.v1.MemberChange" json:"change,omitempty"`
+	Target        string                 `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`   // the member
+	Address       string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"` // ADD: of its Raft listener; empty: where gossip sees it
+	Force         bool                   `protobuf:"varint,6,opt,name=force,proto3" json:"force,omitempty"`    // whatever becomes of the quorum
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeMembersRequest) Reset() {
+	*x = ChangeMembersRequest{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeMembersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeMembersRequest) ProtoMessage() {}
+
+func (x *ChangeMembersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeMembersRequest.ProtoReflect.Descriptor instead.
+func (*ChangeMembersRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ChangeMembersRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *ChangeMembersRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ChangeMembersRequest) GetChange() MemberChange {
+	if x != nil {
+		return x.Change
+	}
+	return MemberChange_MEMBER_CHANGE_UNSPECIFIED
+}
+
+func (x *ChangeMembersRequest) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *ChangeMembersRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *ChangeMembersRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ChangeMembersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refusal       string                 `protobuf:"bytes,1,opt,name=refusal,proto3" json:"refusal,omitempty"` // why nothing was done
+	Done          string                 `protobuf:"bytes,2,opt,name=done,proto3" json:"done,omitempty"`       // what was
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeMembersResponse) Reset() {
+	*x = ChangeMembersResponse{}
+	mi := &file_timonel_v1_membership_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeMembersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeMembersResponse) ProtoMessage() {}
+
+func (x *ChangeMembersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_membership_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeMembersResponse.ProtoReflect.Descriptor instead.
+func (*ChangeMembersResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_membership_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ChangeMembersResponse) GetRefusal() string {
+	if x != nil {
+		return x.Refusal
+	}
+	return ""
+}
+
+func (x *ChangeMembersResponse) GetDone() string {
+	if x != nil {
+		return x.Done
+	}
+	return ""
+}
+
 var File_timonel_v1_membership_proto protoreflect.FileDescriptor
 
 const file_timonel_v1_membership_proto_rawDesc = "" +
@@ -579,14 +1051,17 @@ const file_timonel_v1_membership_proto_rawDesc = "" +
 	"\n" +
 	"RaftServer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xba\x01\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xda\x01\n" +
 	"\fHelloRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12-\n" +
 	"\x04step\x18\x04 \x01(\x0e2\x19.timonel.v1.BootstrapStepR\x04step\x122\n" +
-	"\bproposed\x18\x05 \x03(\v2\x16.timonel.v1.RaftServerR\bproposed\"\xda\x02\n" +
+	"\bproposed\x18\x05 \x03(\v2\x16.timonel.v1.RaftServerR\bproposed\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x06 \x01(\x04R\n" +
+	"generation\"\xd7\x03\n" +
 	"\rHelloResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
@@ -602,14 +1077,25 @@ const file_timonel_v1_membership_proto_rawDesc = "" +
 	"last_index\x18\n" +
 	" \x01(\x04R\tlastIndex\x12#\n" +
 	"\rapplied_index\x18\v \x01(\x04R\fappliedIndex\x12 \n" +
-	"\vincarnation\x18\f \x01(\fR\vincarnation\"y\n" +
+	"\vincarnation\x18\f \x01(\fR\vincarnation\x12\x18\n" +
+	"\aversion\x18\r \x01(\tR\aversion\x12 \n" +
+	"\fnot_a_member\x18\x0e \x01(\bR\n" +
+	"notAMember\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x0f \x01(\x04R\n" +
+	"generation\x12\x1f\n" +
+	"\vdisk_failed\x18\x10 \x01(\bR\n" +
+	"diskFailed\"y\n" +
 	"\fEnterRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12 \n" +
-	"\vincarnation\x18\x04 \x01(\fR\vincarnation\"\x0f\n" +
-	"\rEnterResponse\"\x95\x01\n" +
+	"\vincarnation\x18\x04 \x01(\fR\vincarnation\"/\n" +
+	"\rEnterResponse\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x01 \x01(\x04R\n" +
+	"generation\"\x95\x01\n" +
 	"\x12FingerprintRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
@@ -619,16 +1105,55 @@ const file_timonel_v1_membership_proto_rawDesc = "" +
 	"\adiffers\x18\x05 \x01(\bR\adiffers\"?\n" +
 	"\x13FingerprintResponse\x12\x14\n" +
 	"\x05known\x18\x01 \x01(\bR\x05known\x12\x12\n" +
-	"\x04hash\x18\x02 \x01(\x06R\x04hash*e\n" +
+	"\x04hash\x18\x02 \x01(\x06R\x04hash\"?\n" +
+	"\x0eMembersRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"\x97\x01\n" +
+	"\x0fMembersResponse\x12\x1b\n" +
+	"\tleader_id\x18\x01 \x01(\tR\bleaderId\x12\x12\n" +
+	"\x04term\x18\x02 \x01(\x04R\x04term\x12!\n" +
+	"\fcommit_index\x18\x03 \x01(\x04R\vcommitIndex\x120\n" +
+	"\amembers\x18\x04 \x03(\v2\x16.timonel.v1.RaftMemberR\amembers\"\x89\x02\n" +
+	"\n" +
+	"RaftMember\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05voter\x18\x03 \x01(\bR\x05voter\x12\x18\n" +
+	"\ahealthy\x18\x04 \x01(\bR\ahealthy\x12\x18\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\x12#\n" +
+	"\rapplied_index\x18\x06 \x01(\x04R\fappliedIndex\x12\x18\n" +
+	"\aversion\x18\a \x01(\tR\aversion\x12.\n" +
+	"\x13last_contact_micros\x18\b \x01(\x03R\x11lastContactMicros\x12\x18\n" +
+	"\aremoval\x18\t \x01(\tR\aremoval\"\xbf\x01\n" +
+	"\x14ChangeMembersRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x120\n" +
+	"\x06change\x18\x03 \x01(\x0e2\x18.timonel.v1.MemberChangeR\x06change\x12\x16\n" +
+	"\x06target\x18\x04 \x01(\tR\x06target\x12\x18\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05force\x18\x06 \x01(\bR\x05force\"E\n" +
+	"\x15ChangeMembersResponse\x12\x18\n" +
+	"\arefusal\x18\x01 \x01(\tR\arefusal\x12\x12\n" +
+	"\x04done\x18\x02 \x01(\tR\x04done*e\n" +
 	"\rBootstrapStep\x12\x1e\n" +
 	"\x1aBOOTSTRAP_STEP_UNSPECIFIED\x10\x00\x12\x1a\n" +
 	"\x16BOOTSTRAP_STEP_PROPOSE\x10\x01\x12\x18\n" +
-	"\x14BOOTSTRAP_STEP_START\x10\x022\xd8\x01\n" +
+	"\x14BOOTSTRAP_STEP_START\x10\x02*\x9c\x01\n" +
+	"\fMemberChange\x12\x1d\n" +
+	"\x19MEMBER_CHANGE_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11MEMBER_CHANGE_ADD\x10\x01\x12\x19\n" +
+	"\x15MEMBER_CHANGE_PROMOTE\x10\x02\x12\x18\n" +
+	"\x14MEMBER_CHANGE_REMOVE\x10\x03\x12!\n" +
+	"\x1dMEMBER_CHANGE_TRANSFER_LEADER\x10\x042\xf2\x02\n" +
 	"\n" +
 	"Membership\x12<\n" +
 	"\x05Hello\x12\x18.timonel.v1.HelloRequest\x1a\x19.timonel.v1.HelloResponse\x12<\n" +
 	"\x05Enter\x12\x18.timonel.v1.EnterRequest\x1a\x19.timonel.v1.EnterResponse\x12N\n" +
-	"\vFingerprint\x12\x1e.timonel.v1.FingerprintRequest\x1a\x1f.timonel.v1.FingerprintResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
+	"\vFingerprint\x12\x1e.timonel.v1.FingerprintRequest\x1a\x1f.timonel.v1.FingerprintResponse\x12B\n" +
+	"\aMembers\x12\x1a.timonel.v1.MembersRequest\x1a\x1b.timonel.v1.MembersResponse\x12T\n" +
+	"\rChangeMembers\x12 .timonel.v1.ChangeMembersRequest\x1a!.timonel.v1.ChangeMembersResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
 
 var (
 	file_timonel_v1_membership_proto_rawDescOnce sync.Once
@@ -642,32 +1167,44 @@ func file_timonel_v1_membership_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_membership_proto_rawDescData
 }
 
-var file_timonel_v1_membership_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_timonel_v1_membership_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_timonel_v1_membership_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_timonel_v1_membership_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_timonel_v1_membership_proto_goTypes = []any{
-	(BootstrapStep)(0),          // 0: timonel.v1.BootstrapStep
-	(*RaftServer)(nil),          // 1: timonel.v1.RaftServer
-	(*HelloRequest)(nil),        // 2: timonel.v1.HelloRequest
-	(*HelloResponse)(nil),       // 3: timonel.v1.HelloResponse
-	(*EnterRequest)(nil),        // 4: timonel.v1.EnterRequest
-	(*EnterResponse)(nil),       // 5: timonel.v1.EnterResponse
-	(*FingerprintRequest)(nil),  // 6: timonel.v1.FingerprintRequest
-	(*FingerprintResponse)(nil), // 7: timonel.v1.FingerprintResponse
+	(BootstrapStep)(0),            // 0: timonel.v1.BootstrapStep
+	(MemberChange)(0),             // 1: timonel.v1.MemberChange
+	(*RaftServer)(nil),            // 2: timonel.v1.RaftServer
+	(*HelloRequest)(nil),          // 3: timonel.v1.HelloRequest
+	(*HelloResponse)(nil),         // 4: timonel.v1.HelloResponse
+	(*EnterRequest)(nil),          // 5: timonel.v1.EnterRequest
+	(*EnterResponse)(nil),         // 6: timonel.v1.EnterResponse
+	(*FingerprintRequest)(nil),    // 7: timonel.v1.FingerprintRequest
+	(*FingerprintResponse)(nil),   // 8: timonel.v1.FingerprintResponse
+	(*MembersRequest)(nil),        // 9: timonel.v1.MembersRequest
+	(*MembersResponse)(nil),       // 10: timonel.v1.MembersResponse
+	(*RaftMember)(nil),            // 11: timonel.v1.RaftMember
+	(*ChangeMembersRequest)(nil),  // 12: timonel.v1.ChangeMembersRequest
+	(*ChangeMembersResponse)(nil), // 13: timonel.v1.ChangeMembersResponse
 }
 var file_timonel_v1_membership_proto_depIdxs = []int32{
-	0, // 0: timonel.v1.HelloRequest.step:type_name -> timonel.v1.BootstrapStep
-	1, // 1: timonel.v1.HelloRequest.proposed:type_name -> timonel.v1.RaftServer
-	2, // 2: timonel.v1.Membership.Hello:input_type -> timonel.v1.HelloRequest
-	4, // 3: timonel.v1.Membership.Enter:input_type -> timonel.v1.EnterRequest
-	6, // 4: timonel.v1.Membership.Fingerprint:input_type -> timonel.v1.FingerprintRequest
-	3, // 5: timonel.v1.Membership.Hello:output_type -> timonel.v1.HelloResponse
-	5, // 6: timonel.v1.Membership.Enter:output_type -> timonel.v1.EnterResponse
-	7, // 7: timonel.v1.Membership.Fingerprint:output_type -> timonel.v1.FingerprintResponse
-	5, // [5:8] is the sub-list for method output_type
-	2, // [2:5] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0,  // 0: timonel.v1.HelloRequest.step:type_name -> timonel.v1.BootstrapStep
+	2,  // 1: timonel.v1.HelloRequest.proposed:type_name -> timonel.v1.RaftServer
+	11, // 2: timonel.v1.MembersResponse.members:type_name -> timonel.v1.RaftMember
+	1,  // 3: timonel.v1.ChangeMembersRequest.change:type_name -> timonel.v1.MemberChange
+	3,  // 4: timonel.v1.Membership.Hello:input_type -> timonel.v1.HelloRequest
+	5,  // 5: timonel.v1.Membership.Enter:input_type -> timonel.v1.EnterRequest
+	7,  // 6: timonel.v1.Membership.Fingerprint:input_type -> timonel.v1.FingerprintRequest
+	9,  // 7: timonel.v1.Membership.Members:input_type -> timonel.v1.MembersRequest
+	12, // 8: timonel.v1.Membership.ChangeMembers:input_type -> timonel.v1.ChangeMembersRequest
+	4,  // 9: timonel.v1.Membership.Hello:output_type -> timonel.v1.HelloResponse
+	6,  // 10: timonel.v1.Membership.Enter:output_type -> timonel.v1.EnterResponse
+	8,  // 11: timonel.v1.Membership.Fingerprint:output_type -> timonel.v1.FingerprintResponse
+	10, // 12: timonel.v1.Membership.Members:output_type -> timonel.v1.MembersResponse
+	13, // 13: timonel.v1.Membership.ChangeMembers:output_type -> timonel.v1.ChangeMembersResponse
+	9,  // [9:14] is the sub-list for method output_type
+	4,  // [4:9] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_membership_proto_init() }
@@ -680,8 +1217,8 @@ func file_timonel_v1_membership_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_membership_proto_rawDesc), len(file_timonel_v1_membership_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   7,
+			NumEnums:      2,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

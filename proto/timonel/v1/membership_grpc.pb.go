@@ -23,9 +23,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Membership_Hello_FullMethodName       = "/timonel.v1.Membership/Hello"
-	Membership_Enter_FullMethodName       = "/timonel.v1.Membership/Enter"
-	Membership_Fingerprint_FullMethodName = "/timonel.v1.Membership/Fingerprint"
+	Membership_Hello_FullMethodName         = "/timonel.v1.Membership/Hello"
+	Membership_Enter_FullMethodName         = "/timonel.v1.Membership/Enter"
+	Membership_Fingerprint_FullMethodName   = "/timonel.v1.Membership/Fingerprint"
+	Membership_Members_FullMethodName       = "/timonel.v1.Membership/Members"
+	Membership_ChangeMembers_FullMethodName = "/timonel.v1.Membership/ChangeMembers"
 )
 
 // MembershipClient is the client API for Membership service.
@@ -46,6 +48,12 @@ type MembershipClient interface {
 	// so that the leader can tell whether replicas are equal. It waits a moment
 	// for the position to be reached.
 	Fingerprint(ctx context.Context, in *FingerprintRequest, opts ...grpc.CallOption) (*FingerprintResponse, error)
+	// Members returns the members as the leader sees them.
+	// FAILED_PRECONDITION: this replica does not lead.
+	Members(ctx context.Context, in *MembersRequest, opts ...grpc.CallOption) (*MembersResponse, error)
+	// ChangeMembers does what an operator asked for. FAILED_PRECONDITION: this
+	// replica does not lead, or not any more; nothing was done.
+	ChangeMembers(ctx context.Context, in *ChangeMembersRequest, opts ...grpc.CallOption) (*ChangeMembersResponse, error)
 }
 
 type membershipClient struct {
@@ -86,6 +94,26 @@ func (c *membershipClient) Fingerprint(ctx context.Context, in *FingerprintReque
 	return out, nil
 }
 
+func (c *membershipClient) Members(ctx context.Context, in *MembersRequest, opts ...grpc.CallOption) (*MembersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MembersResponse)
+	err := c.cc.Invoke(ctx, Membership_Members_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *membershipClient) ChangeMembers(ctx context.Context, in *ChangeMembersRequest, opts ...grpc.CallOption) (*ChangeMembersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChangeMembersResponse)
+	err := c.cc.Invoke(ctx, Membership_ChangeMembers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // MembershipServer is the server API for Membership service.
 // All implementations must embed UnimplementedMembershipServer
 // for forward compatibility.
@@ -104,6 +132,12 @@ type MembershipServer interface {
 	// so that the leader can tell whether replicas are equal. It waits a moment
 	// for the position to be reached.
 	Fingerprint(context.Context, *FingerprintRequest) (*FingerprintResponse, error)
+	// Members returns the members as the leader sees them.
+	// FAILED_PRECONDITION: this replica does not lead.
+	Members(context.Context, *MembersRequest) (*MembersResponse, error)
+	// ChangeMembers does what an operator asked for. FAILED_PRECONDITION: this
+	// replica does not lead, or not any more; nothing was done.
+	ChangeMembers(context.Context, *ChangeMembersRequest) (*ChangeMembersResponse, error)
 	mustEmbedUnimplementedMembershipServer()
 }
 
@@ -122,6 +156,12 @@ func (UnimplementedMembershipServer) Enter(context.Context, *EnterRequest) (*Ent
 }
 func (UnimplementedMembershipServer) Fingerprint(context.Context, *FingerprintRequest) (*FingerprintResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Fingerprint not implemented")
+}
+func (UnimplementedMembershipServer) Members(context.Context, *MembersRequest) (*MembersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Members not implemented")
+}
+func (UnimplementedMembershipServer) ChangeMembers(context.Context, *ChangeMembersRequest) (*ChangeMembersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ChangeMembers not implemented")
 }
 func (UnimplementedMembershipServer) mustEmbedUnimplementedMembershipServer() {}
 func (UnimplementedMembershipServer) testEmbeddedByValue()                    {}
@@ -198,6 +238,42 @@ func _Membership_Fingerprint_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Membership_Members_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MembersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MembershipServer).Members(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Membership_Members_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MembershipServer).Members(ctx, req.(*MembersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Membership_ChangeMembers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChangeMembersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MembershipServer).ChangeMembers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Membership_ChangeMembers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MembershipServer).ChangeMembers(ctx, req.(*ChangeMembersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Membership_ServiceDesc is the grpc.ServiceDesc for Membership service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -216,6 +292,14 @@ var Membership_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Fingerprint",
 			Handler:    _Membership_Fingerprint_Handler,
+		},
+		{
+			MethodName: "Members",
+			Handler:    _Membership_Members_Handler,
+		},
+		{
+			MethodName: "ChangeMembers",
+			Handler:    _Membership_ChangeMembers_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
