@@ -127,6 +127,14 @@ type Config struct {
 	// its cluster. Default 300 ms.
 	UpkeepInterval time.Duration
 
+	// StabilizationTime is how long a non-voter has to be caught up before the
+	// leader makes it a voter. Default 2 s.
+	StabilizationTime time.Duration
+	// DeadMemberCleanupAfter is how long a member that Peers does not know and
+	// that no heartbeat reaches stays one when others have taken its place: see
+	// cleanUp. Default 0: for ever.
+	DeadMemberCleanupAfter time.Duration
+
 	// FingerprintInterval is how often the leader compares the replicas' states,
 	// if the FSM is a Fingerprinter and has changed. Default 10 s; negative:
 	// never.
@@ -159,6 +167,7 @@ func (c Config) withDefaults() Config {
 	def(&c.DiskStallTimeout, 2*time.Second)
 	def(&c.FingerprintInterval, 10*time.Second)
 	def(&c.UpkeepInterval, 300*time.Millisecond)
+	def(&c.StabilizationTime, 2*time.Second)
 	if c.BindAddress == "" {
 		c.BindAddress = ":7444"
 	}
@@ -244,7 +253,8 @@ func (c Config) Validate() error {
 		"ElectionStagger": c.ElectionStagger, "ProposeTimeout": c.ProposeTimeout,
 		"TransportTimeout": c.TransportTimeout, "DialTimeout": c.DialTimeout,
 		"SlowFsync": c.SlowFsync, "DiskStallTimeout": c.DiskStallTimeout,
-		"UpkeepInterval": c.UpkeepInterval,
+		"UpkeepInterval": c.UpkeepInterval, "StabilizationTime": c.StabilizationTime,
+		"DeadMemberCleanupAfter": c.DeadMemberCleanupAfter,
 	} {
 		if d < 0 {
 			return bad(field, "%v: must not be negative", d)

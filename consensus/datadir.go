@@ -36,6 +36,13 @@ type identity struct {
 	// Started: the log and the votes exist. A started folder without them is
 	// damaged, and must not pass for an empty one: it has voted.
 	Started bool `json:"started"`
+	// Generation is when the data was last recovered or restored without the
+	// others, in microseconds since 1970; 0: never. Replicas of different
+	// generations do not talk Raft to each other.
+	Generation uint64 `json:"generation,omitempty"`
+	// Superseded is the later generation that the cluster is known to have: this
+	// data is of no use any more.
+	Superseded uint64 `json:"superseded,omitempty"`
 	// Promise is the set this replica agreed to found the cluster with, and
 	// Promised the replica that asked.
 	Promise    []Server `json:"promise,omitempty"`
@@ -64,6 +71,8 @@ func openDataFolder(path, clusterID, replicaID string) (*dataFolder, error) {
 			return nil, fmt.Errorf("%s: data format %d, this program knows %d: run a matching version", file, d.Format, dataFormat)
 		case d.ClusterID != clusterID:
 			return nil, fmt.Errorf("%s: the data is of cluster %q, this is cluster %q: point the replica at its own folder, or remove %s if that data is not needed", file, d.ClusterID, clusterID, path)
+		case d.Superseded != 0:
+			return nil, errSuperseded(path, "another replica", d.Superseded)
 		case d.ReplicaID != replicaID:
 			return nil, fmt.Errorf("%s: the data is of replica %q, this is replica %q: each replica needs its own folder", file, d.ReplicaID, replicaID)
 		}

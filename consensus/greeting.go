@@ -21,6 +21,7 @@ type greeting struct {
 	Want      string   `json:"want,omitempty"`    // whom the dialler means to reach
 	Probe     bool     `json:"probe,omitempty"`   // the dialler hangs up after the answer
 	Leads     bool     `json:"leads,omitempty"`   // the answerer leads, and its disk is well
+	Gen       uint64   `json:"gen,omitempty"`     // generation of its data, see identity
 	Refusal   string   `json:"refusal,omitempty"` // the answerer will not talk to the dialler
 }
 

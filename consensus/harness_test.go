@@ -258,7 +258,7 @@ func (c *cluster) config(id string) Config {
 		ID: id, ClusterID: c.id, DataDir: filepath.Join(c.dir, id), BindAddress: "127.0.0.1:0",
 		TLS: c.ca.config(c.t, "timonel:controller:"+id, "timonel:controllers"), Peers: c.peers,
 		LogStore:        c.logStore,
-		BootstrapExpect: c.expect, UpkeepInterval: 50 * time.Millisecond, Logger: c.log,
+		BootstrapExpect: c.expect, UpkeepInterval: 50 * time.Millisecond, StabilizationTime: 100 * time.Millisecond, Logger: c.log,
 		SlowFsync: time.Minute,
 	}
 }

@@ -46,7 +46,7 @@ func (r *Replica) findCluster() {
 		}
 		answers := r.helloAll(r.ctx)
 		leader, exists := "", false
-		for _, a := range answers {
+		for _, a := range newestGeneration(answers) {
 			exists = exists || a.HasState
 			if a.LeaderId != "" && a.LeaderId != r.cfg.ID {
 				leader = a.LeaderId
@@ -87,6 +87,16 @@ func (r *Replica) findCluster() {
 		}
 		t.Stop()
 	}
+}
+
+// newestGeneration leaves out replicas with data from before the cluster was
+// recovered or restored on another.
+func newestGeneration(answers []*pb.HelloResponse) []*pb.HelloResponse {
+	newest := uint64(0)
+	for _, a := range answers {
+		newest = max(newest, a.Generation)
+	}
+	return slices.DeleteFunc(slices.Clone(answers), func(a *pb.HelloResponse) bool { return a.HasState && a.Generation < newest })
 }
 
 // helloAll asks all peers at once and returns the answers that came.
@@ -286,7 +296,7 @@ func (r *Replica) enter(leader string) error {
 	if err != nil {
 		return err
 	}
-	_, err = pb.NewMembershipClient(conn).Enter(ctx, &pb.EnterRequest{
+	let, err := pb.NewMembershipClient(conn).Enter(ctx, &pb.EnterRequest{
 		ClusterId: r.cfg.ClusterID, Id: r.cfg.ID, Address: r.advertise, Incarnation: r.incarnation(),
 	})
 	if err != nil {
@@ -297,6 +307,11 @@ func (r *Replica) enter(leader string) error {
 	if r.node.Load() != nil {
 		return nil
 	}
+	r.folder.Generation = let.Generation
+	if err := r.folder.save(); err != nil {
+		return err
+	}
+	r.generation.Store(let.Generation)
 	r.log.Info("let in without data: catching up from the leader", "leader", leader)
 	return r.start()
 }

@@ -22,6 +22,13 @@ const promoteWithin = 64
 type membersState struct {
 	start  sync.Mutex // the start of Raft, and the promise
 	change sync.Mutex // changes of the configuration, on the leader
+
+	// Of upkeep's goroutine alone: how long each member has been fit to vote, or
+	// dead, in the term of this leadership.
+	term     uint64
+	fitSince map[raft.ServerID]time.Time
+	deadFrom map[raft.ServerID]time.Time
+	asked    time.Time // when others were asked whether this is a member
 }
 
 // Member is one member of the Raft configuration.
@@ -149,14 +156,22 @@ func (r *Replica) upkeep() {
 			continue
 		}
 		if l := r.leads.get(); l != nil && l.isReady() {
+			r.removed.Store(false)
 			r.tendMembers(l)
+			r.cleanUp(l)
 		} else if _, ok := r.view(); !ok {
 			r.startOthers()
+			r.askWhetherRemoved()
+		} else if r.removed.CompareAndSwap(true, false) {
+			r.log.Info("this replica is a member again")
 		}
 	}
 }
 
 func (r *Replica) tendMembers(l *leadership) {
+	if m := &r.members; m.term != l.term {
+		m.term, m.fitSince, m.deadFrom = l.term, map[raft.ServerID]time.Time{}, map[raft.ServerID]time.Time{}
+	}
 	peers := r.peers.get(r.cfg.Peers)
 	ctx, cancel := context.WithTimeout(l.ctx, r.cfg.ProposeTimeout)
 	defer cancel()
@@ -197,8 +212,15 @@ func (r *Replica) promote(ctx context.Context, s raft.Server) error {
 	node := r.node.Load()
 	commit := node.CommitIndex()
 	a, err := r.hello(ctx, string(s.ID), pb.BootstrapStep_BOOTSTRAP_STEP_UNSPECIFIED, nil)
-	if err != nil || !a.HasState || a.LeaderId != r.cfg.ID || a.AppliedIndex+promoteWithin < commit {
+	if err != nil || r.unfit(a, nil) != "" || a.AppliedIndex+promoteWithin < commit {
+		delete(r.members.fitSince, s.ID)
 		return err
+	}
+	if r.members.fitSince[s.ID].IsZero() {
+		r.members.fitSince[s.ID] = time.Now()
+	}
+	if time.Since(r.members.fitSince[s.ID]) < r.cfg.StabilizationTime {
+		return nil
 	}
 	r.log.Info("a member has caught up and votes now", "member", s.ID, "applied", a.AppliedIndex, "commit", commit)
 	return r.changeLocked(ctx, func(n *raft.Raft, t time.Duration) raft.Future {

@@ -50,6 +50,10 @@ type Replica struct {
 	// diverged says that replicas differ and none can be said to be right.
 	diverged atomic.Pointer[string]
 	members  membersState
+	// generation is the folder's; removed says that this replica is not a member
+	// any more.
+	generation atomic.Uint64
+	removed    atomic.Bool
 
 	failedMu sync.Mutex
 	failed   error         // why this replica stands still for good
@@ -91,6 +95,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	if r.folder, err = openDataFolder(cfg.DataDir, cfg.ClusterID, cfg.ID); err != nil {
 		return nil, err
 	}
+	r.generation.Store(r.folder.Generation)
 	ln := cfg.Listener
 	if ln == nil {
 		if ln, err = net.Listen("tcp", cfg.BindAddress); err != nil {
@@ -111,6 +116,8 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.stream.refuse = r.refuseRaft
 	r.stream.leads = r.fitLeader
 	r.stream.lost = r.peerLost
+	r.stream.generation = func() (uint64, bool) { return r.generation.Load(), r.node.Load() != nil }
+	r.stream.superseded = r.superseded
 	r.stream.start()
 
 	if r.fsync, err = measureFsync(cfg.DataDir); err != nil {
@@ -349,7 +356,7 @@ func (r *Replica) fail(err error) {
 	if !first {
 		return
 	}
-	r.log.Error("this replica stops: its data is damaged", "error", err)
+	r.log.Error("this replica stops", "error", err)
 	if node := r.node.Load(); node != nil {
 		r.stream.mute(true)
 		node.Shutdown()

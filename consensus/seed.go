@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -25,6 +26,9 @@ type SeedConfig struct {
 	// Those of a cluster that this one replaces should be less, so that a member
 	// of it that is still about is not listened to.
 	Index, Term uint64
+	// Generation makes members of a cluster that this one replaces stop when they
+	// meet it. Default: the clock, in microseconds since 1970.
+	Generation uint64
 	// LogStore is as in Config.
 	LogStore string
 	// Logger gets Raft's messages. Default: none.
@@ -57,6 +61,9 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 	if c.LogStore != LogStoreBolt && c.LogStore != LogStoreWAL {
 		return fmt.Errorf("seed: LogStore: %q: must be %s or %s", c.LogStore, LogStoreBolt, LogStoreWAL)
 	}
+	if c.Generation == 0 {
+		c.Generation = uint64(time.Now().UnixMicro())
+	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -83,7 +90,7 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 	if err := seedLog(partial, c); err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
-	folder.Started = true
+	folder.Started, folder.Generation = true, c.Generation
 	if err := folder.save(); err != nil {
 		return err
 	}

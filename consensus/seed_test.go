@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func (c *cluster) seed(id string, data map[string]string) error {
@@ -121,8 +122,7 @@ func TestSeedRefuses(t *testing.T) {
 
 // TestSeedBesideFormerQuorum lets a majority of the cluster that the seed
 // replaces run on, with its data and in the same network, which nobody should: it
-// goes on as before. What was restored does not mix with it, and is there again
-// when the others were stopped and their folders removed.
+// stops when it meets the seed, and says what to do.
 func TestSeedBesideFormerQuorum(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
@@ -133,34 +133,45 @@ func TestSeedBesideFormerQuorum(t *testing.T) {
 	}
 	c.wipe("c1")
 	must(t, c.seed("c1", map[string]string{"k": "restored"}))
-	for _, id := range []string{"c2", "c3", "c1"} {
-		c.start(id)
+	c.formerMajorityStops("c1", "restored", "c2", "c3")
+}
+
+// formerMajorityStops starts replicas of a cluster that n's data replaced, and
+// then n. They stop, and join n when their folders are removed.
+func (c *cluster) formerMajorityStops(id, value string, former ...string) {
+	t := c.t
+	t.Helper()
+	for _, f := range former {
+		c.start(f)
 	}
-	eventually(t, "the former majority leads", func() error {
-		if l := c.node("c2").Status().Leader.ID; l != "c2" && l != "c3" {
-			return fmt.Errorf("%q leads", l)
+	n := c.start(id)
+	for _, f := range former {
+		select {
+		case <-c.node(f).Failed():
+		case <-time.After(30 * time.Second):
+			t.Fatalf("%s goes on with data of the former cluster", f)
 		}
-		return nil
-	})
-	former := c.node(c.node("c2").Status().Leader.ID)
-	if _, err := former.Apply(t.Context(), []byte("k=former")); err != nil {
-		t.Logf("the former majority: %v", err) // it is electing, as c1 is in its way
+		if err := c.node(f).Err(); !strings.Contains(err.Error(), "from before the cluster was recovered or restored on") {
+			t.Error(err)
+		}
+		c.kill(f)
+		if _, err := c.tryStart(f); err == nil || !strings.Contains(err.Error(), "remove it and start again") {
+			t.Errorf("%s starts again: %v", f, err)
+		}
+		c.wipe(f)
 	}
-	for _, id := range []string{"c2", "c3"} {
-		c.kill(id)
-		c.wipe(id)
+	if got := n.fsm.get("k"); got != value || n.Err() != nil {
+		t.Fatalf("%s holds %q, %v", id, got, n.Err())
 	}
-	if got := c.node("c1").fsm.get("k"); got != "restored" || c.node("c1").Err() != nil {
-		t.Fatalf("c1 holds %q, %v", got, c.node("c1").Err())
-	}
-	for _, id := range []string{"c2", "c3"} {
-		c.start(id)
-		eventually(t, id+" joins c1", func() error {
-			if got := c.node(id).fsm.get("k"); got != "restored" {
+	for _, f := range former {
+		c.start(f)
+		eventually(t, f+" joins "+id, func() error {
+			if got := c.node(f).fsm.get("k"); got != value {
 				return fmt.Errorf("it holds %q", got)
 			}
 			return nil
 		})
 	}
-	c.node("c3").put(t, "k", "new")
+	c.waitRoles("c1 voter, c2 voter, c3 voter")
+	c.node(former[0]).put(t, "k", "new")
 }

@@ -131,6 +131,10 @@ func (s *membershipServer) Hello(ctx context.Context, req *pb.HelloRequest) (*pb
 		resp.Term, resp.LastIndex = node.CurrentTerm(), node.LastIndex()
 		resp.AppliedIndex, _ = r.machine.position()
 	}
+	resp.Generation = r.generation.Load()
+	if l := r.leads.get(); l != nil && l.isReady() {
+		resp.NotAMember = !knows(r.configuration(), req.Id)
+	}
 	resp.Version, resp.DiskFailed = r.cfg.Version, r.DiskErr() != nil
 	if v, ok := r.view(); ok {
 		resp.LeaderId = v.ID
@@ -157,7 +161,7 @@ func (s *membershipServer) Enter(ctx context.Context, req *pb.EnterRequest) (*pb
 	case err != nil:
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
-	return &pb.EnterResponse{}, nil
+	return &pb.EnterResponse{Generation: r.generation.Load()}, nil
 }
 
 func (r *Replica) sameCluster(clusterID, id string) error {

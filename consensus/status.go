@@ -16,7 +16,7 @@ type Status struct {
 	// Address is the host:port at which others reach this replica's Raft.
 	Address string
 	// Role is "leader", "follower", "candidate", "non-voter", "joining" (no data
-	// yet) or "closed".
+	// yet), "removed" (not a member any more) or "closed".
 	Role string
 	// Leader is who leads, as far as this replica knows.
 	Leader Leader
@@ -59,6 +59,9 @@ func (r *Replica) Status() Status {
 	if v, ok := r.view(); ok {
 		s.Leader = v.Leader
 	}
+	if err := r.MemberErr(); err != nil {
+		s.Problems = append(s.Problems, err.Error())
+	}
 	node := r.node.Load()
 	if node == nil {
 		s.Problems = append(s.Problems, "no data yet: waiting to found or to join the cluster")
@@ -89,6 +92,9 @@ func (r *Replica) Status() Status {
 		if !voter {
 			s.Role = "non-voter"
 		}
+	}
+	if r.removed.Load() {
+		s.Role = "removed"
 	}
 	if s.Role != "leader" {
 		s.LastContact = node.LastContact()

@@ -44,6 +44,10 @@ type stream struct {
 	lost func(peer string, boot [16]byte)
 	// leads reports that this replica leads and is fit to; peers are told.
 	leads func() bool
+	// generation is that of this replica's data; ok is false if it has none.
+	generation func() (gen uint64, ok bool)
+	// superseded is told of a peer whose data is of a later generation.
+	superseded func(peer string, gen uint64)
 	// refuse says why no peer is taken in at all now, or nil.
 	refuse func() error
 
@@ -64,6 +68,7 @@ func newStream(c Config, ln net.Listener, advertise string) *stream {
 		inner: ln, verify: c.VerifyPeer, dialTimeout: c.DialTimeout,
 		log: c.Logger, logLimit: newLogLimiter(10 * time.Second),
 		lost: func(string, [16]byte) {}, leads: func() bool { return false }, refuse: func() error { return nil },
+		generation: func() (uint64, bool) { return 0, false }, superseded: func(string, uint64) {},
 		accepted: make(chan net.Conn),
 		out:      map[net.Conn]struct{}{}, in: map[net.Conn]struct{}{},
 	}
@@ -167,8 +172,13 @@ func (s *stream) handshake(raw net.Conn) {
 		}
 		return
 	}
-	answer := greeting{ClusterID: s.clusterID, ID: s.id, Boot: s.boot, Leads: s.leads()}
-	if err := s.admit(conn, g); err != nil {
+	gen, hasData := s.generation()
+	answer := greeting{ClusterID: s.clusterID, ID: s.id, Boot: s.boot, Leads: s.leads(), Gen: gen}
+	err = s.admit(conn, g)
+	if err == nil && hasData && g.Gen != gen {
+		err = s.otherGeneration(g, gen)
+	}
+	if err != nil {
 		answer.Refusal = err.Error()
 		writeGreeting(conn, answer)
 		conn.Close()
@@ -207,6 +217,16 @@ func (s *stream) admit(conn *tls.Conn, g greeting) error {
 		return fmt.Errorf("another running replica also calls itself %q: give each its own name and data folder", s.id)
 	}
 	return s.verify(conn.ConnectionState().PeerCertificates[0], g.ID)
+}
+
+// otherGeneration says why a peer with data of another generation is refused, and
+// which of the two has to go.
+func (s *stream) otherGeneration(g greeting, gen uint64) error {
+	if g.Gen > gen {
+		s.superseded(g.ID, g.Gen)
+		return fmt.Errorf("replica %q has data from before the cluster was recovered or restored on %q: it stops", s.id, g.ID)
+	}
+	return fmt.Errorf("replica %q has data from before the cluster was recovered or restored: stop it, remove its data folder and start it again, to join", g.ID)
 }
 
 func (s *stream) refused(remote string, err error) {
@@ -287,12 +307,16 @@ func (s *stream) connect(address raft.ServerAddress, timeout time.Duration, prob
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return fail(tlsHint(err))
 	}
-	if err := writeGreeting(conn, greeting{ClusterID: s.clusterID, ID: s.id, Boot: s.boot, Want: want, Probe: probe}); err != nil {
+	gen, hasData := s.generation()
+	if err := writeGreeting(conn, greeting{ClusterID: s.clusterID, ID: s.id, Boot: s.boot, Want: want, Probe: probe, Gen: gen}); err != nil {
 		return fail(err)
 	}
 	g, err := readGreeting(conn)
 	if err != nil {
 		return fail(tlsHint(err))
+	}
+	if hasData && g.Gen > gen && g.ClusterID == s.clusterID && s.verify(conn.ConnectionState().PeerCertificates[0], g.ID) == nil {
+		s.superseded(g.ID, g.Gen)
 	}
 	if g.Refusal != "" {
 		return fail(fmt.Errorf("refused: %s", g.Refusal))

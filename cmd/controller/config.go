@@ -36,6 +36,7 @@ type config struct {
 	snapshotThreshold, trailingLogs                uint64
 	historyRevisions                               int
 	logStore                                       string
+	deadMemberCleanupAfter                         time.Duration
 
 	backups backupConfig
 
@@ -53,9 +54,11 @@ func defaultConfig() config {
 		serviceCIDR:           "10.96.0.0/16",
 		unreachableToleration: 30 * time.Second,
 		lostShare:             0.55,
-		logStore:              consensus.LogStoreBolt,
-		logLevel:              "info",
-		logFormat:             "text",
+
+		deadMemberCleanupAfter: 30 * time.Minute,
+		logStore:               consensus.LogStoreBolt,
+		logLevel:               "info",
+		logFormat:              "text",
 	}
 }
 
@@ -81,6 +84,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Uint64Var(&c.snapshotThreshold, "snapshot-threshold", c.snapshotThreshold, "log entries after which a snapshot is taken (0: the tuned default)")
 	f.Uint64Var(&c.trailingLogs, "trailing-logs", c.trailingLogs, "log entries kept behind a snapshot for slow followers (0: the tuned default)")
 	f.StringVar(&c.logStore, "log-store", c.logStore, "how the log is kept on disk: boltdb (raft-boltdb) or wal (raft-wal, one sync for each append instead of two); the same for the life of --data-dir")
+	f.DurationVar(&c.deadMemberCleanupAfter, "dead-member-cleanup-after", c.deadMemberCleanupAfter, "how long a controller must be dead until the leader removes it from the members, if others have taken its place: at least --bootstrap-expect healthy ones (0: never)")
 	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "revisions kept for watches to resume from and lists to be paged over (0: the default)")
 	c.backups.flags(f)
 	f.StringVar(&c.logLevel, "log-level", c.logLevel, "debug, info, warn or error")
@@ -162,6 +166,9 @@ func (c *config) validate() error {
 	}
 	if c.lostShare <= 0 || c.lostShare > 1 {
 		bad("lost-share", "%g is not above 0 and at most 1", c.lostShare)
+	}
+	if c.deadMemberCleanupAfter != 0 && c.deadMemberCleanupAfter < 5*time.Second {
+		bad("dead-member-cleanup-after", "%s is under 5s; 0 is never", c.deadMemberCleanupAfter)
 	}
 	c.backups.validate(bad)
 	return errors.Join(errs...)

@@ -166,10 +166,11 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 				}
 				return nil
 			},
-			"disk": func(context.Context) error { return k.replica.DiskErr() },
+			"disk":   func(context.Context) error { return k.replica.DiskErr() },
+			"member": func(context.Context) error { return k.replica.MemberErr() },
 		},
 		Paths:                        k.paths(),
-		ReadyOnly:                    []string{"raft-leader", "disk"},
+		ReadyOnly:                    []string{"raft-leader", "disk", "member"},
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
 }
@@ -209,7 +210,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		PeerConn: k.peers.conn, Peers: func() []consensus.Server { return raftServers(k.pool) },
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
-		Version: version, Logger: k.log,
+		DeadMemberCleanupAfter: k.deadMemberCleanupAfter, Version: version, Logger: k.log,
 	}, machine{k.store})
 	if err != nil {
 		listener.Close()

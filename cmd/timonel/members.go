@@ -26,7 +26,7 @@ func (t *tool) membersCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(t.membersListCommand(), t.membersAddCommand(), t.membersPromoteCommand(), t.membersRemoveCommand(),
-		t.membersReplaceCommand(), t.membersTransferCommand())
+		t.membersReplaceCommand(), t.membersTransferCommand(), membersRecoverCommand())
 	return cmd
 }
 

@@ -1,0 +1,129 @@
+package consensus
+
+import (
+	"encoding/gob"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// recover runs Recover on a replica's folder.
+func (c *cluster) recover(id string, tune func(*RecoverConfig)) (Recovery, error) {
+	cfg := RecoverConfig{DataDir: filepath.Join(c.dir, id), Now: time.Now()}
+	if tune != nil {
+		tune(&cfg)
+	}
+	fsm := newMapFSM()
+	return Recover(cfg, fsm, func(w io.Writer, _, _ uint64) error { return gob.NewEncoder(w).Encode(fsm.state()) })
+}
+
+func TestRecover(t *testing.T) { forLogStores(t, testRecover) }
+
+func testRecover(t *testing.T, c *cluster) {
+	smallSnapshots(c)
+	c.startAll(3)
+	c.waitRoles("c1 voter, c2 voter, c3 voter")
+	for i := range 50 { // a snapshot, and entries after it
+		c.leader().put(t, fmt.Sprint(i), "x")
+	}
+	c.leader().put(t, "k", "kept")
+	must(t, c.node("c2").ReadBarrier(t.Context()))
+	if _, err := c.recover("c2", nil); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+		t.Errorf("a folder in use: %v", err)
+	}
+	for _, id := range []string{"c1", "c2", "c3"} {
+		c.kill(id)
+	}
+	dry, err := c.recover("c2", func(r *RecoverConfig) { r.DryRun = true })
+	must(t, err)
+	if dry.ID != "c2" || dry.Index < 51 || dry.Term == 0 || len(dry.Members) != 3 || dry.LogStore != c.logStore || dry.Written.IsZero() {
+		t.Errorf("%+v", dry)
+	}
+	// A run that was cut off before its work counted leaves a folder behind.
+	must(t, os.MkdirAll(filepath.Join(c.dir, "c2.recovered.partial", "snapshots"), 0o700))
+	out, err := c.recover("c2", nil)
+	must(t, err)
+	if out.Index != dry.Index || out.Kept == "" {
+		t.Errorf("%+v", out)
+	}
+	if _, err := os.Stat(filepath.Join(out.Kept, identityFile)); err != nil {
+		t.Errorf("the former folder: %v", err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(c.dir, "c2.recovered*")); len(left) > 0 {
+		t.Errorf("it left %v", left)
+	}
+	n := c.start("c2")
+	c.waitRoles("c2 voter")
+	if n.fsm.get("k") != "kept" || n.fsm.get("49") != "x" {
+		t.Errorf("the recovered state: %v", n.fsm.state())
+	}
+	n.put(t, "k", "kept")
+	c.kill("c2")
+	// The lost majority comes back with its data.
+	c.formerMajorityStops("c2", "kept", "c1", "c3")
+}
+
+// TestRecoverCutOff cuts Recover off between the exchange of the folders and the
+// renaming of the former one.
+func TestRecoverCutOff(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3).startAll(3)
+	c.leader().put(t, "k", "kept")
+	must(t, c.node("c1").ReadBarrier(t.Context()))
+	for _, id := range []string{"c1", "c2", "c3"} {
+		c.kill(id)
+	}
+	first, err := c.recover("c1", nil)
+	must(t, err)
+	must(t, os.Rename(first.Kept, filepath.Join(c.dir, "c1.recovered")))
+	again, err := c.recover("c1", nil)
+	must(t, err)
+	if !again.Finished || again.Kept == "" {
+		t.Errorf("%+v", again)
+	}
+	n := c.start("c1")
+	c.waitRoles("c1 voter")
+	if n.fsm.get("k") != "kept" {
+		t.Error("the state is not the recovered one")
+	}
+}
+
+func TestRecoverRefuses(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.startAll(3)
+	c.waitRoles("c1 voter, c2 voter, c3 voter")
+	removed := c.followers()[0].cfg.ID
+	c.leader().change(t, removeMember, removed)
+	for _, id := range []string{"c1", "c2", "c3"} {
+		must(t, os.MkdirAll(filepath.Join(c.dir, "nobody"), 0o700))
+		c.kill(id)
+	}
+	damaged := "c1"
+	if removed == damaged {
+		damaged = "c2"
+	}
+	file := filepath.Join(c.dir, damaged, logFile)
+	b, err := os.ReadFile(file)
+	must(t, err)
+	must(t, os.WriteFile(file, b[:3*4096], 0o600))
+	for _, x := range []struct{ id, why string }{
+		{"nobody", "is not the data folder of a replica"},
+		{damaged, "truncated"},
+	} {
+		before := digest(t, filepath.Join(c.dir, x.id))
+		_, err := c.recover(x.id, nil)
+		if err == nil || !strings.Contains(err.Error(), x.why) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v, want %q", x.id, err, x.why)
+		}
+		for file, sum := range before {
+			if file != lockFile && digest(t, filepath.Join(c.dir, x.id))[file] != sum {
+				t.Errorf("%s: %s was changed", x.id, file)
+			}
+		}
+	}
+}
