@@ -153,12 +153,22 @@ func (c *Cluster) Kill(t testing.TB, name string, processOnly bool) {
 	require.NoError(t, c.Spec.Kill(t.Context(), name, processOnly))
 }
 
-// Start starts a controller or agent and waits until it is ready.
+// Start starts a controller or agent and waits until it is ready. A controller
+// that was wiped also has to vote again: wiping another before would lose the
+// majority.
 func (c *Cluster) Start(t testing.TB, name string) {
 	t.Helper()
 	require.NoError(t, c.Spec.Start(t.Context(), name))
 	if cluster.RoleOf(name) == cluster.Controller {
 		c.WaitServing(t, name, time.Minute)
+		Eventually(t, time.Minute, name+" votes", func() error {
+			for _, s := range c.Status(t).Controllers {
+				if s.Name == name && (!s.Answers || s.Role == "non-voter" || s.Role == "joining") {
+					return fmt.Errorf("it is %q", s.Role)
+				}
+			}
+			return nil
+		})
 	} else {
 		c.WaitNode(t, name, true, time.Minute)
 	}
