@@ -145,6 +145,11 @@ type Config struct {
 
 	// Logger gets this replica's and Raft's messages. Default slog.Default().
 	Logger *slog.Logger
+
+	// Parts, if not nil, takes the place of the network and the disk, in a
+	// simulation (see test/sim): DataDir is only a name then, and BindAddress,
+	// Listener, TLS and LogStore are not used.
+	Parts *Parts
 }
 
 // withDefaults returns the config with its zero fields filled in.
@@ -224,12 +229,15 @@ func (c Config) Validate() error {
 		return bad("DataDir", "a folder for the log is needed")
 	case c.LogStore != LogStoreBolt && c.LogStore != LogStoreWAL:
 		return bad("LogStore", "%q: must be %s or %s", c.LogStore, LogStoreBolt, LogStoreWAL)
+	case c.Parts != nil: // no network of ours
 	case c.TLS == nil:
 		return bad("TLS", "replicas only talk over mutual TLS: certificate and CA are needed")
 	case c.TLS.RootCAs == nil:
 		return bad("TLS", "RootCAs must hold the cluster's CA")
 	case len(c.TLS.Certificates) == 0 && (c.TLS.GetCertificate == nil || c.TLS.GetClientCertificate == nil):
 		return bad("TLS", "no certificate: set Certificates, or GetCertificate and GetClientCertificate")
+	}
+	switch {
 	case !slices.Contains([]int{0, 1, 3, 5}, c.BootstrapExpect):
 		return bad("BootstrapExpect", "%d: must be 0 (join only), 1, 3 or 5", c.BootstrapExpect)
 	case c.HeartbeatTimeout < 10*time.Millisecond:

@@ -49,10 +49,18 @@ type identity struct {
 	PromisedTo string   `json:"promisedTo,omitempty"`
 }
 
+func newIdentity(clusterID, replicaID string) identity {
+	var incarnation [16]byte
+	rand.Read(incarnation[:])
+	return identity{Format: dataFormat, ClusterID: clusterID, ReplicaID: replicaID, Incarnation: hex.EncodeToString(incarnation[:])}
+}
+
 // dataFolder is a locked data folder of this replica.
 type dataFolder struct {
 	path string
 	lock *os.File
+	// keep, if not nil, keeps the identity instead of a file.
+	keep func([]byte) error
 	identity
 }
 
@@ -92,9 +100,7 @@ func openDataFolder(path, clusterID, replicaID string) (*dataFolder, error) {
 	if known {
 		return d, nil
 	}
-	var incarnation [16]byte
-	rand.Read(incarnation[:])
-	d.identity = identity{Format: dataFormat, ClusterID: clusterID, ReplicaID: replicaID, Incarnation: hex.EncodeToString(incarnation[:])}
+	d.identity = newIdentity(clusterID, replicaID)
 	if err := d.save(); err != nil {
 		d.close()
 		return nil, err
@@ -144,6 +150,9 @@ func (d *dataFolder) save() error {
 	if err != nil {
 		return err
 	}
+	if d.keep != nil {
+		return d.keep(b)
+	}
 	file := filepath.Join(d.path, identityFile)
 	if err := writeFileSync(file+".tmp", append(b, '\n')); err != nil {
 		return fmt.Errorf("data folder: %w", err)
@@ -154,7 +163,12 @@ func (d *dataFolder) save() error {
 	return syncDir(d.path)
 }
 
-func (d *dataFolder) close() error { return d.lock.Close() }
+func (d *dataFolder) close() error {
+	if d.lock == nil {
+		return nil
+	}
+	return d.lock.Close()
+}
 
 func (d *dataFolder) file(name string) string { return filepath.Join(d.path, name) }
 

@@ -19,7 +19,8 @@ import (
 // write, so that a stalled disk is noticed, and keeps a failing one from ending
 // the process.
 type disk struct {
-	store     logStore
+	store     LogStore
+	logs      raft.LogStore // the store, or a cache above it
 	snapshots raft.SnapshotStore
 	log       *slog.Logger
 	stop      <-chan struct{} // the replica closes
@@ -43,8 +44,42 @@ type DiskStats struct {
 	Total, Max time.Duration
 }
 
-func newDisk(store logStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
-	return &disk{store: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{}}
+func newDisk(store LogStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
+	return &disk{store: store, logs: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{}}
+}
+
+// cache keeps the newest entries in memory.
+func (d *disk) cache(entries int) {
+	cache, err := raft.NewLogCache(entries, d.store)
+	if err != nil {
+		return // entries is not positive: no cache is wanted
+	}
+	d.logs = cache
+}
+
+// dropStale removes the entries up to the snapshot's last one when they are not
+// the ones that the snapshot stands for: those of an earlier leader, which never
+// counted, or such as end before it, with a gap. (Ongaro & Ousterhout, figure 13,
+// step 7.) Raft would keep them, compare them with what its leader sends, never
+// agree, and as a leader send them to others.
+func (d *disk) dropStale(index, term uint64) error {
+	first, err := d.logs.FirstIndex()
+	if err != nil || first == 0 || first > index {
+		return err
+	}
+	last, err := d.logs.LastIndex()
+	if err != nil {
+		return err
+	}
+	var l raft.Log
+	switch err := d.logs.GetLog(index, &l); {
+	case err == nil && l.Term == term:
+		return nil
+	case err != nil && !errors.Is(err, raft.ErrLogNotFound):
+		return err
+	}
+	d.log.Info("removing entries that a newer snapshot stands for", "from", first, "to", min(index, last), "snapshot", index)
+	return d.DeleteRange(first, min(index, last))
 }
 
 // timed runs one write.
@@ -122,17 +157,17 @@ func (d *disk) stats() (DiskStats, error) {
 
 // StoreLogs implements raft.LogStore.
 func (d *disk) StoreLogs(logs []*raft.Log) error {
-	return d.timed("append", len(logs), func() error { return d.store.StoreLogs(logs) })
+	return d.timed("append", len(logs), func() error { return d.logs.StoreLogs(logs) })
 }
 
 // StoreLog implements raft.LogStore.
 func (d *disk) StoreLog(l *raft.Log) error { return d.StoreLogs([]*raft.Log{l}) }
 
 // FirstIndex implements raft.LogStore.
-func (d *disk) FirstIndex() (uint64, error) { return d.store.FirstIndex() }
+func (d *disk) FirstIndex() (uint64, error) { return d.logs.FirstIndex() }
 
 // LastIndex implements raft.LogStore.
-func (d *disk) LastIndex() (uint64, error) { return d.store.LastIndex() }
+func (d *disk) LastIndex() (uint64, error) { return d.logs.LastIndex() }
 
 // GetLog implements raft.LogStore. For the entry that the newest snapshot ends
 // with, should the log lack it, it returns index and term alone: Raft compares
@@ -140,7 +175,7 @@ func (d *disk) LastIndex() (uint64, error) { return d.store.LastIndex() }
 // it could otherwise never be sent the first of them again. (Raft sends an entry
 // only when it has the one before as well, so this one is never sent.)
 func (d *disk) GetLog(index uint64, l *raft.Log) error {
-	err := d.store.GetLog(index, l)
+	err := d.logs.GetLog(index, l)
 	if !errors.Is(err, raft.ErrLogNotFound) || index <= 1 {
 		return err
 	}
@@ -160,18 +195,18 @@ func (d *disk) IsMonotonic() bool {
 
 // DeleteRange implements raft.LogStore.
 func (d *disk) DeleteRange(first, last uint64) error {
-	end, err := d.store.LastIndex()
+	end, err := d.logs.LastIndex()
 	if err != nil {
 		return err
 	}
 	// A suffix that conflicts goes at once, lest a hole stay; and a write-ahead log
 	// drops whole files.
 	if last >= end || d.IsMonotonic() {
-		return d.timed("truncate", 0, func() error { return d.store.DeleteRange(first, last) })
+		return d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
 	}
 	for ; first <= last; first += deleteChunk {
 		to := min(last, first+deleteChunk-1)
-		if err := d.timed("shorten", 0, func() error { return d.store.DeleteRange(first, to) }); err != nil {
+		if err := d.timed("shorten", 0, func() error { return d.logs.DeleteRange(first, to) }); err != nil {
 			return err
 		}
 	}

@@ -29,8 +29,8 @@ const (
 // from the beginning.
 const walSegment = 32 << 20
 
-// logStore holds the log, the term and the vote on disk.
-type logStore interface {
+// LogStore holds the log, the term and the vote on disk.
+type LogStore interface {
 	raft.LogStore
 	raft.StableStore
 	io.Closer
@@ -44,15 +44,15 @@ type logKind struct {
 	// inspect reads and verifies all of it; the path must exist when started.
 	inspect func(path string, started bool) (logExtent, error)
 	// open opens it for writing after inspect.
-	open func(path string, x logExtent, log *slog.Logger) (logStore, error)
+	open func(path string, x logExtent, log *slog.Logger) (LogStore, error)
 }
 
 var logKinds = []logKind{
 	{LogStoreBolt, logFile, inspectLog, openBolt},
-	{LogStoreWAL, walDir, inspectWAL, func(path string, _ logExtent, log *slog.Logger) (logStore, error) { return openWAL(path, log) }},
+	{LogStoreWAL, walDir, inspectWAL, func(path string, _ logExtent, log *slog.Logger) (LogStore, error) { return openWAL(path, log) }},
 }
 
-func openBolt(path string, x logExtent, log *slog.Logger) (logStore, error) {
+func openBolt(path string, x logExtent, log *slog.Logger) (LogStore, error) {
 	store, err := openLog(path, x, log)
 	if err != nil {
 		return nil, err
@@ -128,7 +128,7 @@ const (
 	walMeta = "wal-meta.db"
 )
 
-func openWAL(dir string, log *slog.Logger) (logStore, error) {
+func openWAL(dir string, log *slog.Logger) (LogStore, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -20,8 +19,8 @@ const promoteWithin = 64
 
 // membersState guards what changes the membership.
 type membersState struct {
-	start  sync.Mutex // the start of Raft, and the promise
-	change sync.Mutex // changes of the configuration, on the leader
+	start  gate // the start of Raft, and the promise
+	change gate // changes of the configuration, on the leader
 
 	// Of upkeep's goroutine alone: how long each member has been fit to vote, or
 	// dead, in the term of this leadership.
@@ -30,6 +29,14 @@ type membersState struct {
 	deadFrom map[raft.ServerID]time.Time
 	asked    time.Time // when others were asked whether this is a member
 }
+
+// gate is a lock that is held while the disk or other replicas are waited for.
+// Unlike a sync.Mutex, it lets simulated time go on meanwhile.
+type gate chan struct{}
+
+func newGate() gate    { return make(gate, 1) }
+func (g gate) Lock()   { g <- struct{}{} }
+func (g gate) Unlock() { <-g }
 
 // Member is one member of the Raft configuration.
 type Member struct {

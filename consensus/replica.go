@@ -24,7 +24,7 @@ type Replica struct {
 	fsync     time.Duration // measured at start
 	stream    *stream
 	machine   *machine
-	store     logStore
+	store     LogStore
 	disk      *disk
 	snapshots *snapshotStore
 	stop      chan struct{} // closed when Close begins
@@ -80,6 +80,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 		cfg: cfg, log: cfg.Logger.With("replica", cfg.ID),
 		stop: make(chan struct{}), done: make(chan struct{}), failedCh: make(chan struct{}),
 		changed: newSignal(), lostCh: make(chan lostPeer, 16),
+		members: membersState{start: newGate(), change: newGate()},
 	}
 	r.cfg.Logger = r.log
 	r.ctx, r.cancel = context.WithCancel(context.Background())
@@ -92,42 +93,9 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 		}
 	}()
 
-	if r.folder, err = openDataFolder(cfg.DataDir, cfg.ClusterID, cfg.ID); err != nil {
-		return nil, err
-	}
-	r.generation.Store(r.folder.Generation)
-	ln := cfg.Listener
-	if ln == nil {
-		if ln, err = net.Listen("tcp", cfg.BindAddress); err != nil {
-			return nil, fmt.Errorf("listen for other replicas: %w", err)
-		}
-	}
-	r.advertise = cfg.AdvertiseAddress
-	if r.advertise == "" {
-		r.advertise = ln.Addr().String()
-		if err := checkHostPort(r.advertise, false); err != nil {
-			ln.Close()
-			return nil, fmt.Errorf("consensus config: AdvertiseAddress: is needed when listening on all addresses: %w", err)
-		}
-	}
 	r.machine = newMachine(fsm, r.stop)
 	r.machine.onCorrupt = r.fail
-	r.stream = newStream(r.cfg, ln, r.advertise)
-	r.stream.refuse = r.refuseRaft
-	r.stream.leads = r.fitLeader
-	r.stream.lost = r.peerLost
-	r.stream.generation = func() (uint64, bool) { return r.generation.Load(), r.node.Load() != nil }
-	r.stream.superseded = r.superseded
-	r.stream.start()
-
-	if r.fsync, err = measureFsync(cfg.DataDir); err != nil {
-		return nil, err
-	}
-	if r.fsync > cfg.SlowFsync {
-		r.notes = append(r.notes, fmt.Sprintf("slow disk: a sync takes %v (above %v), and so does each write at least", r.fsync.Round(10*time.Microsecond), cfg.SlowFsync))
-		r.log.Warn("the disk is slow", "folder", cfg.DataDir, "fsync", r.fsync, "wanted", cfg.SlowFsync)
-	}
-	started, err := r.openData()
+	started, err := r.openParts()
 	if err != nil {
 		return nil, err
 	}
@@ -144,6 +112,49 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 		r.goFunc(r.findCluster)
 	}
 	return r, nil
+}
+
+// openParts opens the network and the disk. It reports whether the disk shows
+// that this replica was a member before.
+func (r *Replica) openParts() (started bool, err error) {
+	cfg := r.cfg
+	if cfg.Parts != nil {
+		return r.useParts(cfg.Parts)
+	}
+	if r.folder, err = openDataFolder(cfg.DataDir, cfg.ClusterID, cfg.ID); err != nil {
+		return false, err
+	}
+	r.generation.Store(r.folder.Generation)
+	ln := cfg.Listener
+	if ln == nil {
+		if ln, err = net.Listen("tcp", cfg.BindAddress); err != nil {
+			return false, fmt.Errorf("listen for other replicas: %w", err)
+		}
+	}
+	r.advertise = cfg.AdvertiseAddress
+	if r.advertise == "" {
+		r.advertise = ln.Addr().String()
+		if err := checkHostPort(r.advertise, false); err != nil {
+			ln.Close()
+			return false, fmt.Errorf("consensus config: AdvertiseAddress: is needed when listening on all addresses: %w", err)
+		}
+	}
+	r.stream = newStream(r.cfg, ln, r.advertise)
+	r.stream.refuse = r.refuseRaft
+	r.stream.leads = r.fitLeader
+	r.stream.lost = r.peerLost
+	r.stream.generation = func() (uint64, bool) { return r.generation.Load(), r.node.Load() != nil }
+	r.stream.superseded = r.superseded
+	r.stream.start()
+
+	if r.fsync, err = measureFsync(cfg.DataDir); err != nil {
+		return false, err
+	}
+	if r.fsync > cfg.SlowFsync {
+		r.notes = append(r.notes, fmt.Sprintf("slow disk: a sync takes %v (above %v), and so does each write at least", r.fsync.Round(10*time.Microsecond), cfg.SlowFsync))
+		r.log.Warn("the disk is slow", "folder", cfg.DataDir, "fsync", r.fsync, "wanted", cfg.SlowFsync)
+	}
+	return r.openData()
 }
 
 // openData opens and verifies log and snapshots. It reports whether they show
@@ -184,10 +195,29 @@ func (r *Replica) openData() (started bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("snapshots: %w", err)
 	}
-	r.snapshots = &snapshotStore{FileSnapshotStore: fss, damaged: damaged}
+	r.snapshots = &snapshotStore{SnapshotStore: fss, damaged: damaged}
+	r.useDisk()
+	return r.hasData(held.last == 0 && newest == 0)
+}
+
+// useDisk puts the store and the snapshots under what Raft sees of them.
+func (r *Replica) useDisk() {
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
+	r.disk.cache(4 * r.cfg.MaxAppendEntries)
+	r.snapshots.taken = r.disk.dropStale
+}
+
+// hasData reports whether the disk shows that this replica was a member before.
+func (r *Replica) hasData(empty bool) (bool, error) {
+	if list, err := r.snapshots.List(); err != nil {
+		return false, err
+	} else if len(list) > 0 { // a crash may have come between the snapshot and this
+		if err := r.disk.dropStale(list[0].Index, list[0].Term); err != nil {
+			return false, fmt.Errorf("remove entries that the newest snapshot contradicts: %w", err)
+		}
+	}
 	exists, err := raft.HasExistingState(r.disk, r.disk, r.snapshots)
-	if err == nil && exists && !r.folder.Started && held.last == 0 && newest == 0 {
+	if err == nil && exists && !r.folder.Started && empty {
 		// The founding was cut off between its two writes, before Raft ran.
 		return false, r.disk.SetUint64([]byte("CurrentTerm"), 0)
 	}
@@ -216,15 +246,7 @@ func (r *Replica) start() error {
 		}
 	}
 	logger := newRaftLog(r.log)
-	logs, err := raft.NewLogCache(4*r.cfg.MaxAppendEntries, r.disk)
-	if err != nil {
-		return err
-	}
-	network := raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		ServerAddressProvider: r, Logger: logger, Stream: r.stream,
-		MaxPool: 4, Timeout: r.cfg.TransportTimeout, MsgpackUseNewTimeFormat: true,
-	})
-	r.trans = newTransport(network)
+	r.trans = newTransport(r.newWire(logger))
 	r.trans.leads = r.leadsPeer
 	r.trans.holds = r.holdsSnapshot
 	r.machine.onApply = r.trans.applied
@@ -232,7 +254,7 @@ func (r *Replica) start() error {
 	notify := make(chan bool, 8)
 	conf := r.raftConfig()
 	conf.NotifyCh, conf.Logger = notify, logger
-	node, err := raft.NewRaft(conf, r.machine, logs, r.disk, r.snapshots, r.trans)
+	node, err := raft.NewRaft(conf, r.machine, r.disk, r.disk, r.snapshots, r.trans)
 	if err != nil {
 		r.trans.Close()
 		return fmt.Errorf("start from %s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", r.folder.file(snapshotDir), err, r.cfg.DataDir)
@@ -358,7 +380,7 @@ func (r *Replica) fail(err error) {
 	}
 	r.log.Error("this replica stops", "error", err)
 	if node := r.node.Load(); node != nil {
-		r.stream.mute(true)
+		r.mute(true)
 		node.Shutdown()
 	}
 }
@@ -403,7 +425,7 @@ func (r *Replica) close(graceful bool) error {
 		r.members.start.Unlock()
 		if node != nil {
 			f := node.Shutdown()
-			r.stream.Close() // ends what Raft waits for
+			r.hangUp() // ends what Raft waits for
 			if r.closeErr = within(closeTimeout, f.Error); errors.Is(r.closeErr, errNoAnswer) {
 				r.closeErr = fmt.Errorf("the disk of %s does not answer: left the log open", r.cfg.DataDir)
 				return

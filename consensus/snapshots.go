@@ -18,13 +18,46 @@ import (
 // snapshotStore is Raft's file snapshot store without the snapshots that
 // turned out damaged at start.
 type snapshotStore struct {
-	*raft.FileSnapshotStore
+	raft.SnapshotStore
 	damaged map[string]error // by snapshot id; not changed after start
+	// taken, if not nil, is told of each snapshot that is on disk.
+	taken func(index, term uint64) error
+}
+
+// Create implements raft.SnapshotStore.
+func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64, c raft.Configuration, at uint64, t raft.Transport) (raft.SnapshotSink, error) {
+	inner, err := s.SnapshotStore.Create(version, index, term, c, at, t)
+	if err != nil || s.taken == nil {
+		return inner, err
+	}
+	return &snapshotSink{SnapshotSink: inner, taken: func() error { return s.taken(index, term) }}, nil
+}
+
+// snapshotSink tells when the snapshot is on disk.
+type snapshotSink struct {
+	raft.SnapshotSink
+	taken    func() error
+	canceled bool
+}
+
+// Cancel implements raft.SnapshotSink.
+func (s *snapshotSink) Cancel() error {
+	s.canceled = true
+	return s.SnapshotSink.Cancel()
+}
+
+// Close implements raft.SnapshotSink.
+func (s *snapshotSink) Close() error {
+	if err := s.SnapshotSink.Close(); err != nil || s.canceled {
+		return err
+	}
+	s.canceled = true // once
+	return s.taken()
 }
 
 // List implements raft.SnapshotStore.
 func (s *snapshotStore) List() ([]*raft.SnapshotMeta, error) {
-	all, err := s.FileSnapshotStore.List()
+	all, err := s.SnapshotStore.List()
 	if err != nil {
 		return nil, err
 	}

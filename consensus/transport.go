@@ -24,7 +24,7 @@ import (
 // Injected elections: elect makes the local Raft stand for election now (see
 // deathwatch).
 type transport struct {
-	*raft.NetworkTransport
+	wire
 	rpcs chan raft.RPC
 	// leads reports that this replica leads the term and the peer is a member.
 	leads func(term uint64, id raft.ServerID) bool
@@ -56,9 +56,9 @@ type follower struct {
 	wake     chan struct{}
 }
 
-func newTransport(inner *raft.NetworkTransport) *transport {
+func newTransport(inner wire) *transport {
 	t := &transport{
-		NetworkTransport: inner, rpcs: make(chan raft.RPC), leads: func(uint64, raft.ServerID) bool { return false },
+		wire: inner, rpcs: make(chan raft.RPC), leads: func(uint64, raft.ServerID) bool { return false },
 		holds:     func(*raft.InstallSnapshotRequest) bool { return false },
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
@@ -73,7 +73,7 @@ func (t *transport) receive() {
 	defer t.wg.Done()
 	for {
 		select {
-		case rpc := <-t.NetworkTransport.Consumer():
+		case rpc := <-t.wire.Consumer():
 			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && t.holds(req) {
 				t.wg.Add(1)
 				go t.skipSnapshot(rpc, req)
@@ -107,8 +107,8 @@ func (t *transport) Close() error {
 	t.stopping = true
 	t.mu.Unlock()
 	t.cancel()
-	err := t.NetworkTransport.Close()
-	t.NetworkTransport.CloseStreams()
+	err := t.wire.Close()
+	t.wire.CloseStreams()
 	t.wg.Wait()
 	return err
 }
@@ -136,7 +136,7 @@ func (t *transport) elect() error {
 // AppendEntries implements raft.Transport.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0 { // heartbeat
-		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+		err := t.wire.AppendEntries(id, target, args, resp)
 		if err == nil {
 			t.mu.Lock()
 			t.reached[id] = time.Now()
@@ -145,9 +145,9 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		return err
 	}
 	t.sending(id, target, args, 0)
-	err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+	err := t.wire.AppendEntries(id, target, args, resp)
 	if err != nil && t.awaitPeer(id, args.Term, time.Now()) {
-		err = t.NetworkTransport.AppendEntries(id, target, args, resp)
+		err = t.wire.AppendEntries(id, target, args, resp)
 	}
 	t.answered(id, args, err == nil && resp.Success, 0)
 	return err
@@ -174,7 +174,7 @@ func (t *transport) heartbeat(to raft.Server, id, addr string, term uint64) bool
 		Term:      term, Leader: self,
 	}
 	var resp raft.AppendEntriesResponse
-	err := t.NetworkTransport.AppendEntries(to.ID, to.Address, &req, &resp)
+	err := t.wire.AppendEntries(to.ID, to.Address, &req, &resp)
 	return err == nil && resp.Success && resp.Term == term
 }
 
@@ -203,7 +203,7 @@ func (t *transport) awaitPeer(id raft.ServerID, term uint64, since time.Time) bo
 
 // AppendEntriesPipeline implements raft.Transport.
 func (t *transport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
-	inner, err := t.NetworkTransport.AppendEntriesPipeline(id, target)
+	inner, err := t.wire.AppendEntriesPipeline(id, target)
 	if err != nil {
 		return nil, err
 	}
@@ -313,7 +313,7 @@ func (t *transport) notices(id raft.ServerID, f *follower) {
 		// A lost notice is made good by the next message, at most CommitTimeout
 		// later, so its error does not matter.
 		var resp raft.AppendEntriesResponse
-		_ = t.NetworkTransport.AppendEntries(id, addr, args, &resp)
+		_ = t.wire.AppendEntries(id, addr, args, &resp)
 	}
 }
 

@@ -128,7 +128,7 @@ func (r *Replica) watchDisk() {
 			continue
 		}
 		r.stalled.Store(stalls)
-		r.stream.mute(stalls)
+		r.mute(stalls)
 		if stalls {
 			r.log.Error("the disk stalls: this replica falls silent until its writes go through, so that another leads", "folder", r.cfg.DataDir, "longer than", r.cfg.DiskStallTimeout)
 			continue

@@ -1,0 +1,312 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"runtime/pprof"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"timonel/consensus"
+	"timonel/state"
+	"timonel/test/history"
+)
+
+// machine lets Raft drive the store, as in cmd/controller.
+type machine struct{ store *state.Store }
+
+func (m machine) ApplyBatch(entries []consensus.Entry) []any {
+	batch := make([]state.Entry, len(entries))
+	for i, e := range entries {
+		batch[i] = state.Entry{Index: e.Index, Term: e.Term, Command: e.Command}
+	}
+	out := make([]any, len(entries))
+	for i, r := range m.store.ApplyBatch(batch) {
+		out[i] = r
+	}
+	return out
+}
+
+func (m machine) Snapshot() (consensus.SnapshotWriter, error) { return m.store.View(), nil }
+func (m machine) Restore(r io.Reader) error                   { return m.store.Restore(r) }
+
+func (m machine) Fingerprint() (int64, uint64) {
+	v := m.store.View()
+	return v.Revision(), v.Hash()
+}
+
+func (m machine) FingerprintAt(revision int64) (uint64, bool) { return m.store.HashAt(revision) }
+
+func (m machine) AwaitFingerprint(ctx context.Context, revision int64) error {
+	return m.store.WaitRevision(ctx, revision)
+}
+
+// cluster is the replicas of one run.
+type cluster struct {
+	log      *slog.Logger
+	network  *network
+	names    []string
+	nodes    map[string]*node
+	recorder history.Recorder
+	options  state.Options
+
+	mu       sync.Mutex
+	problems []string
+	ending   sync.WaitGroup // lives that end
+	changed  chan struct{}  // closed and renewed when a life begins or ends
+}
+
+// node is a replica with its disk, across its lives.
+type node struct {
+	name string
+	c    *cluster
+	disk *disk
+	// pace scales its timeouts, as clocks that run at different speeds would.
+	pace float64
+	life *life // nil while it is down; c.mu guards it
+	busy bool  // it starts or stops, and its disk is in use; likewise
+}
+
+// life is one process of a replica.
+type life struct {
+	node    *node
+	replica *consensus.Replica
+	store   *state.Store
+	end     *end
+	handle  *handle
+	ctx     context.Context // ends with it
+	cancel  context.CancelFunc
+}
+
+func newCluster(seed uint64, size int, w weather, log *slog.Logger) *cluster {
+	random := rand.New(rand.NewPCG(seed, 3))
+	c := &cluster{log: log, network: newNetwork(seed, w), nodes: map[string]*node{}, changed: make(chan struct{})}
+	// Some runs have a window that watchers fall out of.
+	c.options = state.Options{HistoryAge: time.Hour, HistoryBytes: 1 << 20}
+	if random.IntN(3) == 0 {
+		c.options = state.Options{HistoryAge: time.Second, HistoryAgeless: 20}
+	}
+	for i := range size {
+		name := fmt.Sprintf("c%d", i+1)
+		c.names = append(c.names, name)
+		c.nodes[name] = &node{name: name, c: c, disk: newDisk(seed*31 + uint64(i)), pace: 0.7 + 0.6*random.Float64()}
+	}
+	return c
+}
+
+func (c *cluster) problem(format string, args ...any) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.problems = append(c.problems, fmt.Sprintf(format, args...))
+}
+
+// peers is what gossip would see.
+func (c *cluster) peers() (out []consensus.Server) {
+	for _, name := range c.names {
+		out = append(out, consensus.Server{ID: name, Addr: address(name)})
+	}
+	return out
+}
+
+// alive returns a node's life, nil while it is down.
+func (c *cluster) alive(name string) *life {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.nodes[name].life
+}
+
+func (c *cluster) setLife(n *node, l *life) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n.life = l
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// start starts a node on what its disk holds, if it is down.
+func (n *node) start() {
+	c := n.c
+	c.mu.Lock()
+	taken := n.busy || n.life != nil
+	n.busy = n.busy || !taken
+	c.mu.Unlock()
+	if taken {
+		return
+	}
+	defer c.free(n)
+	l := &life{node: n, store: state.New(c.options), end: c.network.attach(n.name)}
+	l.ctx, l.cancel = context.WithCancel(context.Background())
+	l.handle = n.disk.open(func() {
+		l.end.cut() // nobody hears of what it believes to have written
+		l.cancel()
+		go l.crash()
+	})
+	timeout := time.Duration(n.pace * float64(300*time.Millisecond))
+	replica, err := consensus.Open(context.Background(), consensus.Config{
+		ID: n.name, ClusterID: "sim", DataDir: n.name,
+		PeerConn: func(_ context.Context, id string) (grpc.ClientConnInterface, error) {
+			return &conn{from: l.end, to: id}, nil
+		},
+		Peers: c.peers, BootstrapExpect: len(c.names),
+		HeartbeatTimeout: timeout, ElectionTimeout: timeout, LeaderLeaseTimeout: timeout,
+		CommitTimeout: 100 * time.Millisecond, ProposeTimeout: 3 * time.Second,
+		SnapshotInterval: time.Second, SnapshotThreshold: 40, TrailingLogs: 10,
+		DiskStallTimeout: 400 * time.Millisecond, FingerprintInterval: time.Second,
+		Logger: c.log,
+		Parts:  &consensus.Parts{Wire: l.end, Log: l.handle, Snapshots: l.handle, Identity: l.handle.identity(), Keep: l.handle.keep},
+	}, machine{l.store})
+	if err != nil {
+		c.problem("%s does not start: %v", n.name, err)
+		l.end.cut()
+		return
+	}
+	l.replica = replica
+	replica.Register(l.end)
+	c.setLife(n, l)
+	c.ending.Go(func() {
+		select {
+		case <-replica.Failed():
+			if l.ctx.Err() == nil {
+				c.problem("%s stopped: %v", n.name, replica.Err())
+			}
+		case <-l.ctx.Done():
+		}
+	})
+}
+
+func (c *cluster) free(n *node) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n.busy = false
+}
+
+// crash ends the process without a word. What it had not synced is lost; its
+// goroutines, which cannot be killed, go on with neither network nor disk until
+// Raft has given up all that it was asked.
+func (l *life) crash() {
+	l.handle.detach()
+	l.end.cut()
+	l.over()
+	l.node.c.ending.Go(func() {
+		time.Sleep(10 * time.Second)
+		l.replica.Close()
+	})
+}
+
+// stop ends the process in order.
+func (l *life) stop() {
+	l.node.c.mu.Lock()
+	l.node.busy = true
+	l.node.c.mu.Unlock()
+	defer l.node.c.free(l.node)
+	l.over() // clients are sent away first
+	if err := l.replica.Close(); err != nil {
+		l.node.c.problem("%s does not stop in order: %v", l.node.name, err)
+	}
+	l.handle.detach()
+	l.end.cut()
+}
+
+func (l *life) over() {
+	l.cancel()
+	l.node.c.mu.Lock()
+	current := l.node.life == l
+	l.node.c.mu.Unlock()
+	if current {
+		l.node.c.setLife(l.node, nil)
+	}
+}
+
+// leader returns the node that the most advanced replica holds for the leader.
+func (c *cluster) leader() *life {
+	for _, name := range c.names {
+		if l := c.alive(name); l != nil && l.replica.Status().Role == "leader" {
+			return l
+		}
+	}
+	return nil
+}
+
+// settle mends everything and waits until all replicas are the same.
+func (c *cluster) settle() {
+	c.network.calm()
+	for _, name := range c.names {
+		n := c.nodes[name]
+		n.disk.mu.Lock()
+		n.disk.crashIn, n.disk.slow, n.disk.failing = 0, 0, false
+		n.disk.mu.Unlock()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	why := errors.New("no replica answers")
+	for ctx.Err() == nil {
+		for _, n := range c.nodes {
+			n.start()
+		}
+		if why = c.same(ctx); why == nil {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	c.problem("the cluster did not recover within 2m after everything was mended: %v", why)
+	for _, name := range c.names {
+		if l := c.alive(name); l != nil {
+			s := l.replica.Status()
+			c.problem("%s: %s in term %d, leader %s, log %d to %d, committed %d, applied %d, snapshot %d, %v", name, s.Role, s.Term, s.Leader.ID,
+				s.FirstIndex, s.LastIndex, s.CommitIndex, s.AppliedIndex, s.SnapshotIndex, s.Problems)
+		}
+	}
+	if os.Getenv("SIM_STACKS") != "" {
+		pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
+	}
+}
+
+// same reports in what the replicas differ.
+func (c *cluster) same(ctx context.Context) error {
+	var first *life
+	for _, name := range c.names {
+		l := c.alive(name)
+		if l == nil {
+			return fmt.Errorf("%s is down", name)
+		}
+		barrier, cancel := context.WithTimeout(ctx, 2*time.Second)
+		err := l.replica.ReadBarrier(barrier)
+		cancel()
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		if first == nil {
+			first = l
+		}
+		a, b := first.store.View(), l.store.View()
+		if a.Revision() != b.Revision() || a.Hash() != b.Hash() {
+			return fmt.Errorf("%s is at revision %d with hash %x, %s at %d with %x", first.node.name, a.Revision(), a.Hash(), name, b.Revision(), b.Hash())
+		}
+		for _, m := range l.replica.Members() {
+			if !m.Voter {
+				return fmt.Errorf("%s says that %s does not vote yet", name, m.ID)
+			}
+		}
+		if n := len(l.replica.Members()); n != len(c.names) {
+			return fmt.Errorf("%s knows %d members of %d", name, n, len(c.names))
+		}
+	}
+	return nil
+}
+
+// shutdown ends all lives, after Raft has answered all that it was asked.
+func (c *cluster) shutdown() {
+	for _, name := range c.names {
+		if l := c.alive(name); l != nil {
+			l.crash()
+		}
+	}
+	c.ending.Wait()
+}

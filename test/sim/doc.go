@@ -1,0 +1,17 @@
+// Package sim runs whole clusters in one process, on a simulated network, disk
+// and clock, and breaks them: thousands of short runs, each from one seed.
+//
+// What runs is the real thing (consensus, hashicorp/raft, state) on
+// [consensus.Parts]: a wire that loses, delays and reorders messages and is cut,
+// one way too; a disk that is slow, fails, and forgets at a crash what it had not
+// acknowledged; and the clock of testing/synctest, so that a second of waiting
+// costs nothing. Clients on each replica read, write, list and watch, their
+// operations are recorded, and test/history checks the record.
+//
+//	go test ./test/sim -runs 3000          // seeds 1 to 3000
+//	go test ./test/sim -seed 42 -v         // one of them, with its faults
+//
+// A seed decides which faults strike and when. It does not decide how the Go
+// scheduler interleaves goroutines, so a rare failure may take some tries to come
+// back; the history of the run that failed is kept.
+package sim

@@ -1,0 +1,242 @@
+package sim
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"timonel/test/history"
+)
+
+// Result is what became of one run.
+type Result struct {
+	// Violations are sentences on what cannot be if the cluster kept its promises.
+	Violations []string
+	// Faults says what was done to the cluster, and when.
+	Faults []string
+	// History is what clients saw.
+	History history.History
+}
+
+// Run runs one cluster for some simulated seconds, in which the seed decides what
+// breaks. Call it in the bubble of a [testing/synctest.Test].
+func Run(seed uint64, log *slog.Logger) Result {
+	random := rand.New(rand.NewPCG(seed, 0))
+	w := weather{latency: 5 * time.Millisecond, delay: 600 * time.Millisecond}
+	if random.IntN(2) == 0 {
+		w.loss, w.slow = 0.08*random.Float64(), 0.1*random.Float64()
+	}
+	size := 3
+	if random.IntN(8) == 0 {
+		size = 5
+	}
+	c := newCluster(seed, size, w, log)
+	for _, name := range c.names {
+		c.nodes[name].start()
+	}
+	deadline := time.Now().Add(time.Duration(5000+random.IntN(5000)) * time.Millisecond)
+	var clients, watchers sync.WaitGroup
+	watching, stopWatching := context.WithCancel(context.Background())
+	for i := range 4 {
+		k := &client{c: c, id: i, random: rand.New(rand.NewPCG(seed, 100+uint64(i))), known: map[string]int64{}}
+		clients.Go(func() { k.use(deadline) })
+	}
+	for i := range 2 {
+		k := &client{c: c, id: 10 + i, random: rand.New(rand.NewPCG(seed, 200+uint64(i)))}
+		watchers.Go(func() { k.watch(watching) })
+	}
+
+	f := &faults{c: c, random: random, began: time.Now(), deadline: deadline}
+	f.run()
+	clients.Wait()
+	c.settle()
+	c.last(watching)
+	stopWatching()
+	watchers.Wait()
+	c.shutdown()
+
+	h := c.recorder.History()
+	report := history.Check(h, time.Hour) // of simulated time: porcupine comes to its end
+	out := Result{Violations: append(c.problems, report.Violations...), Faults: f.done, History: h}
+	if report.Undecided {
+		out.Violations = append(out.Violations, "porcupine did not come to an end")
+	}
+	return out
+}
+
+// last writes once more, and waits until all watchers have seen it.
+func (c *cluster) last(ctx context.Context) {
+	k := &client{c: c, id: 99, random: rand.New(rand.NewPCG(0, 0)), known: map[string]int64{}}
+	l := c.alive(c.names[0])
+	if l == nil {
+		return // settle has said why
+	}
+	before := l.store.View().Revision()
+	k.operate(l, "/kend-", "the end")
+	limit := time.Now().Add(time.Minute)
+	for time.Now().Before(limit) {
+		behind := ""
+		newest := map[string]history.Watch{} // each watcher's last record
+		for _, w := range c.recorder.History().Watches {
+			who, _, _ := strings.Cut(w.Name, "/")
+			newest[who] = w
+		}
+		for who, w := range newest {
+			if now := l.store.View().Revision(); now > before && w.After < now && (len(w.Events) == 0 || w.Events[len(w.Events)-1].Revision < now) {
+				behind = who
+			}
+		}
+		if behind == "" {
+			return
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+	c.problem("a watcher did not see the last write within 1m")
+}
+
+// faults breaks a cluster.
+type faults struct {
+	c        *cluster
+	random   *rand.Rand
+	began    time.Time
+	deadline time.Time
+	done     []string
+	mending  sync.WaitGroup
+	wiping   bool
+}
+
+func (f *faults) say(format string, args ...any) {
+	f.done = append(f.done, fmt.Sprintf("%5dms ", time.Since(f.began).Milliseconds())+fmt.Sprintf(format, args...))
+}
+
+func (f *faults) some(most time.Duration) time.Duration {
+	return time.Duration(f.random.Int64N(int64(most)))
+}
+
+// later mends something after a while.
+func (f *faults) later(d time.Duration, mend func()) {
+	f.mending.Go(func() {
+		time.Sleep(d)
+		mend()
+	})
+}
+
+// run breaks things until the deadline, and returns when what was to be mended
+// is.
+func (f *faults) run() {
+	time.Sleep(f.some(2 * time.Second)) // some break the founding
+	for time.Now().Before(f.deadline) {
+		f.strike()
+		time.Sleep(50*time.Millisecond + f.some(1200*time.Millisecond))
+	}
+	f.mending.Wait()
+}
+
+func (f *faults) strike() {
+	c := f.c
+	name := c.names[f.random.IntN(len(c.names))]
+	l := c.alive(name)
+	if leader := c.leader(); leader != nil && f.random.IntN(2) == 0 {
+		l, name = leader, leader.node.name
+	}
+	if l == nil {
+		return
+	}
+	others := slices.DeleteFunc(slices.Clone(c.names), func(n string) bool { return n == name })
+	restart := func(after time.Duration) {
+		f.later(after, func() {
+			l.node.start()
+		})
+	}
+	switch f.random.IntN(12) {
+	case 0:
+		f.say("%s crashes", name)
+		l.crash()
+		restart(f.some(2 * time.Second))
+	case 1, 2, 3:
+		n := 1 + f.random.IntN(12)
+		f.say("%s crashes at its write number %d from now", name, n)
+		l.node.disk.mu.Lock()
+		l.node.disk.crashIn = n
+		l.node.disk.mu.Unlock()
+		f.later(f.some(2*time.Second), func() {
+			<-l.gone(3 * time.Second)
+			l.node.start()
+		})
+	case 4:
+		f.say("all crash")
+		for _, name := range c.names {
+			if l := c.alive(name); l != nil {
+				l.crash()
+				f.later(f.some(time.Second), func() {
+					l.node.start()
+				})
+			}
+		}
+	case 5, 6:
+		way := f.random.IntN(3)
+		f.say("%s is cut off from %v (%s)", name, others, []string{"both ways", "it does not hear", "it is not heard"}[way])
+		for _, other := range others {
+			c.network.block(name, other, way != 1)
+			c.network.block(other, name, way != 2)
+		}
+		f.later(200*time.Millisecond+f.some(2*time.Second), func() {
+			for _, other := range others {
+				c.network.block(name, other, false)
+				c.network.block(other, name, false)
+			}
+		})
+	case 7:
+		f.say("the disk of %s is slow", name)
+		f.setDisk(l.node.disk, func(d *disk) { d.slow = 50*time.Millisecond + f.some(1500*time.Millisecond) })
+		f.later(f.some(2*time.Second), func() { f.setDisk(l.node.disk, func(d *disk) { d.slow = 0 }) })
+	case 8:
+		f.say("the disk of %s is full", name)
+		f.setDisk(l.node.disk, func(d *disk) { d.failing = true })
+		f.later(f.some(2*time.Second), func() { f.setDisk(l.node.disk, func(d *disk) { d.failing = false }) })
+	case 9:
+		f.say("%s hands leadership over, if it leads", name)
+		f.mending.Go(func() { _ = l.replica.TransferLeadership("") })
+	case 10:
+		f.say("%s stops in order", name)
+		l.stop()
+		restart(f.some(time.Second))
+	case 11:
+		if f.wiping || !f.well() || c.alive(name) != l { // asking took time
+			f.say("%s takes a snapshot", name)
+			f.mending.Go(func() { _ = l.replica.Snapshot() })
+			return
+		}
+		// One that all the others can do without: its disk is lost, and it joins anew.
+		f.say("%s crashes and loses its disk", name)
+		f.wiping = true
+		l.crash()
+		f.setDisk(l.node.disk, func(d *disk) { d.synced = newContents() })
+		restart(f.some(time.Second))
+	}
+}
+
+func (f *faults) setDisk(d *disk, do func(*disk)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	do(d)
+}
+
+// well reports that all replicas are up, vote and have applied the same.
+func (f *faults) well() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	return f.c.same(ctx) == nil
+}
+
+// gone returns a channel that is closed when the life is over, or after a while.
+func (l *life) gone(within time.Duration) <-chan struct{} {
+	ctx, cancel := context.WithTimeout(l.ctx, within)
+	context.AfterFunc(ctx, cancel)
+	return ctx.Done()
+}
