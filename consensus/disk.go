@@ -21,9 +21,14 @@ import (
 type disk struct {
 	store     LogStore
 	logs      raft.LogStore // the store, or a cache above it
+	below     *plainErrors  // between the two
 	snapshots raft.SnapshotStore
 	log       *slog.Logger
 	stop      <-chan struct{} // the replica closes
+
+	// overwrite is an index at which Raft remembers an entry that dropStale removed,
+	// 0 for none: until it is written anew, it looks like one of another term.
+	overwrite atomic.Uint64
 
 	// fault, if set by a test, runs before each write and may delay or fail it.
 	fault atomic.Pointer[func(what string) error]
@@ -50,18 +55,44 @@ func newDisk(store LogStore, snapshots raft.SnapshotStore, log *slog.Logger, sto
 
 // cache keeps the newest entries in memory.
 func (d *disk) cache(entries int) {
-	cache, err := raft.NewLogCache(entries, d.store)
+	below := &plainErrors{LogStore: d.store}
+	cache, err := raft.NewLogCache(entries, below)
 	if err != nil {
 		return // entries is not positive: no cache is wanted
 	}
-	d.logs = cache
+	d.logs, d.below = cache, below
 }
 
-// dropStale removes the entries up to the snapshot's last one when they are not
-// the ones that the snapshot stands for: those of an earlier leader, which never
-// counted, or such as end before it, with a gap. (Ongaro & Ousterhout, figure 13,
-// step 7.) Raft would keep them, compare them with what its leader sends, never
-// agree, and as a leader send them to others.
+// plainErrors remembers the last error of StoreLogs, which Raft's cache gives on
+// as text.
+type plainErrors struct {
+	raft.LogStore
+	last atomic.Pointer[error]
+}
+
+func (p *plainErrors) StoreLogs(logs []*raft.Log) error {
+	err := p.LogStore.StoreLogs(logs)
+	p.last.Store(&err)
+	return err
+}
+
+// storeLogs is StoreLogs of the cache, with the error of the store.
+func (d *disk) storeLogs(logs []*raft.Log) error {
+	err := d.logs.StoreLogs(logs)
+	if err != nil && d.below != nil {
+		if plain := d.below.last.Load(); plain != nil && *plain != nil {
+			return *plain
+		}
+	}
+	return err
+}
+
+// dropStale removes the log when its entry at the snapshot's index is not the one
+// that the snapshot stands for, but of an earlier leader and never counted, or
+// missing. (Ongaro & Ousterhout, figure 13, step 7.) Raft would keep it, compare
+// it with what its leader sends, never agree, and as a leader send it to others.
+//
+// A running Raft also remembers the log's end: see overwrite.
 func (d *disk) dropStale(index, term uint64) error {
 	first, err := d.logs.FirstIndex()
 	if err != nil || first == 0 || first > index {
@@ -78,8 +109,27 @@ func (d *disk) dropStale(index, term uint64) error {
 	case err != nil && !errors.Is(err, raft.ErrLogNotFound):
 		return err
 	}
-	d.log.Info("removing entries that a newer snapshot stands for", "from", first, "to", min(index, last), "snapshot", index)
-	return d.DeleteRange(first, min(index, last))
+	d.log.Info("removing log entries that a snapshot contradicts", "from", first, "to", last, "snapshot", index)
+	if err := d.DeleteRange(first, last); err != nil {
+		return err
+	}
+	if last >= index {
+		d.overwrite.Store(index)
+	}
+	return nil
+}
+
+// contradicted returns the snapshot entry in overwrite, with its term.
+func (d *disk) contradicted() (index, term uint64) {
+	index = d.overwrite.Load()
+	if list, err := d.snapshots.List(); err == nil && index != 0 {
+		for _, s := range list {
+			if s.Index == index {
+				return index, s.Term
+			}
+		}
+	}
+	return 0, 0
 }
 
 // timed runs one write.
@@ -157,7 +207,8 @@ func (d *disk) stats() (DiskStats, error) {
 
 // StoreLogs implements raft.LogStore.
 func (d *disk) StoreLogs(logs []*raft.Log) error {
-	return d.timed("append", len(logs), func() error { return d.logs.StoreLogs(logs) })
+	defer d.overwrite.Store(0)
+	return d.timed("append", len(logs), func() error { return d.storeLogs(logs) })
 }
 
 // StoreLog implements raft.LogStore.
@@ -184,6 +235,9 @@ func (d *disk) GetLog(index uint64, l *raft.Log) error {
 		return err
 	}
 	*l = raft.Log{Index: index, Term: list[0].Term, Type: raft.LogNoop}
+	if d.overwrite.Load() == index {
+		l.Term = 0
+	}
 	return nil
 }
 
@@ -196,9 +250,10 @@ func (d *disk) IsMonotonic() bool {
 // DeleteRange implements raft.LogStore.
 func (d *disk) DeleteRange(first, last uint64) error {
 	end, err := d.logs.LastIndex()
-	if err != nil {
+	if err != nil || end == 0 || first > end {
 		return err
 	}
+	last = min(last, end)
 	// A suffix that conflicts goes at once, lest a hole stay; and a write-ahead log
 	// drops whole files.
 	if last >= end || d.IsMonotonic() {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -215,6 +216,7 @@ func (r *Replica) hasData(empty bool) (bool, error) {
 		if err := r.disk.dropStale(list[0].Index, list[0].Term); err != nil {
 			return false, fmt.Errorf("remove entries that the newest snapshot contradicts: %w", err)
 		}
+		r.disk.overwrite.Store(0) // Raft does not run, and remembers nothing
 	}
 	exists, err := raft.HasExistingState(r.disk, r.disk, r.snapshots)
 	if err == nil && exists && !r.folder.Started && empty {
@@ -249,6 +251,8 @@ func (r *Replica) start() error {
 	r.trans = newTransport(r.newWire(logger))
 	r.trans.leads = r.leadsPeer
 	r.trans.holds = r.holdsSnapshot
+	r.trans.contradicted = r.disk.contradicted
+	r.trans.shorten = r.shorten
 	r.machine.onApply = r.trans.applied
 
 	notify := make(chan bool, 8)
@@ -364,6 +368,22 @@ func (r *Replica) leadsPeer(term uint64, id raft.ServerID) bool {
 func (r *Replica) holdsSnapshot(req *raft.InstallSnapshotRequest) bool {
 	node := r.node.Load()
 	return node != nil && req.Term >= node.CurrentTerm() && req.LastLogIndex <= node.AppliedIndex()
+}
+
+// shorten lets a message begin after what this replica has applied, when it begins
+// before its log does. A leader that went that far back would be refused, send a
+// snapshot that this replica is past, and come back to the same place. What is
+// applied is committed, so the leader has the same.
+func (r *Replica) shorten(req *raft.AppendEntriesRequest) {
+	applied, term := r.machine.position()
+	if req.PrevLogEntry == 0 || req.PrevLogEntry >= applied {
+		return
+	}
+	if err := r.disk.GetLog(req.PrevLogEntry, new(raft.Log)); !errors.Is(err, raft.ErrLogNotFound) {
+		return
+	}
+	req.Entries = slices.DeleteFunc(req.Entries, func(l *raft.Log) bool { return l.Index <= applied })
+	req.PrevLogEntry, req.PrevLogTerm = applied, term
 }
 
 // fail makes the replica stand still for good: see Failed.

@@ -30,6 +30,12 @@ type transport struct {
 	leads func(term uint64, id raft.ServerID) bool
 	// holds reports that a snapshot sent to this replica brings nothing new.
 	holds func(*raft.InstallSnapshotRequest) bool
+	// shorten takes from a leader's message what this replica has applied, if Raft
+	// could not tell that it has it.
+	shorten func(*raft.AppendEntriesRequest)
+	// contradicted returns the last entry of a snapshot that contradicts what Raft
+	// remembers of its log; index 0 for none.
+	contradicted func() (index, term uint64)
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -59,7 +65,8 @@ type follower struct {
 func newTransport(inner wire) *transport {
 	t := &transport{
 		wire: inner, rpcs: make(chan raft.RPC), leads: func(uint64, raft.ServerID) bool { return false },
-		holds:     func(*raft.InstallSnapshotRequest) bool { return false },
+		holds:        func(*raft.InstallSnapshotRequest) bool { return false },
+		contradicted: func() (uint64, uint64) { return 0, 0 }, shorten: func(*raft.AppendEntriesRequest) {},
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
@@ -74,10 +81,15 @@ func (t *transport) receive() {
 	for {
 		select {
 		case rpc := <-t.wire.Consumer():
+			if req, ok := rpc.Command.(*raft.AppendEntriesRequest); ok {
+				t.shorten(req)
+			}
 			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && t.holds(req) {
 				t.wg.Add(1)
 				go t.skipSnapshot(rpc, req)
 				continue
+			} else if ok {
+				rpc = t.watchSnapshot(rpc, req)
 			}
 			select {
 			case t.rpcs <- rpc:
@@ -95,7 +107,53 @@ func (t *transport) receive() {
 func (t *transport) skipSnapshot(rpc raft.RPC, req *raft.InstallSnapshotRequest) {
 	defer t.wg.Done()
 	_, err := io.Copy(io.Discard, rpc.Reader)
+	t.forget(req)
 	rpc.Respond(&raft.InstallSnapshotResponse{Term: req.Term, Success: err == nil}, err)
+}
+
+// watchSnapshot has a snapshot's answer wait until Raft has forgotten the log that
+// it contradicts.
+func (t *transport) watchSnapshot(rpc raft.RPC, req *raft.InstallSnapshotRequest) raft.RPC {
+	answers, to := make(chan raft.RPCResponse, 1), rpc.RespChan
+	rpc.RespChan = answers
+	t.wg.Add(1)
+	go func() {
+		defer t.wg.Done()
+		select {
+		case a := <-answers:
+			t.forget(req)
+			to <- a // has room: whoever asks waits for one answer
+		case <-t.ctx.Done():
+		}
+	}()
+	return rpc
+}
+
+// forget makes Raft forget the end of a log that was removed because a snapshot
+// contradicts it: Raft keeps its index and term in memory, and would refuse what
+// the leader sends after the snapshot. The snapshot's last entry is given to it,
+// as if by the leader, in the place of the one it remembers. What the entry holds
+// does not matter: it counts as applied, and as the one before it is missing, it
+// is never sent to anybody.
+func (t *transport) forget(req *raft.InstallSnapshotRequest) {
+	index, term := t.contradicted()
+	if index == 0 {
+		return
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	rpc := raft.RPC{RespChan: answer, Command: &raft.AppendEntriesRequest{
+		RPCHeader: req.RPCHeader, Term: req.Term, Leader: req.Leader,
+		Entries: []*raft.Log{{Index: index, Term: term, Type: raft.LogNoop}},
+	}}
+	select {
+	case t.rpcs <- rpc:
+	case <-t.ctx.Done():
+		return
+	}
+	select {
+	case <-answer:
+	case <-t.ctx.Done():
+	}
 }
 
 // Consumer implements raft.Transport.

@@ -7,8 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"os"
-	"runtime/pprof"
+	"strings"
 	"sync"
 	"time"
 
@@ -59,6 +58,7 @@ type cluster struct {
 
 	mu       sync.Mutex
 	problems []string
+	stuck    string         // why the replicas had to be restarted to be the same
 	ending   sync.WaitGroup // lives that end
 	changed  chan struct{}  // closed and renewed when a life begins or ends
 }
@@ -234,7 +234,8 @@ func (c *cluster) leader() *life {
 	return nil
 }
 
-// settle mends everything and waits until all replicas are the same.
+// settle mends everything and waits until all replicas are the same. Replicas that
+// do not come to it are restarted once, and stuck says why.
 func (c *cluster) settle() {
 	c.network.calm()
 	for _, name := range c.names {
@@ -243,29 +244,48 @@ func (c *cluster) settle() {
 		n.disk.crashIn, n.disk.slow, n.disk.failing = 0, 0, false
 		n.disk.mu.Unlock()
 	}
+	why := c.await()
+	if why == nil {
+		return
+	}
+	c.stuck = fmt.Sprintf("the cluster did not recover within 2m after everything was mended: %v\n%s", why, c.describe())
+	for _, name := range c.names {
+		if l := c.alive(name); l != nil {
+			l.crash()
+		}
+	}
+	if why := c.await(); why != nil {
+		c.problem("%s\nnor after all were restarted: %v\n%s", c.stuck, why, c.describe())
+	}
+}
+
+// await waits up to two minutes for all replicas to be the same.
+func (c *cluster) await() (why error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	why := errors.New("no replica answers")
+	why = errors.New("no replica answers")
 	for ctx.Err() == nil {
 		for _, n := range c.nodes {
 			n.start()
 		}
 		if why = c.same(ctx); why == nil {
-			return
+			return nil
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	c.problem("the cluster did not recover within 2m after everything was mended: %v", why)
+	return why
+}
+
+func (c *cluster) describe() string {
+	var b strings.Builder
 	for _, name := range c.names {
 		if l := c.alive(name); l != nil {
 			s := l.replica.Status()
-			c.problem("%s: %s in term %d, leader %s, log %d to %d, committed %d, applied %d, snapshot %d, %v", name, s.Role, s.Term, s.Leader.ID,
+			fmt.Fprintf(&b, "%s: %s in term %d, leader %s, log %d to %d, committed %d, applied %d, snapshot %d, %v\n", name, s.Role, s.Term, s.Leader.ID,
 				s.FirstIndex, s.LastIndex, s.CommitIndex, s.AppliedIndex, s.SnapshotIndex, s.Problems)
 		}
 	}
-	if os.Getenv("SIM_STACKS") != "" {
-		pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
-	}
+	return b.String()
 }
 
 // same reports in what the replicas differ.

@@ -17,6 +17,9 @@ import (
 type Result struct {
 	// Violations are sentences on what cannot be if the cluster kept its promises.
 	Violations []string
+	// Stuck says why replicas had to be restarted to become the same after
+	// everything was mended; empty if they did so by themselves.
+	Stuck string
 	// Faults says what was done to the cluster, and when.
 	Faults []string
 	// History is what clients saw.
@@ -62,7 +65,7 @@ func Run(seed uint64, log *slog.Logger) Result {
 
 	h := c.recorder.History()
 	report := history.Check(h, time.Hour) // of simulated time: porcupine comes to its end
-	out := Result{Violations: append(c.problems, report.Violations...), Faults: f.done, History: h}
+	out := Result{Violations: append(c.problems, report.Violations...), Stuck: c.stuck, Faults: f.done, History: h}
 	if report.Undecided {
 		out.Violations = append(out.Violations, "porcupine did not come to an end")
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 )
@@ -31,7 +32,16 @@ func TestSim(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { one(t, s) })
 		})
 	}
+	t.Cleanup(func() {
+		n := stuck.Load()
+		t.Logf("%d of %d clusters needed a restart of their replicas to recover", n, last-first)
+		if few := int64(last-first)/100 + 3; n > few {
+			t.Errorf("more than %d of them did", few)
+		}
+	})
 }
+
+var stuck atomic.Int64
 
 // forgive recovers from goroutines left behind at the end of a bubble: some of
 // Raft's futures are never answered when it is shut down.
@@ -49,6 +59,10 @@ func one(t *testing.T, s uint64) {
 	r := Run(s, log)
 	if *seed != 0 || len(r.Violations) > 0 {
 		t.Logf("%d operations; faults:\n%s", len(r.History.Operations), strings.Join(r.Faults, "\n"))
+	}
+	if r.Stuck != "" {
+		stuck.Add(1)
+		t.Logf("seed %d: %s\nfaults:\n%s", s, r.Stuck, strings.Join(r.Faults, "\n"))
 	}
 	if len(r.Violations) == 0 {
 		return

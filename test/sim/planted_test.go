@@ -1,0 +1,82 @@
+package sim
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// TestPlantedBugs puts bugs into the product on purpose, one at a time, and proves
+// that the simulation finds each. The product is built with the changed file in
+// the place of the right one (go test -overlay); nothing in it knows of this.
+func TestPlantedBugs(t *testing.T) {
+	for _, bug := range []struct{ name, file, is, becomes string }{
+		{"a read skips its barrier", "consensus/read.go",
+			"func (r *Replica) ReadBarrier(ctx context.Context) error {\n",
+			"func (r *Replica) ReadBarrier(ctx context.Context) error {\n\tif ctx != nil {\n\t\treturn nil\n\t}\n"},
+		{"an append is answered before it is synced", "test/sim/disk.go",
+			"do(d.synced) // the sync",
+			"if d.unsynced++; d.unsynced%8 != 0 {\n\t\tdo(d.synced)\n\t}"},
+		{"a vote is not written down", "consensus/disk.go",
+			`return d.timed("vote", 0, func() error { return d.store.Set(key, value) })`,
+			"return nil"},
+		{"a revision is used twice", "state/store.go",
+			"h.revision++",
+			"if h.revision%17 != 0 || len(s.fresh) != 0 {\n\t\th.revision++\n\t}"},
+		{"a watch skips an event", "state/watch.go",
+			"for _, e := range events {\n\t\t\tkey := e.KV.Key\n",
+			"for _, e := range events {\n\t\t\tkey := e.KV.Key\n\t\t\tif e.Revision%13 == 0 {\n\t\t\t\tcontinue\n\t\t\t}\n"},
+	} {
+		t.Run(bug.name, func(t *testing.T) {
+			root, err := filepath.Abs("../..")
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(root, filepath.FromSlash(bug.file))
+			right, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := strings.Count(string(right), bug.is); n != 1 {
+				t.Fatalf("%s has %d places to plant the bug in, must be 1: %q", bug.file, n, bug.is)
+			}
+			wrong := filepath.Join(t.TempDir(), filepath.Base(path))
+			if err := os.WriteFile(wrong, []byte(strings.Replace(string(right), bug.is, bug.becomes, 1)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{path: wrong}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			list := filepath.Join(t.TempDir(), "overlay.json")
+			if err := os.WriteFile(list, overlay, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			out, err := exec.Command("go", "test", "-overlay", list, "-run", "^TestSim$", "-runs", "300", "-failfast", "-timeout", "5m", ".").CombinedOutput()
+			text := string(out)
+			if strings.Contains(text, "build failed") || strings.Contains(text, "setup failed") {
+				t.Fatalf("the bug does not compile:\n%s", text)
+			}
+			if err == nil {
+				t.Fatalf("300 runs did not find it:\n%s", text)
+			}
+			t.Logf("found: %s", firstViolation(text))
+		})
+	}
+}
+
+func firstViolation(text string) string {
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		if strings.Contains(line, "sim_test.go") && strings.HasSuffix(line, ":") && i+1 < len(lines) && !strings.Contains(line, "faults") {
+			return strings.TrimSpace(lines[i+1])
+		}
+		if strings.HasPrefix(line, "panic:") {
+			return line
+		}
+	}
+	return lines[0]
+}
