@@ -254,6 +254,7 @@ func (r *Replica) start() error {
 	r.trans.contradicted = r.disk.contradicted
 	r.trans.shorten = r.shorten
 	r.machine.onApply = r.trans.applied
+	r.trans.start()
 
 	notify := make(chan bool, 8)
 	conf := r.raftConfig()

@@ -70,9 +70,13 @@ func newTransport(inner wire) *transport {
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
+	return t
+}
+
+// start takes messages in. The callbacks must be set before.
+func (t *transport) start() {
 	t.wg.Add(1)
 	go t.receive()
-	return t
 }
 
 // receive gives incoming messages to Raft.

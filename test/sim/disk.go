@@ -66,8 +66,6 @@ type disk struct {
 	crashIn int           // crash at this write from now, 0: never
 	slow    time.Duration // at most, of an append
 	failing bool          // writes fail
-	// unsynced counts writes for a bug that TestPlantedBugs puts in here.
-	unsynced int
 }
 
 func newDisk(seed uint64) *disk {

@@ -19,7 +19,7 @@ func TestPlantedBugs(t *testing.T) {
 			"func (r *Replica) ReadBarrier(ctx context.Context) error {\n\tif ctx != nil {\n\t\treturn nil\n\t}\n"},
 		{"an append is answered before it is synced", "test/sim/disk.go",
 			"do(d.synced) // the sync",
-			"if d.unsynced++; d.unsynced%8 != 0 {\n\t\tdo(d.synced)\n\t}"},
+			"if d.random.IntN(8) != 0 {\n\t\tdo(d.synced)\n\t}"},
 		{"a vote is not written down", "consensus/disk.go",
 			`return d.timed("vote", 0, func() error { return d.store.Set(key, value) })`,
 			"return nil"},
