@@ -47,6 +47,9 @@ type identity struct {
 	// Promised the replica that asked.
 	Promise    []Server `json:"promise,omitempty"`
 	PromisedTo string   `json:"promisedTo,omitempty"`
+	// Asked: the cluster was met before the word to start came, and a leader was
+	// asked to let this replica in. The promise founds nothing any more.
+	Asked bool `json:"asked,omitempty"`
 }
 
 func newIdentity(clusterID, replicaID string) identity {
@@ -142,6 +145,17 @@ func (d *dataFolder) acquire() error {
 	f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	d.lock = f
 	return nil
+}
+
+// change changes the identity on disk and then in memory, or neither.
+func (d *dataFolder) change(f func(*identity)) error {
+	before := d.identity
+	f(&d.identity)
+	err := d.save()
+	if err != nil {
+		d.identity = before
+	}
+	return err
 }
 
 // save writes the identity so that it is there whole or not at all.

@@ -220,16 +220,7 @@ func (r *Replica) bootstrapStep(req *pb.HelloRequest) (accepted bool, refusal st
 	case pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE:
 		err = r.promise(set, req.Id)
 	case pb.BootstrapStep_BOOTSTRAP_STEP_START:
-		r.members.start.Lock()
-		kept := r.folder.PromisedTo == req.Id && slices.Equal(r.folder.Promise, set)
-		r.members.start.Unlock()
-		switch {
-		case r.node.Load() != nil: // told twice
-		case !kept:
-			err = errors.New("no such promise: it has no data and has to be let in by a leader")
-		default:
-			err = r.Bootstrap(set...)
-		}
+		err = r.startAsPromised(set, req.Id)
 	default:
 		err = fmt.Errorf("unknown step %v", req.Step)
 	}
@@ -237,6 +228,21 @@ func (r *Replica) bootstrapStep(req *pb.HelloRequest) (accepted bool, refusal st
 		return false, err.Error()
 	}
 	return true, ""
+}
+
+// startAsPromised founds the cluster, as the proposer asks, unless this replica
+// has asked a leader to let it in meanwhile: that one may have taken it out of
+// the founders' configuration and be about to add it as an empty member.
+func (r *Replica) startAsPromised(set []Server, proposer string) error {
+	r.members.start.Lock()
+	defer r.members.start.Unlock()
+	switch {
+	case r.node.Load() != nil: // told twice
+		return nil
+	case r.folder.PromisedTo != proposer || !slices.Equal(r.folder.Promise, set) || r.folder.Asked:
+		return errors.New("no such promise: it has no data and has to be let in by a leader")
+	}
+	return r.bootstrap(set)
 }
 
 func (r *Replica) promised() bool {
@@ -260,11 +266,12 @@ func (r *Replica) promise(set []Server, to string) error {
 		return fmt.Errorf("it is not in the set as %s at %s", self.ID, self.Addr)
 	case r.folder.Promise != nil && r.folder.PromisedTo != to:
 		return fmt.Errorf("it promised %s to found the cluster: start that one, or wipe the folders of all replicas, which have no data yet", r.folder.PromisedTo)
+	case r.folder.Asked:
+		return errors.New("it has asked the leader of a cluster to let it in: start the replicas of that one, or wipe the folder of this one")
 	case r.folder.PromisedTo == to && slices.Equal(r.folder.Promise, set):
 		return nil
 	}
-	r.folder.Promise, r.folder.PromisedTo = set, to
-	return r.folder.save()
+	return r.folder.change(func(i *identity) { i.Promise, i.PromisedTo = set, to })
 }
 
 // Bootstrap founds a cluster of the servers given, of which this replica is
@@ -274,6 +281,11 @@ func (r *Replica) promise(set []Server, to string) error {
 func (r *Replica) Bootstrap(servers ...Server) error {
 	r.members.start.Lock()
 	defer r.members.start.Unlock()
+	return r.bootstrap(servers)
+}
+
+// bootstrap is Bootstrap with r.members.start held.
+func (r *Replica) bootstrap(servers []Server) error {
 	if r.node.Load() != nil {
 		return errors.New("bootstrap: this replica has data already")
 	}
@@ -288,12 +300,26 @@ func (r *Replica) Bootstrap(servers ...Server) error {
 	return r.start()
 }
 
+// giveUpPromise makes a promise void, on disk, before a leader is asked to let
+// this replica in.
+func (r *Replica) giveUpPromise() error {
+	r.members.start.Lock()
+	defer r.members.start.Unlock()
+	if r.node.Load() != nil || r.folder.Promise == nil || r.folder.Asked {
+		return nil
+	}
+	return r.folder.change(func(i *identity) { i.Asked = true })
+}
+
 // enter asks the leader to be let in and starts as an empty member.
 func (r *Replica) enter(leader string) error {
 	ctx, cancel := context.WithTimeout(r.ctx, r.cfg.ProposeTimeout)
 	defer cancel()
 	conn, err := r.cfg.PeerConn(ctx, leader)
 	if err != nil {
+		return err
+	}
+	if err := r.giveUpPromise(); err != nil {
 		return err
 	}
 	let, err := pb.NewMembershipClient(conn).Enter(ctx, &pb.EnterRequest{
@@ -307,8 +333,7 @@ func (r *Replica) enter(leader string) error {
 	if r.node.Load() != nil {
 		return nil
 	}
-	r.folder.Generation = let.Generation
-	if err := r.folder.save(); err != nil {
+	if err := r.folder.change(func(i *identity) { i.Generation = let.Generation }); err != nil {
 		return err
 	}
 	r.generation.Store(let.Generation)

@@ -55,6 +55,54 @@ func TestPromiseToFoundOneCluster(t *testing.T) {
 	}
 }
 
+// A founder that the leader takes for an empty replica is removed and added
+// again: the word to start, when it comes late, must not make it a member of the
+// configuration that it was removed from.
+func TestWordToStartThatComesAfterAskingToBeLetIn(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	r := c.start("c2")
+	set := []Server{{"c1", "127.0.0.1:1"}, {"c2", r.raft}, {"c3", "127.0.0.1:3"}}
+	must(t, r.promise(set, "c1"))
+	must(t, r.giveUpPromise())
+	c.kill("c2")
+	r = c.start("c2")
+	for _, step := range []pb.BootstrapStep{pb.BootstrapStep_BOOTSTRAP_STEP_START, pb.BootstrapStep_BOOTSTRAP_STEP_PROPOSE} {
+		req := &pb.HelloRequest{ClusterId: c.id, Id: "c1", Step: step}
+		for _, x := range set {
+			req.Proposed = append(req.Proposed, &pb.RaftServer{Id: x.ID, Address: x.Addr})
+		}
+		if accepted, refusal := r.bootstrapStep(req); accepted {
+			t.Errorf("%v accepted", step)
+		} else {
+			t.Logf("%v: %s", step, refusal)
+		}
+	}
+	if role := r.Status().Role; role != "joining" {
+		t.Errorf("it is %s", role)
+	}
+}
+
+// A promise that could not be written is none, also when it is asked for again.
+func TestPromiseThatIsNotOnDiskIsNone(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	r := c.start("c2")
+	set := []Server{{"c1", "127.0.0.1:1"}, {"c2", r.raft}, {"c3", "127.0.0.1:3"}}
+	full := errors.New("disk full")
+	r.members.start.Lock()
+	r.folder.keep = func([]byte) error { return full }
+	r.members.start.Unlock()
+	for range 2 {
+		if err := r.promise(set, "c1"); !errors.Is(err, full) {
+			t.Errorf("promise: %v", err)
+		}
+	}
+	if r.promised() {
+		t.Error("it holds itself bound")
+	}
+}
+
 func TestReplicasThatExpectDifferentNumbersFoundNothing(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3)
