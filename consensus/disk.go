@@ -29,6 +29,8 @@ type disk struct {
 	// overwrite is an index at which Raft remembers an entry that dropStale removed,
 	// 0 for none: until it is written anew, it looks like one of another term.
 	overwrite atomic.Uint64
+	// cut: the log's end was cut off, for other entries to take its place.
+	cut atomic.Bool
 
 	// fault, if set by a test, runs before each write and may delay or fail it.
 	fault atomic.Pointer[func(what string) error]
@@ -206,9 +208,46 @@ func (d *disk) stats() (DiskStats, error) {
 }
 
 // StoreLogs implements raft.LogStore.
+//
+// Raft cuts a conflicting end off and then appends; when the append fails it goes
+// on remembering the end that is gone, and refuses for ever what its leader sends
+// (a TODO in its appendEntries). So that append waits, without an answer, until
+// there is room or the replica closes.
 func (d *disk) StoreLogs(logs []*raft.Log) error {
-	defer d.overwrite.Store(0)
-	return d.timed("append", len(logs), func() error { return d.storeLogs(logs) })
+	for {
+		err := d.timed("append", len(logs), func() error { return d.storeLogs(logs) })
+		if err == nil {
+			d.overwrite.Store(0)
+			d.cut.Store(false)
+			return nil
+		}
+		if !d.cut.Load() {
+			return err
+		}
+		select {
+		case <-d.stop:
+			return err
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// clear removes what a founding that failed before Raft ran has written.
+func (d *disk) clear() error {
+	first, err := d.logs.FirstIndex()
+	if err != nil {
+		return err
+	}
+	if first != 0 {
+		last, err := d.logs.LastIndex()
+		if err != nil {
+			return err
+		}
+		if err := d.DeleteRange(first, last); err != nil {
+			return err
+		}
+	}
+	return d.timed("term", 0, func() error { return d.store.SetUint64([]byte("CurrentTerm"), 0) })
 }
 
 // StoreLog implements raft.LogStore.
@@ -257,7 +296,15 @@ func (d *disk) DeleteRange(first, last uint64) error {
 	// A suffix that conflicts goes at once, lest a hole stay; and a write-ahead log
 	// drops whole files.
 	if last >= end || d.IsMonotonic() {
-		return d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
+		start, err := d.logs.FirstIndex()
+		if err != nil {
+			return err
+		}
+		err = d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
+		if err == nil && last >= end && first > start {
+			d.cut.Store(true)
+		}
+		return err
 	}
 	for ; first <= last; first += deleteChunk {
 		to := min(last, first+deleteChunk-1)

@@ -293,6 +293,12 @@ func (r *Replica) bootstrap(servers []Server) error {
 	for _, s := range servers {
 		c.Servers = append(c.Servers, raft.Server{Suffrage: raft.Voter, ID: raft.ServerID(s.ID), Address: raft.ServerAddress(s.Addr)})
 	}
+	if r.folder.Started { // and then something else failed
+		return r.start()
+	}
+	if err := r.disk.clear(); err != nil {
+		return fmt.Errorf("bootstrap: %w", err)
+	}
 	if err := raft.BootstrapCluster(r.raftConfig(), r.disk, r.disk, r.snapshots, nil, c); err != nil {
 		return fmt.Errorf("bootstrap: %w", err)
 	}

@@ -221,7 +221,7 @@ func (r *Replica) hasData(empty bool) (bool, error) {
 	exists, err := raft.HasExistingState(r.disk, r.disk, r.snapshots)
 	if err == nil && exists && !r.folder.Started && empty {
 		// The founding was cut off between its two writes, before Raft ran.
-		return false, r.disk.SetUint64([]byte("CurrentTerm"), 0)
+		return false, r.disk.clear()
 	}
 	return exists, err
 }
@@ -242,8 +242,7 @@ func (r *Replica) start() error {
 		return ErrClosed
 	}
 	if !r.folder.Started {
-		r.folder.Started = true
-		if err := r.folder.save(); err != nil {
+		if err := r.folder.change(func(i *identity) { i.Started = true }); err != nil {
 			return err
 		}
 	}
