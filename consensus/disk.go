@@ -32,6 +32,9 @@ type disk struct {
 	// cut: the log's end was cut off, for other entries to take its place.
 	cut atomic.Bool
 
+	// unsure: the last append failed, and its entries may be in the store.
+	unsure atomic.Bool
+
 	// fault, if set by a test, runs before each write and may delay or fail it.
 	fault atomic.Pointer[func(what string) error]
 
@@ -112,9 +115,11 @@ func (d *disk) dropStale(index, term uint64) error {
 		return err
 	}
 	d.log.Info("removing log entries that a snapshot contradicts", "from", first, "to", last, "snapshot", index)
+	cut := d.cut.Load()
 	if err := d.DeleteRange(first, last); err != nil {
 		return err
 	}
+	d.cut.Store(cut) // Raft knows the snapshot
 	if last >= index {
 		d.overwrite.Store(index)
 	}
@@ -215,7 +220,13 @@ func (d *disk) stats() (DiskStats, error) {
 // there is room or the replica closes.
 func (d *disk) StoreLogs(logs []*raft.Log) error {
 	for {
-		err := d.timed("append", len(logs), func() error { return d.storeLogs(logs) })
+		err := d.timed("append", len(logs), func() error {
+			if err := d.dropUnsure(logs); err != nil {
+				return err
+			}
+			return d.storeLogs(logs)
+		})
+		d.unsure.Store(err != nil)
 		if err == nil {
 			d.overwrite.Store(0)
 			d.cut.Store(false)
@@ -230,6 +241,20 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
+}
+
+// dropUnsure removes what an append that failed has left all the same: when its
+// last sync fails, bbolt's pages are written, and count when the file is next read.
+// Raft does not know of these entries, and would leave those behind its own end.
+func (d *disk) dropUnsure(logs []*raft.Log) error {
+	if !d.unsure.Load() || len(logs) == 0 {
+		return nil
+	}
+	last, err := d.logs.LastIndex()
+	if err != nil || last < logs[0].Index {
+		return err
+	}
+	return d.logs.DeleteRange(logs[0].Index, last)
 }
 
 // clear removes what a founding that failed before Raft ran has written.
@@ -296,12 +321,8 @@ func (d *disk) DeleteRange(first, last uint64) error {
 	// A suffix that conflicts goes at once, lest a hole stay; and a write-ahead log
 	// drops whole files.
 	if last >= end || d.IsMonotonic() {
-		start, err := d.logs.FirstIndex()
-		if err != nil {
-			return err
-		}
-		err = d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
-		if err == nil && last >= end && first > start {
+		err := d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
+		if err == nil && last >= end {
 			d.cut.Store(true)
 		}
 		return err

@@ -99,7 +99,10 @@ func (h *handle) detach() {
 	h.attached = false
 }
 
-var errNoSpace = &osError{"append", syscall.ENOSPC}
+var (
+	errNoSpace = &osError{"append", syscall.ENOSPC}
+	errNoSync  = &osError{"sync", syscall.EIO}
+)
 
 type osError struct {
 	what string
@@ -143,6 +146,11 @@ func (h *handle) write(do func(*contents), part func(*contents)) error {
 		}
 	}
 	if d.failing {
+		if d.random.IntN(3) == 0 { // it was the last sync that failed
+			do(h.cached)
+			do(d.synced)
+			return errNoSync
+		}
 		return errNoSpace
 	}
 	do(h.cached)

@@ -214,7 +214,7 @@ func (e *end) fast(rpc raft.RPC) bool {
 	if f == nil {
 		return false
 	}
-	f(rpc)
+	go f(rpc) // in the peer's process: it may end there, and not the caller
 	return true
 }
 
@@ -307,12 +307,16 @@ func (e *end) AppendEntriesPipeline(id raft.ServerID, _ raft.ServerAddress) (raf
 	if e.network.find(string(id)) == nil {
 		return nil, errRefused
 	}
-	p := &pipeline{e: e, to: string(id), done: make(chan raft.AppendFuture), slots: make(chan struct{}, 32), sent: make(chan struct{}), answered: make(chan struct{})}
+	p := &pipeline{e: e, to: string(id), done: make(chan raft.AppendFuture, underWay), slots: make(chan struct{}, underWay), sent: make(chan struct{}), answered: make(chan struct{})}
 	close(p.sent)
 	close(p.answered)
 	p.ctx, p.cancel = context.WithCancel(e.ctx)
 	return p, nil
 }
+
+// underWay is how many messages of a pipeline are. Their answers have room as well:
+// Raft sends on for a moment when it does not read them any more.
+const underWay = 32
 
 // pipeline has several messages under way at once and answers in their order.
 type pipeline struct {

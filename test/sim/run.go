@@ -199,7 +199,7 @@ func (f *faults) strike() {
 		f.setDisk(l.node.disk, func(d *disk) { d.slow = 50*time.Millisecond + f.some(1500*time.Millisecond) })
 		f.later(f.some(2*time.Second), func() { f.setDisk(l.node.disk, func(d *disk) { d.slow = 0 }) })
 	case 8:
-		f.say("the disk of %s is full", name)
+		f.say("the disk of %s is full, or its syncs fail", name)
 		f.setDisk(l.node.disk, func(d *disk) { d.failing = true })
 		f.later(f.some(2*time.Second), func() { f.setDisk(l.node.disk, func(d *disk) { d.failing = false }) })
 	case 9:
