@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"runtime/metrics"
 	"strconv"
@@ -42,6 +43,8 @@ func tendMemory(ctx context.Context) error {
 	metrics.Read(sample)
 	last, lastTime := sample[0].Value.Uint64(), time.Now()
 	started, idle, quiet := false, false, 0
+	var stacks stackHint
+	defer stacks.set(0)
 	for pause(ctx, tendEvery) {
 		metrics.Read(sample)
 		allocated, now := sample[0].Value.Uint64(), time.Now()
@@ -55,6 +58,7 @@ func tendMemory(ctx context.Context) error {
 		switch {
 		case !idle && quiet == quietFor:
 			idle = true
+			stacks.set(0)
 			debug.SetGCPercent(idleGC)
 			debug.FreeOSMemory()
 			if !started {
@@ -65,8 +69,55 @@ func tendMemory(ctx context.Context) error {
 			idle = false
 			debug.SetGCPercent(busyGC(sample[1].Value.Uint64()))
 		}
+		if quiet == 0 {
+			stacks.set(runtime.NumGoroutine())
+		}
 	}
 	return ctx.Err()
+}
+
+// stackHint makes goroutines start with stacks of 16 KiB: a request of the API runs
+// on three new goroutines, each of which would else grow its stack by copying it
+// three or four times, a tenth of what a request costs. The runtime starts
+// goroutines with what stacks use on average (runtime/stack.go,
+// gcComputeStartingStackSize), and the many that wait use little; so one more waits
+// here, with a stack deep enough for all.
+type stackHint struct {
+	depth   int
+	release chan struct{}
+}
+
+// stackFor is the part of each goroutine in that one's stack: with it the average
+// is between 8 and 16 KiB, and is rounded up to a power of two.
+const stackFor = 11 << 10
+
+// set is told how many goroutines there are; 0 ends the hint.
+func (h *stackHint) set(goroutines int) {
+	depth := goroutines * stackFor
+	if depth > h.depth*3/4 && depth < h.depth*5/4 || depth == h.depth {
+		return
+	}
+	if h.release != nil {
+		close(h.release)
+		h.release = nil
+	}
+	if h.depth = depth; depth > 0 {
+		h.release = make(chan struct{})
+		go holdStack(depth, h.release)
+	}
+}
+
+// holdStack waits with a stack of that many bytes.
+//
+//go:noinline
+func holdStack(depth int, release <-chan struct{}) {
+	var frame [16 << 10]byte
+	if depth > len(frame) {
+		holdStack(depth-len(frame), release)
+	} else {
+		<-release
+	}
+	runtime.KeepAlive(&frame)
 }
 
 // busyGC is the GOGC of a busy controller with so many bytes live.

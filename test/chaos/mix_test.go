@@ -45,10 +45,30 @@ func TestMix(t *testing.T) {
 		minutes = n
 	}
 	t.Logf("to repeat: make chaos SEED=%d MINUTES=%g", seed, minutes)
-	random := rand.New(rand.NewPCG(seed, 0))
-	c := harness.Up(t, harness.Options{Controllers: 3, ControllerFlags: []string{"--snapshot-threshold=500", "--trailing-logs=100"}})
+	c := upForMix(t)
+	checkedMix(t, c, seed, time.Duration(minutes*float64(time.Minute)), nemeses)
+}
 
-	m := &mix{cluster: c, deadline: time.Now().Add(time.Duration(minutes * float64(time.Minute)))}
+// TestEach does the same with each way to break it alone, one after the other.
+func TestEach(t *testing.T) {
+	c := upForMix(t)
+	for i, n := range nemeses {
+		t.Run(n.name, func(t *testing.T) { checkedMix(t, c, uint64(i), 15*time.Second, []nemesis{n}) })
+	}
+}
+
+// upForMix brings controllers up that snapshot often and keep few entries behind
+// their snapshots, so that a replica that was away is sent one.
+func upForMix(t *testing.T) *harness.Cluster {
+	return harness.Up(t, harness.Options{Controllers: 3, ControllerFlags: []string{"--snapshot-threshold=500", "--trailing-logs=100"}})
+}
+
+// checkedMix breaks the cluster in the ways given, in an order that the seed
+// decides, and checks what clients saw meanwhile. A history with a violation is
+// kept.
+func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Duration, nemeses []nemesis) {
+	random := rand.New(rand.NewPCG(seed, 0))
+	m := &mix{cluster: c, deadline: time.Now().Add(duration)}
 	space, err := c.Client(t, "").CoreV1().Namespaces().Create(t.Context(),
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "mix-"}}, metav1.CreateOptions{})
 	require.NoError(t, err)
@@ -112,7 +132,7 @@ func TestMix(t *testing.T) {
 		require.NoError(t, err)
 		require.NoError(t, h.Save(filepath.Join(dir, "history.json")))
 		require.NoError(t, report.Visualize(filepath.Join(dir, "history.html")))
-		t.Logf("history.json and history.html are kept in %s; to repeat: make chaos SEED=%d MINUTES=%g", dir, seed, minutes)
+		t.Logf("history.json and history.html are kept in %s", dir)
 	}
 	require.Empty(t, report.Violations)
 	require.False(t, report.Undecided, "porcupine did not come to an end")
@@ -151,6 +171,78 @@ var nemeses = []nemesis{
 		require.NoError(t, c.Spec.Wipe(t.Context(), name))
 		c.Start(t, name)
 	}},
+	{"a controller cut off from its clients", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
+		name := someone(c, random)
+		c.Run(t, "partition", name, "--from", "host", "--direction", directions[random.IntN(3)])
+		hold(t, random)
+		c.Run(t, "partition", name, "--heal")
+	}},
+	{"disk full", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
+		name := someone(c, random)
+		holdThen(t, random, diskFull(t, c, name))
+		requireWrites(t, c, name)
+	}},
+	{"disk slow", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
+		holdThen(t, random, diskSlow(t, c, someone(c, random), time.Duration(20+random.IntN(3000))*time.Millisecond))
+	}},
+	{"fsync fails", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
+		name := someone(c, random)
+		stop := fsyncFails(t, c, name)
+		hold(t, random)
+		if random.IntN(2) == 0 { // what it did not sync is in the kernel's cache all the same
+			c.Kill(t, name, true)
+			stop()
+			c.Start(t, name)
+			return
+		}
+		stop()
+		requireWrites(t, c, name)
+	}},
+	{"clock skewed", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
+		by := time.Duration(1+random.IntN(120)) * time.Second
+		if random.IntN(2) == 0 {
+			by = -by
+		}
+		holdThen(t, random, clockSkew(t, c, someone(c, random), by))
+	}},
+	{"all restarted in order", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
+		for _, name := range c.Spec.ControllerNames() {
+			require.NoError(t, c.Spec.Stop(t.Context(), name))
+			c.Start(t, name)
+		}
+	}},
+	{"leadership handed over", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
+		c.Leader(t)
+		c.Run(t, "members", "transfer-leader", follower(t, c))
+	}},
+	{"member removed and added", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
+		name := someone(c, random)
+		harness.Eventually(t, time.Minute, "removing "+name, func() error { // refused until the others are healthy
+			out, err := c.Try(t.Context(), "members", "remove", name)
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		})
+		hold(t, random) // it runs on, and serves nothing
+		c.Kill(t, name, true)
+		require.NoError(t, c.Spec.Wipe(t.Context(), name))
+		c.Start(t, name)
+	}},
+	{"snapshot saved", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
+		c.Leader(t)
+		file := filepath.Join(t.TempDir(), "snapshot")
+		c.Run(t, "snapshot", "save", file)
+		c.Run(t, "snapshot", "inspect", file)
+	}},
+}
+
+var directions = []string{"in", "out", "both"}
+
+// someone is one of the controllers.
+func someone(c *harness.Cluster, random *rand.Rand) string {
+	names := c.Spec.ControllerNames()
+	return names[random.IntN(len(names))]
 }
 
 func hold(t *testing.T, random *rand.Rand) {
@@ -158,6 +250,18 @@ func hold(t *testing.T, random *rand.Rand) {
 	case <-time.After(time.Duration(500+random.IntN(5000)) * time.Millisecond):
 	case <-t.Context().Done():
 	}
+}
+
+func holdThen(t *testing.T, random *rand.Rand, mend func()) {
+	hold(t, random)
+	mend()
+}
+
+// requireWrites waits until a controller that could not write its log says that it
+// can again.
+func requireWrites(t *testing.T, c *harness.Cluster, name string) {
+	t.Helper()
+	c.WaitServing(t, name, time.Minute) // /readyz includes the disk
 }
 
 func killOne(t *testing.T, c *harness.Cluster, name string, random *rand.Rand) {
@@ -174,7 +278,7 @@ func pauseOne(t *testing.T, c *harness.Cluster, name string, random *rand.Rand) 
 
 // cutOne cuts a controller off from the other two, which includes one way alone.
 func cutOne(t *testing.T, c *harness.Cluster, name string, random *rand.Rand) {
-	c.Run(t, "partition", name, "--from", others(c, name), "--direction", []string{"in", "out", "both"}[random.IntN(3)])
+	c.Run(t, "partition", name, "--from", others(c, name), "--direction", directions[random.IntN(3)])
 	hold(t, random)
 	c.Run(t, "partition", name, "--heal")
 }
