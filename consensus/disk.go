@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -26,12 +27,21 @@ type disk struct {
 	log       *slog.Logger
 	stop      <-chan struct{} // the replica closes
 
+	// queue holds what a leader appends until it is on disk: see StoreLogs.
+	queue queue
+	// leads reports that Raft leads; false in doubt. applied is the last index that
+	// the state machine has.
+	leads   func() bool
+	applied func() uint64
+
 	// overwrite is an index at which Raft remembers an entry that dropStale removed,
 	// 0 for none: until it is written anew, it looks like one of another term.
 	overwrite atomic.Uint64
 	// cut: the log's end was cut off, for other entries to take its place.
 	cut atomic.Bool
 
+	// voteTerm is the term of the vote that Raft is writing.
+	voteTerm uint64
 	// unsure: the last append failed, and its entries may be in the store.
 	unsure atomic.Bool
 
@@ -55,7 +65,10 @@ type DiskStats struct {
 }
 
 func newDisk(store LogStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
-	return &disk{store: store, logs: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{}}
+	return &disk{
+		store: store, logs: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{},
+		leads: func() bool { return false }, applied: func() uint64 { return math.MaxUint64 }, queue: newQueue(stop),
+	}
 }
 
 // cache keeps the newest entries in memory.
@@ -99,6 +112,9 @@ func (d *disk) storeLogs(logs []*raft.Log) error {
 //
 // A running Raft also remembers the log's end: see overwrite.
 func (d *disk) dropStale(index, term uint64) error {
+	if err := d.queue.flush(); err != nil {
+		return err
+	}
 	first, err := d.logs.FirstIndex()
 	if err != nil || first == 0 || first > index {
 		return err
@@ -214,21 +230,27 @@ func (d *disk) stats() (DiskStats, error) {
 
 // StoreLogs implements raft.LogStore.
 //
+// A leader's commands are queued, so that the followers write them at the same time
+// as the leader does (Ongaro, Consensus: Bridging Theory and Practice, 10.2.1).
+// Raft counts the leader among those that have an entry as soon as this returns; so
+// until the entry is on disk here it is not applied (machine.durable), followers are
+// not told that it is committed (transport.durable), and this replica acknowledges
+// nothing to another leader (transport.flush). All else is on disk on return.
+//
 // Raft cuts a conflicting end off and then appends; when the append fails it goes
 // on remembering the end that is gone, and refuses for ever what its leader sends
 // (a TODO in its appendEntries). So that append waits, without an answer, until
 // there is room or the replica closes.
 func (d *disk) StoreLogs(logs []*raft.Log) error {
+	if d.leads() && !slices.ContainsFunc(logs, func(l *raft.Log) bool { return l.Type != raft.LogCommand }) {
+		return d.queue.add(logs)
+	}
 	for {
-		err := d.timed("append", len(logs), func() error {
-			if err := d.dropUnsure(logs); err != nil {
-				return err
-			}
-			return d.storeLogs(logs)
-		})
-		d.unsure.Store(err != nil)
+		err := d.queue.flush()
 		if err == nil {
-			d.overwrite.Store(0)
+			err = d.appendNow(logs)
+		}
+		if err == nil {
 			d.cut.Store(false)
 			return nil
 		}
@@ -238,7 +260,44 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 		select {
 		case <-d.stop:
 			return err
-		case <-time.After(200 * time.Millisecond):
+		case <-time.After(retryWrite):
+		}
+	}
+}
+
+// retryWrite is how long a write that failed waits before it is tried again.
+const retryWrite = 200 * time.Millisecond
+
+// appendNow writes entries; they are on disk when it returns nil.
+func (d *disk) appendNow(logs []*raft.Log) error {
+	err := d.timed("append", len(logs), func() error {
+		if err := d.dropUnsure(logs); err != nil {
+			return err
+		}
+		return d.storeLogs(logs)
+	})
+	d.unsure.Store(err != nil)
+	if err == nil {
+		d.overwrite.Store(0)
+	}
+	return err
+}
+
+// writeQueue writes what is queued, until the replica closes.
+func (d *disk) writeQueue() {
+	for {
+		logs := d.queue.next()
+		if logs == nil {
+			return
+		}
+		err := d.appendNow(logs)
+		d.queue.wrote(logs, err)
+		if err != nil {
+			select {
+			case <-d.stop:
+				return
+			case <-time.After(retryWrite):
+			}
 		}
 	}
 }
@@ -279,23 +338,39 @@ func (d *disk) clear() error {
 func (d *disk) StoreLog(l *raft.Log) error { return d.StoreLogs([]*raft.Log{l}) }
 
 // FirstIndex implements raft.LogStore.
-func (d *disk) FirstIndex() (uint64, error) { return d.logs.FirstIndex() }
+func (d *disk) FirstIndex() (uint64, error) {
+	first, err := d.logs.FirstIndex()
+	if err == nil && first == 0 {
+		first, _ = d.queue.extent()
+	}
+	return first, err
+}
 
 // LastIndex implements raft.LogStore.
-func (d *disk) LastIndex() (uint64, error) { return d.logs.LastIndex() }
+func (d *disk) LastIndex() (uint64, error) {
+	if _, last := d.queue.extent(); last != 0 {
+		return last, nil
+	}
+	return d.logs.LastIndex()
+}
 
 // GetLog implements raft.LogStore. For the entry that the newest snapshot ends
 // with, should the log lack it, it returns index and term alone: Raft compares
 // these before it appends, and a follower that got a snapshot and entries after
 // it could otherwise never be sent the first of them again. (Raft sends an entry
-// only when it has the one before as well, so this one is never sent.)
+// only when it has the one before as well, so this one is never sent.) It must be
+// applied here: a snapshot whose last sync failed is listed, and Raft knows nothing
+// of it.
 func (d *disk) GetLog(index uint64, l *raft.Log) error {
+	if d.queue.get(index, l) {
+		return nil
+	}
 	err := d.logs.GetLog(index, l)
 	if !errors.Is(err, raft.ErrLogNotFound) || index <= 1 {
 		return err
 	}
 	list, listErr := d.snapshots.List()
-	if listErr != nil || len(list) == 0 || list[0].Index != index {
+	if listErr != nil || len(list) == 0 || list[0].Index != index || d.applied() < index {
 		return err
 	}
 	*l = raft.Log{Index: index, Term: list[0].Term, Type: raft.LogNoop}
@@ -313,7 +388,12 @@ func (d *disk) IsMonotonic() bool {
 
 // DeleteRange implements raft.LogStore.
 func (d *disk) DeleteRange(first, last uint64) error {
-	end, err := d.logs.LastIndex()
+	if queued, _ := d.queue.extent(); queued != 0 && last >= queued {
+		if err := d.queue.flush(); err != nil {
+			return err
+		}
+	}
+	end, err := d.LastIndex()
 	if err != nil || end == 0 || first > end {
 		return err
 	}
@@ -321,11 +401,7 @@ func (d *disk) DeleteRange(first, last uint64) error {
 	// A suffix that conflicts goes at once, lest a hole stay; and a write-ahead log
 	// drops whole files.
 	if last >= end || d.IsMonotonic() {
-		err := d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
-		if err == nil && last >= end {
-			d.cut.Store(true)
-		}
-		return err
+		return d.truncate(first, last, last >= end)
 	}
 	for ; first <= last; first += deleteChunk {
 		to := min(last, first+deleteChunk-1)
@@ -336,15 +412,55 @@ func (d *disk) DeleteRange(first, last uint64) error {
 	return nil
 }
 
-// Set implements raft.StableStore.
+// truncate removes entries at once. Those at the end it removes in any case, and
+// waits for that: when the last sync of a truncation fails they are gone all the
+// same, and Raft, told of an error, would go on remembering them.
+func (d *disk) truncate(first, last uint64, end bool) error {
+	for {
+		err := d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
+		switch {
+		case err == nil && end:
+			d.cut.Store(true)
+			return nil
+		case !end || err == nil:
+			return err
+		}
+		select {
+		case <-d.stop:
+			return err
+		case <-time.After(retryWrite):
+		}
+	}
+}
+
+// Raft's keys for its vote.
+const (
+	voteTermKey      = "LastVoteTerm"
+	voteCandidateKey = "LastVoteCand"
+)
+
+// Set implements raft.StableStore. Raft writes the term of its vote and then the
+// candidate; between the two the disk would say that it voted, in the new term, for
+// whom it voted for before, who would then be granted the vote again without a look
+// at its log. So the candidate is written first: a candidate of a past term says
+// nothing.
 func (d *disk) Set(key, value []byte) error {
-	return d.timed("vote", 0, func() error { return d.store.Set(key, value) })
+	return d.timed("vote", 0, func() error {
+		if err := d.store.Set(key, value); err != nil || string(key) != voteCandidateKey {
+			return err
+		}
+		return d.store.SetUint64([]byte(voteTermKey), d.voteTerm)
+	})
 }
 
 // SetUint64 implements raft.StableStore. Raft panics when its term cannot be
 // written, so a failing disk makes it wait here instead, without a vote or a
 // voice, until there is room or the replica closes.
 func (d *disk) SetUint64(key []byte, value uint64) error {
+	if string(key) == voteTermKey {
+		d.voteTerm = value // Set follows
+		return nil
+	}
 	for {
 		err := d.timed("term", 0, func() error { return d.store.SetUint64(key, value) })
 		if err == nil {
@@ -355,7 +471,7 @@ func (d *disk) SetUint64(key []byte, value uint64) error {
 			// An answer sent now would promise what is not on disk, and an error
 			// would panic: end this goroutine of Raft, which is shutting down.
 			runtime.Goexit()
-		case <-time.After(200 * time.Millisecond):
+		case <-time.After(retryWrite):
 		}
 	}
 }

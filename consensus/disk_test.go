@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -92,18 +93,93 @@ func TestFailedAppendLeavesNothing(t *testing.T) {
 	}
 }
 
+// A vote that is cut off between its two writes must not look like one, in the new
+// term, for the candidate of an earlier one.
+func TestVoteIsWrittenCandidateFirst(t *testing.T) {
+	t.Parallel()
+	store := memoryStore{raft.NewInmemStore()}
+	d := newDisk(store, raft.NewInmemSnapshotStore(), slog.New(slog.DiscardHandler), nil)
+	vote := func(term uint64, candidate string) error {
+		if err := d.SetUint64([]byte("LastVoteTerm"), term); err != nil {
+			return err
+		}
+		term, err := store.GetUint64([]byte("LastVoteTerm"))
+		if before, _ := store.Get([]byte("LastVoteCand")); err == nil && term > 4 && string(before) == "b" {
+			t.Errorf("cut off here, it would have voted for b in term %d", term)
+		}
+		return d.Set([]byte("LastVoteCand"), []byte(candidate))
+	}
+	must(t, vote(4, "b"))
+	must(t, vote(5, "a"))
+	term, err := d.GetUint64([]byte("LastVoteTerm"))
+	must(t, err)
+	if candidate, err := d.Get([]byte("LastVoteCand")); err != nil || term != 5 || string(candidate) != "a" {
+		t.Errorf("the vote reads %q in term %d, %v", candidate, term, err)
+	}
+}
+
+// A truncation whose last sync fails has happened: Raft is told so.
+func TestTruncationIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	store := &unsyncedStore{memoryStore: memoryStore{raft.NewInmemStore()}}
+	d := newDisk(store, raft.NewInmemSnapshotStore(), slog.New(slog.DiscardHandler), nil)
+	must(t, d.StoreLogs(entriesOf(1, 1, 9)))
+	store.fails = true
+	time.AfterFunc(100*time.Millisecond, func() {
+		store.mu.Lock()
+		defer store.mu.Unlock()
+		store.fails = false
+	})
+	must(t, d.DeleteRange(5, 9))
+	if last, err := d.LastIndex(); err != nil || last != 4 {
+		t.Errorf("the log ends at %d, %v", last, err)
+	}
+}
+
+// The last entry of a snapshot stands in for one that the log lacks only when Raft
+// has installed the snapshot: one whose last sync failed is on the disk as well, and
+// what follows it must not be appended behind a gap.
+func TestSnapshotThatWasNotInstalledStandsForNothing(t *testing.T) {
+	t.Parallel()
+	snapshots := raft.NewInmemSnapshotStore()
+	sink, err := snapshots.Create(1, 9, 2, raft.Configuration{}, 1, nil)
+	must(t, err)
+	must(t, sink.Close())
+	d := newDisk(memoryStore{raft.NewInmemStore()}, snapshots, slog.New(slog.DiscardHandler), nil)
+	must(t, d.StoreLogs(entriesOf(1, 1, 5)))
+	var l raft.Log
+	d.applied = func() uint64 { return 5 }
+	if err := d.GetLog(9, &l); !errors.Is(err, raft.ErrLogNotFound) {
+		t.Errorf("entry 9 of term %d, %v", l.Term, err)
+	}
+	d.applied = func() uint64 { return 9 }
+	if err := d.GetLog(9, &l); err != nil || l.Term != 2 {
+		t.Errorf("entry 9 of term %d, %v", l.Term, err)
+	}
+}
+
 // unsyncedStore writes, and says that it failed.
 type unsyncedStore struct {
 	memoryStore
+	mu    sync.Mutex
 	fails bool
 }
 
-func (s *unsyncedStore) StoreLogs(logs []*raft.Log) error {
-	err := s.memoryStore.StoreLogs(logs)
+func (s *unsyncedStore) result(err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.fails {
 		return errors.New("sync: input/output error")
 	}
 	return err
+}
+
+func (s *unsyncedStore) StoreLogs(logs []*raft.Log) error {
+	return s.result(s.memoryStore.StoreLogs(logs))
+}
+
+func (s *unsyncedStore) DeleteRange(first, last uint64) error {
+	return s.result(s.memoryStore.DeleteRange(first, last))
 }
 
 func entriesOf(term, first, last uint64) (out []*raft.Log) {

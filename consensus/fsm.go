@@ -3,6 +3,7 @@ package consensus
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -76,6 +77,9 @@ type machine struct {
 	// onCorrupt is told of an entry that cannot be read. Nothing is applied
 	// after it.
 	onCorrupt func(error)
+	// durable waits until this replica has an entry on disk; false when it closes
+	// before.
+	durable func(index uint64) bool
 	// stop ends the wait of a machine that met a corrupt entry.
 	stop <-chan struct{}
 
@@ -84,13 +88,13 @@ type machine struct {
 	term     uint64        // and its term
 	advanced chan struct{} // closed and renewed when applied grows
 	waiters  map[requestID]*waiter
-	corrupt  error
+	corrupt  error // nothing is applied any more
 }
 
 func newMachine(fsm FSM, stop <-chan struct{}) *machine {
 	return &machine{
 		fsm: fsm, stop: stop,
-		onApply: func(uint64, uint64) {}, onCorrupt: func(error) {},
+		onApply: func(uint64, uint64) {}, onCorrupt: func(error) {}, durable: func(uint64) bool { return true },
 		advanced: make(chan struct{}), waiters: map[requestID]*waiter{},
 	}
 }
@@ -167,6 +171,11 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 		ids     = make([]requestID, 0, len(logs))
 		dropped []requestID
 	)
+	if !m.durable(logs[len(logs)-1].Index) {
+		m.mu.Lock()
+		m.corrupt = ErrClosed // lest Raft takes what is not applied for part of a snapshot
+		m.mu.Unlock()
+	}
 	m.mu.Lock()
 	corrupt, after := m.corrupt, m.applied
 	m.mu.Unlock()
@@ -207,7 +216,9 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 		m.mu.Lock()
 		m.corrupt = corrupt
 		m.mu.Unlock()
-		m.onCorrupt(corrupt)
+		if !errors.Is(corrupt, ErrClosed) {
+			m.onCorrupt(corrupt)
+		}
 		<-m.stop
 		return make([]any, len(logs))
 	}

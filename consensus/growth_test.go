@@ -30,7 +30,7 @@ func TestLogStaysBounded(t *testing.T) {
 				t.Parallel()
 				testLogStaysBounded(t, kind, growth{
 					entries: 20_000, size: 10_000, clients: 256, samples: 12,
-					threshold: 500, trailing: 500, interval: 100 * time.Millisecond,
+					threshold: 500, trailing: 500, interval: 20 * time.Millisecond,
 				})
 				return
 			}
@@ -116,10 +116,11 @@ func testLogStaysBounded(t *testing.T, kind logKind, g growth) {
 	written, biggest := int64(g.entries)*int64(g.size)*3/4, slices.Max(sizes)
 	t.Logf("%s: %.0f MB went through the log, at most %.1f MB of it were to be kept; its size was at most %.1f MB; %.0f/s in the first tenth, %.0f/s in the last",
 		kind.name, float64(written)/1e6, float64(live)/1e6, float64(biggest)/1e6, mean(rates[1:1+len(rates)/10]), mean(rates[len(rates)-1-len(rates)/10:len(rates)-1]))
-	if written < 4*live {
-		t.Errorf("only %d bytes went through it", written)
+	limit := 2*live + 2*grain
+	if written < limit {
+		t.Errorf("only %d bytes went through it, and it may have %d", written, limit)
 	}
-	if limit := 2*live + 2*grain; biggest > limit {
+	if biggest > limit {
 		t.Errorf("the log grew to %d bytes, more than %d", biggest, limit)
 	}
 	if first := n.Status().FirstIndex; first < uint64(g.entries)/4 {

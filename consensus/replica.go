@@ -28,6 +28,7 @@ type Replica struct {
 	store     LogStore
 	disk      *disk
 	snapshots *snapshotStore
+	queueDone chan struct{} // closed when nothing writes the log's queue any more
 	stop      chan struct{} // closed when Close begins
 	closing   sync.Once
 	closeErr  error
@@ -105,6 +106,11 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 			return nil, err
 		}
 	}
+	r.queueDone = make(chan struct{})
+	go func() { // ends with the replica, if the disk lets it
+		defer close(r.queueDone)
+		r.disk.writeQueue()
+	}()
 	r.goFunc(r.watchDisk)
 	r.goFunc(r.deathwatch)
 	r.goFunc(r.upkeep)
@@ -205,6 +211,15 @@ func (r *Replica) openData() (started bool, err error) {
 func (r *Replica) useDisk() {
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
 	r.disk.cache(4 * r.cfg.MaxAppendEntries)
+	r.disk.leads = func() bool {
+		node := r.node.Load()
+		return node != nil && node.State() == raft.Leader
+	}
+	r.machine.durable = r.disk.queue.awaitDurable
+	r.disk.applied = func() uint64 {
+		index, _ := r.machine.position()
+		return index
+	}
 	r.snapshots.taken = r.disk.dropStale
 }
 
@@ -252,6 +267,7 @@ func (r *Replica) start() error {
 	r.trans.holds = r.holdsSnapshot
 	r.trans.contradicted = r.disk.contradicted
 	r.trans.shorten = r.shorten
+	r.trans.durable, r.trans.flush = r.disk.queue.durable, r.disk.queue.flush
 	r.machine.onApply = r.trans.applied
 	r.trans.start()
 
@@ -446,7 +462,11 @@ func (r *Replica) close(graceful bool) error {
 		if node != nil {
 			f := node.Shutdown()
 			r.hangUp() // ends what Raft waits for
-			if r.closeErr = within(closeTimeout, f.Error); errors.Is(r.closeErr, errNoAnswer) {
+			r.closeErr = within(closeTimeout, func() error {
+				<-r.queueDone
+				return f.Error()
+			})
+			if errors.Is(r.closeErr, errNoAnswer) {
 				r.closeErr = fmt.Errorf("the disk of %s does not answer: left the log open", r.cfg.DataDir)
 				return
 			}

@@ -4,13 +4,14 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
 )
 
-// transport is Raft's network transport with three things of ours.
+// transport is Raft's network transport with four things of ours.
 //
 // Commit notices: Raft's leader tells followers a new commit index with the
 // next entries, or after CommitTimeout, so a lone write would reach followers'
@@ -20,6 +21,9 @@ import (
 // AppendEntries without entries, as the leader itself might.
 //
 // Patience with a follower that is down: see awaitPeer.
+//
+// Durability: followers are told of no commit that this replica has not on disk, and
+// no other leader is told that it has an entry before (see disk.StoreLogs).
 //
 // Injected elections: elect makes the local Raft stand for election now (see
 // deathwatch).
@@ -36,6 +40,11 @@ type transport struct {
 	// contradicted returns the last entry of a snapshot that contradicts what Raft
 	// remembers of its log; index 0 for none.
 	contradicted func() (index, term uint64)
+
+	// durable is the last index of this replica's log that is on disk; flush waits
+	// until all of it is.
+	durable func() uint64
+	flush   func() error
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -67,6 +76,7 @@ func newTransport(inner wire) *transport {
 		wire: inner, rpcs: make(chan raft.RPC), leads: func(uint64, raft.ServerID) bool { return false },
 		holds:        func(*raft.InstallSnapshotRequest) bool { return false },
 		contradicted: func() (uint64, uint64) { return 0, 0 }, shorten: func(*raft.AppendEntriesRequest) {},
+		durable: func() uint64 { return math.MaxUint64 }, flush: func() error { return nil },
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
@@ -87,6 +97,11 @@ func (t *transport) receive() {
 		case rpc := <-t.wire.Consumer():
 			if req, ok := rpc.Command.(*raft.AppendEntriesRequest); ok {
 				t.shorten(req)
+				// What it may acknowledge was appended here before it was sent.
+				if err := t.flush(); err != nil {
+					rpc.Respond(nil, err)
+					continue
+				}
 			}
 			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && t.holds(req) {
 				t.wg.Add(1)
@@ -288,6 +303,7 @@ func (t *transport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAd
 func (t *transport) sending(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, inflight int) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	args.LeaderCommitIndex = min(args.LeaderCommitIndex, t.durable())
 	f := t.followers[id]
 	if f == nil {
 		if t.stopping {

@@ -111,7 +111,7 @@ func (r *Replica) sleep(d time.Duration) bool {
 	}
 }
 
-// watchDisk makes a replica whose disk stalls give up leadership: while a write
+// watchDisk makes a replica whose disk fails or stalls give up leadership: while a write
 // hangs, it falls silent, so that the others elect a leader, as Raft's
 // heartbeats would go on without the disk; afterwards it hands over.
 func (r *Replica) watchDisk() {
@@ -122,6 +122,12 @@ func (r *Replica) watchDisk() {
 		case <-tick.C:
 		case <-r.ctx.Done():
 			return
+		}
+		// What a leader cannot write, others have or may write.
+		if node := r.node.Load(); r.disk.queue.failure() != nil && node != nil && node.State() == raft.Leader {
+			if err := r.transfer(node.LeadershipTransfer); err != nil {
+				r.log.Debug("hand over leadership, as the disk fails", "error", err)
+			}
 		}
 		stalls := r.disk.busy() > r.cfg.DiskStallTimeout
 		if stalls == r.stalled.Load() {
