@@ -119,7 +119,8 @@ type turn struct{ mine, next chan struct{} }
 // call sends one message of Raft and waits for its answer. With a turn, it is not
 // delivered before the message sent before it, unless it is overtaken.
 func (e *end) call(to string, command any, reader io.Reader, order *turn) (any, error) {
-	deadline := time.NewTimer(patience)
+	late := make(chan struct{})
+	deadline := time.AfterFunc(patience, func() { close(late) })
 	defer deadline.Stop()
 	delay, lost, overtaken := e.network.leg(e.name, to)
 	arrive := func() bool { // false: too late
@@ -138,7 +139,7 @@ func (e *end) call(to string, command any, reader io.Reader, order *turn) (any, 
 			return true
 		case <-e.ctx.Done():
 			return false
-		case <-deadline.C:
+		case <-late:
 			return false
 		}
 	}()
@@ -153,7 +154,7 @@ func (e *end) call(to string, command any, reader io.Reader, order *turn) (any, 
 	}
 	wait := func() error {
 		select {
-		case <-deadline.C:
+		case <-late:
 			return errLost
 		case <-e.ctx.Done():
 			return raft.ErrTransportShutdown
@@ -175,7 +176,7 @@ func (e *end) call(to string, command any, reader io.Reader, order *turn) (any, 
 			return nil, errRefused
 		case <-e.ctx.Done():
 			return nil, raft.ErrTransportShutdown
-		case <-deadline.C:
+		case <-late:
 			return nil, errLost
 		}
 	}
@@ -197,7 +198,7 @@ func (e *end) call(to string, command any, reader io.Reader, order *turn) (any, 
 		return nil, errRefused
 	case <-e.ctx.Done():
 		return nil, raft.ErrTransportShutdown
-	case <-deadline.C:
+	case <-late:
 		return nil, errLost
 	}
 }
