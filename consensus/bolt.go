@@ -109,13 +109,15 @@ func boltOptions() *bbolt.Options {
 	}
 }
 
+var errDamaged = errors.New("the file is damaged")
+
 // guard turns what reading a damaged file may do (panics of bbolt, faults of
 // its memory map) into an error.
 func guard(f func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("the file is damaged: %v", p)
+			err = fmt.Errorf("%w: %v", errDamaged, p)
 		}
 	}()
 	return f()

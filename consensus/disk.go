@@ -22,7 +22,7 @@ import (
 type disk struct {
 	store     LogStore
 	logs      raft.LogStore // the store, or a cache above it
-	below     *plainErrors  // between the two
+	below     *checked      // between the two
 	snapshots raft.SnapshotStore
 	log       *slog.Logger
 	stop      <-chan struct{} // the replica closes
@@ -33,6 +33,8 @@ type disk struct {
 	// the state machine has.
 	leads   func() bool
 	applied func() uint64
+	// onDamage is told once that the store is damaged.
+	onDamage func(error)
 
 	// overwrite is an index at which Raft remembers an entry that dropStale removed,
 	// 0 for none: until it is written anew, it looks like one of another term.
@@ -67,13 +69,14 @@ type DiskStats struct {
 func newDisk(store LogStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
 	return &disk{
 		store: store, logs: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{},
-		leads: func() bool { return false }, applied: func() uint64 { return math.MaxUint64 }, queue: newQueue(stop),
+		leads: func() bool { return false }, applied: func() uint64 { return math.MaxUint64 }, onDamage: func(error) {},
+		queue: newQueue(stop),
 	}
 }
 
 // cache keeps the newest entries in memory.
 func (d *disk) cache(entries int) {
-	below := &plainErrors{LogStore: d.store}
+	below := &checked{LogStore: d.store, damaged: d.meetDamage}
 	cache, err := raft.NewLogCache(entries, below)
 	if err != nil {
 		return // entries is not positive: no cache is wanted
@@ -81,16 +84,56 @@ func (d *disk) cache(entries int) {
 	d.logs, d.below = cache, below
 }
 
-// plainErrors remembers the last error of StoreLogs, which Raft's cache gives on
-// as text.
-type plainErrors struct {
-	raft.LogStore
-	last atomic.Pointer[error]
+// meetDamage is told that a running replica's log is damaged. The replica ends: an
+// answer to Raft now would make it panic, or send on what is wrong.
+func (d *disk) meetDamage(err error) {
+	d.onDamage(err)
+	<-d.stop
+	runtime.Goexit()
 }
 
-func (p *plainErrors) StoreLogs(logs []*raft.Log) error {
-	err := p.LogStore.StoreLogs(logs)
-	p.last.Store(&err)
+// checked is a log store whose entries are verified when they are read, and that
+// turns what reading a damaged file may do into a call of damaged, which does not
+// return. It remembers the last error of StoreLogs, which Raft's cache gives on as
+// text.
+type checked struct {
+	raft.LogStore
+	damaged func(error)
+	last    atomic.Pointer[error]
+}
+
+// GetLog implements raft.LogStore.
+func (c *checked) GetLog(index uint64, l *raft.Log) error {
+	err := guard(func() error { return c.LogStore.GetLog(index, l) })
+	switch {
+	case err == nil && l.Index != index:
+		err = fmt.Errorf("it claims to be entry %d", l.Index)
+	case err == nil && l.Type == raft.LogCommand:
+		_, err = decodeEntry(l.Data)
+	}
+	if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
+		c.damaged(fmt.Errorf("entry %d: %w", index, err))
+	}
+	return err
+}
+
+// StoreLogs implements raft.LogStore.
+func (c *checked) StoreLogs(logs []*raft.Log) error {
+	err := c.write(func() error { return c.LogStore.StoreLogs(logs) })
+	c.last.Store(&err)
+	return err
+}
+
+// DeleteRange implements raft.LogStore.
+func (c *checked) DeleteRange(first, last uint64) error {
+	return c.write(func() error { return c.LogStore.DeleteRange(first, last) })
+}
+
+func (c *checked) write(f func() error) error {
+	err := guard(f)
+	if errors.Is(err, errDamaged) {
+		c.damaged(err)
+	}
 	return err
 }
 

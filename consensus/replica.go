@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,6 +24,7 @@ type Replica struct {
 	folder    *dataFolder
 	advertise string
 	fsync     time.Duration // measured at start
+	logFile   string        // name of the log's file or folder in the data folder
 	stream    *stream
 	machine   *machine
 	store     LogStore
@@ -173,9 +175,8 @@ func (r *Replica) openData() (started bool, err error) {
 		return false, err
 	}
 	file := r.folder.file(kind.file)
-	damage := func(file string, err error) error {
-		return fmt.Errorf("%s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", file, err, dir)
-	}
+	r.logFile = kind.file
+	damage := r.damage
 	newest, damaged, err := checkSnapshots(r.folder.file(snapshotDir))
 	if err != nil {
 		return false, fmt.Errorf("snapshots: %w", err)
@@ -207,6 +208,11 @@ func (r *Replica) openData() (started bool, err error) {
 	return r.hasData(held.last == 0 && newest == 0)
 }
 
+// damage is the error of a damaged file of the data folder.
+func (r *Replica) damage(file string, err error) error {
+	return fmt.Errorf("%s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", file, err, r.cfg.DataDir)
+}
+
 // useDisk puts the store and the snapshots under what Raft sees of them.
 func (r *Replica) useDisk() {
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
@@ -216,6 +222,7 @@ func (r *Replica) useDisk() {
 		return node != nil && node.State() == raft.Leader
 	}
 	r.machine.durable = r.disk.queue.awaitDurable
+	r.disk.onDamage = func(err error) { r.fail(r.damage(filepath.Join(r.cfg.DataDir, r.logFile), err)) }
 	r.disk.applied = func() uint64 {
 		index, _ := r.machine.position()
 		return index

@@ -160,11 +160,11 @@ func startKubernetes(ctx context.Context, dir, bin string, n int) (*side, error)
 	if err := errors.Join(os.WriteFile(certificate, admin.Cert, 0o600), os.WriteFile(key, admin.Key, 0o600), os.WriteFile(accounts, public, 0o600)); err != nil {
 		return nil, err
 	}
-	p, err := ports(2*n + 3)
+	p, err := ports(3)
 	if err != nil {
 		return nil, err
 	}
-	server := "https://127.0.0.1:" + p[2*n]
+	server := "https://127.0.0.1:" + p[0]
 	kubeconfig := filepath.Join(dir, "kubeconfig")
 	if err := pki.WriteKubeconfig(kubeconfig, pki.KubeconfigSpec{CA: bundle.CA(), User: "bench", Client: admin,
 		Contexts: []pki.KubeContext{{Name: "bench", Server: server}}}); err != nil {
@@ -183,29 +183,23 @@ func startKubernetes(ctx context.Context, dir, bin string, n int) (*side, error)
 			s.processes = append(s.processes, started)
 		}
 	}
-	var endpoints, members []string
-	for i := range n {
-		endpoints = append(endpoints, "https://127.0.0.1:"+p[2*i])
-		members = append(members, fmt.Sprintf("etcd%d=https://127.0.0.1:%s", i+1, p[2*i+1]))
+	endpoints, members, err := etcdMembers(n)
+	if err != nil {
+		return nil, err
 	}
-	for i := range n {
-		name, peer := fmt.Sprint("etcd", i+1), "https://127.0.0.1:"+p[2*i+1]
-		run(name, "--name", name, "--data-dir", filepath.Join(dir, name), "--log-level", "warn",
-			"--listen-client-urls", endpoints[i], "--advertise-client-urls", endpoints[i],
-			"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(members, ","),
-			"--cert-file", files.APIServingCert, "--key-file", files.APIServingKey, "--trusted-ca-file", files.CA, "--client-cert-auth",
-			"--peer-auto-tls")
+	for i, endpoint := range endpoints {
+		run(fmt.Sprint("etcd", i+1), etcdFlags(dir, i, endpoint, members, files)...)
 	}
 	run("kube-apiserver", "--etcd-servers", strings.Join(endpoints, ","), "--etcd-cafile", files.CA, "--etcd-certfile", certificate, "--etcd-keyfile", key,
-		"--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--endpoint-reconciler-type", "none", "--secure-port", p[2*n],
+		"--bind-address", "127.0.0.1", "--advertise-address", "127.0.0.1", "--endpoint-reconciler-type", "none", "--secure-port", p[0],
 		"--tls-cert-file", files.APIServingCert, "--tls-private-key-file", files.APIServingKey, "--client-ca-file", files.CA,
 		"--authorization-mode", "Node,RBAC", "--service-cluster-ip-range", "10.96.0.0/16",
 		"--service-account-issuer", "https://kubernetes.default.svc", "--service-account-key-file", accounts,
 		"--service-account-signing-key-file", files.ServiceAccountKey,
 		// What Timonel lets in too: the load must not be what is limited.
 		"--max-requests-inflight", "3000", "--max-mutating-requests-inflight", "1000")
-	run("kube-scheduler", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[2*n+1], "--cert-dir", filepath.Join(dir, "scheduler"))
-	run("kube-controller-manager", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[2*n+2], "--cert-dir", filepath.Join(dir, "manager"),
+	run("kube-scheduler", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[1], "--cert-dir", filepath.Join(dir, "scheduler"))
+	run("kube-controller-manager", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[2], "--cert-dir", filepath.Join(dir, "manager"),
 		"--service-account-private-key-file", files.ServiceAccountKey, "--root-ca-file", files.CA, "--use-service-account-credentials")
 	if err != nil {
 		s.stop()
@@ -253,4 +247,28 @@ func etcdLeads(ctx context.Context, endpoint string, ca []byte, client pki.KeyPa
 		return false, err
 	}
 	return strings.Contains(string(body), "\netcd_server_is_leader 1\n"), nil
+}
+
+// etcdMembers chooses addresses for n members: those for clients, and each member's
+// name and address for the others.
+func etcdMembers(n int) (endpoints, members []string, err error) {
+	p, err := ports(2 * n)
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range n {
+		endpoints = append(endpoints, "https://127.0.0.1:"+p[2*i])
+		members = append(members, fmt.Sprintf("etcd%d=https://127.0.0.1:%s", i+1, p[2*i+1]))
+	}
+	return endpoints, members, nil
+}
+
+// etcdFlags are the flags of member i.
+func etcdFlags(dir string, i int, endpoint string, members []string, files pki.Files) []string {
+	name, peer, _ := strings.Cut(members[i], "=")
+	return []string{"--name", name, "--data-dir", filepath.Join(dir, name), "--log-level", "warn",
+		"--listen-client-urls", endpoint, "--advertise-client-urls", endpoint,
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", strings.Join(members, ","),
+		"--cert-file", files.APIServingCert, "--key-file", files.APIServingKey, "--trusted-ca-file", files.CA, "--client-cert-auth",
+		"--peer-auto-tls"}
 }
