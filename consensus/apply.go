@@ -140,7 +140,7 @@ type proposal struct {
 func (r *Replica) propose(id requestID, e entry) *proposal {
 	p := &proposal{failed: make(chan struct{}), settled: make(chan struct{}), term: e.term, at: time.Now()}
 	node := r.node.Load()
-	if node == nil {
+	if node == nil || r.handingOver.Load() {
 		p.err = raft.ErrNotLeader
 		close(p.failed)
 		close(p.settled)

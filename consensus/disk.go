@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -84,17 +85,34 @@ func (d *disk) cache(entries int) {
 	d.logs, d.below = cache, below
 }
 
-// meetDamage is told that a running replica's log is damaged. The replica ends: an
-// answer to Raft now would make it panic, or send on what is wrong.
+// meetDamage is told that a running replica's log is damaged, and the replica ends.
+// Raft's main loop would panic on an error; it comes to its end here. Its
+// replications give up.
 func (d *disk) meetDamage(err error) {
 	d.onDamage(err)
-	<-d.stop
-	runtime.Goexit()
+	if calledBy("raft.(*Raft).run") {
+		<-d.stop
+		runtime.Goexit()
+	}
+}
+
+// calledBy reports that a function whose name contains a text is on the stack.
+func calledBy(name string) bool {
+	pcs := make([]uintptr, 64)
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(1, pcs)])
+	for {
+		f, more := frames.Next()
+		if strings.Contains(f.Function, name) {
+			return true
+		}
+		if !more {
+			return false
+		}
+	}
 }
 
 // checked is a log store whose entries are verified when they are read, and that
-// turns what reading a damaged file may do into a call of damaged, which does not
-// return. It remembers the last error of StoreLogs, which Raft's cache gives on as
+// turns what reading a damaged file may do into an error and a call of damaged. It remembers the last error of StoreLogs, which Raft's cache gives on as
 // text.
 type checked struct {
 	raft.LogStore

@@ -3,6 +3,8 @@ package consensus
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -225,13 +227,65 @@ func (r *Replica) TransferLeadership(id string) error {
 	if node == nil || node.State() != raft.Leader {
 		return ErrNotLeader
 	}
-	if id == "" {
-		return r.transfer(node.LeadershipTransfer)
+	if id == r.cfg.ID {
+		return nil
 	}
-	for _, s := range r.configuration() {
-		if string(s.ID) == id {
-			return r.transfer(func() raft.Future { return node.LeadershipTransferToServer(s.ID, s.Address) })
+	if id != "" && !slices.ContainsFunc(r.configuration(), func(s raft.Server) bool { return string(s.ID) == id && s.Suffrage == raft.Voter }) {
+		return errors.New("transfer leadership: no voter " + id + " in the configuration")
+	}
+	return r.transfer(id)
+}
+
+// transfer hands leadership over to the voter named, or to any when id is empty
+// (Ongaro, Consensus: Bridging Theory and Practice, 3.10): it takes no more entries,
+// waits until one voter has all of the log, and has that one stand for election at
+// once. It gives up after ElectionTimeout, and leads on.
+//
+// Raft has the same, and it can end for ever: its goroutine waits for a replication
+// that has ended meanwhile, and when this replica leads again it refuses all entries
+// (hashicorp/raft 1.8, leadershipTransfer; found by test/sim).
+func (r *Replica) transfer(id string) error {
+	node := r.node.Load()
+	if node == nil || node.State() != raft.Leader {
+		return ErrNotLeader
+	}
+	if !r.handingOver.CompareAndSwap(false, true) {
+		return errors.New("leadership is being handed over already")
+	}
+	defer r.handingOver.Store(false)
+	term, deadline := node.CurrentTerm(), time.Now().Add(r.cfg.ElectionTimeout)
+	asked := map[raft.ServerID]bool{}
+	refused := make(chan error, len(r.configuration()))
+	why := errors.New("no voter has all of the log")
+	for node.State() == raft.Leader && node.CurrentTerm() == term {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("leadership is not handed over within %v: %w", r.cfg.ElectionTimeout, why)
+		}
+		if heir, ok := r.heir(id, term, node.LastIndex()); ok && !asked[heir.ID] {
+			asked[heir.ID] = true
+			why = fmt.Errorf("%s does not take over", heir.ID)
+			go func() { refused <- r.trans.standForElection(heir, r.cfg.ID, r.advertise) }() // ends with the transport
+		}
+		select {
+		case err := <-refused:
+			if err != nil {
+				why = err
+			}
+		case <-time.After(2 * time.Millisecond):
+		case <-r.ctx.Done():
+			return ErrClosed
 		}
 	}
-	return errors.New("transfer leadership: no replica " + id + " in the configuration")
+	return nil
+}
+
+// heir returns a voter that has the log up to an index and answers heartbeats.
+func (r *Replica) heir(id string, term, last uint64) (raft.Server, bool) {
+	for _, s := range r.configuration() {
+		if s.Suffrage == raft.Voter && string(s.ID) != r.cfg.ID && (id == "" || string(s.ID) == id) &&
+			r.trans.holdsLog(s.ID, term, last, r.cfg.HeartbeatTimeout) {
+			return s, true
+		}
+	}
+	return raft.Server{}, false
 }

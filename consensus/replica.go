@@ -51,6 +51,8 @@ type Replica struct {
 	remote  batcher // and as a follower
 	lostCh  chan lostPeer
 	stalled atomic.Bool
+	// handingOver: no entries are taken while another becomes the leader.
+	handingOver atomic.Bool
 	// diverged says that replicas differ and none can be said to be right.
 	diverged atomic.Pointer[string]
 	members  membersState
@@ -457,7 +459,7 @@ func (r *Replica) close(graceful bool) error {
 		defer close(r.done)
 		node := r.node.Load()
 		if graceful && node != nil && node.State() == raft.Leader && len(r.configuration()) > 1 {
-			if err := r.transfer(node.LeadershipTransfer); err != nil {
+			if err := r.transfer(""); err != nil {
 				r.log.Info("could not hand over leadership before closing", "error", err)
 			}
 		}
@@ -504,11 +506,6 @@ func within(d time.Duration, f func() error) error {
 	case <-t.C:
 		return errNoAnswer
 	}
-}
-
-// transfer hands leadership over.
-func (r *Replica) transfer(f func() raft.Future) error {
-	return within(2*r.cfg.ElectionTimeout, func() error { return f().Error() })
 }
 
 // release frees what Open took.

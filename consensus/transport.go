@@ -3,6 +3,7 @@ package consensus
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"sync"
@@ -253,6 +254,26 @@ func (t *transport) heartbeat(to raft.Server, id, addr string, term uint64) bool
 	var resp raft.AppendEntriesResponse
 	err := t.wire.AppendEntries(to.ID, to.Address, &req, &resp)
 	return err == nil && resp.Success && resp.Term == term
+}
+
+// holdsLog reports that a follower acknowledged the log up to an index in the term,
+// and answered a heartbeat not long ago.
+func (t *transport) holdsLog(id raft.ServerID, term, index uint64, within time.Duration) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	f := t.followers[id]
+	return f != nil && f.term == term && f.match >= index && time.Since(t.reached[id]) < within
+}
+
+// standForElection makes a peer a candidate of the next term at once.
+func (t *transport) standForElection(to raft.Server, id, addr string) error {
+	req := raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{
+		ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(encodeAddr(raft.ServerID(id), raft.ServerAddress(addr))),
+	}}
+	if err := t.wire.TimeoutNow(to.ID, to.Address, &req, new(raft.TimeoutNowResponse)); err != nil {
+		return fmt.Errorf("ask %s to stand for election: %w", to.ID, err)
+	}
+	return nil
 }
 
 // awaitPeer waits until a heartbeat reaches the peer again and reports whether

@@ -125,7 +125,7 @@ func (r *Replica) watchDisk() {
 		}
 		// What a leader cannot write, others have or may write.
 		if node := r.node.Load(); r.disk.queue.failure() != nil && node != nil && node.State() == raft.Leader {
-			if err := r.transfer(node.LeadershipTransfer); err != nil {
+			if err := r.transfer(""); err != nil {
 				r.log.Debug("hand over leadership, as the disk fails", "error", err)
 			}
 		}
@@ -141,7 +141,7 @@ func (r *Replica) watchDisk() {
 		}
 		r.log.Warn("the disk answers again", "folder", r.cfg.DataDir)
 		if node := r.node.Load(); node != nil && node.State() == raft.Leader {
-			if err := r.transfer(node.LeadershipTransfer); err != nil {
+			if err := r.transfer(""); err != nil {
 				r.log.Debug("hand over leadership after a disk stall", "error", err)
 			}
 		}
