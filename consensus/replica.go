@@ -276,6 +276,7 @@ func (r *Replica) start() error {
 	r.trans.holds = r.holdsSnapshot
 	r.trans.contradicted = r.disk.contradicted
 	r.trans.shorten = r.shorten
+	r.trans.follows = r.follows
 	r.trans.durable, r.trans.flush = r.disk.queue.durable, r.disk.queue.flush
 	r.machine.onApply = r.trans.applied
 	r.trans.start()
@@ -373,6 +374,17 @@ func (r *Replica) refuseRaft() error {
 func (r *Replica) fitLeader() bool {
 	node := r.node.Load()
 	return node != nil && node.State() == raft.Leader && r.disk.fit() && !r.stalled.Load()
+}
+
+// follows reports that this replica follows the sender of a heartbeat in its term.
+func (r *Replica) follows(req *raft.AppendEntriesRequest) (last uint64, ok bool) {
+	node := r.node.Load()
+	if node == nil {
+		return 0, false
+	}
+	_, leader := node.LeaderWithID()
+	last = node.LastIndex()
+	return last, string(leader) == string(req.ID) && node.State() == raft.Follower && node.CurrentTerm() == req.Term
 }
 
 // leadsPeer reports that this replica leads the term, and the peer is a member.

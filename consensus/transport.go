@@ -12,7 +12,7 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// transport is Raft's network transport with four things of ours.
+// transport is Raft's network transport with five things of ours.
 //
 // Commit notices: Raft's leader tells followers a new commit index with the
 // next entries, or after CommitTimeout, so a lone write would reach followers'
@@ -26,11 +26,14 @@ import (
 // Durability: followers are told of no commit that this replica has not on disk, and
 // no other leader is told that it has an entry before (see disk.StoreLogs).
 //
+// Heartbeats: see SetHeartbeatHandler.
+//
 // Injected elections: elect makes the local Raft stand for election now (see
 // deathwatch).
 type transport struct {
 	wire
-	rpcs chan raft.RPC
+	rpcs  chan raft.RPC
+	beats chan raft.RPC // heartbeats that are answered already
 	// leads reports that this replica leads the term and the peer is a member.
 	leads func(term uint64, id raft.ServerID) bool
 	// holds reports that a snapshot sent to this replica brings nothing new.
@@ -42,6 +45,9 @@ type transport struct {
 	// remembers of its log; index 0 for none.
 	contradicted func() (index, term uint64)
 
+	// follows reports that this replica follows the sender in the message's term, and
+	// the last index of its log.
+	follows func(*raft.AppendEntriesRequest) (last uint64, ok bool)
 	// durable is the last index of this replica's log that is on disk; flush waits
 	// until all of it is.
 	durable func() uint64
@@ -78,6 +84,7 @@ func newTransport(inner wire) *transport {
 		holds:        func(*raft.InstallSnapshotRequest) bool { return false },
 		contradicted: func() (uint64, uint64) { return 0, 0 }, shorten: func(*raft.AppendEntriesRequest) {},
 		durable: func() uint64 { return math.MaxUint64 }, flush: func() error { return nil },
+		follows: func(*raft.AppendEntriesRequest) (uint64, bool) { return 0, false }, beats: make(chan raft.RPC, 1),
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
@@ -86,8 +93,51 @@ func newTransport(inner wire) *transport {
 
 // start takes messages in. The callbacks must be set before.
 func (t *transport) start() {
-	t.wg.Add(1)
+	t.wg.Add(2)
 	go t.receive()
+	go t.passHeartbeats()
+}
+
+// SetHeartbeatHandler implements raft.Transport. Raft's own handler would deal with
+// heartbeats beside its main loop, so that these do not wait for the disk, and race
+// with it: a late one of the leader that hands over can set the term of its heir, who
+// has just won, back (hashicorp/raft 1.8, found by test/sim). Here a heartbeat that
+// changes nothing is answered at once, and the main loop sees it when it can; all
+// others wait for the main loop.
+func (t *transport) SetHeartbeatHandler(func(raft.RPC)) { t.wire.SetHeartbeatHandler(t.beat) }
+
+func (t *transport) beat(rpc raft.RPC) {
+	req := rpc.Command.(*raft.AppendEntriesRequest)
+	last, ok := t.follows(req)
+	if !ok {
+		select {
+		case t.rpcs <- rpc:
+		case <-t.ctx.Done():
+		}
+		return
+	}
+	rpc.Respond(&raft.AppendEntriesResponse{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}, Term: req.Term, LastLog: last, Success: true}, nil)
+	select {
+	case t.beats <- raft.RPC{Command: req, RespChan: make(chan raft.RPCResponse, 1)}:
+	default: // one waits already
+	}
+}
+
+// passHeartbeats gives the main loop heartbeats that are answered already.
+func (t *transport) passHeartbeats() {
+	defer t.wg.Done()
+	for {
+		select {
+		case rpc := <-t.beats:
+			select {
+			case t.rpcs <- rpc:
+			case <-t.ctx.Done():
+				return
+			}
+		case <-t.ctx.Done():
+			return
+		}
+	}
 }
 
 // receive gives incoming messages to Raft.

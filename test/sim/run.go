@@ -171,6 +171,17 @@ func (f *faults) strike() {
 			<-l.gone(3 * time.Second)
 			l.node.start()
 		})
+		if other := others[f.random.IntN(len(others))]; f.random.IntN(3) == 0 {
+			// What that one alone has of the writes of the first must not be acknowledged.
+			rest := time.Second + f.some(2*time.Second)
+			f.say("and then %s is cut off", other)
+			f.mending.Go(func() {
+				<-l.gone(3 * time.Second)
+				f.cut(other, true)
+				time.Sleep(rest)
+				f.cut(other, false)
+			})
+		}
 	case 4:
 		f.say("all crash")
 		for _, name := range c.names {
@@ -221,6 +232,16 @@ func (f *faults) strike() {
 		l.crash()
 		f.setDisk(l.node.disk, func(d *disk) { d.synced = newContents() })
 		restart(f.some(time.Second))
+	}
+}
+
+// cut cuts a replica off from all others, or mends that.
+func (f *faults) cut(name string, on bool) {
+	for _, other := range f.c.names {
+		if other != name {
+			f.c.network.block(name, other, on)
+			f.c.network.block(other, name, on)
+		}
 	}
 }
 
