@@ -2,6 +2,13 @@
 // not notice: its tests carry the build tag chaos and need root and what
 // `make build images` makes. `make chaos` runs them and prints the figures.
 //
+// Controllers are killed, paused, stopped in order, cut off from each other (one way
+// too) and from their clients, wiped, removed and added, all restarted; disks are
+// full, slow or fail to sync (strace lets the controller's own system calls fail),
+// and clocks are skewed (inject_test.go). TestEach does one of these at a time,
+// TestMix all at random; nine clients and three watchers record what they see, and
+// test/history checks it.
+//
 // Limits on time are the ones that Timonel promises; machines that are slower
 // than two cores with a local disk may not keep them.
 package chaos
