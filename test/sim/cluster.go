@@ -1,16 +1,19 @@
 package sim
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"google.golang.org/grpc"
 
 	"timonel/consensus"
@@ -319,6 +322,32 @@ func (c *cluster) same(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// matching reports entries of the same index and term that are not the same in two
+// logs, which Raft's log matching rules out.
+func (c *cluster) matching() {
+	logs := map[string]map[uint64]raft.Log{}
+	for _, name := range c.names {
+		d := c.nodes[name].disk
+		d.mu.Lock()
+		logs[name] = maps.Clone(d.synced.logs)
+		for _, s := range d.synced.snapshots { // its last entry may be a stand-in: see consensus, transport.forget
+			delete(logs[name], s.meta.Index)
+		}
+		d.mu.Unlock()
+	}
+	for i, one := range c.names {
+		for _, other := range c.names[i+1:] {
+			for index, a := range logs[one] {
+				b, ok := logs[other][index]
+				if ok && a.Term == b.Term && (a.Type != b.Type || !bytes.Equal(a.Data, b.Data)) {
+					c.problem("entry %d of term %d is %v with %d bytes on %s, %v with %d bytes on %s", index, a.Term, a.Type, len(a.Data), one, b.Type, len(b.Data), other)
+					return
+				}
+			}
+		}
+	}
 }
 
 // shutdown ends all lives, after Raft has answered all that it was asked.

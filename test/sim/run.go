@@ -58,6 +58,7 @@ func Run(seed uint64, log *slog.Logger) Result {
 	f.run()
 	clients.Wait()
 	c.settle()
+	c.matching()
 	c.last(watching)
 	stopWatching()
 	watchers.Wait()
