@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -30,10 +29,10 @@ type disk struct {
 
 	// queue holds what a leader appends until it is on disk: see StoreLogs.
 	queue queue
-	// leads reports that Raft leads; false in doubt. applied is the last index that
-	// the state machine has.
-	leads   func() bool
-	applied func() uint64
+	// leads reports that Raft leads; false in doubt. snapshot is the last index of the
+	// newest snapshot that Raft has taken or installed.
+	leads    func() bool
+	snapshot func() uint64
 	// onDamage is told once that the store is damaged.
 	onDamage func(error)
 
@@ -70,7 +69,7 @@ type DiskStats struct {
 func newDisk(store LogStore, snapshots raft.SnapshotStore, log *slog.Logger, stop <-chan struct{}) *disk {
 	return &disk{
 		store: store, logs: store, snapshots: snapshots, log: log, stop: stop, writes: map[uint64]time.Time{},
-		leads: func() bool { return false }, applied: func() uint64 { return math.MaxUint64 }, onDamage: func(error) {},
+		leads: func() bool { return false }, snapshot: func() uint64 { return 0 }, onDamage: func(error) {},
 		queue: newQueue(stop),
 	}
 }
@@ -419,9 +418,8 @@ func (d *disk) LastIndex() (uint64, error) {
 // with, should the log lack it, it returns index and term alone: Raft compares
 // these before it appends, and a follower that got a snapshot and entries after
 // it could otherwise never be sent the first of them again. (Raft sends an entry
-// only when it has the one before as well, so this one is never sent.) It must be
-// applied here: a snapshot whose last sync failed is listed, and Raft knows nothing
-// of it.
+// only when it has the one before as well, so this one is never sent.) Raft must know
+// the snapshot: one whose last sync failed is listed as well.
 func (d *disk) GetLog(index uint64, l *raft.Log) error {
 	if d.queue.get(index, l) {
 		return nil
@@ -431,7 +429,7 @@ func (d *disk) GetLog(index uint64, l *raft.Log) error {
 		return err
 	}
 	list, listErr := d.snapshots.List()
-	if listErr != nil || len(list) == 0 || list[0].Index != index || d.applied() < index {
+	if listErr != nil || len(list) == 0 || list[0].Index != index || d.snapshot() < index {
 		return err
 	}
 	*l = raft.Log{Index: index, Term: list[0].Term, Type: raft.LogNoop}

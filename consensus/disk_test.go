@@ -148,11 +148,11 @@ func TestSnapshotThatWasNotInstalledStandsForNothing(t *testing.T) {
 	d := newDisk(memoryStore{raft.NewInmemStore()}, snapshots, slog.New(slog.DiscardHandler), nil)
 	must(t, d.StoreLogs(entriesOf(1, 1, 5)))
 	var l raft.Log
-	d.applied = func() uint64 { return 5 }
+	d.snapshot = func() uint64 { return 5 }
 	if err := d.GetLog(9, &l); !errors.Is(err, raft.ErrLogNotFound) {
 		t.Errorf("entry 9 of term %d, %v", l.Term, err)
 	}
-	d.applied = func() uint64 { return 9 }
+	d.snapshot = func() uint64 { return 9 }
 	if err := d.GetLog(9, &l); err != nil || l.Term != 2 {
 		t.Errorf("entry 9 of term %d, %v", l.Term, err)
 	}

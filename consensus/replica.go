@@ -225,8 +225,12 @@ func (r *Replica) useDisk() {
 	}
 	r.machine.durable = r.disk.queue.awaitDurable
 	r.disk.onDamage = func(err error) { r.fail(r.damage(filepath.Join(r.cfg.DataDir, r.logFile), err)) }
-	r.disk.applied = func() uint64 {
-		index, _ := r.machine.position()
+	r.disk.snapshot = func() uint64 {
+		node := r.node.Load()
+		if node == nil {
+			return 0
+		}
+		index, _ := strconv.ParseUint(node.Stats()["last_snapshot_index"], 10, 64) // it says it nowhere else
 		return index
 	}
 	r.snapshots.taken = r.disk.dropStale
