@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 func TestKillLeaderLosesAndDoublesNothing(t *testing.T) {
@@ -341,4 +343,50 @@ func TestNonVotersDoNotConfirmReads(t *testing.T) {
 	if err := leader.ReadBarrier(ctx); err == nil {
 		t.Error("a read was confirmed by the non-voter alone")
 	}
+}
+
+// A candidate that takes a late message for that of a leader forgets it again, and
+// does not refuse its vote to others for ever.
+func TestCandidateForgetsALeaderThatIsNone(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3)
+	c.tune = func(cfg *Config) {
+		cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = 300*time.Millisecond, 300*time.Millisecond, 300*time.Millisecond
+	}
+	c.startAll(3)
+	leader, followers := c.leader(), c.followers()
+	left := followers[0]
+	c.kill(leader.cfg.ID)
+	c.kill(followers[1].cfg.ID)
+	node := left.node.Load()
+	believes := func() bool {
+		_, id := node.LeaderWithID()
+		return node.State() == raft.Candidate && string(id) == leader.cfg.ID
+	}
+	eventually(t, "it to take a late message for a leader's", func() error {
+		must(t, left.trans.elect())
+		for range 20 {
+			late := raft.RPC{RespChan: make(chan raft.RPCResponse, 1), Command: &raft.AppendEntriesRequest{
+				RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(leader.cfg.ID), Addr: []byte(encodeAddr(raft.ServerID(leader.cfg.ID), raft.ServerAddress(leader.raft)))},
+				Term:      node.CurrentTerm(),
+			}}
+			select {
+			case left.trans.rpcs <- late:
+			case <-time.After(5 * time.Second):
+				return errors.New("Raft takes no messages")
+			}
+			if believes() {
+				return nil
+			}
+		}
+		return errors.New("it does not")
+	})
+	eventually(t, "it to forget that", func() error {
+		if believes() {
+			return errors.New("it believes it still")
+		}
+		return nil
+	})
+	c.start(followers[1].cfg.ID)
+	c.leader().put(t, "after", "1")
 }

@@ -117,6 +117,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	}()
 	r.goFunc(r.watchDisk)
 	r.goFunc(r.deathwatch)
+	r.goFunc(r.freeCandidate)
 	r.goFunc(r.upkeep)
 	r.goFunc(r.compareFingerprints)
 	if !started {

@@ -129,6 +129,9 @@ func (t *transport) passHeartbeats() {
 	for {
 		select {
 		case rpc := <-t.beats:
+			if _, ok := t.follows(rpc.Command.(*raft.AppendEntriesRequest)); !ok {
+				continue // it does not any more
+			}
 			select {
 			case t.rpcs <- rpc:
 			case <-t.ctx.Done():

@@ -96,6 +96,39 @@ func (r *Replica) succeed(dead leaderView) {
 	}
 }
 
+// freeCandidate makes a candidate forget a leader that it does not follow. Raft's
+// handler takes a late message of the leader that asked this replica to stand for
+// election for that of a leader, and stays a candidate (hashicorp/raft 1.8,
+// appendEntries with candidateFromLeadershipTransfer); when the election fails, it
+// refuses its vote to all others for ever, as it has a leader. Found by test/sim.
+func (r *Replica) freeCandidate() {
+	tick := time.NewTicker(r.cfg.ElectionTimeout)
+	defer tick.Stop()
+	believed := raft.ServerID("")
+	for {
+		select {
+		case <-tick.C:
+		case <-r.ctx.Done():
+			return
+		}
+		node := r.node.Load()
+		if node == nil {
+			continue
+		}
+		_, leader := node.LeaderWithID()
+		if node.State() != raft.Candidate {
+			leader = ""
+		}
+		if leader != "" && leader == believed {
+			if err := r.trans.elect(); err != nil { // which begins by forgetting the leader
+				r.log.Debug("cannot stand for election anew", "error", err)
+			}
+			leader = ""
+		}
+		believed = leader
+	}
+}
+
 // sleep waits, and reports false when the replica closes meanwhile.
 func (r *Replica) sleep(d time.Duration) bool {
 	if d <= 0 {
