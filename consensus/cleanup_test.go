@@ -74,9 +74,10 @@ func TestDeadMemberIsRemovedWhenItIsReplaced(t *testing.T) {
 		t.Errorf("it brought the others from term %d to %d", term, now)
 	}
 	// Both ways back.
-	if _, err := c.leader().ChangeMembers(t.Context(), Change{Kind: addMember, ID: "c3"}); err != nil {
-		t.Fatal(err)
-	}
+	eventually(t, "the leader to know where c3 is, and to add it", func() error {
+		_, err := c.leader().ChangeMembers(t.Context(), Change{Kind: addMember, ID: "c3"})
+		return err
+	})
 	eventually(t, "c3 to be a member again", func() error {
 		if err := n.MemberErr(); err != nil || n.fsm.get("a") != "b" {
 			return errors.Join(err, errors.New("not yet"))
