@@ -20,8 +20,7 @@ import (
 // and two of the pieces in which a store grows.
 //
 // With TIMONEL_GROWTH=1 it is an hour of 1,000 writes a second at the default
-// settings, as fast as the disk takes them (about ten minutes for each store), and prints size
-// and rate over time: docs/log-store.md has the figures.
+// settings, as fast as the disk takes them, and prints size and rate over time.
 func TestLogStaysBounded(t *testing.T) {
 	t.Parallel()
 	for _, kind := range logKinds {
