@@ -3,7 +3,6 @@ package consensus
 import (
 	"bytes"
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
@@ -256,7 +255,4 @@ func (r *Replica) Snapshot() error {
 }
 
 // incarnation identifies this data folder's life.
-func (r *Replica) incarnation() []byte {
-	b, _ := hex.DecodeString(r.folder.Incarnation)
-	return b
-}
+func (r *Replica) incarnation() []byte { return r.life }

@@ -2,6 +2,7 @@ package consensus
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -59,6 +60,7 @@ type Replica struct {
 	// generation is the folder's; removed says that this replica is not a member
 	// any more.
 	generation atomic.Uint64
+	life       []byte // the folder's incarnation, which does not change
 	removed    atomic.Bool
 
 	failedMu sync.Mutex
@@ -137,6 +139,7 @@ func (r *Replica) openParts() (started bool, err error) {
 		return false, err
 	}
 	r.generation.Store(r.folder.Generation)
+	r.life, _ = hex.DecodeString(r.folder.Incarnation)
 	ln := cfg.Listener
 	if ln == nil {
 		if ln, err = net.Listen("tcp", cfg.BindAddress); err != nil {
