@@ -238,6 +238,16 @@ func TestLeadRunsOncePerTermAfterABarrier(t *testing.T) {
 	c.node(first.id).put(t, "last", "written")
 	must(t, c.node(first.id).TransferLeadership(""))
 	second := <-starts
+	for range 4 { // on a busy machine the heir may lose its election, and the first win the next
+		if second.id != first.id || second.term <= first.term {
+			break
+		}
+		first = second
+		if err := c.node(first.id).TransferLeadership(""); err != nil {
+			t.Logf("transfer: %v", err)
+		}
+		second = <-starts
+	}
 	if second.id == first.id || second.term <= first.term || second.seen != "written" {
 		t.Errorf("after %+v came %+v", first, second)
 	}
