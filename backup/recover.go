@@ -5,6 +5,7 @@ import (
 	"io"
 
 	"timonel/consensus"
+	"timonel/internal/replicated"
 	"timonel/state"
 )
 
@@ -25,7 +26,7 @@ func Recover(c consensus.RecoverConfig) (Recovered, error) {
 	store := state.New(state.Options{})
 	var out Recovered
 	var err error
-	out.Recovery, err = consensus.Recover(c, machine{store}, func(w io.Writer, index, term uint64) error {
+	out.Recovery, err = consensus.Recover(c, replicated.Machine{Store: store}, func(w io.Writer, index, term uint64) error {
 		view := store.View()
 		raise := state.Raise{By: max(leastBump, c.Now.UnixMicro()-view.Revision()), Index: index, Term: term}
 		r, pipe := io.Pipe()
@@ -44,19 +45,3 @@ func Recover(c consensus.RecoverConfig) (Recovered, error) {
 	out.Former, out.Keys = view.Revision(), view.Len()
 	return out, err
 }
-
-// machine lets a log drive the store.
-type machine struct{ store *state.Store }
-
-func (m machine) ApplyBatch(entries []consensus.Entry) []any {
-	batch := make([]state.Entry, len(entries))
-	for i, e := range entries {
-		batch[i] = state.Entry{Index: e.Index, Term: e.Term, Command: e.Command}
-	}
-	m.store.ApplyBatch(batch)
-	return make([]any, len(entries))
-}
-
-func (m machine) Snapshot() (consensus.SnapshotWriter, error) { return m.store.View(), nil }
-
-func (m machine) Restore(r io.Reader) error { return m.store.Restore(r) }

@@ -21,6 +21,7 @@ import (
 	"timonel/consensus"
 	"timonel/dispatch"
 	"timonel/gossip"
+	"timonel/internal/replicated"
 	"timonel/pki"
 	"timonel/state"
 	"timonel/state/objects"
@@ -211,7 +212,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
 		DeadMemberCleanupAfter: k.deadMemberCleanupAfter, Version: version, Logger: k.log,
-	}, machine{k.store})
+	}, replicated.Machine{Store: k.store})
 	if err != nil {
 		listener.Close()
 	}

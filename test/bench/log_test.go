@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -21,6 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"timonel/consensus"
+	"timonel/internal/replicated"
 	"timonel/pki"
 	"timonel/state"
 )
@@ -108,7 +108,7 @@ func (c *logCluster) start(t testing.TB, id string) *logNode {
 			}
 			return c.conns[id+p.grpcAddress], nil
 		},
-	}, logMachine{n.store})
+	}, replicated.Machine{Store: n.store})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -155,24 +155,6 @@ func (c *logCluster) await(t testing.TB, ctx context.Context) *logNode {
 	}
 	return leader
 }
-
-// logMachine lets Raft drive a store, as cmd/controller does.
-type logMachine struct{ store *state.Store }
-
-func (m logMachine) ApplyBatch(entries []consensus.Entry) []any {
-	batch := make([]state.Entry, len(entries))
-	for i, e := range entries {
-		batch[i] = state.Entry{Index: e.Index, Term: e.Term, Command: e.Command}
-	}
-	out := make([]any, len(entries))
-	for i, r := range m.store.ApplyBatch(batch) {
-		out[i] = r
-	}
-	return out
-}
-
-func (m logMachine) Snapshot() (consensus.SnapshotWriter, error) { return m.store.View(), nil }
-func (m logMachine) Restore(r io.Reader) error                   { return m.store.Restore(r) }
 
 // BenchmarkLog is etcd's own workload on consensus and state, and on three members
 // of etcd when `make bench` has built it: 8-byte keys, 256-byte values; writes, reads

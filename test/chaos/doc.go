@@ -7,7 +7,8 @@
 // full, slow or fail to sync (strace lets the controller's own system calls fail),
 // and clocks are skewed (inject_test.go). TestEach does one of these at a time,
 // TestMix all at random; nine clients and three watchers record what they see, and
-// test/history checks it.
+// test/history checks it. TestState does the same to the log and the state alone,
+// without an API server: three processes of test/chaos/store.
 //
 // Limits on time are the ones that Timonel promises; machines that are slower
 // than two cores with a local disk may not keep them.

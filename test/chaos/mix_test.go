@@ -33,7 +33,16 @@ import (
 // they saw is linearizable. SEED chooses the order; the same seed breaks the same
 // things in the same order, though not at the same instant.
 func TestMix(t *testing.T) {
-	seed, minutes := uint64(time.Now().UnixNano()%1e6), 10.0
+	seed, minutes := mixParameters(t, 10)
+	t.Logf("to repeat: make chaos SEED=%d MINUTES=%g", seed, minutes)
+	c := upForMix(t)
+	checkedMix(t, c, seed, time.Duration(minutes*float64(time.Minute)), nemeses)
+}
+
+// mixParameters reads SEED, by default one that is drawn, and MINUTES.
+func mixParameters(t *testing.T, minutes float64) (uint64, float64) {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano() % 1e6)
 	if text := os.Getenv("SEED"); text != "" {
 		n, err := strconv.ParseUint(text, 10, 64)
 		require.NoError(t, err, "SEED")
@@ -44,9 +53,7 @@ func TestMix(t *testing.T) {
 		require.NoError(t, err, "MINUTES")
 		minutes = n
 	}
-	t.Logf("to repeat: make chaos SEED=%d MINUTES=%g", seed, minutes)
-	c := upForMix(t)
-	checkedMix(t, c, seed, time.Duration(minutes*float64(time.Minute)), nemeses)
+	return seed, minutes
 }
 
 // TestEach does the same with each way to break it alone, one after the other.
@@ -64,8 +71,7 @@ func upForMix(t *testing.T) *harness.Cluster {
 }
 
 // checkedMix breaks the cluster in the ways given, in an order that the seed
-// decides, and checks what clients saw meanwhile. A history with a violation is
-// kept.
+// decides, and checks what clients saw meanwhile.
 func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Duration, nemeses []nemesis) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	m := &mix{cluster: c, deadline: time.Now().Add(duration)}
@@ -120,13 +126,19 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	stopWatching()
 	watching.Wait()
 
-	h := m.recorder.History()
+	checkHistory(t, m.recorder.History(), fmt.Sprintf("seed %d: faults %v", seed, faults))
+	requireSameEverywhere(t, c)
+}
+
+// checkHistory checks what clients saw. A history with a violation is kept.
+func checkHistory(t *testing.T, h history.History, what string) {
+	t.Helper()
 	report := history.Check(h, 5*time.Minute)
 	counts := map[string]int{}
 	for _, o := range h.Operations {
 		counts[string(o.Kind)+" "+string(o.Outcome.Status)]++
 	}
-	t.Logf("seed %d: faults %v; operations %v; longest time without an acknowledged write %s", seed, faults, counts, ms(longestQuiet(h)))
+	t.Logf("%s; operations %v; longest time without an acknowledged write %s", what, counts, ms(longestQuiet(h)))
 	if len(report.Violations) > 0 || report.Undecided {
 		dir, err := os.MkdirTemp("", "timonel-chaos-")
 		require.NoError(t, err)
@@ -136,7 +148,6 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	}
 	require.Empty(t, report.Violations)
 	require.False(t, report.Undecided, "porcupine did not come to an end")
-	requireSameEverywhere(t, c)
 }
 
 // nemesis breaks something and mends it.

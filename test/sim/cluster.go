@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -17,38 +16,11 @@ import (
 	"google.golang.org/grpc"
 
 	"timonel/consensus"
+	"timonel/internal/replicated"
 	"timonel/state"
 	"timonel/test/history"
+	"timonel/test/replica"
 )
-
-// machine lets Raft drive the store, as in cmd/controller.
-type machine struct{ store *state.Store }
-
-func (m machine) ApplyBatch(entries []consensus.Entry) []any {
-	batch := make([]state.Entry, len(entries))
-	for i, e := range entries {
-		batch[i] = state.Entry{Index: e.Index, Term: e.Term, Command: e.Command}
-	}
-	out := make([]any, len(entries))
-	for i, r := range m.store.ApplyBatch(batch) {
-		out[i] = r
-	}
-	return out
-}
-
-func (m machine) Snapshot() (consensus.SnapshotWriter, error) { return m.store.View(), nil }
-func (m machine) Restore(r io.Reader) error                   { return m.store.Restore(r) }
-
-func (m machine) Fingerprint() (int64, uint64) {
-	v := m.store.View()
-	return v.Revision(), v.Hash()
-}
-
-func (m machine) FingerprintAt(revision int64) (uint64, bool) { return m.store.HashAt(revision) }
-
-func (m machine) AwaitFingerprint(ctx context.Context, revision int64) error {
-	return m.store.WaitRevision(ctx, revision)
-}
 
 // cluster is the replicas of one run.
 type cluster struct {
@@ -104,7 +76,20 @@ func newCluster(seed uint64, size int, w weather, log *slog.Logger) *cluster {
 	return c
 }
 
-func (c *cluster) problem(format string, args ...any) {
+// Names implements [replica.Cluster].
+func (c *cluster) Names() []string { return c.names }
+
+// Replica implements [replica.Cluster].
+func (c *cluster) Replica(name string) (replica.Replica, context.Context, bool) {
+	l := c.alive(name)
+	if l == nil {
+		return nil, nil, false
+	}
+	return replica.Local{Log: l.replica, Store: l.store}, l.ctx, true
+}
+
+// Problem implements [replica.Cluster].
+func (c *cluster) Problem(format string, args ...any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.problems = append(c.problems, fmt.Sprintf(format, args...))
@@ -152,7 +137,7 @@ func (n *node) start() {
 		go l.crash()
 	})
 	timeout := time.Duration(n.pace * float64(300*time.Millisecond))
-	replica, err := consensus.Open(context.Background(), consensus.Config{
+	log, err := consensus.Open(context.Background(), consensus.Config{
 		ID: n.name, ClusterID: "sim", DataDir: n.name,
 		PeerConn: func(_ context.Context, id string) (grpc.ClientConnInterface, error) {
 			return &conn{from: l.end, to: id}, nil
@@ -164,20 +149,20 @@ func (n *node) start() {
 		DiskStallTimeout: 400 * time.Millisecond, FingerprintInterval: time.Second,
 		Logger: c.log,
 		Parts:  &consensus.Parts{Wire: l.end, Log: l.handle, Snapshots: l.handle, Identity: l.handle.identity(), Keep: l.handle.keep},
-	}, machine{l.store})
+	}, replicated.Machine{Store: l.store})
 	if err != nil {
-		c.problem("%s does not start: %v", n.name, err)
+		c.Problem("%s does not start: %v", n.name, err)
 		l.end.cut()
 		return
 	}
-	l.replica = replica
-	replica.Register(l.end)
+	l.replica = log
+	log.Register(l.end)
 	c.setLife(n, l)
 	c.ending.Go(func() {
 		select {
-		case <-replica.Failed():
+		case <-log.Failed():
 			if l.ctx.Err() == nil {
-				c.problem("%s stopped: %v", n.name, replica.Err())
+				c.Problem("%s stopped: %v", n.name, log.Err())
 			}
 		case <-l.ctx.Done():
 		}
@@ -211,7 +196,7 @@ func (l *life) stop() {
 	defer l.node.c.free(l.node)
 	l.over() // clients are sent away first
 	if err := l.replica.Close(); err != nil {
-		l.node.c.problem("%s does not stop in order: %v", l.node.name, err)
+		l.node.c.Problem("%s does not stop in order: %v", l.node.name, err)
 	}
 	l.handle.detach()
 	l.end.cut()
@@ -258,7 +243,7 @@ func (c *cluster) settle() {
 		}
 	}
 	if why := c.await(); why != nil {
-		c.problem("%s\nnor after all were restarted: %v\n%s", c.stuck, why, c.describe())
+		c.Problem("%s\nnor after all were restarted: %v\n%s", c.stuck, why, c.describe())
 	}
 }
 
@@ -342,7 +327,7 @@ func (c *cluster) matching() {
 			for index, a := range logs[one] {
 				b, ok := logs[other][index]
 				if ok && a.Term == b.Term && (a.Type != b.Type || !bytes.Equal(a.Data, b.Data)) {
-					c.problem("entry %d of term %d is %v with %d bytes on %s, %v with %d bytes on %s", index, a.Term, a.Type, len(a.Data), one, b.Type, len(b.Data), other)
+					c.Problem("entry %d of term %d is %v with %d bytes on %s, %v with %d bytes on %s", index, a.Term, a.Type, len(a.Data), one, b.Type, len(b.Data), other)
 					return
 				}
 			}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"timonel/test/history"
+	"timonel/test/replica"
 )
 
 // Result is what became of one run.
@@ -46,12 +47,12 @@ func Run(seed uint64, log *slog.Logger) Result {
 	var clients, watchers sync.WaitGroup
 	watching, stopWatching := context.WithCancel(context.Background())
 	for i := range 4 {
-		k := &client{c: c, id: i, random: rand.New(rand.NewPCG(seed, 100+uint64(i))), known: map[string]int64{}}
-		clients.Go(func() { k.use(deadline) })
+		k := c.client(i, rand.New(rand.NewPCG(seed, 100+uint64(i))))
+		clients.Go(func() { k.Use(deadline) })
 	}
 	for i := range 2 {
-		k := &client{c: c, id: 10 + i, random: rand.New(rand.NewPCG(seed, 200+uint64(i)))}
-		watchers.Go(func() { k.watch(watching) })
+		k := c.client(10+i, rand.New(rand.NewPCG(seed, 200+uint64(i))))
+		watchers.Go(func() { k.Watch(watching, 1) })
 	}
 
 	f := &faults{c: c, random: random, began: time.Now(), deadline: deadline}
@@ -73,15 +74,20 @@ func Run(seed uint64, log *slog.Logger) Result {
 	return out
 }
 
+// client returns one of the run's clients.
+func (c *cluster) client(id int, random *rand.Rand) *replica.Client {
+	return &replica.Client{Cluster: c, Recorder: &c.recorder, ID: id, Random: random,
+		Timeout: 2 * time.Second, KeyLife: 1500 * time.Millisecond, Pause: 60 * time.Millisecond}
+}
+
 // last writes once more, and waits until all watchers have seen it.
 func (c *cluster) last(ctx context.Context) {
-	k := &client{c: c, id: 99, random: rand.New(rand.NewPCG(0, 0)), known: map[string]int64{}}
 	l := c.alive(c.names[0])
 	if l == nil {
 		return // settle has said why
 	}
 	before := l.store.View().Revision()
-	k.operate(l, "/kend-", "the end")
+	c.client(99, rand.New(rand.NewPCG(0, 0))).Operate(replica.Local{Log: l.replica, Store: l.store}, l.ctx, "/kend-", "the end")
 	limit := time.Now().Add(time.Minute)
 	for time.Now().Before(limit) {
 		behind := ""
@@ -100,7 +106,7 @@ func (c *cluster) last(ctx context.Context) {
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
-	c.problem("a watcher did not see the last write within 1m")
+	c.Problem("a watcher did not see the last write within 1m")
 }
 
 // faults breaks a cluster.

@@ -1,0 +1,208 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strconv"
+	"time"
+
+	"timonel/consensus"
+	"timonel/state"
+	"timonel/test/history"
+)
+
+// Cluster is where clients find replicas.
+type Cluster interface {
+	Names() []string
+	// Replica returns a replica, and a context that ends with it: an answer that
+	// comes later was never heard. ok is false while it is down.
+	Replica(name string) (r Replica, life context.Context, ok bool)
+	// Problem reports what must not be.
+	Problem(format string, args ...any)
+}
+
+// Client works on one replica at a time.
+type Client struct {
+	Cluster  Cluster
+	Recorder *history.Recorder
+	ID       int
+	Random   *rand.Rand
+
+	Timeout time.Duration // of an operation
+	KeyLife time.Duration // then other keys are used, so that porcupine's parts stay small
+	Pause   time.Duration // the longest between two operations
+
+	known map[string]int64 // the revision it last saw of a key
+}
+
+// Use works until the deadline.
+func (c *Client) Use(deadline time.Time) {
+	names := c.Cluster.Names()
+	begin := time.Now()
+	for i := 0; time.Now().Before(deadline); i++ {
+		replica, life, ok := c.Cluster.Replica(names[(c.ID+i/20)%len(names)])
+		if !ok {
+			time.Sleep(50 * time.Millisecond)
+			continue
+		}
+		c.Operate(replica, life, fmt.Sprintf("/k%04d-", int(time.Since(begin)/c.KeyLife)), fmt.Sprintf("%d-%d", c.ID, i))
+		time.Sleep(time.Duration(c.Random.Int64N(int64(c.Pause))))
+	}
+}
+
+// Operate does one operation on a key that begins with epoch, and writes value if
+// it writes.
+func (c *Client) Operate(r Replica, life context.Context, epoch, value string) {
+	ctx, cancel := context.WithTimeout(life, c.Timeout)
+	defer cancel()
+	key := epoch + strconv.Itoa(c.Random.IntN(3))
+	at := c.known[key]
+	o := history.Operation{Key: key}
+	var do func() history.Outcome
+	switch p := c.Random.IntN(100); {
+	case p < 35:
+		o.Kind = history.Get
+		do = func() history.Outcome { return c.get(ctx, r, key) }
+	case p < 45:
+		o.Kind, o.Key = history.List, epoch
+		do = func() history.Outcome { return c.list(ctx, r, epoch, p < 40) }
+	case p < 55 && at != 0:
+		o.Kind, o.If = history.Delete, at
+		do = func() history.Outcome { return c.commit(ctx, r, at, state.Change{Key: key, Delete: true}) }
+	case at != 0:
+		o.Kind, o.If, o.Value = history.Update, at, value
+		do = func() history.Outcome { return c.commit(ctx, r, at, state.Change{Key: key, Value: []byte(value)}) }
+	default:
+		o.Kind, o.Value = history.Create, value
+		do = func() history.Outcome { return c.commit(ctx, r, 0, state.Change{Key: key, Value: []byte(value)}) }
+	}
+	op := c.Recorder.Begin(c.ID, o)
+	outcome := do()
+	if life.Err() != nil { // its connection broke: it never heard the answer
+		outcome = history.Outcome{Status: history.Unknown}
+	}
+	c.Recorder.End(op, outcome)
+	switch {
+	case outcome.Status != history.OK || o.Kind == history.Delete:
+		delete(c.known, key)
+	case o.Kind != history.List && outcome.Revision != 0:
+		if c.known == nil {
+			c.known = map[string]int64{}
+		}
+		c.known[key] = outcome.Revision
+	}
+}
+
+// commit changes a key if its last change was at a revision, 0 if there is none, as
+// the API server's storage does.
+func (c *Client) commit(ctx context.Context, r Replica, at int64, change state.Change) history.Outcome {
+	result, err := r.Commit(ctx, &state.Txn{
+		Conditions: []state.Condition{{Key: change.Key, ModRevision: at}}, Changes: []state.Change{change}, Time: time.Now().Unix(),
+	})
+	switch {
+	case errors.Is(err, consensus.ErrUnknownOutcome): // the log is held to its word: this alone leaves it open
+		return history.Outcome{Status: history.Unknown}
+	case err != nil:
+		return history.Outcome{Status: history.NoEffect}
+	case result.Err != nil:
+		c.Cluster.Problem("commit: %v", result.Err)
+		return history.Outcome{Status: history.Unknown}
+	case !result.Succeeded:
+		return history.Outcome{Status: history.Refused}
+	case change.Delete:
+		return history.Outcome{Status: history.OK}
+	}
+	return history.Outcome{Status: history.OK, Revision: result.Revision}
+}
+
+func (c *Client) get(ctx context.Context, r Replica, key string) history.Outcome {
+	kv, found, err := r.Get(ctx, key)
+	if err != nil {
+		return history.Outcome{Status: history.NoEffect}
+	}
+	return history.Outcome{Status: history.OK, Found: found, Value: string(kv.Value), Revision: kv.ModRevision}
+}
+
+// list lists the keys with a prefix, at once or by pages, of which all but the
+// first come from another replica at the revision of the first.
+func (c *Client) list(ctx context.Context, r Replica, prefix string, paged bool) history.Outcome {
+	limit := 0
+	if paged {
+		limit = 1
+	}
+	kvs, revision, err := r.List(ctx, prefix, limit)
+	if err != nil {
+		return history.Outcome{Status: history.NoEffect}
+	}
+	if paged && len(kvs) == limit {
+		names := c.Cluster.Names()
+		other, _, ok := c.Cluster.Replica(names[c.Random.IntN(len(names))])
+		if !ok {
+			return history.Outcome{Status: history.NoEffect}
+		}
+		rest, err := other.Page(ctx, prefix, kvs[0].Key, revision)
+		if err != nil {
+			c.requireTooOld("page", err)
+			return history.Outcome{Status: history.NoEffect}
+		}
+		kvs = append(kvs, rest...)
+	}
+	out := history.Outcome{Status: history.OK, Revision: revision, Items: map[string]history.Item{}}
+	for _, kv := range kvs {
+		out.Items[kv.Key] = history.Item{Value: string(kv.Value), Revision: kv.ModRevision}
+	}
+	return out
+}
+
+// requireTooOld reports a revision that was refused as too old although it is in
+// the window.
+func (c *Client) requireTooOld(what string, err error) (tooOld bool) {
+	var e *TooOld
+	if !errors.As(err, &e) {
+		return false
+	}
+	if e.Asked >= e.Oldest {
+		c.Cluster.Problem("%s: %v", what, err)
+	}
+	return true
+}
+
+// Watch follows the keys that clients use, from a revision on, and resumes on the
+// next replica at the last revision it saw, whenever its replica dies and now and
+// then. One that falls behind the window lists and begins again, as clients do.
+func (c *Client) Watch(ctx context.Context, from int64) {
+	names := c.Cluster.Names()
+	var record *history.Watch
+	last := from
+	for i := 0; ctx.Err() == nil; i++ {
+		replica, life, ok := c.Cluster.Replica(names[(c.ID+i)%len(names)])
+		if !ok {
+			time.Sleep(20 * time.Millisecond)
+			continue
+		}
+		if record == nil {
+			record = c.Recorder.Watch(fmt.Sprintf("watcher %d/%d", c.ID, i), last)
+		}
+		stream, cancel := context.WithTimeout(life, time.Duration(100+c.Random.IntN(2000))*time.Millisecond)
+		stop := context.AfterFunc(ctx, cancel)
+		err := replica.Follow(stream, "/k", last, func(e state.Event) {
+			if life.Err() != nil {
+				return
+			}
+			last = e.KV.ModRevision
+			c.Recorder.Saw(record, history.Event{Delete: e.Type == state.Delete, Key: e.KV.Key, Value: string(e.KV.Value), Revision: last})
+		})
+		stop()
+		cancel()
+		if c.requireTooOld("watch", err) {
+			record = nil // what it saw so far ends here
+			if now, err := replica.Revision(ctx); err == nil {
+				last = max(last, now)
+			}
+		} else if err != nil && stream.Err() == nil {
+			time.Sleep(20 * time.Millisecond)
+		}
+	}
+}
