@@ -73,6 +73,9 @@ func newCluster(seed uint64, size int, w weather, log *slog.Logger) *cluster {
 		c.names = append(c.names, name)
 		c.nodes[name] = &node{name: name, c: c, disk: newDisk(seed*31 + uint64(i)), pace: 0.7 + 0.6*random.Float64()}
 	}
+	if random.IntN(4) == 0 { // a leader whose clock is slow does not notice in time that another was elected
+		c.nodes[c.names[random.IntN(size)]].pace = 4
+	}
 	return c
 }
 
