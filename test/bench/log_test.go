@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -369,7 +371,17 @@ func startEtcd(b *testing.B) keyValues {
 		}
 		b.Cleanup(p.kill)
 	}
-	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 10 * time.Second, TLS: identity.ClusterClientTLS(), Logger: zap.NewNop()})
+	pair, err := bundle.ClientCert("bench", nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	certificate, err := pair.TLS()
+	if err != nil {
+		b.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(bundle.CA())
+	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 10 * time.Second, TLS: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: roots, Certificates: []tls.Certificate{certificate}}, Logger: zap.NewNop()})
 	if err != nil {
 		b.Fatal(err)
 	}
