@@ -48,7 +48,7 @@ func main() {
 	for _, r := range rows {
 		names = append(names, r.name)
 	}
-	sides := flag.String("sides", "kubernetes1,kubernetes3,timonel", "which to measure: kubernetes1, kubernetes3, timonel, timonel1")
+	sides := flag.String("sides", "kubernetes1,kubernetes3,timonel", "which to measure: kubernetes1, kubernetes3, timonel, timonel1, timonel-wal")
 	which := flag.String("rows", strings.Join(names, ","), "what to measure")
 	seconds := flag.Float64("seconds", 10, "how long each row runs")
 	settle := flag.Float64("settle", 30, "how long a side rests before its memory is read")

@@ -40,8 +40,15 @@ func (s *side) stop() {
 
 // starters are the sides there are.
 var starters = map[string]func(ctx context.Context, dir, bin string) (*side, error){
-	"timonel":     func(ctx context.Context, dir, bin string) (*side, error) { return startTimonel(ctx, dir, bin, 3) },
-	"timonel1":    func(ctx context.Context, dir, bin string) (*side, error) { return startTimonel(ctx, dir, bin, 1) },
+	"timonel": func(ctx context.Context, dir, bin string) (*side, error) {
+		return startTimonel(ctx, dir, bin, 3, "boltdb")
+	},
+	"timonel-wal": func(ctx context.Context, dir, bin string) (*side, error) {
+		return startTimonel(ctx, dir, bin, 3, "wal")
+	},
+	"timonel1": func(ctx context.Context, dir, bin string) (*side, error) {
+		return startTimonel(ctx, dir, bin, 1, "boltdb")
+	},
 	"kubernetes1": func(ctx context.Context, dir, bin string) (*side, error) { return startKubernetes(ctx, dir, bin, 1) },
 	"kubernetes3": func(ctx context.Context, dir, bin string) (*side, error) { return startKubernetes(ctx, dir, bin, 3) },
 }
@@ -78,8 +85,11 @@ func api(server string, ca []byte, client pki.KeyPair) *rest.Config {
 }
 
 // startTimonel starts n controllers.
-func startTimonel(ctx context.Context, dir, bin string, n int) (*side, error) {
+func startTimonel(ctx context.Context, dir, bin string, n int, logStore string) (*side, error) {
 	s := &side{name: fmt.Sprintf("Timonel, %d", n)}
+	if logStore != "boltdb" {
+		s.name += ", " + logStore
+	}
 	bundleDir := filepath.Join(dir, "bundle")
 	bundle, err := pki.CreateBundle(bundleDir)
 	if err != nil {
@@ -105,7 +115,7 @@ func startTimonel(ctx context.Context, dir, bin string, n int) (*side, error) {
 	for i := range n {
 		name := fmt.Sprint("c", i+1)
 		process, err := start(dir, name, filepath.Join(bin, "controller"), "--name", name, "--data-dir", filepath.Join(dir, name),
-			"--bundle", bundleDir, "--bind-ip", "127.0.0.1", "--bootstrap-expect", fmt.Sprint(n), "--join", strings.Join(join, ","),
+			"--bundle", bundleDir, "--bind-ip", "127.0.0.1", "--bootstrap-expect", fmt.Sprint(n), "--log-store", logStore, "--join", strings.Join(join, ","),
 			"--api-port", p[4*i], "--cluster-port", p[4*i+1], "--raft-port", p[4*i+2], "--gossip-port", p[4*i+3])
 		if err != nil {
 			s.stop()
