@@ -54,7 +54,14 @@ func inspectLog(path string, started bool) (x logExtent, err error) {
 			return err
 		}
 		defer store.Close()
-		return x.read(store)
+		if err := x.read(store); err != nil {
+			return err
+		}
+		waiting, err := inspectJournal(path, store)
+		if err != nil {
+			return err
+		}
+		return x.add(waiting)
 	})
 	return x, err
 }
@@ -76,12 +83,34 @@ func (x *logExtent) read(store raft.LogStore) (err error) {
 			return fmt.Errorf("entry %d claims to be entry %d", i, l.Index)
 		}
 		x.used += int64(len(l.Data)) + 64
-		if l.Type != raft.LogCommand {
-			continue
+		if err := verify(&l); err != nil {
+			return err
 		}
-		if _, err := decodeEntry(l.Data); err != nil {
-			return fmt.Errorf("entry %d: %w", i, err)
+	}
+	return nil
+}
+
+// add adds entries that follow.
+func (x *logExtent) add(logs []*raft.Log) error {
+	for _, l := range logs {
+		if err := verify(l); err != nil {
+			return err
 		}
+		if x.first == 0 {
+			x.first = l.Index
+		}
+		x.last = l.Index
+	}
+	return nil
+}
+
+// verify checks the checksum of an entry of ours.
+func verify(l *raft.Log) error {
+	if l.Type != raft.LogCommand {
+		return nil
+	}
+	if _, err := decodeEntry(l.Data); err != nil {
+		return fmt.Errorf("entry %d: %w", l.Index, err)
 	}
 	return nil
 }

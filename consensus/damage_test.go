@@ -47,12 +47,15 @@ func testDamage(t *testing.T, kind logKind, spoil func(page []byte, at int), ref
 		must(t, err)
 		data = files[0]
 	}
-	content, err := os.ReadFile(data)
-	must(t, err)
-	at := bytes.Index(content, []byte("key-050=xxx"))
-	if at < 0 {
-		t.Fatal("the entry is not in the file")
-	}
+	var content []byte
+	at := -1
+	eventually(t, "the entry to be in the file", func() (err error) { // out of the journal
+		content, err = os.ReadFile(data)
+		if at = bytes.Index(content, []byte("key-050=xxx")); err == nil && at < 0 {
+			err = errors.New("it is not")
+		}
+		return err
+	})
 	at += 10
 	page := content[at/4096*4096:][:4096]
 	spoil(page, at%4096)

@@ -1,5 +1,5 @@
 // Package consensus is one replica of the cluster's Raft log: hashicorp/raft
-// with raft-boltdb and file snapshots, over mutual TLS, with forwarding, a
+// with raft-boltdb, a journal before it, and file snapshots, over mutual TLS, with forwarding, a
 // linearizable read barrier, founding and joining a cluster.
 //
 //	replica, err := consensus.Open(ctx, consensus.Config{

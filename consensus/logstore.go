@@ -18,7 +18,7 @@ import (
 
 // Values of Config.LogStore. docs/log-store.md compares them.
 const (
-	// LogStoreBolt is raft-boltdb: one file, two syncs for each append.
+	// LogStoreBolt is raft-boltdb, with a journal before it: see journaled.
 	LogStoreBolt = "boltdb"
 	// LogStoreWAL is raft-wal: segments written from start to end, one sync for
 	// each append.
@@ -57,7 +57,14 @@ func openBolt(path string, x logExtent, log *slog.Logger) (LogStore, error) {
 	if err != nil {
 		return nil, err
 	}
-	return store, nil
+	var j *journaled
+	if err := guard(func() (err error) {
+		j, err = openJournal(path, store)
+		return err
+	}); err != nil {
+		return nil, errors.Join(err, store.Close())
+	}
+	return j, nil
 }
 
 // logKindIn returns the kind of the given name, and an error if the data folder

@@ -150,8 +150,10 @@ func replay(folder *dataFolder, c RecoverConfig, fsm FSM) (out Recovery, self ra
 	for _, k := range logKinds {
 		if _, err := os.Stat(folder.file(k.file)); err == nil {
 			r.cfg.LogStore = k.name
-			if at, err := newestFile(folder.file(k.file)); err == nil {
-				out.Written = at
+			for _, file := range []string{k.file, k.file + journalSuffix} {
+				if at, err := newestFile(folder.file(file)); err == nil && at.After(out.Written) {
+					out.Written = at
+				}
 			}
 		}
 	}

@@ -83,7 +83,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.leaderLease, "leader-lease", c.leaderLease, "how long a leader that hears of no majority goes on; at most --heartbeat-timeout (0: the tuned default)")
 	f.Uint64Var(&c.snapshotThreshold, "snapshot-threshold", c.snapshotThreshold, "log entries after which a snapshot is taken (0: the tuned default)")
 	f.Uint64Var(&c.trailingLogs, "trailing-logs", c.trailingLogs, "log entries kept behind a snapshot for slow followers (0: the tuned default)")
-	f.StringVar(&c.logStore, "log-store", c.logStore, "how the log is kept on disk: boltdb (raft-boltdb) or wal (raft-wal, one sync for each append instead of two); the same for the life of --data-dir")
+	f.StringVar(&c.logStore, "log-store", c.logStore, "how the log is kept on disk: boltdb (raft-boltdb with a journal before it) or wal (raft-wal); the same for the life of --data-dir")
 	f.DurationVar(&c.deadMemberCleanupAfter, "dead-member-cleanup-after", c.deadMemberCleanupAfter, "how long a controller must be dead until the leader removes it from the members, if others have taken its place: at least --bootstrap-expect healthy ones (0: never)")
 	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "revisions kept for watches to resume from and lists to be paged over (0: the default)")
 	c.backups.flags(f)

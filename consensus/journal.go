@@ -1,0 +1,601 @@
+package consensus
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"golang.org/x/sys/unix"
+)
+
+// journalSuffix is what follows the name of the log file in that of its journal.
+const journalSuffix = ".journal"
+
+// Of a journal.
+const (
+	journalHalf = 4 << 20
+	// journalKeep is for how long, and journalFlush for how many bytes, entries wait to
+	// be moved into the log file.
+	journalKeep  = time.Second
+	journalFlush = 1 << 20
+	// A record: CRC-32C of what follows, length of the entries, generation, sequence
+	// number, salt; then the entries.
+	recordHeader = 4 + 4 + 8 + 8 + 8
+	recordAlign  = 8
+)
+
+// journalKey is what the log file keeps the least generation under that counts.
+var journalKey = []byte("TimonelJournal")
+
+// journaled is raft-boltdb with a journal before it. A commit of bbolt writes pages
+// and syncs them, then writes the meta page and syncs that; the journal is a file of
+// fixed size, written from start to end and over again, that takes an append with one
+// sync of a few blocks. The log file gets the entries later, many at once.
+//
+// The journal's two halves are written in turn. Each append is a record; the records
+// of a half have one generation, which grows with every half begun, consecutive
+// numbers, and a random salt, so that nothing that lies behind them from before, and
+// no client's data, is taken for one. A half is written over when all it holds is in
+// the log file. What is in the journal counts if its generation is at least that of
+// journalKey and its indexes follow the log file's last.
+//
+// One goroutine at a time appends.
+type journaled struct {
+	bolt raft.LogStore
+	raft.StableStore
+	close func() error
+	file  journalFile
+	half  int64
+
+	writing sync.Mutex // held by appends and by deletions at the end
+
+	// Where the next record goes; writing guards these.
+	generation, seq, salt uint64
+	current               int       // the half that is written
+	offset                int64     // in it
+	last                  [2]uint64 // the last index in each half, 0 for none
+
+	flushing sync.Mutex // held while entries are moved
+
+	mu     sync.Mutex
+	tail   []*raft.Log   // consecutive, not in the log file yet
+	bytes  int           // of their data
+	err    error         // of the last move, nil when it succeeded
+	wake   chan struct{} // there are entries to move
+	full   chan struct{} // and many
+	closed chan struct{}
+	done   chan struct{}
+}
+
+// journalFile is the journal on disk. What WriteAt wrote is there for certain after
+// Sync.
+type journalFile interface {
+	io.ReaderAt
+	io.WriterAt
+	Sync() error
+	Close() error
+}
+
+// dataFile syncs what was written, not the times in the inode.
+type dataFile struct{ *os.File }
+
+func (f dataFile) Sync() error {
+	for {
+		if err := unix.Fdatasync(int(f.Fd())); !errors.Is(err, unix.EINTR) {
+			if err != nil {
+				return &fs.PathError{Op: "sync", Path: f.Name(), Err: err}
+			}
+			return nil
+		}
+	}
+}
+
+// openJournal opens the journal of the log file at path, makes it if there is none,
+// and moves what it holds into the log file.
+func openJournal(path string, bolt *raftboltdb.BoltStore) (*journaled, error) {
+	path += journalSuffix
+	least, err := journalGeneration(bolt)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if least == 0 { // the log file was never used with one
+		err = makeJournal(f)
+	}
+	var j *journaled
+	if err == nil {
+		j, err = newJournaled(bolt, bolt, bolt.Close, dataFile{f}, journalHalf, least)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return j, nil
+}
+
+// makeJournal fills the file with zeros: all its blocks are there then, and a sync
+// writes nothing but data.
+func makeJournal(f *os.File) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(make([]byte, 2*journalHalf), 0); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(f.Name()))
+}
+
+// journalGeneration returns the least generation that counts, 0 if the log file has
+// no journal.
+func journalGeneration(s raft.StableStore) (uint64, error) {
+	n, err := s.GetUint64(journalKey)
+	if errors.Is(err, raftboltdb.ErrKeyNotFound) {
+		return 0, nil
+	}
+	return n, err
+}
+
+// newJournaled puts a journal before a store, and moves what it holds there. least is
+// the generation that journalGeneration returned.
+func newJournaled(bolt raft.LogStore, stable raft.StableStore, closeStore func() error, file journalFile, half int64, least uint64) (*journaled, error) {
+	j := &journaled{bolt: bolt, StableStore: stable, close: closeStore, file: file, half: half,
+		wake: make(chan struct{}, 1), full: make(chan struct{}, 1), closed: make(chan struct{}), done: make(chan struct{})}
+	logs, newest, err := readJournal(file, half, bolt, least)
+	if err != nil {
+		return nil, err
+	}
+	if len(logs) > 0 {
+		if err := bolt.StoreLogs(logs); err != nil {
+			return nil, err
+		}
+	}
+	j.generation = max(least, newest)
+	if err := j.forget(); err != nil {
+		return nil, err
+	}
+	go j.move()
+	return j, nil
+}
+
+// inspectJournal reads the journal of the log file at path, without changing it, and
+// returns the entries that the log file lacks.
+func inspectJournal(path string, bolt *raftboltdb.BoltStore) ([]*raft.Log, error) {
+	path += journalSuffix
+	least, err := journalGeneration(bolt)
+	if err != nil || least == 0 {
+		return nil, err
+	}
+	name := filepath.Base(path)
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s, which has the end of the log, is missing", name)
+	} else if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() != 2*journalHalf {
+		return nil, fmt.Errorf("%s, which has the end of the log, is truncated: %d bytes of %d", name, info.Size(), 2*journalHalf)
+	}
+	logs, _, err := readJournal(f, journalHalf, bolt, least)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return logs, nil
+}
+
+// record is one append as the journal holds it.
+type record struct {
+	generation, seq, salt uint64
+	logs                  []*raft.Log
+	size                  int64 // with the padding
+}
+
+// readJournal returns the entries that a store lacks, in order, and the newest
+// generation there is. A record that was cut off ends its half, as after a crash: it
+// was never acknowledged. One that cannot be read although later ones can is damage.
+func readJournal(file io.ReaderAt, half int64, store raft.LogStore, least uint64) (logs []*raft.Log, newest uint64, err error) {
+	stored, err := store.LastIndex()
+	if err != nil {
+		return nil, 0, err
+	}
+	type content struct {
+		b     []byte
+		chain []record
+		end   int64
+	}
+	var halves []content
+	for i := range int64(2) {
+		c := content{b: make([]byte, half)}
+		if _, err := file.ReadAt(c.b, i*half); err != nil {
+			return nil, 0, err
+		}
+		for c.end < half {
+			r, ok := readRecord(c.b[c.end:])
+			if !ok || r.generation < least || r.seq != uint64(len(c.chain)) {
+				break
+			}
+			if len(c.chain) > 0 && (r.generation != c.chain[0].generation || r.salt != c.chain[0].salt) {
+				break
+			}
+			c.chain = append(c.chain, r)
+			c.end += r.size
+		}
+		halves = append(halves, c)
+	}
+	slices.SortFunc(halves, func(a, b content) int {
+		generation := func(c content) uint64 {
+			if len(c.chain) == 0 {
+				return 0
+			}
+			return c.chain[0].generation
+		}
+		return cmp.Compare(generation(a), generation(b))
+	})
+	last := stored
+	for _, h := range halves {
+		for _, r := range h.chain {
+			newest = max(newest, r.generation)
+			for _, l := range r.logs {
+				switch {
+				case l.Index <= stored: // moved, and perhaps deleted since
+					continue
+				case last != 0 && l.Index != last+1:
+					return nil, 0, fmt.Errorf("entry %d follows entry %d: the journal is damaged", l.Index, last)
+				}
+				last = l.Index
+				logs = append(logs, l)
+			}
+		}
+	}
+	for _, h := range halves {
+		for at := h.end + recordAlign; at < half; at += recordAlign {
+			r, ok := readRecord(h.b[at:])
+			if !ok || r.generation < least || len(h.chain) > 0 && r.salt != h.chain[0].salt {
+				continue
+			}
+			if end := r.logs[len(r.logs)-1].Index; end > last {
+				return nil, 0, fmt.Errorf("entry %d cannot be read, entries up to %d follow: the journal is damaged", last+1, end)
+			}
+		}
+	}
+	return logs, newest, nil
+}
+
+// readRecord reads the record at the start of b; false if there is none.
+func readRecord(b []byte) (r record, ok bool) {
+	if len(b) < recordHeader {
+		return r, false
+	}
+	sum, size := binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:])
+	if size == 0 || int64(size) > int64(len(b)-recordHeader) || crc32.Checksum(b[4:recordHeader+size], castagnoli) != sum {
+		return r, false
+	}
+	r.generation, r.seq, r.salt = binary.LittleEndian.Uint64(b[8:]), binary.LittleEndian.Uint64(b[16:]), binary.LittleEndian.Uint64(b[24:])
+	r.size = align(recordHeader + int64(size))
+	logs, ok := decodeLogs(b[recordHeader : recordHeader+size])
+	r.logs = logs
+	return r, ok && len(logs) > 0
+}
+
+func align(n int64) int64 { return (n + recordAlign - 1) / recordAlign * recordAlign }
+
+// appendLogs encodes entries: of each index, term, type, time in nanoseconds (0 for
+// none), and data and extensions with their lengths, numbers as varints.
+func appendLogs(b []byte, logs []*raft.Log) []byte {
+	for _, l := range logs {
+		b = binary.AppendUvarint(b, l.Index)
+		b = binary.AppendUvarint(b, l.Term)
+		b = append(b, byte(l.Type))
+		var at int64
+		if !l.AppendedAt.IsZero() {
+			at = l.AppendedAt.UnixNano()
+		}
+		b = binary.AppendVarint(b, at)
+		b = binary.AppendUvarint(b, uint64(len(l.Data)))
+		b = append(b, l.Data...)
+		b = binary.AppendUvarint(b, uint64(len(l.Extensions)))
+		b = append(b, l.Extensions...)
+	}
+	return b
+}
+
+// decodeLogs decodes what appendLogs made.
+func decodeLogs(b []byte) (logs []*raft.Log, ok bool) {
+	number := func() uint64 {
+		n, size := binary.Uvarint(b)
+		if ok = ok && size > 0; ok {
+			b = b[size:]
+		}
+		return n
+	}
+	blob := func() []byte {
+		n := number()
+		if ok = ok && n <= uint64(len(b)); !ok || n == 0 {
+			return nil
+		}
+		out := bytes.Clone(b[:n])
+		b = b[n:]
+		return out
+	}
+	ok = true
+	for ok && len(b) > 0 {
+		l := &raft.Log{Index: number(), Term: number()}
+		if ok = ok && len(b) > 0; !ok {
+			break
+		}
+		l.Type, b = raft.LogType(b[0]), b[1:]
+		at, size := binary.Varint(b)
+		if ok = size > 0; !ok {
+			break
+		}
+		if b = b[size:]; at != 0 {
+			l.AppendedAt = time.Unix(0, at)
+		}
+		l.Data, l.Extensions = blob(), blob()
+		logs = append(logs, l)
+	}
+	return logs, ok
+}
+
+// forget begins a new generation, before which nothing in the journal counts. All of
+// it must be in the log file.
+func (j *journaled) forget() error {
+	if err := j.SetUint64(journalKey, j.generation+1); err != nil {
+		return err
+	}
+	j.last = [2]uint64{}
+	return j.begin(0)
+}
+
+// begin begins a half.
+func (j *journaled) begin(half int) error {
+	var salt [8]byte
+	if _, err := rand.Read(salt[:]); err != nil {
+		return err
+	}
+	j.generation++
+	j.seq, j.salt, j.current, j.offset = 0, binary.LittleEndian.Uint64(salt[:]), half, 0
+	return nil
+}
+
+// StoreLog implements raft.LogStore.
+func (j *journaled) StoreLog(l *raft.Log) error { return j.StoreLogs([]*raft.Log{l}) }
+
+// StoreLogs implements raft.LogStore. It fails while entries cannot be moved to the
+// log file, on a full disk say, for the journal would fill up too.
+func (j *journaled) StoreLogs(logs []*raft.Log) error {
+	if len(logs) == 0 {
+		return nil
+	}
+	j.writing.Lock()
+	defer j.writing.Unlock()
+	if err := j.moveErr(); err != nil {
+		return err
+	}
+	last, err := j.LastIndex()
+	if err != nil {
+		return err
+	}
+	consecutive := last == 0 || logs[0].Index == last+1
+	size := 2 * recordHeader
+	for i, l := range logs {
+		size += len(l.Data) + len(l.Extensions) + 64
+		consecutive = consecutive && (i == 0 || l.Index == logs[i-1].Index+1)
+	}
+	b := appendLogs(make([]byte, recordHeader, size), logs)
+	room := align(int64(len(b)))
+	if !consecutive || room > j.half {
+		return j.straight(logs)
+	}
+	if j.offset+room > j.half {
+		if err := j.turn(); err != nil {
+			return err
+		}
+	}
+	binary.LittleEndian.PutUint32(b[4:], uint32(len(b)-recordHeader))
+	binary.LittleEndian.PutUint64(b[8:], j.generation)
+	binary.LittleEndian.PutUint64(b[16:], j.seq)
+	binary.LittleEndian.PutUint64(b[24:], j.salt)
+	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[4:], castagnoli))
+	// What lies behind it from before must not look like the next: an end follows.
+	b = append(b, make([]byte, room-int64(len(b))+min(recordHeader, j.half-j.offset-room))...)
+	if _, err := j.file.WriteAt(b, int64(j.current)*j.half+j.offset); err != nil {
+		return err
+	}
+	if err := j.file.Sync(); err != nil {
+		return err
+	}
+	j.offset += room
+	j.seq++
+	j.last[j.current] = logs[len(logs)-1].Index
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, l := range logs {
+		j.tail = append(j.tail, l)
+		j.bytes += len(l.Data)
+	}
+	poke(j.wake)
+	if int64(j.bytes) >= min(journalFlush, j.half/4) {
+		poke(j.full)
+	}
+	return nil
+}
+
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// turn begins the other half, after what it holds is in the log file.
+func (j *journaled) turn() error {
+	other := 1 - j.current
+	if first := j.firstWaiting(); first != 0 && first <= j.last[other] {
+		if err := j.moveAll(); err != nil {
+			return err
+		}
+	}
+	j.last[other] = 0
+	return j.begin(other)
+}
+
+// straight stores entries that the journal cannot take in the log file.
+func (j *journaled) straight(logs []*raft.Log) error {
+	if err := j.moveAll(); err != nil {
+		return err
+	}
+	if err := j.forget(); err != nil {
+		return err
+	}
+	return j.bolt.StoreLogs(logs)
+}
+
+// move moves entries into the log file some time after they came, until the journal
+// is closed.
+func (j *journaled) move() {
+	defer close(j.done)
+	for {
+		select {
+		case <-j.closed:
+			return
+		case <-j.wake:
+		}
+		timer := time.NewTimer(journalKeep)
+		select {
+		case <-j.closed:
+		case <-j.full:
+		case <-timer.C:
+		}
+		timer.Stop()
+		for j.moveAll() != nil {
+			select {
+			case <-j.closed:
+				return
+			case <-time.After(retryWrite):
+			}
+		}
+	}
+}
+
+// moveAll moves all entries that wait into the log file.
+func (j *journaled) moveAll() error {
+	j.flushing.Lock()
+	defer j.flushing.Unlock()
+	j.mu.Lock()
+	logs := j.tail
+	j.mu.Unlock()
+	var err error
+	if len(logs) > 0 {
+		err = j.bolt.StoreLogs(logs)
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.err = err; err == nil {
+		j.tail = slices.Clone(j.tail[len(logs):]) // not the array of those that are gone
+		for _, l := range logs {
+			j.bytes -= len(l.Data)
+		}
+	}
+	return err
+}
+
+func (j *journaled) moveErr() error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.err
+}
+
+// firstWaiting is the first index that is not in the log file yet, 0 for none.
+func (j *journaled) firstWaiting() uint64 {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if len(j.tail) == 0 {
+		return 0
+	}
+	return j.tail[0].Index
+}
+
+// FirstIndex implements raft.LogStore.
+func (j *journaled) FirstIndex() (uint64, error) {
+	waiting := j.firstWaiting()
+	if first, err := j.bolt.FirstIndex(); err != nil || first != 0 {
+		return first, err
+	}
+	return waiting, nil
+}
+
+// LastIndex implements raft.LogStore.
+func (j *journaled) LastIndex() (uint64, error) {
+	j.mu.Lock()
+	n := len(j.tail)
+	if n > 0 {
+		defer j.mu.Unlock()
+		return j.tail[n-1].Index, nil
+	}
+	j.mu.Unlock()
+	return j.bolt.LastIndex()
+}
+
+// GetLog implements raft.LogStore.
+func (j *journaled) GetLog(index uint64, l *raft.Log) error {
+	j.mu.Lock()
+	if len(j.tail) > 0 && index >= j.tail[0].Index && index-j.tail[0].Index < uint64(len(j.tail)) {
+		*l = *j.tail[index-j.tail[0].Index]
+		j.mu.Unlock()
+		return nil
+	}
+	j.mu.Unlock()
+	return j.bolt.GetLog(index, l)
+}
+
+// DeleteRange implements raft.LogStore.
+func (j *journaled) DeleteRange(first, last uint64) error {
+	if end, err := j.bolt.LastIndex(); err != nil {
+		return err
+	} else if last < end { // those in the journal are others, or their indexes are passed
+		return j.bolt.DeleteRange(first, last)
+	}
+	j.writing.Lock()
+	defer j.writing.Unlock()
+	if err := j.moveAll(); err != nil {
+		return err
+	}
+	if err := j.forget(); err != nil {
+		return err
+	}
+	return j.bolt.DeleteRange(first, last)
+}
+
+// Close closes journal and log file, which has all entries then, unless it cannot be
+// written: the journal keeps them.
+func (j *journaled) Close() error {
+	close(j.closed)
+	<-j.done
+	j.writing.Lock()
+	defer j.writing.Unlock()
+	_ = j.moveAll() // a failure was told to who appended
+	return errors.Join(j.file.Close(), j.close())
+}
