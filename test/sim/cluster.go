@@ -30,6 +30,7 @@ type cluster struct {
 	nodes    map[string]*node
 	recorder history.Recorder
 	options  state.Options
+	slow     string // the node whose clock is, if one is
 
 	mu       sync.Mutex
 	problems []string
@@ -74,7 +75,8 @@ func newCluster(seed uint64, size int, w weather, log *slog.Logger) *cluster {
 		c.nodes[name] = &node{name: name, c: c, disk: newDisk(seed*31 + uint64(i)), pace: 0.7 + 0.6*random.Float64()}
 	}
 	if random.IntN(4) == 0 { // a leader whose clock is slow does not notice in time that another was elected
-		c.nodes[c.names[random.IntN(size)]].pace = 4
+		c.slow = c.names[random.IntN(size)]
+		c.nodes[c.slow].pace = 4
 	}
 	return c
 }

@@ -149,6 +149,17 @@ func (f *faults) run() {
 
 func (f *faults) strike() {
 	c := f.c
+	if leader := c.leader(); c.slow != "" && leader != nil && f.random.IntN(3) == 0 {
+		if leader.node.name != c.slow { // whom the others are ahead of in elections
+			f.say("%s hands leadership over to %s, whose clock is slow", leader.node.name, c.slow)
+			f.mending.Go(func() { _ = leader.replica.TransferLeadership(c.slow) })
+			return
+		}
+		f.say("%s, whose clock is slow, is cut off", c.slow)
+		f.cut(c.slow, true)
+		f.later(500*time.Millisecond+f.some(1500*time.Millisecond), func() { f.cut(c.slow, false) })
+		return
+	}
 	name := c.names[f.random.IntN(len(c.names))]
 	l := c.alive(name)
 	if leader := c.leader(); leader != nil && f.random.IntN(2) == 0 {
