@@ -1,6 +1,6 @@
 // Package consensus is one replica of the cluster's Raft log: hashicorp/raft
-// with raft-boltdb, a journal before it, and file snapshots, over mutual TLS, with forwarding, a
-// linearizable read barrier, founding and joining a cluster.
+// with raft-boltdb, a journal before it, and file snapshots, over mutual TLS, with
+// forwarding, a linearizable read barrier, founding and joining a cluster.
 //
 //	replica, err := consensus.Open(ctx, consensus.Config{
 //		ID: "c1", ClusterID: "prod", DataDir: "/var/lib/timonel/raft",
