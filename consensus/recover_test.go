@@ -126,4 +126,14 @@ func TestRecoverRefuses(t *testing.T) {
 			}
 		}
 	}
+	_, err = c.recover(removed, nil)
+	if err == nil || !strings.Contains(err.Error(), "replica "+removed+" was removed from the cluster") || !strings.Contains(err.Error(), "--force") {
+		t.Errorf("of a removed replica: %v", err)
+	}
+	out, err := c.recover(removed, func(r *RecoverConfig) { r.Force = true })
+	if err != nil || out.Kept == "" {
+		t.Errorf("of a removed replica, with force: %+v, %v", out, err)
+	}
+	c.start(removed)
+	c.waitRoles(removed + " voter")
 }
