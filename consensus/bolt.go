@@ -22,7 +22,7 @@ const (
 	compactAbove = 32 << 20
 	// deleteChunk is how many entries one transaction removes when the log is
 	// shortened from its start, so that appends get their turn in between.
-	deleteChunk = 512
+	deleteChunk = 4096
 )
 
 // logExtent is what a log file holds.

@@ -35,8 +35,8 @@ func TestLogStaysBounded(t *testing.T) {
 			}
 			testLogStaysBounded(t, kind, growth{
 				entries: 3_600_000, size: 512, clients: 512, samples: 40,
-				// A minute holds 60,000 entries at 1,000/s; here they come faster.
-				threshold: 10_000, trailing: 10_000, interval: 6 * time.Second,
+				// A minute holds 60,000 entries at 1,000/s; here they come some 50 times faster.
+				threshold: 10_000, trailing: 10_000, interval: 60 * time.Second / 50,
 			})
 		})
 	}
@@ -115,7 +115,7 @@ func testLogStaysBounded(t *testing.T, kind logKind, g growth) {
 	written, biggest := int64(g.entries)*int64(g.size)*3/4, slices.Max(sizes)
 	t.Logf("%s: %.0f MB went through the log, at most %.1f MB of it were to be kept; its size was at most %.1f MB; %.0f/s in the first tenth, %.0f/s in the last",
 		kind.name, float64(written)/1e6, float64(live)/1e6, float64(biggest)/1e6, mean(rates[1:1+len(rates)/10]), mean(rates[len(rates)-1-len(rates)/10:len(rates)-1]))
-	limit := 2*live + 2*grain
+	limit := 3*live + 2*grain // bbolt leaves the pages of entries in order half full
 	if written < limit {
 		t.Errorf("only %d bytes went through it, and it may have %d", written, limit)
 	}
