@@ -21,7 +21,7 @@ const (
 	// at start.
 	compactAbove = 32 << 20
 	// deleteChunk is how many entries one transaction removes when the log is
-	// shortened from its start, so that appends get their turn in between.
+	// shortened from its start, so that other writes get their turn in between.
 	deleteChunk = 4096
 )
 
@@ -79,13 +79,10 @@ func (x *logExtent) read(store raft.LogStore) (err error) {
 		if err := store.GetLog(i, &l); err != nil {
 			return fmt.Errorf("entry %d: %w", i, err)
 		}
-		if l.Index != i {
-			return fmt.Errorf("entry %d claims to be entry %d", i, l.Index)
+		if err := verify(i, &l); err != nil {
+			return fmt.Errorf("entry %d: %w", i, err)
 		}
 		x.used += int64(len(l.Data)) + 64
-		if err := verify(&l); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -93,8 +90,8 @@ func (x *logExtent) read(store raft.LogStore) (err error) {
 // add adds entries that follow.
 func (x *logExtent) add(logs []*raft.Log) error {
 	for _, l := range logs {
-		if err := verify(l); err != nil {
-			return err
+		if err := verify(l.Index, l); err != nil {
+			return fmt.Errorf("entry %d: %w", l.Index, err)
 		}
 		if x.first == 0 {
 			x.first = l.Index
@@ -104,13 +101,14 @@ func (x *logExtent) add(logs []*raft.Log) error {
 	return nil
 }
 
-// verify checks the checksum of an entry of ours.
-func verify(l *raft.Log) error {
-	if l.Type != raft.LogCommand {
-		return nil
-	}
-	if _, err := decodeEntry(l.Data); err != nil {
-		return fmt.Errorf("entry %d: %w", l.Index, err)
+// verify checks that an entry is the one asked for, and the checksum of one of ours.
+func verify(index uint64, l *raft.Log) error {
+	switch {
+	case l.Index != index:
+		return fmt.Errorf("it claims to be entry %d", l.Index)
+	case l.Type == raft.LogCommand:
+		_, err := decodeEntry(l.Data)
+		return err
 	}
 	return nil
 }

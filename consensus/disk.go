@@ -122,11 +122,8 @@ type checked struct {
 // GetLog implements raft.LogStore.
 func (c *checked) GetLog(index uint64, l *raft.Log) error {
 	err := guard(func() error { return c.LogStore.GetLog(index, l) })
-	switch {
-	case err == nil && l.Index != index:
-		err = fmt.Errorf("it claims to be entry %d", l.Index)
-	case err == nil && l.Type == raft.LogCommand:
-		_, err = decodeEntry(l.Data)
+	if err == nil {
+		err = verify(index, l)
 	}
 	if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
 		c.damaged(fmt.Errorf("entry %d: %w", index, err))

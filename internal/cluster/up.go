@@ -137,7 +137,7 @@ func newSpec(o Options) (*Spec, error) {
 		return nil, fmt.Errorf("--agents %d: want 0 to 100", s.Agents)
 	}
 	if s.Subnet = o.Subnet; !s.Subnet.IsValid() {
-		if s.Subnet, err = machines.FreePrefix(prefixes(24, netip.AddrFrom4([4]byte{10, 77, 0, 0}), 256)); err != nil {
+		if s.Subnet, err = machines.FreePrefix(netip.MustParsePrefix("10.77.0.0/24"), 256); err != nil {
 			return nil, err
 		}
 	} else if !s.Subnet.Addr().Is4() || s.Subnet.Bits() > 24 || s.Subnet != s.Subnet.Masked() {
@@ -145,19 +145,8 @@ func newSpec(o Options) (*Spec, error) {
 	}
 	// The host has a route to each node's pods, so the pods' networks of two
 	// clusters on one host must differ.
-	s.ClusterCIDR, err = machines.FreePrefix(prefixes(16, netip.AddrFrom4([4]byte{10, 244, 0, 0}), 12))
+	s.ClusterCIDR, err = machines.FreePrefix(netip.MustParsePrefix("10.244.0.0/16"), 12)
 	return s, err
-}
-
-// prefixes lists count neighbouring networks from first on.
-func prefixes(bits int, first netip.Addr, count int) []netip.Prefix {
-	list := make([]netip.Prefix, count)
-	for i := range list {
-		a := first.As4()
-		a[bits/8-1] += byte(i)
-		list[i] = netip.PrefixFrom(netip.AddrFrom4(a), bits)
-	}
-	return list
 }
 
 // lock keeps two commands from changing one cluster at the same time.

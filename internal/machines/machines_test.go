@@ -33,11 +33,7 @@ func testNetwork(t *testing.T) Network {
 	if os.Geteuid() != 0 {
 		t.Skip("makes network namespaces: needs root")
 	}
-	var candidates []netip.Prefix
-	for i := range 100 {
-		candidates = append(candidates, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 78, byte(i), 0}), 24))
-	}
-	prefix, err := FreePrefix(candidates)
+	prefix, err := FreePrefix(netip.MustParsePrefix("10.78.0.0/24"), 100)
 	require.NoError(t, err)
 	n := Network{Name: "machines-test-" + strconv.Itoa(os.Getpid()), Prefix: prefix}
 	t.Cleanup(func() {

@@ -69,20 +69,23 @@ func CheckName(name string) error {
 	return nil
 }
 
-// FreePrefix returns the first of the candidates that overlaps no route and no
-// address of the host.
-func FreePrefix(candidates []netip.Prefix) (netip.Prefix, error) {
+// FreePrefix returns the first of count neighbouring subnets, of 16 or 24 bits, that
+// overlaps no route and no address of the host.
+func FreePrefix(first netip.Prefix, count int) (netip.Prefix, error) {
 	used, err := usedPrefixes()
 	if err != nil {
 		return netip.Prefix{}, err
 	}
-	for _, candidate := range candidates {
+	candidate := first
+	for i := range count {
+		a := first.Addr().As4()
+		a[first.Bits()/8-1] += byte(i)
+		candidate = netip.PrefixFrom(netip.AddrFrom4(a), first.Bits())
 		if !overlapsAny(candidate, used) {
 			return candidate, nil
 		}
 	}
-	return netip.Prefix{}, fmt.Errorf("every subnet from %s to %s is in use on this host: give a free one",
-		candidates[0], candidates[len(candidates)-1])
+	return netip.Prefix{}, fmt.Errorf("every subnet from %s to %s is in use on this host: give a free one", first, candidate)
 }
 
 func usedPrefixes() ([]netip.Prefix, error) {

@@ -7,12 +7,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -102,16 +100,8 @@ func startStores(t *testing.T) *stores {
 	_, err = pki.CreateBundle(bundle)
 	require.NoError(t, err)
 
-	var candidates []netip.Prefix
-	for i := range 100 {
-		candidates = append(candidates, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 80, byte(i), 0}), 24))
-	}
-	prefix, err := machines.FreePrefix(candidates)
-	require.NoError(t, err)
 	c := &stores{names: []string{"c1", "c2", "c3"}, machines: map[string]*machines.Machine{}, remotes: map[string]*replica.Remote{},
-		network: machines.Network{Name: "stores-" + strconv.Itoa(os.Getpid()), Prefix: prefix}}
-	t.Cleanup(func() { require.NoError(t, c.network.Delete()) })
-	require.NoError(t, c.network.Create())
+		network: harness.Network(t, "stores")}
 	var peers []string
 	address := c.network.Host()
 	for _, name := range c.names {

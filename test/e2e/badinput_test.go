@@ -10,12 +10,10 @@ import (
 	"errors"
 	"io/fs"
 	"net/http"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -135,15 +133,7 @@ func TestBadStart(t *testing.T) {
 // newMachine turns on a machine that is gone after the test.
 func newMachine(t *testing.T, dir string) *machines.Machine {
 	t.Helper()
-	var candidates []netip.Prefix
-	for i := range 100 {
-		candidates = append(candidates, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 79, byte(i), 0}), 24))
-	}
-	prefix, err := machines.FreePrefix(candidates)
-	require.NoError(t, err)
-	network := machines.Network{Name: "badstart-" + strconv.Itoa(os.Getpid()), Prefix: prefix}
-	t.Cleanup(func() { require.NoError(t, network.Delete()) })
-	require.NoError(t, network.Create())
+	network := harness.Network(t, "badstart")
 	m := network.Machine("c1", network.Host().Next(), dir)
 	t.Cleanup(func() { require.NoError(t, m.PowerOff(context.Background())) })
 	require.NoError(t, m.Boot(t.Context(), harness.Program(t, "machine")))

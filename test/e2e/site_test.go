@@ -114,35 +114,26 @@ func (f *siteFolders) enter(t *testing.T) {
 }
 
 // network makes a network that no other site has.
-func (f *siteFolders) network(t *testing.T) (machines.Network, netip.Prefix) {
+func (f *siteFolders) network(t *testing.T) machines.Network {
 	t.Helper()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	var candidates []netip.Prefix
-	for i := range 100 {
-		candidates = append(candidates, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 80, byte(i), 0}), 24))
-	}
-	prefix, err := machines.FreePrefix(candidates)
-	require.NoError(t, err)
 	f.nets++
-	network := machines.Network{Name: fmt.Sprintf("site%d-%d", f.nets, os.Getpid()), Prefix: prefix}
-	t.Cleanup(func() { require.NoError(t, network.Delete()) })
-	require.NoError(t, network.Create())
-	return network, prefix
+	return harness.Network(t, fmt.Sprintf("site%d", f.nets))
 }
 
 // newSite sets up that many machines, c1 and so on. c1 to c3 found the cluster.
 func newSite(t *testing.T, count int) *site {
 	t.Helper()
 	sites.enter(t)
-	network, prefix := sites.network(t)
+	network := sites.network(t)
 	s := &site{count: count, machines: map[string]*machines.Machine{}, store: &s3.Server{AccessKey: "timonel-backup"}, dir: t.TempDir()}
 	listener, err := net.Listen("tcp", net.JoinHostPort(network.Host().String(), "0"))
 	require.NoError(t, err)
 	server := &http.Server{Handler: s.store}
 	go server.Serve(listener)
 	t.Cleanup(func() { server.Close() })
-	network4 := strings.TrimSuffix(prefix.Masked().Addr().String(), "0")
+	network4 := strings.TrimSuffix(network.Prefix.Addr().String(), "0")
 	s.replace = strings.NewReplacer("10.0.0.", network4, "https://s3.example.com", "http://"+listener.Addr().String())
 
 	s.bin = filepath.Join(s.dir, "bin")

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/fnv"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"timonel/internal/cluster"
+	"timonel/internal/machines"
 )
 
 // Options of a cluster.
@@ -47,6 +49,18 @@ func Program(t testing.TB, name string) string {
 	_, err := os.Stat(path)
 	require.NoError(t, err, "run `make build images` first")
 	return path
+}
+
+// Network makes a network on a free subnet that is gone after the test. The name is
+// the test's; this process's number is added.
+func Network(t testing.TB, name string) machines.Network {
+	t.Helper()
+	prefix, err := machines.FreePrefix(netip.MustParsePrefix("10.80.0.0/24"), 100)
+	require.NoError(t, err)
+	network := machines.Network{Name: name + "-" + strconv.Itoa(os.Getpid()), Prefix: prefix}
+	t.Cleanup(func() { require.NoError(t, network.Delete()) })
+	require.NoError(t, network.Create())
+	return network
 }
 
 // Up brings a cluster up.

@@ -144,7 +144,7 @@ func (c *Client) list(ctx context.Context, r Replica, prefix string, paged bool)
 		}
 		rest, err := other.Page(ctx, prefix, kvs[0].Key, revision)
 		if err != nil {
-			c.requireTooOld("page", err)
+			c.tooOld("page", err)
 			return history.Outcome{Status: history.NoEffect}
 		}
 		kvs = append(kvs, rest...)
@@ -156,9 +156,9 @@ func (c *Client) list(ctx context.Context, r Replica, prefix string, paged bool)
 	return out
 }
 
-// requireTooOld reports a revision that was refused as too old although it is in
-// the window.
-func (c *Client) requireTooOld(what string, err error) (tooOld bool) {
+// tooOld says whether a revision was refused as too old, and reports one that was
+// although it is in the window.
+func (c *Client) tooOld(what string, err error) bool {
 	var e *TooOld
 	if !errors.As(err, &e) {
 		return false
@@ -196,7 +196,7 @@ func (c *Client) Watch(ctx context.Context, from int64) {
 		})
 		stop()
 		cancel()
-		if c.requireTooOld("watch", err) {
+		if c.tooOld("watch", err) {
 			record = nil // what it saw so far ends here
 			if now, err := replica.Revision(ctx); err == nil {
 				last = max(last, now)

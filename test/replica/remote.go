@@ -150,9 +150,6 @@ type Remote struct {
 	conn *rpc.Client
 }
 
-// errNotSent says that a call never left this process.
-var errNotSent = errors.New("not sent")
-
 // call asks the replica, and gives up the connection when it does not answer in
 // time. An error of a call that was sent leaves open what came of it.
 func (r *Remote) call(ctx context.Context, method string, c Call) (a Answer, err error) {
@@ -162,7 +159,7 @@ func (r *Remote) call(ctx context.Context, method string, c Call) (a Answer, err
 	}
 	conn, err := r.dial(ctx)
 	if err != nil {
-		return a, fmt.Errorf("%w: %w", errNotSent, err)
+		return a, err
 	}
 	patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.Within+500*time.Millisecond)
 	defer cancel()
