@@ -409,10 +409,24 @@ func (r *Replica) leadsPeer(term uint64, id raft.ServerID) bool {
 	return false
 }
 
-// holdsSnapshot reports that a snapshot the leader sends brings nothing new.
+// holdsSnapshot reports that a snapshot the leader sends brings nothing new: this
+// replica has applied as much, or its log has the snapshot's last entry, and so all
+// before it. (Ongaro & Ousterhout, figure 13, step 6.) Raft would install it, keep the
+// entries after it, and forget which configuration the last of these is.
+//
+// The log is looked at in the leader's term alone: an older leader may still cut it.
 func (r *Replica) holdsSnapshot(req *raft.InstallSnapshotRequest) bool {
 	node := r.node.Load()
-	return node != nil && req.Term >= node.CurrentTerm() && req.LastLogIndex <= node.AppliedIndex()
+	switch {
+	case node == nil || req.Term < node.CurrentTerm():
+		return false
+	case req.LastLogIndex <= node.AppliedIndex():
+		return true
+	case req.Term != node.CurrentTerm() || r.disk.queue.flush() != nil:
+		return false
+	}
+	var last raft.Log
+	return r.disk.GetLog(req.LastLogIndex, &last) == nil && last.Term == req.LastLogTerm
 }
 
 // shorten lets a message begin after what this replica has applied, when it begins

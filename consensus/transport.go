@@ -157,11 +157,13 @@ func (t *transport) receive() {
 					continue
 				}
 			}
-			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && t.holds(req) {
-				t.wg.Add(1)
-				go t.skipSnapshot(rpc, req)
-				continue
-			} else if ok {
+			if req, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
+				t.follow(req)
+				if t.holds(req) {
+					t.wg.Add(1)
+					go t.skipSnapshot(rpc, req)
+					continue
+				}
 				rpc = t.watchSnapshot(rpc, req)
 			}
 			select {
@@ -202,6 +204,12 @@ func (t *transport) watchSnapshot(rpc raft.RPC, req *raft.InstallSnapshotRequest
 	return rpc
 }
 
+// follow has Raft follow the sender of a snapshot, as after a heartbeat of its: from
+// then on no message of an older leader changes the log.
+func (t *transport) follow(req *raft.InstallSnapshotRequest) {
+	t.give(&raft.AppendEntriesRequest{RPCHeader: req.RPCHeader, Term: req.Term, Leader: req.Leader})
+}
+
 // forget makes Raft forget the end of a log that was removed because a snapshot
 // contradicts it: Raft keeps its index and term in memory, and would refuse what
 // the leader sends after the snapshot. The snapshot's last entry is given to it,
@@ -213,13 +221,17 @@ func (t *transport) forget(req *raft.InstallSnapshotRequest) {
 	if index == 0 {
 		return
 	}
-	answer := make(chan raft.RPCResponse, 1)
-	rpc := raft.RPC{RespChan: answer, Command: &raft.AppendEntriesRequest{
+	t.give(&raft.AppendEntriesRequest{
 		RPCHeader: req.RPCHeader, Term: req.Term, Leader: req.Leader,
 		Entries: []*raft.Log{{Index: index, Term: term, Type: raft.LogNoop}},
-	}}
+	})
+}
+
+// give has Raft's main loop deal with a message, and waits until it has.
+func (t *transport) give(req *raft.AppendEntriesRequest) {
+	answer := make(chan raft.RPCResponse, 1)
 	select {
-	case t.rpcs <- rpc:
+	case t.rpcs <- raft.RPC{RespChan: answer, Command: req}:
 	case <-t.ctx.Done():
 		return
 	}
