@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/emicklei/go-restful/v3"
 	apiextensionsapiserver "k8s.io/apiextensions-apiserver/pkg/apiserver"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/endpoints/discovery"
@@ -72,6 +73,7 @@ func newBuiltin(s *shared, config *controlplaneapiserver.Config, extensions *api
 	if err := server.InstallAPIs(providers...); err != nil {
 		return nil, err
 	}
+	server.GenericAPIServer.Handler.GoRestfulContainer.Router(newRouteCache(restful.CurlyRouter{}))
 	if err := addServiceHooks(s, &completed, server.GenericAPIServer, client); err != nil {
 		return nil, err
 	}

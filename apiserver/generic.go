@@ -50,6 +50,7 @@ type shared struct {
 	// serves itself by way of an aggregated API.
 	network *rest.Config
 	hostURL *url.URL // network's
+	life    lifecycle
 }
 
 // newShared builds what the servers share, but for admission. Requests of the
@@ -67,7 +68,9 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 	if err != nil {
 		return nil, fmt.Errorf("find the loopback address: %w", err)
 	}
-	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend), options: o, generic: generic, network: generic.LoopbackClientConfig}
+	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend), options: o, generic: generic,
+		network: generic.LoopbackClientConfig, life: newLifecycle()}
+	generic.BuildHandlerChainFunc = s.life.handlers
 	generic.LoopbackClientConfig = transport.loopback(s.network.Host)
 
 	client, err := kubernetes.NewForConfig(generic.LoopbackClientConfig)

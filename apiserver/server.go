@@ -29,6 +29,8 @@ type Server struct {
 	transport *inProcess
 	handler   http.Handler
 	run       func(context.Context) error
+	life      lifecycle
+	installed map[string]<-chan struct{} // closed when all paths are
 	cancel    context.CancelFunc
 }
 
@@ -86,6 +88,8 @@ func build(ctx context.Context, c Config) (_ *Server, err error) {
 		transport: transport,
 		handler:   chain.GenericAPIServer.Handler,
 		run:       prepared.Run,
+		life:      shared.life,
+		installed: chain.GenericAPIServer.MuxAndDiscoveryCompleteSignals(),
 	}, nil
 }
 
@@ -101,6 +105,8 @@ func (s *Server) Run(ctx context.Context) error {
 	defer wait.Wait()
 	defer stopWaiting()
 	wait.Go(func() { s.openWithState(waiting) })
+	wait.Go(func() { s.life.follow(s.installed, waiting.Done()) })
+	defer context.AfterFunc(ctx, func() { close(s.life.stopping) })()
 
 	select {
 	case err := <-done:

@@ -73,10 +73,10 @@ type figures map[string][]measure
 type measure struct {
 	rate          float64
 	p50, p99, gap time.Duration
-	// cpu is what all processes of the side used for one call. It hardly depends
-	// on what else the machine does, as the others do.
-	cpu       time.Duration
-	rss, anon float64
+	// cpu is what all processes of the side used for one call, client what this
+	// program did. They hardly depend on what else the machine does, as the others do.
+	cpu, client time.Duration
+	rss, anon   float64
 }
 
 func run(ctx context.Context, o options) error {
@@ -204,14 +204,14 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 			}
 		}
 		profiled := s.profile(ctx, o.profiles, row.name, fmt.Sprintf("profile?seconds=%d", max(1, int(o.seconds.Seconds())-1)))
-		before := s.cpu()
+		before, own := s.cpu(), ownCPU()
 		t, err := l.repeat(ctx, row.clients, o.seconds, row.call)
-		cpu := s.cpu() - before
+		cpu, client := s.cpu()-before, ownCPU()-own
 		profiled()
 		if err != nil {
 			return fmt.Errorf("%s: %w", row.name, err)
 		}
-		add(row.name, measure{rate: t.rate, p50: t.p50, p99: t.p99, cpu: cpu / time.Duration(t.calls)})
+		add(row.name, measure{rate: t.rate, p50: t.p50, p99: t.p99, cpu: cpu / time.Duration(t.calls), client: client / time.Duration(t.calls)})
 	}
 	if wants("watch") {
 		t, err := l.fanOut(ctx, o.seconds)
@@ -245,11 +245,11 @@ func (m measure) text(row string) string {
 	case "kill":
 		return fmt.Sprintf("%.2f s", m.gap.Seconds())
 	case "create1":
-		return fmt.Sprintf("p50 %.1f, p99 %.1f ms, %.0f/s, CPU %.2f ms", ms(m.p50), ms(m.p99), m.rate, ms(m.cpu))
+		return fmt.Sprintf("p50 %.2f, p99 %.1f ms, %.0f/s, CPU %.2f + %.2f ms", ms(m.p50), ms(m.p99), m.rate, ms(m.cpu), ms(m.client))
 	case "watch":
 		return fmt.Sprintf("%.0f/s, p50 %.1f, p99 %.1f ms", m.rate, ms(m.p50), ms(m.p99))
 	}
-	return fmt.Sprintf("%.0f/s, p50 %.1f, p99 %.1f ms, CPU %.2f ms", m.rate, ms(m.p50), ms(m.p99), ms(m.cpu))
+	return fmt.Sprintf("%.0f/s, p50 %.1f, p99 %.1f ms, CPU %.2f + %.2f ms", m.rate, ms(m.p50), ms(m.p99), ms(m.cpu), ms(m.client))
 }
 
 // median takes each figure's own.
@@ -266,11 +266,12 @@ func median(all []measure) measure {
 		rate: of(func(m measure) float64 { return m.rate }), rss: of(func(m measure) float64 { return m.rss }), anon: of(func(m measure) float64 { return m.anon }),
 		p50: time.Duration(of(func(m measure) float64 { return float64(m.p50) })), p99: time.Duration(of(func(m measure) float64 { return float64(m.p99) })),
 		gap: time.Duration(of(func(m measure) float64 { return float64(m.gap) })), cpu: time.Duration(of(func(m measure) float64 { return float64(m.cpu) })),
+		client: time.Duration(of(func(m measure) float64 { return float64(m.client) })),
 	}
 }
 
 func print(o options, results map[string]figures, titles map[string]string) {
-	fmt.Printf("Medians of %d rounds of %s a row. CPU is what all processes of the side used for one call.\n\n| work |", o.rounds, o.seconds)
+	fmt.Printf("Medians of %d rounds of %s a row. CPU is what all processes of the side, and the client, used for one call.\n\n| work |", o.rounds, o.seconds)
 	for _, s := range o.sides {
 		fmt.Printf(" %s |", titles[s])
 	}
