@@ -42,9 +42,16 @@ func tendMemory(ctx context.Context) error {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}, {Name: "/gc/heap/live:bytes"}}
 	metrics.Read(sample)
 	last, lastTime := sample[0].Value.Uint64(), time.Now()
-	started, idle, quiet := false, false, 0
+	started, idle, quiet := false, false, 0 // the start is a busy time
 	var stacks stackHint
 	defer stacks.set(0)
+	percent := 100
+	setGC := func(to int) { // a change stops the world, so small ones are not worth it
+		if to < percent*7/8 || to > percent*9/8 {
+			percent = to
+			debug.SetGCPercent(to)
+		}
+	}
 	for pause(ctx, tendEvery) {
 		metrics.Read(sample)
 		allocated, now := sample[0].Value.Uint64(), time.Now()
@@ -59,17 +66,15 @@ func tendMemory(ctx context.Context) error {
 		case !idle && quiet == quietFor:
 			idle = true
 			stacks.set(0)
-			debug.SetGCPercent(idleGC)
+			setGC(idleGC)
 			debug.FreeOSMemory()
 			if !started {
 				started = true
 				_ = releaseProgram() // an economy, nothing depends on it
 			}
-		case idle && quiet == 0:
+		case quiet == 0:
 			idle = false
-			debug.SetGCPercent(busyGC(sample[1].Value.Uint64()))
-		}
-		if quiet == 0 {
+			setGC(busyGC(sample[1].Value.Uint64()))
 			stacks.set(runtime.NumGoroutine())
 		}
 	}
