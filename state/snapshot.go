@@ -352,7 +352,7 @@ func (s *snapshotReader) meta(d *decoder) {
 }
 
 func (s *snapshotReader) kv(d *decoder) {
-	kv := &KV{Key: d.string("key"), Value: d.bytes("value")}
+	kv := newKV(d.string("key"), d.bytes("value"))
 	d.numbers(kv, s.v.revision)
 	if d.err == nil && s.v.root.Len() > 0 && kv.Key <= s.lastKey {
 		d.fail(keysOutOfOrder)
@@ -393,7 +393,7 @@ func (s *snapshotReader) event(d *decoder) {
 			}
 			e.KV = *live
 		case valueInline:
-			e.KV.Value = d.bytes("value")
+			e.KV.Value, e.KV.memo = d.bytes("value"), new(Memo)
 			d.numbers(&e.KV, e.Revision)
 			if e.KV.ModRevision != e.Revision {
 				d.fail("event has two revisions")
@@ -418,7 +418,7 @@ func (s *snapshotReader) event(d *decoder) {
 		}
 		e.Prev = h.at(r).KV
 	case valueInline:
-		e.Prev = KV{Key: e.KV.Key, Value: d.bytes("previous value")}
+		e.Prev = KV{Key: e.KV.Key, Value: d.bytes("previous value"), memo: new(Memo)}
 		d.numbers(&e.Prev, s.first-1)
 	default:
 		d.fail("unknown kind of previous value")

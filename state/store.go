@@ -31,6 +31,15 @@ type KV struct {
 	CreateRevision int64 // of the put that made the key
 	ModRevision    int64 // of the last put
 	ExpiresAt      int64 // Unix seconds, 0 for never
+
+	// memo is not part of the state. Being unexported, it crosses no encoding.
+	memo *Memo
+}
+
+// String returns the KV for tests and logs. It does not tell of the memo, so the
+// KVs of two replicas print the same.
+func (kv KV) String() string {
+	return fmt.Sprintf("%s=%q@%d/%d!%d", kv.Key, kv.Value, kv.CreateRevision, kv.ModRevision, kv.ExpiresAt)
 }
 
 // Options bounds the history window. It must be equal on all replicas: the
@@ -214,7 +223,8 @@ func (s *Store) change(c *Change) {
 		e.KV = KV{Key: prev.Key, ModRevision: h.revision}
 		s.root.Delete(prev.Key)
 	} else {
-		kv := &KV{Key: c.Key, Value: c.Value, CreateRevision: h.revision, ModRevision: h.revision, ExpiresAt: c.ExpiresAt}
+		kv := newKV(c.Key, c.Value)
+		kv.CreateRevision, kv.ModRevision, kv.ExpiresAt = h.revision, h.revision, c.ExpiresAt
 		if exists {
 			kv.Key, kv.CreateRevision = prev.Key, prev.CreateRevision // one copy of the key in memory
 		}

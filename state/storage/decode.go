@@ -5,10 +5,7 @@ import (
 	"fmt"
 	"reflect"
 	"sync"
-	"sync/atomic"
 
-	"k8s.io/apimachinery/pkg/fields"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apiserver/pkg/storage"
 	"k8s.io/apiserver/pkg/storage/value"
@@ -63,29 +60,27 @@ func (s *Store) decodeNew(data []byte, revision int64) (runtime.Object, error) {
 // object returns the decoded object of a stored value. It is shared: it must not
 // be changed. keep says whether to remember it.
 func (s *Store) object(ctx context.Context, kv *state.KV, keep bool) (runtime.Object, error) {
-	d := s.caches.objects.entry(objectKey{s, kv.Key, kv.ModRevision}, len(kv.Value), keep)
-	if !d.done.Load() {
-		s.fill(ctx, d, *kv, nil)
-	}
+	d := s.decoded(ctx, kv, nil, keep)
 	return d.obj, d.err
 }
 
-// written is object for a value that was just stored; data is its encoding.
-func (s *Store) written(kv *state.KV, data []byte) (runtime.Object, error) {
-	d := s.caches.objects.entry(objectKey{s, kv.Key, kv.ModRevision}, len(kv.Value), true)
+// decoded is object with what is known of it beside. data is the codec's bytes if
+// they are known.
+func (s *Store) decoded(ctx context.Context, kv *state.KV, data []byte, keep bool) *decoded {
+	d := s.caches.objects.entry(s, kv, keep)
 	if !d.done.Load() {
-		s.fill(context.Background(), d, *kv, data)
+		s.fill(ctx, d, kv, data)
 	}
-	return d.obj, d.err
+	return d
 }
 
 // fill decodes into an entry, once. data is the codec's bytes if they are known.
-func (s *Store) fill(ctx context.Context, d *decoded, kv state.KV, data []byte) {
+func (s *Store) fill(ctx context.Context, d *decoded, kv *state.KV, data []byte) {
 	d.once.Do(func() {
 		defer d.done.Store(true)
 		if data == nil {
 			// Others wait for this, so the caller's giving up is not to end it.
-			data, _, d.err = s.transform(context.WithoutCancel(ctx), &kv)
+			data, _, d.err = s.transform(context.WithoutCancel(ctx), kv)
 		}
 		if d.err == nil {
 			d.obj, d.err = s.decodeNew(data, kv.ModRevision)
@@ -93,7 +88,7 @@ func (s *Store) fill(ctx context.Context, d *decoded, kv state.KV, data []byte) 
 		if d.err != nil {
 			// What makes an object unreadable may pass, such as a key service
 			// that is away.
-			s.caches.objects.forget(objectKey{s, kv.Key, kv.ModRevision}, d)
+			s.caches.objects.forget(d)
 		}
 	})
 }
@@ -147,84 +142,8 @@ func newCaches(bytes int64) *caches {
 		bytes = defaultCacheBytes
 	}
 	return &caches{
-		objects: &objectCache{limit: bytes, young: map[objectKey]*decoded{}},
+		objects: newObjectCache(bytes),
 		events:  &eventCache{byEvent: map[eventKey]*sharedEvent{}},
-	}
-}
-
-type objectKey struct {
-	store    *Store
-	key      string
-	revision int64
-}
-
-type decoded struct {
-	once sync.Once
-	done atomic.Bool // obj or err is set
-	obj  runtime.Object
-	err  error
-	size int
-}
-
-// objectCache keeps decoded objects in two generations: what is used moves to
-// the young one; when that is half of the limit, the old one is dropped.
-type objectCache struct {
-	limit int64
-
-	mu         sync.Mutex
-	young, old map[objectKey]*decoded
-	bytes      int64 // of young
-}
-
-// entry finds an object, or makes an empty entry which it keeps if asked to.
-func (c *objectCache) entry(key objectKey, size int, keep bool) *decoded {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if d, ok := c.young[key]; ok {
-		return d
-	}
-	d, ok := c.old[key]
-	if ok {
-		delete(c.old, key)
-	} else {
-		d = &decoded{size: size}
-		if !keep {
-			return d
-		}
-	}
-	c.young[key] = d
-	if c.bytes += int64(d.size); c.bytes > c.limit/2 {
-		c.old, c.young, c.bytes = c.young, map[objectKey]*decoded{}, 0
-	}
-	return d
-}
-
-func (c *objectCache) forget(key objectKey, d *decoded) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.young[key] == d {
-		delete(c.young, key)
-		c.bytes -= int64(d.size)
-	}
-	if c.old[key] == d {
-		delete(c.old, key)
-	}
-}
-
-// forgetStore drops all objects of a storage.
-func (c *objectCache) forgetStore(s *Store) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for k, d := range c.young {
-		if k.store == s {
-			delete(c.young, k)
-			c.bytes -= int64(d.size)
-		}
-	}
-	for k := range c.old {
-		if k.store == s {
-			delete(c.old, k)
-		}
 	}
 }
 
@@ -237,10 +156,8 @@ type sharedEvent struct {
 
 // sharedSide is the object before or after an event.
 type sharedSide struct {
-	object   *sharedObject
-	labels   labels.Set
-	fields   fields.Set
-	hasAttrs bool
+	object *sharedObject
+	from   *decoded // has its labels and fields
 }
 
 type eventKey struct {
@@ -289,11 +206,11 @@ func (e *sharedEvent) current(ctx context.Context) (*sharedSide, error) {
 	defer e.nowMu.Unlock()
 	if e.now.object == nil {
 		s := e.key.store
-		obj, err := s.object(ctx, &e.key.event.KV, true)
-		if err != nil {
-			return nil, err
+		d := s.decoded(ctx, &e.key.event.KV, nil, true)
+		if d.err != nil {
+			return nil, d.err
 		}
-		e.now.set(s, obj)
+		e.now = sharedSide{newSharedObject(d.obj), d}
 	}
 	return &e.now, nil
 }
@@ -305,24 +222,15 @@ func (e *sharedEvent) previous(ctx context.Context) (*sharedSide, error) {
 	defer e.oldMu.Unlock()
 	if e.before.object == nil {
 		s := e.key.store
-		obj, err := s.object(ctx, &e.key.event.Prev, false)
-		if err != nil {
-			return nil, err
+		d := s.decoded(ctx, &e.key.event.Prev, nil, false)
+		if d.err != nil {
+			return nil, d.err
 		}
-		obj = obj.DeepCopyObject()
+		obj := d.obj.DeepCopyObject()
 		if err := s.versioner.UpdateObject(obj, uint64(e.key.event.Revision)); err != nil {
 			return nil, err
 		}
-		e.before.set(s, obj)
+		e.before = sharedSide{newSharedObject(obj), d}
 	}
 	return &e.before, nil
-}
-
-func (d *sharedSide) set(s *Store, obj runtime.Object) {
-	if s.config.GetAttrs != nil {
-		if l, f, err := s.config.GetAttrs(obj); err == nil {
-			d.labels, d.fields, d.hasAttrs = l, f, true
-		}
-	}
-	d.object = newSharedObject(obj)
 }

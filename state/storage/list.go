@@ -51,7 +51,8 @@ func (s *Store) GetList(ctx context.Context, key string, opts storage.ListOption
 	if err != nil {
 		return err
 	}
-	l := &lister{s: s, ctx: ctx, pred: opts.Predicate, items: items, newItem: newItem(listObj, items)}
+	l := &lister{s: s, ctx: ctx, selection: newSelection(opts.Predicate), items: items,
+		itemPtr: reflect.PointerTo(items.Type().Elem()), newItem: newItem(listObj, items)}
 	more := false
 	if opts.Recursive {
 		more, err = l.all(view, fullKey, start)
@@ -127,55 +128,59 @@ func newItem(list runtime.Object, items reflect.Value) func() runtime.Object {
 
 // lister fills a list.
 type lister struct {
-	s       *Store
-	ctx     context.Context
-	pred    storage.SelectionPredicate
-	items   reflect.Value
-	newItem func() runtime.Object
-	errs    listErrors
-	last    string // key of the last object looked at
-	bytes   int64  // of those put in the cache
+	s         *Store
+	ctx       context.Context
+	selection selection
+	items     reflect.Value
+	itemPtr   reflect.Type // pointer to an item
+	newItem   func() runtime.Object
+	errs      listErrors
+	total     int    // objects that there are to look at
+	looked    int    // of those, so far
+	last      string // key of the last one
+	bytes     int64  // of those kept in the cache
 }
 
 // all lists what is under the prefix from start on, up to the predicate's limit.
 // It says whether there is more.
 func (l *lister) all(view state.View, prefix, start string) (more bool, err error) {
-	l.grow(view, prefix, start)
-	looked := 0
+	l.total = view.CountFrom(prefix, start)
 	for kv := range view.Range(prefix, start) {
-		if l.pred.Limit > 0 && int64(l.items.Len()) >= l.pred.Limit {
+		if l.selection.Limit > 0 && int64(l.items.Len()) >= l.selection.Limit {
 			return true, nil
 		}
-		if looked++; looked%64 == 0 && l.ctx.Err() != nil {
+		if l.looked%64 == 63 && l.ctx.Err() != nil {
 			return false, storage.NewTimeoutError(kv.Key, "request did not complete within requested timeout")
 		}
 		l.last = kv.Key
 		if err := l.add(&kv); err != nil {
 			return false, err
 		}
+		l.looked++
 	}
 	return false, nil
 }
 
-// grow makes room for what is likely to come.
-func (l *lister) grow(view state.View, prefix, start string) {
-	n := view.CountFrom(prefix, start)
-	if l.pred.Limit > 0 {
-		n = min(n, int(min(l.pred.Limit, 1<<20)))
+// grow makes room for what is likely to come: for all that is left, or for as large
+// a share of it as was selected so far, within bounds as the first say little of
+// the rest.
+func (l *lister) grow() {
+	n, more := l.items.Len(), max(l.total-l.looked, 1)
+	if !l.selection.everything {
+		share := more * n / max(l.looked, 1)
+		more = min(more, 16+max(n/4, min(share, 3*n)))
 	}
-	if !l.pred.Empty() {
-		n = min(n, 512)
+	if limit := l.selection.Limit; limit > int64(n) {
+		more = int(min(int64(more), limit-int64(n)))
 	}
-	if n > l.items.Cap() {
-		grown := reflect.MakeSlice(l.items.Type(), l.items.Len(), n)
-		reflect.Copy(grown, l.items)
-		l.items.Set(grown)
-	}
+	grown := reflect.MakeSlice(l.items.Type(), n, n+more)
+	reflect.Copy(grown, l.items)
+	l.items.Set(grown)
 }
 
 // add puts an object into the list if it matches. Its error ends the list.
 func (l *lister) add(kv *state.KV) error {
-	obj, err := l.object(kv)
+	obj, matched, err := l.object(kv)
 	if err != nil {
 		if t, ok := err.(*transformError); ok {
 			err = storage.NewInternalError(fmt.Errorf("unable to transform key %q: %w", kv.Key, t.err))
@@ -185,35 +190,41 @@ func (l *lister) add(kv *state.KV) error {
 		}
 		return nil
 	}
-	if matched, err := l.pred.Matches(obj); err == nil && matched {
+	if matched {
 		n := l.items.Len()
-		l.items.Grow(1)
+		if n == l.items.Cap() {
+			l.grow()
+		}
 		l.items.SetLen(n + 1)
 		l.items.Index(n).Set(reflect.ValueOf(obj).Elem())
 	}
 	return nil
 }
 
-// object returns the decoded object, of the list's type.
-func (l *lister) object(kv *state.KV) (runtime.Object, error) {
+// object returns the decoded object, of the list's type, and whether it matches.
+func (l *lister) object(kv *state.KV) (runtime.Object, bool, error) {
 	// A list bigger than the cache would only empty it.
-	keep := l.bytes+int64(len(kv.Value)) <= l.s.caches.objects.limit/4
+	keep := l.bytes+int64(len(kv.Value)) <= l.s.caches.objects.limit/2
 	if keep {
 		l.bytes += int64(len(kv.Value))
 	}
-	obj, err := l.s.object(l.ctx, kv, keep)
-	if err != nil {
-		return nil, err
+	d := l.s.decoded(l.ctx, kv, nil, keep)
+	if d.err != nil {
+		return nil, false, d.err
 	}
-	if v := reflect.TypeOf(obj); v.Kind() == reflect.Pointer && v.Elem() == l.items.Type().Elem() {
-		return obj, nil
+	if reflect.TypeOf(d.obj) == l.itemPtr {
+		return d.obj, l.selection.selects(d.obj, d), nil
 	}
 	data, _, err := l.s.transform(l.ctx, kv)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	into := l.newItem()
-	return into, l.s.decodeInto(data, into, kv.ModRevision)
+	if err := l.s.decodeInto(data, into, kv.ModRevision); err != nil {
+		return nil, false, err
+	}
+	matched, err := l.selection.Matches(into)
+	return into, matched && err == nil, nil
 }
 
 // listErrors gathers what could not be read in a list.

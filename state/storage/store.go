@@ -203,12 +203,15 @@ func (s *Store) expiry(ttl uint64) int64 {
 // answer sets out to the object that a committed change stored; data is its
 // encoding.
 func (s *Store) answer(change state.Change, data []byte, revision int64, out runtime.Object) error {
-	kv := state.KV{Key: change.Key, Value: change.Value, ModRevision: revision, ExpiresAt: change.ExpiresAt}
-	obj, err := s.written(&kv, data)
-	if err != nil {
-		return readError(err)
+	kv, ok := s.backend.Store().View().Get(change.Key)
+	if !ok || kv.ModRevision != revision { // it has changed again
+		kv = state.KV{Key: change.Key, Value: change.Value, ModRevision: revision, ExpiresAt: change.ExpiresAt}
 	}
-	return s.copyInto(obj, out, &kv)
+	d := s.decoded(context.Background(), &kv, data, true)
+	if d.err != nil {
+		return readError(d.err)
+	}
+	return s.copyInto(d.obj, out, &kv)
 }
 
 // Get implements storage.Interface.

@@ -37,8 +37,7 @@ type watch struct {
 	cancel    context.CancelFunc
 	key       string
 	recursive bool
-	pred      storage.SelectionPredicate
-	everyone  bool // the predicate selects everything
+	selection selection
 	bookmarks bool
 	results   chan apiwatch.Event
 	progress  chan struct{} // asks for a bookmark now
@@ -72,7 +71,7 @@ func (s *Store) Watch(ctx context.Context, key string, opts storage.ListOptions)
 		revision = s.backend.Store().View().Revision()
 	}
 	w := &watch{
-		s: s, key: fullKey, recursive: opts.Recursive, pred: opts.Predicate, everyone: opts.Predicate.Empty(),
+		s: s, key: fullKey, recursive: opts.Recursive, selection: newSelection(opts.Predicate),
 		bookmarks: (opts.Predicate.AllowWatchBookmarks || opts.ProgressNotify) && s.config.NewFunc != nil,
 		results:   make(chan apiwatch.Event, watchBuffer), progress: make(chan struct{}, 1),
 	}
@@ -206,16 +205,14 @@ func (w *watch) untilBookmark() time.Duration {
 // sendAll sends what there is as if it were created now.
 func (w *watch) sendAll(view state.View) error {
 	send := func(kv *state.KV) error {
-		obj, err := w.s.object(w.ctx, kv, true)
-		if err != nil {
-			return readError(err)
+		d := w.s.decoded(w.ctx, kv, nil, true)
+		if d.err != nil {
+			return readError(d.err)
 		}
-		if !w.everyone {
-			if ok, err := w.pred.Matches(obj); err != nil || !ok {
-				return nil
-			}
+		if !w.selection.selects(d.obj, d) {
+			return nil
 		}
-		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: newSharedObject(obj).forWatcher()})
+		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: newSharedObject(d.obj).forWatcher()})
 	}
 	if !w.recursive {
 		if kv, ok := view.Get(w.key); ok {
@@ -248,7 +245,7 @@ func (w *watch) sendEvent(e *state.Event) error {
 	}
 	// What the object was matters if it is gone, or perhaps is for this watcher.
 	if e.Prev.ModRevision != 0 {
-		if wasBefore = w.everyone; !wasBefore || e.Type == state.Delete {
+		if wasBefore = w.selection.everything; !wasBefore || e.Type == state.Delete {
 			if before, err = shared.previous(w.ctx); err != nil {
 				return deletedCorrupt(e, readError(err))
 			}
@@ -267,17 +264,7 @@ func (w *watch) sendEvent(e *state.Event) error {
 }
 
 func (w *watch) matches(side *sharedSide) bool {
-	if w.everyone {
-		return true
-	}
-	if !side.hasAttrs {
-		ok, err := w.pred.Matches(side.object.object)
-		return ok && err == nil
-	}
-	if ok, err := w.pred.MatchesSharding(side.object.object); err != nil || !ok {
-		return false
-	}
-	return (w.pred.Label == nil || w.pred.Label.Matches(side.labels)) && (w.pred.Field == nil || w.pred.Field.Matches(side.fields))
+	return w.selection.selects(side.object.object, side.from)
 }
 
 // bookmark tells the client how far the watch is. end marks the end of the
