@@ -99,7 +99,8 @@ func fill(t *testing.T, s *Store, n int) int64 {
 
 func TestEvictionEmptiesMemos(t *testing.T) {
 	t.Parallel()
-	_, s, b := setup(t)
+	var decodes atomic.Int64
+	_, s, b := setup(t, func(c *Config) { c.Codec = countingCodec{c.Codec, &decodes} })
 	size := fill(t, s, 200)
 	c := newObjectCache(20 * size) // ten in a generation, and one more in the old
 	s.caches.objects = c
@@ -115,11 +116,11 @@ func TestEvictionEmptiesMemos(t *testing.T) {
 	for i := range 200 {
 		get(t, s, fmt.Sprintf("p%03d", i))
 		get(t, s, "p000") // used all the time
+		if decodes.Load() != int64(i+1) {
+			t.Fatalf("an object that is in use was dropped before get %d", i)
+		}
 		if n := kept(); n > 21 {
 			t.Fatalf("%d objects are kept after %d gets, want at most 21", n, i+1)
-		}
-		if !has(s, "/pods/ns/p000") {
-			t.Fatalf("an object that is in use was dropped after %d gets", i+1)
 		}
 	}
 	if has(s, "/pods/ns/p100") {
@@ -157,6 +158,17 @@ func TestListBiggerThanCache(t *testing.T) {
 			t.Errorf("list %d decoded %d objects, want %d", i, n, want)
 		}
 		s.caches.objects.check(t, b.Store().View())
+	}
+	// What it finds beyond that does not count as used.
+	c := newObjectCache(60 * size)
+	s.caches.objects.forgetStore(s)
+	s.caches.objects = c
+	for i := range 31 {
+		get(t, s, fmt.Sprintf("p%03d", 50+i))
+	}
+	list(t, s, storage.Everything)
+	if len(c.young) != 30 || len(c.old) != 31 || !has(s, "/pods/ns/p000") || !has(s, "/pods/ns/p080") {
+		t.Errorf("%d young and %d old objects are kept, want 30 and 31", len(c.young), len(c.old))
 	}
 }
 
@@ -246,6 +258,29 @@ func TestMemoOfAnotherStorage(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestKeepTwice keeps entries of values that another reader was the first to keep.
+func TestKeepTwice(t *testing.T) {
+	t.Parallel()
+	_, s, b := setup(t)
+	_, other, _ := setup(t)
+	other.caches, other.backend = s.caches, s.backend
+	fill(t, s, 1)
+	kv, _ := b.Store().View().Get("/pods/ns/p000")
+	c := s.caches.objects
+	entry := func(s *Store) *decoded { return &decoded{store: s, memo: kv.Memo(), size: len(kv.Value)} }
+	first := entry(s)
+	if c.keep(first) != first {
+		t.Error("the first is not kept")
+	}
+	if c.keep(entry(s)) != first {
+		t.Error("two readers of one storage have two objects")
+	}
+	if late := entry(other); c.keep(late) != late || inMemo(kv.Memo()) != first {
+		t.Error("a reader of another storage was given the first's object, or took its place")
+	}
+	c.check(t, b.Store().View())
 }
 
 // TestFailureIsNotKept reads what could not be read before.
