@@ -41,6 +41,8 @@ type disk struct {
 	overwrite atomic.Uint64
 	// cut: the log's end was cut off, for other entries to take its place.
 	cut atomic.Bool
+	// held: Raft's main loop waits for an append that must not fail.
+	held atomic.Bool
 
 	// voteTerm is the term of the vote that Raft is writing.
 	voteTerm uint64
@@ -297,11 +299,17 @@ func (d *disk) stats() (DiskStats, error) {
 // Raft cuts a conflicting end off and then appends; when the append fails it goes
 // on remembering the end that is gone, and refuses for ever what its leader sends
 // (a TODO in its appendEntries). So that append waits, without an answer, until
-// there is room or the replica closes.
+// there is room or the replica closes. So does a leader's change of members: when its
+// append fails Raft goes on by it all the same, and counts votes by what no log says
+// (its appendConfigurationEntry). The replica falls silent meanwhile, as with a disk
+// that stalls, and another leads.
 func (d *disk) StoreLogs(logs []*raft.Log) error {
-	if d.leads() && !slices.ContainsFunc(logs, func(l *raft.Log) bool { return l.Type != raft.LogCommand }) {
+	leads := d.leads()
+	if leads && !slices.ContainsFunc(logs, func(l *raft.Log) bool { return l.Type != raft.LogCommand }) {
 		return d.queue.add(logs)
 	}
+	members := leads && slices.ContainsFunc(logs, func(l *raft.Log) bool { return l.Type == raft.LogConfiguration })
+	defer d.held.Store(false)
 	for {
 		err := d.queue.flush()
 		if err == nil {
@@ -311,11 +319,15 @@ func (d *disk) StoreLogs(logs []*raft.Log) error {
 			d.cut.Store(false)
 			return nil
 		}
-		if !d.cut.Load() {
+		if !members && !d.cut.Load() {
 			return err
 		}
+		d.held.Store(members)
 		select {
 		case <-d.stop:
+			if members {
+				runtime.Goexit() // Raft is shutting down, and must not act by it
+			}
 			return err
 		case <-time.After(retryWrite):
 		}

@@ -400,3 +400,39 @@ func TestCandidateForgetsALeaderThatIsNone(t *testing.T) {
 	c.start(followers[1].cfg.ID)
 	c.leader().put(t, "after", "1")
 }
+
+// A leader whose disk fails while members change counts no votes by a change that no
+// log holds: another leads, and when the disk works again the change is nowhere.
+func TestDiskFailsWhileMembersChange(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3).startAll(3)
+	leader, other := c.leader(), c.followers()[0]
+	other.put(t, "a", "1")
+	fault := func(string) error { return syscall.EIO }
+	leader.disk.fault.Store(&fault)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := leader.AddNonvoter(ctx, "c4", "127.0.0.1:1"); err == nil {
+		t.Fatal("a member was added without a log")
+	}
+	other.put(t, "a", "2")
+	if id, _, _ := other.Leader(); id == leader.cfg.ID {
+		t.Errorf("the leader whose disk fails still leads")
+	}
+	if err := leader.DiskErr(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("it says %v", err)
+	}
+	leader.disk.fault.Store(nil)
+	eventually(t, "it to catch up", func() error {
+		if got := leader.fsm.get("a"); got != "2" {
+			return fmt.Errorf("a is %q", got)
+		}
+		return leader.DiskErr()
+	})
+	for _, n := range []*node{leader, other} {
+		if got := n.configuration(); len(got) != 3 {
+			t.Errorf("%s has members %v", n.cfg.ID, got)
+		}
+	}
+	c.sameState()
+}

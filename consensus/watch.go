@@ -162,14 +162,14 @@ func (r *Replica) watchDisk() {
 				r.log.Debug("hand over leadership, as the disk fails", "error", err)
 			}
 		}
-		stalls := r.disk.busy() > r.cfg.DiskStallTimeout
+		stalls := r.disk.held.Load() || r.disk.busy() > r.cfg.DiskStallTimeout
 		if stalls == r.stalled.Load() {
 			continue
 		}
 		r.stalled.Store(stalls)
 		r.mute(stalls)
 		if stalls {
-			r.log.Error("the disk stalls: this replica falls silent until its writes go through, so that another leads", "folder", r.cfg.DataDir, "longer than", r.cfg.DiskStallTimeout)
+			r.log.Error("the disk stalls or fails: this replica falls silent until its writes go through, so that another leads", "folder", r.cfg.DataDir, "longer than", r.cfg.DiskStallTimeout)
 			continue
 		}
 		r.log.Warn("the disk answers again", "folder", r.cfg.DataDir)
