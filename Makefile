@@ -67,9 +67,9 @@ e2e: build images ## A real cluster: deploy, kill the leader, bad input
 
 # SEED= or MINUTES= choose the random mix alone: see test/chaos/mix_test.go.
 .PHONY: chaos
-chaos: build images ## Break a real cluster in every way we know; SEED=n MINUTES=m repeats one random mix
+chaos: build images ## Break a real cluster in every way we know; SEED=n MINUTES=m repeats one random mix, FAULTS=regexp of these alone
 	@.ci/deps chaos
-	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" \
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" "FAULTS=$(FAULTS)" \
 		$(GO) test -tags chaos -count 1 -timeout $(if $(MINUTES),$(shell echo $$(( $(firstword $(subst ., ,$(MINUTES))) + 30 ))),70)m $(if $(SEED)$(MINUTES),-run '^TestMix$$') -v ./test/chaos
 
 .PHONY: bench

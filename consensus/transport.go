@@ -428,6 +428,16 @@ func (t *transport) answered(id raft.ServerID, args *raft.AppendEntriesRequest, 
 	t.wake(f)
 }
 
+// pipelineEnded: what is on its way to a follower has no answer.
+func (t *transport) pipelineEnded(id raft.ServerID) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f := t.followers[id]; f != nil {
+		f.inflight = 0
+		t.wake(f)
+	}
+}
+
 // applied is told by the state machine how far this replica has applied.
 func (t *transport) applied(index, term uint64) {
 	t.mu.Lock()
@@ -503,19 +513,31 @@ func (p *pipeline) Consumer() <-chan raft.AppendFuture { return p.done }
 
 // Close implements raft.AppendPipeline.
 func (p *pipeline) Close() error {
-	p.once.Do(func() { close(p.closed) })
+	p.once.Do(func() {
+		close(p.closed)
+		p.t.pipelineEnded(p.id)
+	})
 	return p.AppendPipeline.Close()
 }
 
+// forward hands answers on. Raft takes none after one that is not a success; the
+// pipeline ends with it then, for Raft's sender would wait for room in it, for ever,
+// and that follower get no entries any more (hashicorp/raft 1.8, pipelineDecode and
+// netPipeline.AppendEntries, found by test/chaos).
 func (p *pipeline) forward() {
 	defer p.t.wg.Done()
 	for {
 		select {
 		case f := <-p.AppendPipeline.Consumer():
-			p.t.answered(p.id, f.Request(), f.Error() == nil && f.Response().Success, 1)
+			success := f.Error() == nil && f.Response().Success
+			p.t.answered(p.id, f.Request(), success, 1)
 			select {
 			case p.done <- f:
 			case <-p.closed:
+				return
+			}
+			if !success {
+				p.AppendPipeline.Close()
 				return
 			}
 		case <-p.closed:

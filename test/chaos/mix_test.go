@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -31,12 +33,17 @@ import (
 // TestMix breaks three controllers in a random order, for MINUTES (default 10),
 // while clients on each of them read, write, list and watch, and checks that what
 // they saw is linearizable. SEED chooses the order; the same seed breaks the same
-// things in the same order, though not at the same instant.
+// things in the same order, though not at the same instant. FAULTS, a regular
+// expression, takes those alone that it matches.
 func TestMix(t *testing.T) {
 	seed, minutes := mixParameters(t, 10)
 	t.Logf("to repeat: make chaos SEED=%d MINUTES=%g", seed, minutes)
+	faults, err := regexp.Compile(os.Getenv("FAULTS"))
+	require.NoError(t, err, "FAULTS")
+	chosen := slices.DeleteFunc(slices.Clone(nemeses), func(n nemesis) bool { return !faults.MatchString(n.name) })
+	require.NotEmpty(t, chosen, "FAULTS matches none")
 	c := upForMix(t)
-	checkedMix(t, c, seed, time.Duration(minutes*float64(time.Minute)), nemeses)
+	checkedMix(t, c, seed, time.Duration(minutes*float64(time.Minute)), chosen)
 }
 
 // mixParameters reads SEED, by default one that is drawn, and MINUTES.
@@ -104,6 +111,7 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	for time.Now().Before(m.deadline) {
 		n := nemeses[random.IntN(len(nemeses))]
 		faults[n.name]++
+		t.Logf("%s: %s", time.Now().Format("15:04:05.000"), n.name)
 		n.strike(t, c, random)
 		for _, name := range names {
 			c.WaitServing(t, name, 2*time.Minute)

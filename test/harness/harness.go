@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 	"k8s.io/client-go/kubernetes"
 
 	"timonel/internal/cluster"
@@ -84,6 +85,9 @@ func Up(t testing.TB, o Options) *Cluster {
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
+			if os.Getenv("TIMONEL_TEST_LOGS") != "" && c.Spec != nil {
+				c.dumpStacks()
+			}
 			printLogs(t, run)
 		}
 		out, err := exec.Command(c.program, "down", "--run", run, "--name", name).CombinedOutput()
@@ -99,8 +103,18 @@ func Up(t testing.TB, o Options) *Cluster {
 	return c
 }
 
+// dumpStacks has each controller write its goroutines into its log, and end.
+func (c *Cluster) dumpStacks() {
+	for _, name := range c.Spec.ControllerNames() {
+		if state, err := c.Spec.Machine(name).State(context.Background()); err == nil && state.Main.Pid != 0 {
+			_ = unix.Kill(state.Main.Pid, unix.SIGQUIT)
+		}
+	}
+	time.Sleep(2 * time.Second)
+}
+
 // printLogs shows the end of every log of a cluster whose test failed, and
-// copies the logs to TIMONEL_TEST_LOGS, if that is set.
+// copies the logs to TIMONEL_TEST_LOGS, if that is set (with the controllers' goroutines).
 func printLogs(t testing.TB, run string) {
 	logs, _ := filepath.Glob(filepath.Join(run, "*", "*.log"))
 	keep := os.Getenv("TIMONEL_TEST_LOGS")
