@@ -308,16 +308,16 @@ func (e *end) AppendEntriesPipeline(id raft.ServerID, _ raft.ServerAddress) (raf
 	if e.network.find(string(id)) == nil {
 		return nil, errRefused
 	}
-	p := &pipeline{e: e, to: string(id), done: make(chan raft.AppendFuture, underWay), slots: make(chan struct{}, underWay), sent: make(chan struct{}), answered: make(chan struct{})}
+	p := &pipeline{e: e, to: string(id), done: make(chan raft.AppendFuture), slots: make(chan struct{}, underWay), sent: make(chan struct{}), answered: make(chan struct{})}
 	close(p.sent)
 	close(p.answered)
 	p.ctx, p.cancel = context.WithCancel(e.ctx)
 	return p, nil
 }
 
-// underWay is how many messages of a pipeline are. Their answers have room as well:
-// Raft sends on for a moment when it does not read them any more.
-const underWay = 32
+// underWay is how many messages of a pipeline are, as with Raft's own transport: a
+// sender waits for answers to be taken.
+const underWay = raft.DefaultMaxRPCsInFlight
 
 // pipeline has several messages under way at once and answers in their order.
 type pipeline struct {
