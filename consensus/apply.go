@@ -128,22 +128,50 @@ func (r *Replica) waitLeader(ctx context.Context, fence uint64) (leaderView, err
 type proposal struct {
 	// failed is closed when the entry was certainly not appended.
 	failed chan struct{}
-	// settled is closed when Raft has answered; err, index and term are set then.
+	// settled is closed when Raft has answered; err and index are set then.
 	settled chan struct{}
 	err     error // nil: committed and applied on this replica
 	index   uint64
-	term    uint64
-	at      time.Time
+
+	mu    sync.Mutex
+	after []func() // to be called when settled; nil then
+}
+
+// settle is told once that err and index are set.
+func (p *proposal) settle() {
+	if certainlyNotAppended(p.err) {
+		close(p.failed)
+	}
+	close(p.settled)
+	p.mu.Lock()
+	after := p.after
+	p.after = nil
+	p.mu.Unlock()
+	for _, f := range after {
+		f()
+	}
+}
+
+// then calls f when the proposal is settled, which may be now.
+func (p *proposal) then(f func()) {
+	p.mu.Lock()
+	select {
+	case <-p.settled:
+		p.mu.Unlock()
+		f()
+	default:
+		p.after = append(p.after, f)
+		p.mu.Unlock()
+	}
 }
 
 // propose gives an entry to Raft. It does not wait.
 func (r *Replica) propose(id requestID, e entry) *proposal {
-	p := &proposal{failed: make(chan struct{}), settled: make(chan struct{}), term: e.term, at: time.Now()}
+	p := &proposal{failed: make(chan struct{}), settled: make(chan struct{})}
 	node := r.node.Load()
 	if node == nil || r.handingOver.Load() {
 		p.err = raft.ErrNotLeader
-		close(p.failed)
-		close(p.settled)
+		p.settle()
 		return p
 	}
 	data := e.encode()
@@ -151,10 +179,7 @@ func (r *Replica) propose(id requestID, e entry) *proposal {
 		f := node.ApplyLog(raft.Log{Data: data}, r.cfg.ProposeTimeout)
 		p.err = f.Error()
 		p.index = f.Index()
-		if certainlyNotAppended(p.err) {
-			close(p.failed)
-		}
-		close(p.settled)
+		p.settle()
 	}()
 	return p
 }
@@ -184,51 +209,29 @@ func (r *Replica) attemptLocal(ctx context.Context, w *waiter, e entry) (outcome
 }
 
 // attemptRemote forwards a command to the leader and waits until it is applied
-// here. A call that breaks is repeated with the same request id while the same
+// here. What breaks on its way is repeated with the same request id while the same
 // leader leads: it recognises the request. Once the term is over, the local log
 // tells what became of it.
 func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id requestID, cmd []byte) (outcome, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	req := &pb.ProposeRequest{RequestId: id[:], Command: cmd, Term: v.Term}
-	type answer struct {
-		resp   *pb.ProposeResponse
-		err    error
-		unsent bool
-	}
-	answers := make(chan answer, 1)
-	call := func() {
-		var a answer
-		conn, err := r.cfg.PeerConn(ctx, v.ID)
-		if err != nil {
-			a.err, a.unsent = status.Error(codes.Unavailable, err.Error()), true
-		} else {
-			a.resp, a.err = pb.NewConsensusClient(conn).Propose(ctx, req)
-		}
-		answers <- a
-	}
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	defer cancel()
+	req := &pb.Proposal{RequestId: id[:], Command: cmd, Term: v.Term}
+	answers, forget := r.forward.propose(v.ID, req)
+	defer func() { forget() }()
 	sent := false
-	wg.Go(call)
 	for {
 		select {
 		case o := <-w.done:
 			return o, nil
 		case a := <-answers:
+			answers = nil
 			switch status.Code(a.err) {
 			case codes.OK:
-				r.machine.placed(id, a.resp.Index)
-				answers = nil // the local state machine has the last word
-				continue
+				r.machine.placed(id, a.index)
+				continue // the local state machine has the last word
 			case codes.FailedPrecondition:
 				if !sent {
 					return outcome{kind: outcomeDropped}, nil
 				}
-				// An earlier copy may have been appended: the log will tell.
-				answers = nil
-				continue
+				continue // an earlier copy may have been appended: the log will tell
 			case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented, codes.ResourceExhausted:
 				if !sent {
 					return outcome{}, fmt.Errorf("forward to the leader %s: %w", v.ID, a.err)
@@ -242,9 +245,8 @@ func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id
 				return outcome{}, fmt.Errorf("%w: forward to the leader %s: %w", ErrUnknownOutcome, v.ID, errors.Join(a.err, context.Cause(ctx)))
 			}
 			if now, ok := r.view(); ok && now.Term == v.Term {
-				wg.Go(call)
-			} else {
-				answers = nil
+				forget()
+				answers, forget = r.forward.propose(v.ID, req)
 			}
 		case <-ctx.Done():
 			return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, context.Cause(ctx))

@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-
-	pb "timonel/proto/timonel/v1"
 )
 
 // ReadBarrier returns when this replica has applied everything that was
@@ -186,13 +184,5 @@ func (r *Replica) askReadIndex() (uint64, error) {
 	}
 	ctx, cancel := context.WithTimeout(r.ctx, r.cfg.ElectionTimeout+r.cfg.HeartbeatTimeout)
 	defer cancel()
-	conn, err := r.cfg.PeerConn(ctx, v.ID)
-	if err != nil {
-		return 0, fmt.Errorf("reach the leader %s: %w", v.ID, err)
-	}
-	resp, err := pb.NewConsensusClient(conn).ReadIndex(ctx, &pb.ReadIndexRequest{})
-	if err != nil {
-		return 0, fmt.Errorf("ask the leader %s: %w", v.ID, err)
-	}
-	return resp.Index, nil
+	return r.forward.readIndex(ctx, v.ID)
 }

@@ -50,6 +50,7 @@ type Replica struct {
 	deduper deduper
 	local   batcher // read index rounds of this replica as the leader
 	remote  batcher // and as a follower
+	forward forwarder
 	lostCh  chan lostPeer
 	stalled atomic.Bool
 	// handingOver: no entries are taken while another becomes the leader.
@@ -94,6 +95,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	r.local.round, r.remote.round = r.confirmLead, r.askReadIndex
 	r.deduper.keep = 2 * cfg.ProposeTimeout
+	r.forward = forwarder{ctx: r.ctx, open: r.openForward}
 	defer func() {
 		if err != nil {
 			r.cancel()

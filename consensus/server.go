@@ -26,9 +26,72 @@ type consensusServer struct {
 	r *Replica
 }
 
-// Propose implements the Consensus service.
-func (s *consensusServer) Propose(ctx context.Context, req *pb.ProposeRequest) (*pb.ProposeResponse, error) {
-	r := s.r
+// Forward implements the Consensus service.
+func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
+	answers, ended := newOutbox[*pb.ForwardResponse](), make(chan struct{})
+	go func() { // ends with the stream
+		defer close(ended)
+		for {
+			req, err := stream.Recv()
+			if err != nil {
+				return
+			}
+			s.r.takeForwarded(stream.Context(), req, answers.add)
+		}
+	}()
+	for {
+		select {
+		case <-answers.wake:
+		case <-ended:
+			return nil
+		case <-s.r.ctx.Done():
+			return status.Error(codes.Unavailable, "the leader shuts down, outcome unknown")
+		}
+		all := new(pb.ForwardResponse)
+		for _, a := range answers.take() {
+			all.Proposed = append(all.Proposed, a.Proposed...)
+			all.Reads = append(all.Reads, a.Reads...)
+		}
+		if err := stream.Send(all); err != nil {
+			return err
+		}
+	}
+}
+
+// takeForwarded deals with what another replica forwards, and answers each.
+func (r *Replica) takeForwarded(ctx context.Context, req *pb.ForwardRequest, answer func(*pb.ForwardResponse)) {
+	for _, p := range req.Proposals {
+		done := func(index uint64, err error) {
+			st := status.Convert(err)
+			answer(&pb.ForwardResponse{Proposed: []*pb.Proposed{{RequestId: p.RequestId, Index: index, Code: uint32(st.Code()), Message: st.Message()}}})
+		}
+		proposal, err := r.takeProposal(p)
+		if err != nil {
+			done(0, err)
+			continue
+		}
+		proposal.then(func() {
+			switch {
+			case proposal.err == nil:
+				done(proposal.index, nil)
+			case certainlyNotAppended(proposal.err):
+				done(0, status.Errorf(codes.FailedPrecondition, "not appended: %v", proposal.err))
+			default:
+				done(0, status.Errorf(codes.Unavailable, "outcome unknown: %v", proposal.err))
+			}
+		})
+	}
+	for _, n := range req.Reads {
+		go func() { // ends with the round, or the stream
+			index, err := r.readIndex(ctx)
+			st := status.Convert(err)
+			answer(&pb.ForwardResponse{Reads: []*pb.ReadIndex{{Read: n, Index: index, Code: uint32(st.Code()), Message: st.Message()}}})
+		}()
+	}
+}
+
+// takeProposal gives a forwarded proposal to Raft, once.
+func (r *Replica) takeProposal(req *pb.Proposal) (*proposal, error) {
 	var id requestID
 	if len(req.RequestId) != len(id) {
 		return nil, status.Errorf(codes.InvalidArgument, "request_id: %d bytes, must be %d", len(req.RequestId), len(id))
@@ -44,40 +107,24 @@ func (s *consensusServer) Propose(ctx context.Context, req *pb.ProposeRequest) (
 	if req.Term != 0 && req.Term != v.Term {
 		return nil, status.Errorf(codes.FailedPrecondition, "replica %s leads term %d, not %d", r.cfg.ID, v.Term, req.Term)
 	}
-	p := r.deduper.do(id, func() *proposal {
+	return r.deduper.do(id, func() *proposal {
 		return r.propose(id, entry{kind: kindCommand, id: id, term: v.Term, command: req.Command})
-	})
-	select {
-	case <-p.settled:
-	case <-ctx.Done():
-		return nil, status.FromContextError(ctx.Err()).Err()
-	case <-r.ctx.Done():
-		return nil, status.Error(codes.Unavailable, "the leader shuts down, outcome unknown")
-	}
-	switch {
-	case p.err == nil:
-		return &pb.ProposeResponse{Index: p.index, Term: p.term}, nil
-	case certainlyNotAppended(p.err):
-		return nil, status.Errorf(codes.FailedPrecondition, "not appended: %v", p.err)
-	}
-	return nil, status.Errorf(codes.Unavailable, "outcome unknown: %v", p.err)
+	}), nil
 }
 
-// ReadIndex implements the Consensus service.
-func (s *consensusServer) ReadIndex(ctx context.Context, _ *pb.ReadIndexRequest) (*pb.ReadIndexResponse, error) {
-	l := s.r.leads.get()
-	if l == nil {
-		return nil, status.Errorf(codes.FailedPrecondition, "replica %s does not lead", s.r.cfg.ID)
+// readIndex is a commit index that held while a majority followed this replica.
+func (r *Replica) readIndex(ctx context.Context) (uint64, error) {
+	if r.leads.get() == nil {
+		return 0, status.Errorf(codes.FailedPrecondition, "replica %s does not lead", r.cfg.ID)
 	}
-	index, err := s.r.local.join(ctx)
-	if err != nil {
-		code := codes.Unavailable
-		if errors.Is(err, ErrNotLeader) {
-			code = codes.FailedPrecondition
-		}
-		return nil, status.Error(code, err.Error())
+	index, err := r.local.join(ctx)
+	switch {
+	case errors.Is(err, ErrNotLeader):
+		return 0, status.Error(codes.FailedPrecondition, err.Error())
+	case err != nil:
+		return 0, status.Error(codes.Unavailable, err.Error())
 	}
-	return &pb.ReadIndexResponse{Index: index, Term: l.term}, nil
+	return index, nil
 }
 
 // deduper recognises a request that is forwarded again because its first answer

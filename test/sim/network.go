@@ -78,7 +78,7 @@ func (n *network) find(name string) *end {
 
 // attach connects a new life of a replica.
 func (n *network) attach(name string) *end {
-	e := &end{name: name, network: n, consumer: make(chan raft.RPC), services: map[string]method{}}
+	e := &end{name: name, network: n, consumer: make(chan raft.RPC), services: map[string]method{}, streams: map[string]func(grpc.ServerStream) error{}}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -98,6 +98,7 @@ type end struct {
 	mu        sync.Mutex
 	heartbeat func(raft.RPC)
 	services  map[string]method
+	streams   map[string]func(grpc.ServerStream) error
 }
 
 // cut takes the life off the network: its process is dead.
@@ -394,6 +395,9 @@ func (e *end) RegisterService(d *grpc.ServiceDesc, service any) {
 			return m.Handler(service, ctx, decode, nil)
 		}
 	}
+	for _, m := range d.Streams {
+		e.streams["/"+d.ServiceName+"/"+m.StreamName] = func(s grpc.ServerStream) error { return m.Handler(service, s) }
+	}
 }
 
 // conn calls another replica's services.
@@ -485,11 +489,6 @@ func (c *conn) Invoke(ctx context.Context, name string, args, reply any, _ ...gr
 	case <-ctx.Done():
 		return broken(errLost)
 	}
-}
-
-// NewStream implements grpc.ClientConnInterface.
-func (c *conn) NewStream(context.Context, *grpc.StreamDesc, string, ...grpc.CallOption) (grpc.ClientStream, error) {
-	return nil, status.Error(codes.Unimplemented, "the simulated network has no streams")
 }
 
 func address(name string) string { return fmt.Sprintf("%s:7444", strings.ToLower(name)) }

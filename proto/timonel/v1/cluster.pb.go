@@ -24,7 +24,62 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-type ProposeRequest struct {
+type ForwardRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Proposals []*Proposal            `protobuf:"bytes,1,rep,name=proposals,proto3" json:"proposals,omitempty"`
+	// Reads asks for a commit index that a linearizable read has to wait for, after
+	// leadership was confirmed with a quorum. Each number names one such round.
+	Reads         []uint64 `protobuf:"varint,2,rep,packed,name=reads,proto3" json:"reads,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardRequest) Reset() {
+	*x = ForwardRequest{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardRequest) ProtoMessage() {}
+
+func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
+func (*ForwardRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ForwardRequest) GetProposals() []*Proposal {
+	if x != nil {
+		return x.Proposals
+	}
+	return nil
+}
+
+func (x *ForwardRequest) GetReads() []uint64 {
+	if x != nil {
+		return x.Reads
+	}
+	return nil
+}
+
+// Proposal is a command for the leader's log.
+type Proposal struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // 16 random bytes, chosen by the replica that serves the client
 	Command       []byte                 `protobuf:"bytes,2,opt,name=command,proto3" json:"command,omitempty"`
@@ -33,21 +88,21 @@ type ProposeRequest struct {
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ProposeRequest) Reset() {
-	*x = ProposeRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[0]
+func (x *Proposal) Reset() {
+	*x = Proposal{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ProposeRequest) String() string {
+func (x *Proposal) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ProposeRequest) ProtoMessage() {}
+func (*Proposal) ProtoMessage() {}
 
-func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[0]
+func (x *Proposal) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -58,104 +113,54 @@ func (x *ProposeRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ProposeRequest.ProtoReflect.Descriptor instead.
-func (*ProposeRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{0}
+// Deprecated: Use Proposal.ProtoReflect.Descriptor instead.
+func (*Proposal) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{1}
 }
 
-func (x *ProposeRequest) GetRequestId() []byte {
+func (x *Proposal) GetRequestId() []byte {
 	if x != nil {
 		return x.RequestId
 	}
 	return nil
 }
 
-func (x *ProposeRequest) GetCommand() []byte {
+func (x *Proposal) GetCommand() []byte {
 	if x != nil {
 		return x.Command
 	}
 	return nil
 }
 
-func (x *ProposeRequest) GetTerm() uint64 {
+func (x *Proposal) GetTerm() uint64 {
 	if x != nil {
 		return x.Term
 	}
 	return 0
 }
 
-type ProposeResponse struct {
+type ForwardResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
-	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
+	Proposed      []*Proposed            `protobuf:"bytes,1,rep,name=proposed,proto3" json:"proposed,omitempty"`
+	Reads         []*ReadIndex           `protobuf:"bytes,2,rep,name=reads,proto3" json:"reads,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ProposeResponse) Reset() {
-	*x = ProposeResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[1]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ProposeResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ProposeResponse) ProtoMessage() {}
-
-func (x *ProposeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[1]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ProposeResponse.ProtoReflect.Descriptor instead.
-func (*ProposeResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{1}
-}
-
-func (x *ProposeResponse) GetIndex() uint64 {
-	if x != nil {
-		return x.Index
-	}
-	return 0
-}
-
-func (x *ProposeResponse) GetTerm() uint64 {
-	if x != nil {
-		return x.Term
-	}
-	return 0
-}
-
-type ReadIndexRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ReadIndexRequest) Reset() {
-	*x = ReadIndexRequest{}
+func (x *ForwardResponse) Reset() {
+	*x = ForwardResponse{}
 	mi := &file_timonel_v1_cluster_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ReadIndexRequest) String() string {
+func (x *ForwardResponse) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ReadIndexRequest) ProtoMessage() {}
+func (*ForwardResponse) ProtoMessage() {}
 
-func (x *ReadIndexRequest) ProtoReflect() protoreflect.Message {
+func (x *ForwardResponse) ProtoReflect() protoreflect.Message {
 	mi := &file_timonel_v1_cluster_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -167,33 +172,52 @@ func (x *ReadIndexRequest) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ReadIndexRequest.ProtoReflect.Descriptor instead.
-func (*ReadIndexRequest) Descriptor() ([]byte, []int) {
+// Deprecated: Use ForwardResponse.ProtoReflect.Descriptor instead.
+func (*ForwardResponse) Descriptor() ([]byte, []int) {
 	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{2}
 }
 
-type ReadIndexResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Index         uint64                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
-	Term          uint64                 `protobuf:"varint,2,opt,name=term,proto3" json:"term,omitempty"`
+func (x *ForwardResponse) GetProposed() []*Proposed {
+	if x != nil {
+		return x.Proposed
+	}
+	return nil
+}
+
+func (x *ForwardResponse) GetReads() []*ReadIndex {
+	if x != nil {
+		return x.Reads
+	}
+	return nil
+}
+
+// Proposed says what became of a proposal.
+type Proposed struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	RequestId []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	Index     uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"` // its place in the log
+	// Of gRPC. OK: committed. FAILED_PRECONDITION: this replica does not lead, nothing
+	// was appended. INVALID_ARGUMENT: refused. UNAVAILABLE: outcome unknown.
+	Code          uint32 `protobuf:"varint,3,opt,name=code,proto3" json:"code,omitempty"`
+	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // in words, if not OK
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
-func (x *ReadIndexResponse) Reset() {
-	*x = ReadIndexResponse{}
+func (x *Proposed) Reset() {
+	*x = Proposed{}
 	mi := &file_timonel_v1_cluster_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
 
-func (x *ReadIndexResponse) String() string {
+func (x *Proposed) String() string {
 	return protoimpl.X.MessageStringOf(x)
 }
 
-func (*ReadIndexResponse) ProtoMessage() {}
+func (*Proposed) ProtoMessage() {}
 
-func (x *ReadIndexResponse) ProtoReflect() protoreflect.Message {
+func (x *Proposed) ProtoReflect() protoreflect.Message {
 	mi := &file_timonel_v1_cluster_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
@@ -205,23 +229,106 @@ func (x *ReadIndexResponse) ProtoReflect() protoreflect.Message {
 	return mi.MessageOf(x)
 }
 
-// Deprecated: Use ReadIndexResponse.ProtoReflect.Descriptor instead.
-func (*ReadIndexResponse) Descriptor() ([]byte, []int) {
+// Deprecated: Use Proposed.ProtoReflect.Descriptor instead.
+func (*Proposed) Descriptor() ([]byte, []int) {
 	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{3}
 }
 
-func (x *ReadIndexResponse) GetIndex() uint64 {
+func (x *Proposed) GetRequestId() []byte {
+	if x != nil {
+		return x.RequestId
+	}
+	return nil
+}
+
+func (x *Proposed) GetIndex() uint64 {
 	if x != nil {
 		return x.Index
 	}
 	return 0
 }
 
-func (x *ReadIndexResponse) GetTerm() uint64 {
+func (x *Proposed) GetCode() uint32 {
 	if x != nil {
-		return x.Term
+		return x.Code
 	}
 	return 0
+}
+
+func (x *Proposed) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+// ReadIndex answers a read.
+type ReadIndex struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Read          uint64                 `protobuf:"varint,1,opt,name=read,proto3" json:"read,omitempty"`      // its number
+	Index         uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`    // the commit index
+	Code          uint32                 `protobuf:"varint,3,opt,name=code,proto3" json:"code,omitempty"`      // of gRPC. FAILED_PRECONDITION: this replica does not lead.
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // in words, if not OK
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReadIndex) Reset() {
+	*x = ReadIndex{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReadIndex) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReadIndex) ProtoMessage() {}
+
+func (x *ReadIndex) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReadIndex.ProtoReflect.Descriptor instead.
+func (*ReadIndex) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ReadIndex) GetRead() uint64 {
+	if x != nil {
+		return x.Read
+	}
+	return 0
+}
+
+func (x *ReadIndex) GetIndex() uint64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *ReadIndex) GetCode() uint32 {
+	if x != nil {
+		return x.Code
+	}
+	return 0
+}
+
+func (x *ReadIndex) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
 }
 
 type SessionsRequest struct {
@@ -232,7 +339,7 @@ type SessionsRequest struct {
 
 func (x *SessionsRequest) Reset() {
 	*x = SessionsRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[4]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -244,7 +351,7 @@ func (x *SessionsRequest) String() string {
 func (*SessionsRequest) ProtoMessage() {}
 
 func (x *SessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[4]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -257,7 +364,7 @@ func (x *SessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionsRequest.ProtoReflect.Descriptor instead.
 func (*SessionsRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{5}
 }
 
 type SessionsResponse struct {
@@ -272,7 +379,7 @@ type SessionsResponse struct {
 
 func (x *SessionsResponse) Reset() {
 	*x = SessionsResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -284,7 +391,7 @@ func (x *SessionsResponse) String() string {
 func (*SessionsResponse) ProtoMessage() {}
 
 func (x *SessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -297,7 +404,7 @@ func (x *SessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionsResponse.ProtoReflect.Descriptor instead.
 func (*SessionsResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{5}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SessionsResponse) GetFull() bool {
@@ -338,7 +445,7 @@ type ProbeRequest struct {
 
 func (x *ProbeRequest) Reset() {
 	*x = ProbeRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -350,7 +457,7 @@ func (x *ProbeRequest) String() string {
 func (*ProbeRequest) ProtoMessage() {}
 
 func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -363,7 +470,7 @@ func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
 func (*ProbeRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{6}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ProbeRequest) GetNodeName() string {
@@ -390,7 +497,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -402,7 +509,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -415,7 +522,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{7}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ProbeResponse) GetAlive() bool {
@@ -440,7 +547,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -452,7 +559,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -465,7 +572,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{8}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{9}
 }
 
 type StatusResponse struct {
@@ -492,7 +599,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -504,7 +611,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -517,7 +624,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{9}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *StatusResponse) GetName() string {
@@ -644,7 +751,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +763,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +776,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{10}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Member) GetName() string {
@@ -705,19 +812,29 @@ var File_timonel_v1_cluster_proto protoreflect.FileDescriptor
 const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18timonel/v1/cluster.proto\x12\n" +
-	"timonel.v1\x1a\x16timonel/v1/agent.proto\"]\n" +
-	"\x0eProposeRequest\x12\x1d\n" +
+	"timonel.v1\x1a\x16timonel/v1/agent.proto\"Z\n" +
+	"\x0eForwardRequest\x122\n" +
+	"\tproposals\x18\x01 \x03(\v2\x14.timonel.v1.ProposalR\tproposals\x12\x14\n" +
+	"\x05reads\x18\x02 \x03(\x04R\x05reads\"W\n" +
+	"\bProposal\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x18\n" +
 	"\acommand\x18\x02 \x01(\fR\acommand\x12\x12\n" +
-	"\x04term\x18\x03 \x01(\x04R\x04term\";\n" +
-	"\x0fProposeResponse\x12\x14\n" +
-	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
-	"\x04term\x18\x02 \x01(\x04R\x04term\"\x12\n" +
-	"\x10ReadIndexRequest\"=\n" +
-	"\x11ReadIndexResponse\x12\x14\n" +
-	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x12\n" +
-	"\x04term\x18\x02 \x01(\x04R\x04term\"\x11\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\"p\n" +
+	"\x0fForwardResponse\x120\n" +
+	"\bproposed\x18\x01 \x03(\v2\x14.timonel.v1.ProposedR\bproposed\x12+\n" +
+	"\x05reads\x18\x02 \x03(\v2\x15.timonel.v1.ReadIndexR\x05reads\"m\n" +
+	"\bProposed\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x01 \x01(\fR\trequestId\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04code\x18\x03 \x01(\rR\x04code\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"c\n" +
+	"\tReadIndex\x12\x12\n" +
+	"\x04read\x18\x01 \x01(\x04R\x04read\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
+	"\x04code\x18\x03 \x01(\rR\x04code\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"\x11\n" +
 	"\x0fSessionsRequest\"j\n" +
 	"\x10SessionsResponse\x12\x12\n" +
 	"\x04full\x18\x01 \x01(\bR\x04full\x12\x14\n" +
@@ -755,10 +872,9 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x14\n" +
-	"\x05state\x18\x04 \x01(\tR\x05state2\x99\x01\n" +
-	"\tConsensus\x12B\n" +
-	"\aPropose\x12\x1a.timonel.v1.ProposeRequest\x1a\x1b.timonel.v1.ProposeResponse\x12H\n" +
-	"\tReadIndex\x12\x1c.timonel.v1.ReadIndexRequest\x1a\x1d.timonel.v1.ReadIndexResponse2\x81\x02\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state2S\n" +
+	"\tConsensus\x12F\n" +
+	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\x81\x02\n" +
 	"\x05Peers\x12G\n" +
 	"\bSessions\x12\x1b.timonel.v1.SessionsRequest\x1a\x1c.timonel.v1.SessionsResponse0\x01\x12<\n" +
 	"\x05Probe\x12\x18.timonel.v1.ProbeRequest\x1a\x19.timonel.v1.ProbeResponse\x120\n" +
@@ -777,40 +893,42 @@ func file_timonel_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_cluster_proto_rawDescData
 }
 
-var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_timonel_v1_cluster_proto_goTypes = []any{
-	(*ProposeRequest)(nil),    // 0: timonel.v1.ProposeRequest
-	(*ProposeResponse)(nil),   // 1: timonel.v1.ProposeResponse
-	(*ReadIndexRequest)(nil),  // 2: timonel.v1.ReadIndexRequest
-	(*ReadIndexResponse)(nil), // 3: timonel.v1.ReadIndexResponse
-	(*SessionsRequest)(nil),   // 4: timonel.v1.SessionsRequest
-	(*SessionsResponse)(nil),  // 5: timonel.v1.SessionsResponse
-	(*ProbeRequest)(nil),      // 6: timonel.v1.ProbeRequest
-	(*ProbeResponse)(nil),     // 7: timonel.v1.ProbeResponse
-	(*StatusRequest)(nil),     // 8: timonel.v1.StatusRequest
-	(*StatusResponse)(nil),    // 9: timonel.v1.StatusResponse
-	(*Member)(nil),            // 10: timonel.v1.Member
-	(*Chunk)(nil),             // 11: timonel.v1.Chunk
+	(*ForwardRequest)(nil),   // 0: timonel.v1.ForwardRequest
+	(*Proposal)(nil),         // 1: timonel.v1.Proposal
+	(*ForwardResponse)(nil),  // 2: timonel.v1.ForwardResponse
+	(*Proposed)(nil),         // 3: timonel.v1.Proposed
+	(*ReadIndex)(nil),        // 4: timonel.v1.ReadIndex
+	(*SessionsRequest)(nil),  // 5: timonel.v1.SessionsRequest
+	(*SessionsResponse)(nil), // 6: timonel.v1.SessionsResponse
+	(*ProbeRequest)(nil),     // 7: timonel.v1.ProbeRequest
+	(*ProbeResponse)(nil),    // 8: timonel.v1.ProbeResponse
+	(*StatusRequest)(nil),    // 9: timonel.v1.StatusRequest
+	(*StatusResponse)(nil),   // 10: timonel.v1.StatusResponse
+	(*Member)(nil),           // 11: timonel.v1.Member
+	(*Chunk)(nil),            // 12: timonel.v1.Chunk
 }
 var file_timonel_v1_cluster_proto_depIdxs = []int32{
-	10, // 0: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
-	0,  // 1: timonel.v1.Consensus.Propose:input_type -> timonel.v1.ProposeRequest
-	2,  // 2: timonel.v1.Consensus.ReadIndex:input_type -> timonel.v1.ReadIndexRequest
-	4,  // 3: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
-	6,  // 4: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
-	11, // 5: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
-	8,  // 6: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
-	1,  // 7: timonel.v1.Consensus.Propose:output_type -> timonel.v1.ProposeResponse
-	3,  // 8: timonel.v1.Consensus.ReadIndex:output_type -> timonel.v1.ReadIndexResponse
-	5,  // 9: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
-	7,  // 10: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
-	11, // 11: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
-	9,  // 12: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
-	7,  // [7:13] is the sub-list for method output_type
-	1,  // [1:7] is the sub-list for method input_type
-	1,  // [1:1] is the sub-list for extension type_name
-	1,  // [1:1] is the sub-list for extension extendee
-	0,  // [0:1] is the sub-list for field type_name
+	1,  // 0: timonel.v1.ForwardRequest.proposals:type_name -> timonel.v1.Proposal
+	3,  // 1: timonel.v1.ForwardResponse.proposed:type_name -> timonel.v1.Proposed
+	4,  // 2: timonel.v1.ForwardResponse.reads:type_name -> timonel.v1.ReadIndex
+	11, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
+	0,  // 4: timonel.v1.Consensus.Forward:input_type -> timonel.v1.ForwardRequest
+	5,  // 5: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
+	7,  // 6: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
+	12, // 7: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
+	9,  // 8: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
+	2,  // 9: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
+	6,  // 10: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
+	8,  // 11: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
+	12, // 12: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
+	10, // 13: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
+	9,  // [9:14] is the sub-list for method output_type
+	4,  // [4:9] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_cluster_proto_init() }
@@ -825,7 +943,7 @@ func file_timonel_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_cluster_proto_rawDesc), len(file_timonel_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -22,8 +22,7 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Consensus_Propose_FullMethodName   = "/timonel.v1.Consensus/Propose"
-	Consensus_ReadIndex_FullMethodName = "/timonel.v1.Consensus/ReadIndex"
+	Consensus_Forward_FullMethodName = "/timonel.v1.Consensus/Forward"
 )
 
 // ConsensusClient is the client API for Consensus service.
@@ -32,12 +31,10 @@ const (
 //
 // Consensus is one replica's end for forwarded writes and reads.
 type ConsensusClient interface {
-	// Propose appends a command to the leader's log. FAILED_PRECONDITION: this
-	// replica does not lead, nothing was appended. UNAVAILABLE: outcome unknown.
-	Propose(ctx context.Context, in *ProposeRequest, opts ...grpc.CallOption) (*ProposeResponse, error)
-	// ReadIndex confirms leadership with a quorum and returns the commit index
-	// that a linearizable read has to wait for.
-	ReadIndex(ctx context.Context, in *ReadIndexRequest, opts ...grpc.CallOption) (*ReadIndexResponse, error)
+	// Forward takes writes and reads for the leader and answers each when it is
+	// done, in any order. What has no answer when the stream ends has an unknown
+	// outcome.
+	Forward(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ForwardRequest, ForwardResponse], error)
 }
 
 type consensusClient struct {
@@ -48,25 +45,18 @@ func NewConsensusClient(cc grpc.ClientConnInterface) ConsensusClient {
 	return &consensusClient{cc}
 }
 
-func (c *consensusClient) Propose(ctx context.Context, in *ProposeRequest, opts ...grpc.CallOption) (*ProposeResponse, error) {
+func (c *consensusClient) Forward(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ForwardRequest, ForwardResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ProposeResponse)
-	err := c.cc.Invoke(ctx, Consensus_Propose_FullMethodName, in, out, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Consensus_ServiceDesc.Streams[0], Consensus_Forward_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	return out, nil
+	x := &grpc.GenericClientStream[ForwardRequest, ForwardResponse]{ClientStream: stream}
+	return x, nil
 }
 
-func (c *consensusClient) ReadIndex(ctx context.Context, in *ReadIndexRequest, opts ...grpc.CallOption) (*ReadIndexResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ReadIndexResponse)
-	err := c.cc.Invoke(ctx, Consensus_ReadIndex_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Consensus_ForwardClient = grpc.BidiStreamingClient[ForwardRequest, ForwardResponse]
 
 // ConsensusServer is the server API for Consensus service.
 // All implementations must embed UnimplementedConsensusServer
@@ -74,12 +64,10 @@ func (c *consensusClient) ReadIndex(ctx context.Context, in *ReadIndexRequest, o
 //
 // Consensus is one replica's end for forwarded writes and reads.
 type ConsensusServer interface {
-	// Propose appends a command to the leader's log. FAILED_PRECONDITION: this
-	// replica does not lead, nothing was appended. UNAVAILABLE: outcome unknown.
-	Propose(context.Context, *ProposeRequest) (*ProposeResponse, error)
-	// ReadIndex confirms leadership with a quorum and returns the commit index
-	// that a linearizable read has to wait for.
-	ReadIndex(context.Context, *ReadIndexRequest) (*ReadIndexResponse, error)
+	// Forward takes writes and reads for the leader and answers each when it is
+	// done, in any order. What has no answer when the stream ends has an unknown
+	// outcome.
+	Forward(grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]) error
 	mustEmbedUnimplementedConsensusServer()
 }
 
@@ -90,11 +78,8 @@ type ConsensusServer interface {
 // pointer dereference when methods are called.
 type UnimplementedConsensusServer struct{}
 
-func (UnimplementedConsensusServer) Propose(context.Context, *ProposeRequest) (*ProposeResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method Propose not implemented")
-}
-func (UnimplementedConsensusServer) ReadIndex(context.Context, *ReadIndexRequest) (*ReadIndexResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method ReadIndex not implemented")
+func (UnimplementedConsensusServer) Forward(grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]) error {
+	return status.Error(codes.Unimplemented, "method Forward not implemented")
 }
 func (UnimplementedConsensusServer) mustEmbedUnimplementedConsensusServer() {}
 func (UnimplementedConsensusServer) testEmbeddedByValue()                   {}
@@ -117,41 +102,12 @@ func RegisterConsensusServer(s grpc.ServiceRegistrar, srv ConsensusServer) {
 	s.RegisterService(&Consensus_ServiceDesc, srv)
 }
 
-func _Consensus_Propose_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ProposeRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(ConsensusServer).Propose(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Consensus_Propose_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(ConsensusServer).Propose(ctx, req.(*ProposeRequest))
-	}
-	return interceptor(ctx, in, info, handler)
+func _Consensus_Forward_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(ConsensusServer).Forward(&grpc.GenericServerStream[ForwardRequest, ForwardResponse]{ServerStream: stream})
 }
 
-func _Consensus_ReadIndex_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ReadIndexRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(ConsensusServer).ReadIndex(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Consensus_ReadIndex_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(ConsensusServer).ReadIndex(ctx, req.(*ReadIndexRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Consensus_ForwardServer = grpc.BidiStreamingServer[ForwardRequest, ForwardResponse]
 
 // Consensus_ServiceDesc is the grpc.ServiceDesc for Consensus service.
 // It's only intended for direct use with grpc.RegisterService,
@@ -159,17 +115,15 @@ func _Consensus_ReadIndex_Handler(srv interface{}, ctx context.Context, dec func
 var Consensus_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "timonel.v1.Consensus",
 	HandlerType: (*ConsensusServer)(nil),
-	Methods: []grpc.MethodDesc{
+	Methods:     []grpc.MethodDesc{},
+	Streams: []grpc.StreamDesc{
 		{
-			MethodName: "Propose",
-			Handler:    _Consensus_Propose_Handler,
-		},
-		{
-			MethodName: "ReadIndex",
-			Handler:    _Consensus_ReadIndex_Handler,
+			StreamName:    "Forward",
+			Handler:       _Consensus_Forward_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
 	Metadata: "timonel/v1/cluster.proto",
 }
 
