@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 
+	"github.com/hashicorp/raft"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -17,6 +18,9 @@ import (
 type forwarder struct {
 	ctx  context.Context // ends with the replica
 	open func(ctx context.Context, to string) (pb.Consensus_ForwardClient, error)
+	// learn is told with each answer what the leader has committed.
+	learn func(from string, a *pb.ForwardResponse)
+	id    string // of this replica
 
 	mu   sync.Mutex
 	link *link
@@ -72,7 +76,7 @@ func (f *forwarder) toLeader(id string) *link {
 		var rest []outgoing
 		stream, err := f.open(ctx, id)
 		if err == nil {
-			rest, err = l.run(ctx, stream)
+			rest, err = l.run(ctx, stream, f.id, f.learn)
 		}
 		l.end(rest, err)
 	}()
@@ -86,6 +90,23 @@ func (r *Replica) openForward(ctx context.Context, to string) (pb.Consensus_Forw
 		return nil, status.Error(codes.Unavailable, err.Error())
 	}
 	return pb.NewConsensusClient(conn).Forward(ctx)
+}
+
+// learnCommit has Raft know what the leader has committed.
+func (r *Replica) learnCommit(from string, a *pb.ForwardResponse) {
+	node := r.node.Load()
+	if node == nil || a.CommitIndex <= node.CommitIndex() {
+		return
+	}
+	addr, id := node.LeaderWithID()
+	if string(id) != from {
+		return
+	}
+	r.trans.learn(&raft.AppendEntriesRequest{
+		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(addr)},
+		Term:      a.Term, Leader: []byte(addr),
+		PrevLogEntry: a.CommitIndex, PrevLogTerm: a.CommitTerm, LeaderCommitIndex: a.CommitIndex,
+	})
 }
 
 // propose forwards a proposal. One answer comes, unless forget is called before.
@@ -138,9 +159,9 @@ func (f *forwarder) readIndex(ctx context.Context, to string) (uint64, error) {
 
 // run sends what is put out, until the stream or ctx ends. It returns what it has
 // taken and not sent, and why it ended.
-func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient) ([]outgoing, error) {
+func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient, from string, learn func(string, *pb.ForwardResponse)) ([]outgoing, error) {
 	received := make(chan error, 1)
-	go func() { received <- l.receive(stream) }() // ends with the stream, and so with ctx
+	go func() { received <- l.receive(stream, learn) }() // ends with the stream, and so with ctx
 	for {
 		select {
 		case <-l.out.wake:
@@ -150,7 +171,8 @@ func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient) ([]ou
 			return nil, context.Cause(ctx)
 		}
 		for rest := l.out.take(); len(rest) > 0; {
-			req, n := new(pb.ForwardRequest), 0
+			req, n := &pb.ForwardRequest{From: from}, 0
+			from = ""
 			for size := 0; n < len(rest); n++ {
 				p := rest[n].proposal
 				if p == nil {
@@ -171,11 +193,14 @@ func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient) ([]ou
 }
 
 // receive gives the leader's answers to who waits for them.
-func (l *link) receive(stream pb.Consensus_ForwardClient) error {
+func (l *link) receive(stream pb.Consensus_ForwardClient, learn func(string, *pb.ForwardResponse)) error {
 	for {
 		resp, err := stream.Recv()
 		if err != nil {
 			return err
+		}
+		if resp.Term != 0 {
+			learn(l.to, resp)
 		}
 		l.mu.Lock()
 		for _, a := range resp.Proposed {

@@ -1,14 +1,19 @@
 package consensus
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"encoding/gob"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"go.etcd.io/bbolt"
 )
 
 // recover runs Recover on a replica's folder.
@@ -136,4 +141,107 @@ func TestRecoverRefuses(t *testing.T) {
 	}
 	c.start(removed)
 	c.waitRoles(removed + " voter")
+}
+
+// contents is digest with names relative to dir, and with what the bolt log holds
+// in place of its bytes: each opening begins a new generation of its journal.
+func contents(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	for file, sum := range digest(t, dir) {
+		name, err := filepath.Rel(dir, file)
+		must(t, err)
+		if out[name] = sum; name != logFile {
+			continue
+		}
+		h := sha256.New()
+		db, err := bbolt.Open(file, 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
+		must(t, err)
+		must(t, db.View(func(tx *bbolt.Tx) error {
+			return tx.ForEach(func(bucket []byte, b *bbolt.Bucket) error {
+				return b.ForEach(func(k, v []byte) error {
+					if !bytes.Equal(k, journalKey) {
+						fmt.Fprintf(h, "%q %q %q\n", bucket, k, v)
+					}
+					return nil
+				})
+			})
+		}))
+		must(t, db.Close())
+		out[name] = fmt.Sprintf("%x", h.Sum(nil))
+	}
+	return out
+}
+
+func TestRecoverNonVoter(t *testing.T) { forLogStores(t, testRecoverNonVoter) }
+
+func testRecoverNonVoter(t *testing.T, c *cluster) {
+	smallSnapshots(c)
+	small := c.tune
+	c.tune = func(cfg *Config) {
+		small(cfg)
+		cfg.StabilizationTime = time.Hour // nobody is promoted
+	}
+	c.startAll(3)
+	n := c.start("c4")
+	c.waitRoles("c1 voter, c2 voter, c3 voter, c4 non-voter")
+	for i := range 50 { // a snapshot, and entries after it
+		c.leader().put(t, fmt.Sprint(i), "x")
+	}
+	c.leader().put(t, "k", "kept")
+	must(t, n.ReadBarrier(t.Context()))
+	for _, id := range []string{"c1", "c2", "c3", "c4"} {
+		c.kill(id)
+	}
+	dir := filepath.Join(c.dir, "c4")
+	before := contents(t, dir)
+	requireUnchanged := func(after string) {
+		t.Helper()
+		if got := contents(t, dir); !maps.Equal(got, before) {
+			t.Errorf("after %s the folder holds\n%v, before\n%v", after, got, before)
+		}
+		if beside, _ := filepath.Glob(dir + "?*"); len(beside) > 0 {
+			t.Errorf("%s left %v", after, beside)
+		}
+	}
+	for _, dry := range []bool{true, false} {
+		out, err := c.recover("c4", func(r *RecoverConfig) { r.DryRun = dry })
+		if err == nil {
+			t.Fatalf("a non-voter was recovered (dry run: %v): %+v", dry, out)
+		}
+		for _, w := range []string{dir, "replica c4 was not a voter", "recover a voter, or give --force"} {
+			if !strings.Contains(err.Error(), w) {
+				t.Errorf("error %q lacks %q", err, w)
+			}
+		}
+		requireUnchanged("a refusal")
+	}
+	dry, err := c.recover("c4", func(r *RecoverConfig) { r.Force, r.DryRun = true, true })
+	must(t, err)
+	requireUnchanged("a dry run with force")
+	votes := map[string]bool{}
+	for _, m := range dry.Members {
+		votes[m.ID] = m.Voter
+	}
+	if !maps.Equal(votes, map[string]bool{"c1": true, "c2": true, "c3": true, "c4": false}) {
+		t.Errorf("members of the lost cluster: %+v", dry.Members)
+	}
+	out, err := c.recover("c4", func(r *RecoverConfig) { r.Force = true })
+	must(t, err)
+	if out.ID != "c4" || out.Index < 51 || out.Index != dry.Index || out.Term != dry.Term || out.Kept == "" {
+		t.Errorf("%+v, and the dry run %+v", out, dry)
+	}
+	if got := contents(t, out.Kept); !maps.Equal(got, before) {
+		t.Errorf("the folder that was kept holds\n%v, before\n%v", got, before)
+	}
+	n = c.start("c4")
+	c.waitRoles("c4 voter")
+	if id, _, _ := n.Leader(); id != "c4" {
+		t.Errorf("%q leads", id)
+	}
+	if n.fsm.get("k") != "kept" || n.fsm.get("0") != "x" || n.fsm.get("49") != "x" {
+		t.Errorf("the recovered state: %v", n.fsm.state())
+	}
+	n.put(t, "k", "new")
+	must(t, n.ReadBarrier(t.Context()))
 }

@@ -95,7 +95,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	r.local.round, r.remote.round = r.confirmLead, r.askReadIndex
 	r.deduper.keep = 2 * cfg.ProposeTimeout
-	r.forward = forwarder{ctx: r.ctx, open: r.openForward}
+	r.forward = forwarder{ctx: r.ctx, id: cfg.ID, open: r.openForward, learn: r.learnCommit}
 	defer func() {
 		if err != nil {
 			r.cancel()

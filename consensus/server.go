@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -29,12 +31,16 @@ type consensusServer struct {
 // Forward implements the Consensus service.
 func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 	answers, ended := newOutbox[*pb.ForwardResponse](), make(chan struct{})
+	var from atomic.Pointer[string]
 	go func() { // ends with the stream
 		defer close(ended)
 		for {
 			req, err := stream.Recv()
 			if err != nil {
 				return
+			}
+			if req.From != "" {
+				from.Store(&req.From)
 			}
 			s.r.takeForwarded(stream.Context(), req, answers.add)
 		}
@@ -52,8 +58,15 @@ func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 			all.Proposed = append(all.Proposed, a.Proposed...)
 			all.Reads = append(all.Reads, a.Reads...)
 		}
+		if l, node := s.r.leads.get(), s.r.node.Load(); l != nil && node != nil {
+			all.Term = l.term
+			all.CommitIndex, all.CommitTerm = s.r.trans.position()
+		}
 		if err := stream.Send(all); err != nil {
 			return err
+		}
+		if id := from.Load(); id != nil && all.Term != 0 {
+			s.r.trans.told(raft.ServerID(*id), all.Term, all.CommitIndex)
 		}
 	}
 }
@@ -118,6 +131,9 @@ func (r *Replica) readIndex(ctx context.Context) (uint64, error) {
 		return 0, status.Errorf(codes.FailedPrecondition, "replica %s does not lead", r.cfg.ID)
 	}
 	index, err := r.local.join(ctx)
+	if err == nil { // the answer then says that it is committed
+		err = r.machine.waitApplied(ctx, index)
+	}
 	switch {
 	case errors.Is(err, ErrNotLeader):
 		return 0, status.Error(codes.FailedPrecondition, err.Error())

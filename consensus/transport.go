@@ -17,9 +17,11 @@ import (
 // Commit notices: Raft's leader tells followers a new commit index with the
 // next entries, or after CommitTimeout, so a lone write would reach followers'
 // state machines some 50 ms late. The transport sees which entries each
-// follower has acknowledged and, when the leader has applied one and nothing
-// else is on its way to a follower that has it, sends that follower an
-// AppendEntries without entries, as the leader itself might.
+// follower has acknowledged and, when the leader has applied one, nothing
+// else is on its way to a follower that has it, and no entry comes within
+// noticeDelay, sends that follower an AppendEntries without entries, as the leader
+// itself might. A follower at which somebody waits is told sooner, with what answers
+// what it forwarded: see learn.
 //
 // Patience with a follower that is down: see awaitPeer.
 //
@@ -34,6 +36,8 @@ type transport struct {
 	wire
 	rpcs  chan raft.RPC
 	beats chan raft.RPC // heartbeats that are answered already
+	// commits is for messages about commits that came another way.
+	commits chan *raft.AppendEntriesRequest
 	// leads reports that this replica leads the term and the peer is a member.
 	leads func(term uint64, id raft.ServerID) bool
 	// holds reports that a snapshot sent to this replica brings nothing new.
@@ -61,8 +65,12 @@ type transport struct {
 	commit    uint64 // last index that this replica applied
 	term      uint64 // and its term
 	followers map[raft.ServerID]*follower
-	reached   map[raft.ServerID]time.Time // last heartbeat that was answered
-	stopping  bool
+	// known is the last message about commits that came another way, passed the last
+	// index of the entries that were given to Raft after it.
+	known    *raft.AppendEntriesRequest
+	passed   uint64
+	reached  map[raft.ServerID]time.Time // last heartbeat that was answered
+	stopping bool
 }
 
 // follower is what the transport knows of one follower in the term of this
@@ -84,7 +92,7 @@ func newTransport(inner wire) *transport {
 		holds:        func(*raft.InstallSnapshotRequest) bool { return false },
 		contradicted: func() (uint64, uint64) { return 0, 0 }, shorten: func(*raft.AppendEntriesRequest) {},
 		durable: func() uint64 { return math.MaxUint64 }, flush: func() error { return nil },
-		follows: func(*raft.AppendEntriesRequest) (uint64, bool) { return 0, false }, beats: make(chan raft.RPC, 1),
+		follows: func(*raft.AppendEntriesRequest) (uint64, bool) { return 0, false }, beats: make(chan raft.RPC, 1), commits: make(chan *raft.AppendEntriesRequest, 1),
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
@@ -123,23 +131,75 @@ func (t *transport) beat(rpc raft.RPC) {
 	}
 }
 
-// passHeartbeats gives the main loop heartbeats that are answered already.
+// passHeartbeats gives the main loop heartbeats that are answered already, and what
+// was learned about commits.
 func (t *transport) passHeartbeats() {
 	defer t.wg.Done()
 	for {
+		var rpc raft.RPC
 		select {
-		case rpc := <-t.beats:
-			if _, ok := t.follows(rpc.Command.(*raft.AppendEntriesRequest)); !ok {
-				continue // it does not any more
-			}
-			select {
-			case t.rpcs <- rpc:
-			case <-t.ctx.Done():
-				return
-			}
+		case rpc = <-t.beats:
+		case req := <-t.commits:
+			rpc = raft.RPC{Command: req, RespChan: make(chan raft.RPCResponse, 1)}
 		case <-t.ctx.Done():
 			return
 		}
+		if _, ok := t.follows(rpc.Command.(*raft.AppendEntriesRequest)); !ok {
+			continue // it does not any more
+		}
+		select {
+		case t.rpcs <- rpc:
+		case <-t.ctx.Done():
+			return
+		}
+	}
+}
+
+// learn takes in what the leader has committed, as the message that it would send,
+// which came with an answer to something else. It may come before the entry itself
+// does: see raise.
+func (t *transport) learn(req *raft.AppendEntriesRequest) {
+	last, ok := t.follows(req)
+	t.mu.Lock()
+	if t.known == nil || t.known.Term < req.Term || t.known.Term == req.Term && t.known.LeaderCommitIndex < req.LeaderCommitIndex {
+		t.known = req
+	}
+	ready := ok && max(last, t.passed) >= req.PrevLogEntry
+	t.mu.Unlock()
+	if !ready {
+		return
+	}
+	select {
+	case t.rpcs <- raft.RPC{Command: req, RespChan: make(chan raft.RPCResponse, 1)}:
+		return
+	default: // Raft is busy
+	}
+	for {
+		select {
+		case t.commits <- req:
+			return
+		default:
+		}
+		select {
+		case old := <-t.commits: // the later of the two will do
+			if old.Term > req.Term || old.Term == req.Term && old.LeaderCommitIndex > req.LeaderCommitIndex {
+				req = old
+			}
+		default:
+		}
+	}
+}
+
+// raise lets a message with entries say what was learned to be committed of them.
+func (t *transport) raise(req *raft.AppendEntriesRequest) {
+	if len(req.Entries) == 0 {
+		return
+	}
+	last := req.Entries[len(req.Entries)-1].Index
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.passed = last; t.known != nil && t.known.Term == req.Term && string(t.known.ID) == string(req.ID) {
+		req.LeaderCommitIndex = max(req.LeaderCommitIndex, min(t.known.LeaderCommitIndex, last))
 	}
 }
 
@@ -151,6 +211,7 @@ func (t *transport) receive() {
 		case rpc := <-t.wire.Consumer():
 			if req, ok := rpc.Command.(*raft.AppendEntriesRequest); ok {
 				t.shorten(req)
+				t.raise(req)
 				// What it may acknowledge was appended here before it was sent.
 				if err := t.flush(); err != nil {
 					rpc.Respond(nil, err)
@@ -428,6 +489,22 @@ func (t *transport) answered(id raft.ServerID, args *raft.AppendEntriesRequest, 
 	t.wake(f)
 }
 
+// position is the last entry that this replica has applied, and its term.
+func (t *transport) position() (index, term uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.commit, t.term
+}
+
+// told notes that a follower was sent a commit index another way.
+func (t *transport) told(id raft.ServerID, term, commit uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if f := t.followers[id]; f != nil && f.term == term {
+		f.told = max(f.told, commit)
+	}
+}
+
 // pipelineEnded: what is on its way to a follower has no answer.
 func (t *transport) pipelineEnded(id raft.ServerID) {
 	t.mu.Lock()
@@ -463,12 +540,23 @@ func (t *transport) wake(f *follower) {
 	}
 }
 
+// noticeDelay is how long a commit notice waits for entries that would bring it.
+const noticeDelay = 2 * time.Millisecond
+
 // notices sends one follower its commit notices.
 func (t *transport) notices(id raft.ServerID, f *follower) {
 	defer t.wg.Done()
+	delay := time.NewTimer(0)
+	defer delay.Stop()
 	for {
 		select {
 		case <-f.wake:
+		case <-t.ctx.Done():
+			return
+		}
+		delay.Reset(noticeDelay)
+		select {
+		case <-delay.C:
 		case <-t.ctx.Done():
 			return
 		}

@@ -10,10 +10,16 @@ import (
 	"sync"
 
 	"github.com/tidwall/btree"
+	"golang.org/x/time/rate"
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/state"
 )
+
+// A snapshot is published for each change until there are more than publishBurst in a
+// row, then publishRate in a second: each copies parts of the trees, and wakes all who
+// wait for it, so that under load many changes share one.
+const publishRate, publishBurst = rate.Limit(200), 32
 
 // changesKept is how many changes Changes can look back.
 const changesKept = 16384
@@ -204,7 +210,11 @@ func (c *Cache) follow(ctx context.Context) error {
 	}
 	defer w.Close()
 	c.publish(view.Revision(), c.load(view))
+	pace := rate.NewLimiter(publishRate, publishBurst)
 	for {
+		if err := pace.Wait(ctx); err != nil {
+			return err
+		}
 		events, err := w.Next(ctx)
 		if err != nil {
 			return err

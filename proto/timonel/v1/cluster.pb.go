@@ -26,6 +26,7 @@ const (
 
 type ForwardRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
+	From      string                 `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"` // the replica that forwards; in the first message
 	Proposals []*Proposal            `protobuf:"bytes,1,rep,name=proposals,proto3" json:"proposals,omitempty"`
 	// Reads asks for a commit index that a linearizable read has to wait for, after
 	// leadership was confirmed with a quorum. Each number names one such round.
@@ -62,6 +63,13 @@ func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
 func (*ForwardRequest) Descriptor() ([]byte, []int) {
 	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ForwardRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
 }
 
 func (x *ForwardRequest) GetProposals() []*Proposal {
@@ -140,9 +148,15 @@ func (x *Proposal) GetTerm() uint64 {
 }
 
 type ForwardResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Proposed      []*Proposed            `protobuf:"bytes,1,rep,name=proposed,proto3" json:"proposed,omitempty"`
-	Reads         []*ReadIndex           `protobuf:"bytes,2,rep,name=reads,proto3" json:"reads,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Proposed []*Proposed            `protobuf:"bytes,1,rep,name=proposed,proto3" json:"proposed,omitempty"`
+	Reads    []*ReadIndex           `protobuf:"bytes,2,rep,name=reads,proto3" json:"reads,omitempty"`
+	// What is committed, as in Raft's AppendEntries, for the one who waits for it not
+	// to have to wait for that: the leader's term, the last entry that it has applied,
+	// and that entry's term. Zeros when it does not lead.
+	Term          uint64 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
+	CommitIndex   uint64 `protobuf:"varint,4,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
+	CommitTerm    uint64 `protobuf:"varint,5,opt,name=commit_term,json=commitTerm,proto3" json:"commit_term,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -189,6 +203,27 @@ func (x *ForwardResponse) GetReads() []*ReadIndex {
 		return x.Reads
 	}
 	return nil
+}
+
+func (x *ForwardResponse) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *ForwardResponse) GetCommitIndex() uint64 {
+	if x != nil {
+		return x.CommitIndex
+	}
+	return 0
+}
+
+func (x *ForwardResponse) GetCommitTerm() uint64 {
+	if x != nil {
+		return x.CommitTerm
+	}
+	return 0
 }
 
 // Proposed says what became of a proposal.
@@ -812,18 +847,23 @@ var File_timonel_v1_cluster_proto protoreflect.FileDescriptor
 const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18timonel/v1/cluster.proto\x12\n" +
-	"timonel.v1\x1a\x16timonel/v1/agent.proto\"Z\n" +
-	"\x0eForwardRequest\x122\n" +
+	"timonel.v1\x1a\x16timonel/v1/agent.proto\"n\n" +
+	"\x0eForwardRequest\x12\x12\n" +
+	"\x04from\x18\x03 \x01(\tR\x04from\x122\n" +
 	"\tproposals\x18\x01 \x03(\v2\x14.timonel.v1.ProposalR\tproposals\x12\x14\n" +
 	"\x05reads\x18\x02 \x03(\x04R\x05reads\"W\n" +
 	"\bProposal\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x18\n" +
 	"\acommand\x18\x02 \x01(\fR\acommand\x12\x12\n" +
-	"\x04term\x18\x03 \x01(\x04R\x04term\"p\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\"\xc8\x01\n" +
 	"\x0fForwardResponse\x120\n" +
 	"\bproposed\x18\x01 \x03(\v2\x14.timonel.v1.ProposedR\bproposed\x12+\n" +
-	"\x05reads\x18\x02 \x03(\v2\x15.timonel.v1.ReadIndexR\x05reads\"m\n" +
+	"\x05reads\x18\x02 \x03(\v2\x15.timonel.v1.ReadIndexR\x05reads\x12\x12\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\x12!\n" +
+	"\fcommit_index\x18\x04 \x01(\x04R\vcommitIndex\x12\x1f\n" +
+	"\vcommit_term\x18\x05 \x01(\x04R\n" +
+	"commitTerm\"m\n" +
 	"\bProposed\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x14\n" +
