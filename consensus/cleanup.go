@@ -71,12 +71,26 @@ func (r *Replica) askWhetherRemoved() {
 	gen := r.generation.Load()
 	for _, a := range r.helloAll(r.ctx) {
 		if a.NotAMember && a.Generation == gen {
-			if r.removed.CompareAndSwap(false, true) {
+			if r.noteRemoved(true) {
 				r.log.Warn(r.MemberErr().Error(), "leader", a.Id)
 			}
 			return
 		}
 	}
+}
+
+// noteRemoved remembers, on disk too, whether this replica was removed, and reports
+// that it did not know.
+func (r *Replica) noteRemoved(removed bool) bool {
+	if !r.removed.CompareAndSwap(!removed, removed) {
+		return false
+	}
+	r.members.start.Lock()
+	defer r.members.start.Unlock()
+	if err := r.folder.change(func(i *identity) { i.Removed = removed }); err != nil {
+		r.log.Error("cannot note whether this replica is a member", "removed", removed, "error", err)
+	}
+	return true
 }
 
 // MemberErr says that this replica was removed from the cluster and what to do,

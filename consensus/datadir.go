@@ -43,6 +43,9 @@ type identity struct {
 	// Superseded is the later generation that the cluster is known to have: this
 	// data is of no use any more.
 	Superseded uint64 `json:"superseded,omitempty"`
+	// Removed: a leader says that this replica is not a member any more. Its own log
+	// need not.
+	Removed bool `json:"removed,omitempty"`
 	// Promise is the set this replica agreed to found the cluster with, and
 	// Promised the replica that asked.
 	Promise    []Server `json:"promise,omitempty"`

@@ -19,12 +19,14 @@
 //
 // Apply gives the command a random request id and wraps it in an entry (see
 // entry.go) that is fenced to the leader's term: in any other term no state
-// machine sees it. On a follower it goes to the leader by gRPC. Raft appends
+// machine sees it. On a follower it goes to the leader, over one gRPC stream that all
+// share (forward.go). Raft appends
 // what concurrent callers bring in one batch with one sync, on the leader and on
 // the followers at the same time (disk.StoreLogs, queue.go): the leader applies and
 // acknowledges nothing that it has not on disk itself. The reply is the result of
 // the local state machine, found by request id, so that the caller reads its own
-// write on the replica it asked.
+// write on the replica it asked: which entries are committed comes with the leader's
+// answer, sooner than Raft would tell (transport.learn).
 //
 // When a leader dies, the local log tells what became of an entry: each leader
 // opens its term with a marker, and once that is applied, an entry of an earlier
@@ -52,8 +54,11 @@
 // snapshot contradicts (disk.dropStale, transport.forget), an append or a truncation
 // that fails after the log's end was cut off (disk.StoreLogs, disk.truncate), a vote
 // cut off between its two writes (disk.Set), a transfer of leadership that never ends
-// (Replica.transfer), and heartbeats that race with the main loop
-// (transport.SetHeartbeatHandler).
+// (Replica.transfer), heartbeats that race with the main loop
+// (transport.SetHeartbeatHandler), a pipeline that waits for ever after an answer that
+// is not a success (pipeline.forward), a leader that goes by a change of members that
+// it could not append (disk.StoreLogs), and a snapshot within the log whose
+// installation forgets such a change (Replica.holdsSnapshot).
 //
 // # How a replica finds its cluster
 //

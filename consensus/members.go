@@ -162,13 +162,13 @@ func (r *Replica) upkeep() {
 			continue
 		}
 		if l := r.leads.get(); l != nil && l.isReady() {
-			r.removed.Store(false)
+			r.noteRemoved(false)
 			r.tendMembers(l)
 			r.cleanUp(l)
 		} else if _, ok := r.view(); !ok {
 			r.startOthers()
 			r.askWhetherRemoved()
-		} else if r.removed.CompareAndSwap(true, false) {
+		} else if r.noteRemoved(false) {
 			r.log.Info("this replica is a member again")
 		}
 	}

@@ -53,6 +53,7 @@ func (r *Replica) useParts(p *Parts) (started bool, err error) {
 	r.store = p.Log
 	r.snapshots = &snapshotStore{SnapshotStore: p.Snapshots}
 	r.generation.Store(r.folder.Generation)
+	r.removed.Store(r.folder.Removed)
 	r.life, _ = hex.DecodeString(r.folder.Incarnation)
 	r.useDisk()
 	last, err := r.disk.LastIndex()

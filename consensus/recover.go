@@ -54,8 +54,8 @@ type Recovery struct {
 // which are greater than any that the lost cluster can have given out.
 //
 // The new folder is made beside the old one and takes its place at once, by an
-// exchange of the two names; up to then the old one is not changed. Folders of the
-// other members are of an earlier generation: should one run again, it stops as
+// exchange of the two names; up to then the old one is as after a start and a stop.
+// Folders of the other members are of an earlier generation: should one run again, it stops as
 // soon as it meets this replica. Folders that are in use, damaged, empty or not
 // of a voter are refused.
 func Recover(c RecoverConfig, fsm FSM, write func(w io.Writer, index, term uint64) error) (Recovery, error) {
@@ -178,7 +178,7 @@ func replay(folder *dataFolder, c RecoverConfig, fsm FSM) (out Recovery, self ra
 	}
 	i := slices.IndexFunc(servers, func(s raft.Server) bool { return string(s.ID) == out.ID })
 	switch {
-	case i < 0 && !c.Force:
+	case (i < 0 || folder.Removed) && !c.Force:
 		return out, self, 0, fmt.Errorf("%s: replica %s was removed from the cluster, so others have later data: recover one of them, or give --force", c.DataDir, out.ID)
 	case i < 0:
 		self = raft.Server{ID: raft.ServerID(out.ID), Address: "127.0.0.1:7444"}

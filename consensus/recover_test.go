@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/gob"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -104,6 +105,12 @@ func TestRecoverRefuses(t *testing.T) {
 	c.waitRoles("c1 voter, c2 voter, c3 voter")
 	removed := c.followers()[0].cfg.ID
 	c.leader().change(t, removeMember, removed)
+	eventually(t, removed+" to hear that it was removed", func() error { // its log may lack it
+		if c.node(removed).MemberErr() == nil {
+			return errors.New("it has not")
+		}
+		return nil
+	})
 	for _, id := range []string{"c1", "c2", "c3"} {
 		must(t, os.MkdirAll(filepath.Join(c.dir, "nobody"), 0o700))
 		c.kill(id)

@@ -141,6 +141,7 @@ func (r *Replica) openParts() (started bool, err error) {
 		return false, err
 	}
 	r.generation.Store(r.folder.Generation)
+	r.removed.Store(r.folder.Removed)
 	r.life, _ = hex.DecodeString(r.folder.Incarnation)
 	ln := cfg.Listener
 	if ln == nil {

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -88,6 +89,7 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	m.namespace = space.Name
 	start, err := strconv.ParseInt(space.ResourceVersion, 10, 64)
 	require.NoError(t, err)
+	m.newest.Store(start)
 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -133,6 +135,7 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	})
 	stopWatching()
 	watching.Wait()
+	require.Nil(t, m.expired.Load())
 
 	checkHistory(t, m.recorder.History(), fmt.Sprintf("seed %d: faults %v", seed, faults))
 	requireSameEverywhere(t, c)
@@ -308,6 +311,8 @@ type mix struct {
 	namespace string
 	deadline  time.Time
 	recorder  history.Recorder
+	newest    atomic.Int64 // revision that a client saw
+	expired   atomic.Value // string: a revision that was said to be too old
 }
 
 // client talks to one controller and never asks twice by itself: each request is
@@ -365,9 +370,15 @@ func (m *mix) use(maps typedcorev1.ConfigMapInterface, id int, random *rand.Rand
 				delete(known, key)
 			}
 			m.recorder.End(op, outcome)
-		case p < 45:
+		case p < 42:
 			op := m.recorder.Begin(id, history.Operation{Kind: history.List, Key: epoch})
-			outcome = m.list(ctx, maps, epoch, p < 40)
+			outcome = m.list(ctx, maps, epoch, metav1.ListOptions{Limit: int64(random.IntN(2) * 50)})
+			m.recorder.End(op, outcome)
+		case p < 45:
+			// At a revision that some client saw, on any controller, maybe before this one had it.
+			at := m.newest.Load()
+			op := m.recorder.Begin(id, history.Operation{Kind: history.ListAt, Key: epoch, If: at})
+			outcome = m.list(ctx, maps, epoch, metav1.ListOptions{Limit: int64(random.IntN(2) * 50), ResourceVersion: strconv.FormatInt(at, 10), ResourceVersionMatch: metav1.ResourceVersionMatchExact})
 			m.recorder.End(op, outcome)
 		case p < 55 && known[key] != 0:
 			op := m.recorder.Begin(id, history.Operation{Kind: history.Delete, Key: key, If: known[key]})
@@ -396,21 +407,23 @@ func (m *mix) use(maps typedcorev1.ConfigMapInterface, id int, random *rand.Rand
 			m.recorder.End(op, outcome)
 		}
 		cancel()
+		if now := outcome.Revision; now > m.newest.Load() {
+			m.newest.Store(now) // another's may be a little newer
+		}
 		if outcome.Status == history.Unknown || outcome.Status == history.NoEffect {
 			time.Sleep(20 * time.Millisecond) // a client that fails does not spin
 		}
 	}
 }
 
-// list lists the keys with a prefix, by pages of two or at once.
-func (m *mix) list(ctx context.Context, maps typedcorev1.ConfigMapInterface, prefix string, paged bool) history.Outcome {
-	options := metav1.ListOptions{}
-	if paged {
-		options.Limit = 50
-	}
+// list lists the keys with a prefix, by pages if there is a limit.
+func (m *mix) list(ctx context.Context, maps typedcorev1.ConfigMapInterface, prefix string, options metav1.ListOptions) history.Outcome {
 	out := history.Outcome{Items: map[string]history.Item{}}
 	for {
 		page, err := maps.List(ctx, options)
+		if apierrors.IsResourceExpired(err) { // none is that old
+			m.expired.Store(fmt.Sprintf("a list with %+v: %v", options, err))
+		}
 		if err != nil {
 			return outcomeOf(err)
 		}
@@ -422,6 +435,7 @@ func (m *mix) list(ctx context.Context, maps typedcorev1.ConfigMapInterface, pre
 				out.Items[o.Name] = history.Item{Value: o.Data["v"], Revision: revision(o)}
 			}
 		}
+		options.ResourceVersion, options.ResourceVersionMatch = "", ""
 		if options.Continue = page.Continue; options.Continue == "" {
 			out.Status = history.OK
 			return out

@@ -51,7 +51,7 @@ func Check(h History, timeout time.Duration) *Report {
 // operations are those on single keys, as porcupine takes them.
 func operations(h History) (out []porcupine.Operation) {
 	for _, o := range h.Operations {
-		if o.Kind == List || o.Outcome.Status == NoEffect || (o.Kind == Get && o.Outcome.Status != OK) {
+		if o.Kind == List || o.Kind == ListAt || o.Outcome.Status == NoEffect || (o.Kind == Get && o.Outcome.Status != OK) {
 			continue
 		}
 		end := int64(o.Return)
@@ -148,10 +148,11 @@ type revisions struct {
 	r      *Report
 	writes []Operation            // acknowledged creates and updates, by revision
 	byKey  map[string][]Operation // the same, by key
+	seen   map[*Watch]map[string][]Event
 }
 
 func newRevisions(h History, r *Report) *revisions {
-	c := &revisions{h: h, r: r, byKey: map[string][]Operation{}}
+	c := &revisions{h: h, r: r, byKey: map[string][]Operation{}, seen: map[*Watch]map[string][]Event{}}
 	for _, o := range h.Operations {
 		if (o.Kind == Create || o.Kind == Update) && o.Outcome.Status == OK {
 			c.writes = append(c.writes, o)
@@ -188,14 +189,17 @@ func (c *revisions) order() {
 	}
 }
 
-// lists: each shows the state at its revision, which is no older than what was
-// acknowledged before it was asked for.
+// lists: each shows the state at its revision, which is the one it asked for, or no
+// older than what was acknowledged before it was called.
 func (c *revisions) lists() {
 	for _, l := range c.h.Operations {
-		if l.Kind != List || l.Outcome.Status != OK {
+		if l.Kind != List && l.Kind != ListAt || l.Outcome.Status != OK {
 			continue
 		}
 		at := l.Outcome.Revision
+		if l.Kind == ListAt && at != l.If {
+			c.violation("the list of %s asked for at revision %d is at %d", l.Key, l.If, at)
+		}
 		for key, item := range l.Outcome.Items {
 			if item.Revision > at {
 				c.violation("the list of %s at revision %d has %s at %d", l.Key, at, key, item.Revision)
@@ -207,7 +211,46 @@ func (c *revisions) lists() {
 			}
 			c.listed(l, key, writes)
 		}
+		for i := range c.h.Watches {
+			c.asWatched(l, &c.h.Watches[i])
+		}
 	}
+}
+
+// asWatched: a list has of each key what the last event that a watcher saw of it, up
+// to the list's revision, says.
+func (c *revisions) asWatched(l Operation, w *Watch) {
+	if len(w.Events) == 0 || l.Outcome.Revision > w.Events[len(w.Events)-1].Revision {
+		return // it has not seen all up to there
+	}
+	for key, events := range c.events(w) {
+		n, _ := slices.BinarySearchFunc(events, l.Outcome.Revision+1, func(e Event, rev int64) int { return cmp.Compare(e.Revision, rev) })
+		if n == 0 || !strings.HasPrefix(key, l.Key) {
+			continue
+		}
+		item, found := l.Outcome.Items[key]
+		switch e := events[n-1]; {
+		case found && e.Delete:
+			c.violation("the list of %s at revision %d has %s, which %s saw deleted at %d", l.Key, l.Outcome.Revision, key, w.Name, e.Revision)
+		case !found && !e.Delete:
+			c.violation("the list of %s at revision %d lacks %s, which %s saw written at %d", l.Key, l.Outcome.Revision, key, w.Name, e.Revision)
+		case found && (item.Value != e.Value || item.Revision != e.Revision):
+			c.violation("the list of %s at revision %d has %q of %d for %s, where %s saw %q of %d", l.Key, l.Outcome.Revision, item.Value, item.Revision, key, w.Name, e.Value, e.Revision)
+		}
+	}
+}
+
+// events are those of a watcher, by key.
+func (c *revisions) events(w *Watch) map[string][]Event {
+	if byKey, ok := c.seen[w]; ok {
+		return byKey
+	}
+	byKey := map[string][]Event{}
+	for _, e := range w.Events {
+		byKey[e.Key] = append(byKey[e.Key], e)
+	}
+	c.seen[w] = byKey
+	return byKey
 }
 
 // listed checks one key of a list.
@@ -216,7 +259,7 @@ func (c *revisions) listed(l Operation, key string, writes []Operation) {
 	for i := range writes {
 		if writes[i].Outcome.Revision <= l.Outcome.Revision {
 			last = &writes[i]
-		} else if writes[i].Return < l.Call {
+		} else if l.Kind == List && writes[i].Return < l.Call {
 			c.violation("the list of %s called at %v is at revision %d, older than %d of %s, acknowledged at %v", l.Key, l.Call, l.Outcome.Revision, writes[i].Outcome.Revision, key, writes[i].Return)
 		}
 	}

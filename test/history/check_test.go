@@ -24,6 +24,7 @@ func TestCheck(t *testing.T) {
 	listed := func(at int64, items map[string]Item) Outcome {
 		return Outcome{Status: OK, Revision: at, Items: items}
 	}
+	seen := []Event{{Key: "a", Value: "1", Revision: 5, At: 3}, {Key: "a", Value: "2", Revision: 7, At: 5}}
 	base := []Operation{op(Create, "a", "1", 0, 1, 2, wrote(5)), op(Update, "a", "2", 5, 3, 4, wrote(7))}
 	for name, tt := range map[string]struct {
 		ops    []Operation
@@ -51,6 +52,13 @@ func TestCheck(t *testing.T) {
 		"list with another value":      {ops: append(base[:2:2], op(List, "", "", 0, 5, 6, listed(7, map[string]Item{"a": {"x", 7}}))), want: "which was"},
 		"list with an item to come":    {ops: append(base[:2:2], op(List, "", "", 0, 5, 6, listed(7, map[string]Item{"a": {"3", 8}}))), want: "at 8"},
 		"list after an unknown delete": {ops: append(base[:2:2], op(Delete, "a", "", 7, 5, 6, unknown), op(List, "", "", 0, 7, 8, listed(9, nil)))},
+		"list at a revision":           {ops: append(base[:2:2], op(ListAt, "", "", 5, 5, 6, listed(5, map[string]Item{"a": {"1", 5}})))},
+		"list at another revision":     {ops: append(base[:2:2], op(ListAt, "", "", 5, 5, 6, listed(7, map[string]Item{"a": {"2", 7}}))), want: "asked for at revision 5"},
+		"list at a revision, too new":  {ops: append(base[:2:2], op(ListAt, "", "", 5, 5, 6, listed(5, map[string]Item{"a": {"2", 7}}))), want: "at 7"},
+		"list and watch":               {ops: append(base[:2:2], op(ListAt, "", "", 6, 5, 6, listed(6, map[string]Item{"a": {"1", 5}}))), events: seen},
+		"list lacks what was watched":  {ops: append(base[:2:2], op(Delete, "a", "", 7, 5, 6, unknown), op(ListAt, "", "", 7, 7, 8, listed(7, nil))), events: seen, want: "saw written at 7"},
+		"list has what was deleted":    {ops: append(base[:2:2], op(Delete, "a", "", 7, 5, 6, absent), op(ListAt, "", "", 9, 7, 8, listed(9, map[string]Item{"a": {"2", 7}}))), events: append(seen[:2:2], Event{Delete: true, Key: "a", Revision: 9, At: 6}), want: "saw deleted at 9"},
+		"list differs from the watch":  {ops: append(base[:1:1], op(Update, "a", "2", 5, 3, 4, unknown), op(ListAt, "", "", 7, 7, 8, listed(7, map[string]Item{"a": {"1", 5}}))), events: seen, want: `where w saw "2" of 7`},
 		"watch":                        {ops: base, events: []Event{{Key: "a", Value: "1", Revision: 5, At: 3}, {Key: "a", Value: "2", Revision: 7, At: 5}}},
 		"watch that lost an event":     {ops: base, events: []Event{{Key: "a", Value: "2", Revision: 7, At: 5}}, want: "did not see revision 5"},
 		"watch with an event twice":    {ops: base, events: []Event{{Key: "a", Value: "1", Revision: 5, At: 3}, {Key: "a", Value: "1", Revision: 5, At: 3}}, want: "twice"},

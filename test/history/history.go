@@ -11,13 +11,15 @@ import (
 // Kind is what an operation does.
 type Kind string
 
-// The kinds. Update and Delete are conditional on the revision in If.
+// The kinds. Update and Delete are conditional on the revision in If; ListAt lists
+// the state as it was at that revision.
 const (
 	Get    Kind = "get"
 	Create Kind = "create"
 	Update Kind = "update"
 	Delete Kind = "delete"
 	List   Kind = "list"
+	ListAt Kind = "list at"
 )
 
 // Status is what became of an operation.
@@ -55,7 +57,7 @@ type Outcome struct {
 type Operation struct {
 	Client  int           `json:"client"`
 	Kind    Kind          `json:"kind"`
-	Key     string        `json:"key"` // of a List: the prefix
+	Key     string        `json:"key"` // of a List or ListAt: the prefix
 	Value   string        `json:"value,omitempty"`
 	If      int64         `json:"if,omitempty"`
 	Call    time.Duration `json:"call"`
