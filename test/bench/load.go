@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -66,6 +67,24 @@ type timing struct {
 	calls    int
 	rate     float64 // per second
 	p50, p99 time.Duration
+	took     []time.Duration // sorted
+}
+
+// inTurn has one client of each server call, one after the other, for a time in all.
+// For one client's calls: whether its server leads must not be left to chance.
+func (l *load) inTurn(ctx context.Context, servers int, d time.Duration, call func(ctx context.Context, client int) error) (timing, error) {
+	var all timing
+	for i := range servers {
+		t, err := l.repeat(ctx, 1, d/time.Duration(servers), func(ctx context.Context, _ int) error { return call(ctx, i) })
+		if err != nil {
+			return timing{}, err
+		}
+		fmt.Fprintf(os.Stderr, "  server %d: p50 %v\n", i+1, t.p50.Round(10*time.Microsecond))
+		all.took = append(all.took, t.took...)
+		all.rate += t.rate / float64(servers)
+	}
+	all.sum()
+	return all, nil
 }
 
 // repeat has n clients call for a time.
@@ -100,9 +119,15 @@ func (l *load) repeat(ctx context.Context, n int, d time.Duration, call func(ctx
 	if failed != nil || len(all) == 0 {
 		return timing{}, fmt.Errorf("%d calls done: %w", len(all), failed)
 	}
-	elapsed := time.Since(begin)
-	slices.Sort(all)
-	return timing{len(all), float64(len(all)) / elapsed.Seconds(), all[len(all)/2], all[len(all)*99/100]}, nil
+	t := timing{rate: float64(len(all)) / time.Since(begin).Seconds(), took: all}
+	t.sum()
+	return t, nil
+}
+
+// sum fills in what follows from how long each call took.
+func (t *timing) sum() {
+	slices.Sort(t.took)
+	t.calls, t.p50, t.p99 = len(t.took), t.took[len(t.took)/2], t.took[len(t.took)*99/100]
 }
 
 // get reads one object without a resourceVersion: linearizable.
@@ -202,7 +227,9 @@ func (l *load) fanOut(ctx context.Context, d time.Duration) (timing, error) {
 		return timing{}, fmt.Errorf("watchers got %d of %d events", got, written*watchers)
 	}
 	slices.Sort(all)
-	return timing{len(all), float64(len(all)) / elapsed.Seconds(), all[len(all)/2], all[len(all)*99/100]}, nil
+	t := timing{rate: float64(len(all)) / elapsed.Seconds(), took: all}
+	t.sum()
+	return t, nil
 }
 
 // gap is the longest time between two writes that succeeded, of any of 8 clients

@@ -207,7 +207,12 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 		}
 		profiled := s.profile(ctx, o.profiles, row.name, fmt.Sprintf("profile?seconds=%d", max(1, int(o.seconds.Seconds())-1)))
 		before, own := s.cpu(), ownCPU()
-		t, err := l.repeat(ctx, row.clients, o.seconds, row.call)
+		var t timing
+		if row.clients == 1 {
+			t, err = l.inTurn(ctx, len(s.apis), o.seconds, row.call)
+		} else {
+			t, err = l.repeat(ctx, row.clients, o.seconds, row.call)
+		}
 		cpu, client := s.cpu()-before, ownCPU()-own
 		profiled()
 		if err != nil {
