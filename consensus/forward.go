@@ -105,7 +105,7 @@ func (r *Replica) learnCommit(from string, a *pb.ForwardResponse) {
 	r.trans.learn(&raft.AppendEntriesRequest{
 		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: []byte(addr)},
 		Term:      a.Term, Leader: []byte(addr),
-		PrevLogEntry: a.CommitIndex, PrevLogTerm: a.CommitTerm, LeaderCommitIndex: a.CommitIndex,
+		PrevLogEntry: a.CommitIndex, PrevLogTerm: a.Term, LeaderCommitIndex: a.CommitIndex,
 	})
 }
 

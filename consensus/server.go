@@ -58,9 +58,14 @@ func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 			all.Proposed = append(all.Proposed, a.Proposed...)
 			all.Reads = append(all.Reads, a.Reads...)
 		}
-		if l, node := s.r.leads.get(), s.r.node.Load(); l != nil && node != nil {
-			all.Term = l.term
-			all.CommitIndex, all.CommitTerm = s.r.trans.position()
+		if len(all.Proposed)+len(all.Reads) == 0 {
+			continue // they went with those before
+		}
+		// Of an entry of its own term alone, which it made: whatever this replica does
+		// by now, all up to there in the log of that term's leader is committed.
+		index, term := s.r.trans.position()
+		if l := s.r.leads.get(); l != nil && l.term == term {
+			all.Term, all.CommitIndex = term, index
 		}
 		if err := stream.Send(all); err != nil {
 			return err

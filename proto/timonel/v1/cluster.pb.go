@@ -152,11 +152,10 @@ type ForwardResponse struct {
 	Proposed []*Proposed            `protobuf:"bytes,1,rep,name=proposed,proto3" json:"proposed,omitempty"`
 	Reads    []*ReadIndex           `protobuf:"bytes,2,rep,name=reads,proto3" json:"reads,omitempty"`
 	// What is committed, as in Raft's AppendEntries, for the one who waits for it not
-	// to have to wait for that: the leader's term, the last entry that it has applied,
-	// and that entry's term. Zeros when it does not lead.
+	// to have to wait for that: the leader's term, and the last entry that it has
+	// applied, which is of that term. Zeros when there is none.
 	Term          uint64 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
 	CommitIndex   uint64 `protobuf:"varint,4,opt,name=commit_index,json=commitIndex,proto3" json:"commit_index,omitempty"`
-	CommitTerm    uint64 `protobuf:"varint,5,opt,name=commit_term,json=commitTerm,proto3" json:"commit_term,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -215,13 +214,6 @@ func (x *ForwardResponse) GetTerm() uint64 {
 func (x *ForwardResponse) GetCommitIndex() uint64 {
 	if x != nil {
 		return x.CommitIndex
-	}
-	return 0
-}
-
-func (x *ForwardResponse) GetCommitTerm() uint64 {
-	if x != nil {
-		return x.CommitTerm
 	}
 	return 0
 }
@@ -856,14 +848,12 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x18\n" +
 	"\acommand\x18\x02 \x01(\fR\acommand\x12\x12\n" +
-	"\x04term\x18\x03 \x01(\x04R\x04term\"\xc8\x01\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\"\xa7\x01\n" +
 	"\x0fForwardResponse\x120\n" +
 	"\bproposed\x18\x01 \x03(\v2\x14.timonel.v1.ProposedR\bproposed\x12+\n" +
 	"\x05reads\x18\x02 \x03(\v2\x15.timonel.v1.ReadIndexR\x05reads\x12\x12\n" +
 	"\x04term\x18\x03 \x01(\x04R\x04term\x12!\n" +
-	"\fcommit_index\x18\x04 \x01(\x04R\vcommitIndex\x12\x1f\n" +
-	"\vcommit_term\x18\x05 \x01(\x04R\n" +
-	"commitTerm\"m\n" +
+	"\fcommit_index\x18\x04 \x01(\x04R\vcommitIndex\"m\n" +
 	"\bProposed\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x14\n" +
