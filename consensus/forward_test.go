@@ -149,3 +149,16 @@ func TestForwardShares(t *testing.T) {
 		}
 	}
 }
+
+// A replica that has no data yet, and no Raft, answers that it does not lead.
+func TestForwardToOneWithoutData(t *testing.T) {
+	t.Parallel()
+	f := forwardTo(t, (&consensusServer{r: &Replica{ctx: t.Context()}}).Forward)
+	answer, _ := f.propose("c2", newProposal(0))
+	if a := answerOf(t, answer); status.Code(a.err) != codes.FailedPrecondition {
+		t.Errorf("%+v", a)
+	}
+	if _, err := f.readIndex(t.Context(), "c2"); status.Code(errors.Unwrap(err)) != codes.FailedPrecondition {
+		t.Errorf("a read: %v", err)
+	}
+}

@@ -63,9 +63,10 @@ func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 		}
 		// Of an entry of its own term alone, which it made: whatever this replica does
 		// by now, all up to there in the log of that term's leader is committed.
-		index, term := s.r.trans.position()
-		if l := s.r.leads.get(); l != nil && l.term == term {
-			all.Term, all.CommitIndex = term, index
+		if l := s.r.leads.get(); l != nil {
+			if index, term := s.r.trans.position(); l.term == term {
+				all.Term, all.CommitIndex = term, index
+			}
 		}
 		if err := stream.Send(all); err != nil {
 			return err
