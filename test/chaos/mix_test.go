@@ -109,11 +109,11 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 		watching.Go(func() { m.watch(watchContext, w, clients) })
 	}
 
-	faults := map[string]int{}
+	faults, begin := map[string]int{}, time.Now()
 	for time.Now().Before(m.deadline) {
 		n := nemeses[random.IntN(len(nemeses))]
 		faults[n.name]++
-		t.Logf("%s: %s", time.Now().Format("15:04:05.000"), n.name)
+		t.Logf("%s: %s", ms(time.Since(begin)), n.name)
 		n.strike(t, c, random)
 		for _, name := range names {
 			c.WaitServing(t, name, 2*time.Minute)
@@ -145,11 +145,12 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 func checkHistory(t *testing.T, h history.History, what string) {
 	t.Helper()
 	report := history.Check(h, 5*time.Minute)
+	quiet, since := longestQuiet(h)
 	counts := map[string]int{}
 	for _, o := range h.Operations {
 		counts[string(o.Kind)+" "+string(o.Outcome.Status)]++
 	}
-	t.Logf("%s; operations %v; longest time without an acknowledged write %s", what, counts, ms(longestQuiet(h)))
+	t.Logf("%s; operations %v; longest time without an acknowledged write %s, from %s on", what, counts, ms(quiet), ms(since))
 	if len(report.Violations) > 0 || report.Undecided {
 		dir, err := os.MkdirTemp("", "timonel-chaos-")
 		require.NoError(t, err)
@@ -503,16 +504,16 @@ func outcomeOf(err error) history.Outcome {
 	return history.Outcome{Status: history.Unknown}
 }
 
-// longestQuiet is the longest time between two acknowledged writes.
-func longestQuiet(h history.History) (longest time.Duration) {
+// longestQuiet is the longest time between two acknowledged writes, and when it began.
+func longestQuiet(h history.History) (longest, since time.Duration) {
 	var last time.Duration
 	for _, o := range h.Operations { // in the order of their calls, near enough
 		if o.Outcome.Status == history.OK && o.Kind != history.Get && o.Kind != history.List && o.Return > last {
-			if last != 0 {
-				longest = max(longest, o.Return-last)
+			if last != 0 && o.Return-last > longest {
+				longest, since = o.Return-last, last
 			}
 			last = o.Return
 		}
 	}
-	return longest
+	return longest, since
 }
