@@ -20,12 +20,17 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	pb "timonel/proto/timonel/v1"
 )
 
 // testCA issues controller certificates.
@@ -198,6 +203,8 @@ type cluster struct {
 
 	mu    sync.Mutex
 	nodes map[string]*node
+
+	breakHello atomic.Int32 // so many calls of Hello fail
 }
 
 type node struct {
@@ -303,6 +310,12 @@ func (c *cluster) tryStart(id string) (*node, error) {
 		defer mu.Unlock()
 		if n.conns[p.addr] == nil {
 			conn, err := grpc.NewClient("passthrough:"+p.addr, grpc.WithTransportCredentials(insecure.NewCredentials()),
+				grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+					if method == pb.Membership_Hello_FullMethodName && c.breakHello.Add(-1) >= 0 {
+						return status.Error(codes.Unavailable, "the connection broke")
+					}
+					return invoke(ctx, method, req, reply, cc, opts...)
+				}),
 				grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
 			if err != nil {
 				return nil, err

@@ -186,6 +186,10 @@ func (r *Replica) survey(ctx context.Context, l *leadership) MemberList {
 		m.LastContact = r.trans.sinceReached(s.ID)
 		wg.Go(func() {
 			a, err := r.hello(ctx, m.ID, pb.BootstrapStep_BOOTSTRAP_STEP_UNSPECIFIED, nil)
+			if since := r.trans.sinceReached(s.ID); err != nil && since >= 0 && since < r.cfg.HeartbeatTimeout.Microseconds() {
+				// It lives: the connection may be one that the network was cut off under.
+				a, err = r.hello(ctx, m.ID, pb.BootstrapStep_BOOTSTRAP_STEP_UNSPECIFIED, nil)
+			}
 			if m.Problem = r.unfit(a, err); m.Problem == "" && m.LastContact < 0 {
 				m.Problem = "no heartbeat has reached it in this term"
 			}

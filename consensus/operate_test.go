@@ -164,3 +164,21 @@ func TestAddPromoteAndTransfer(t *testing.T) {
 	c.start("c4")
 	c.waitRoles("c1 voter, c2 voter, c3 voter, c4 voter")
 }
+
+// A member whose connection turns out to be broken when it is asked, as after the
+// network was cut, and which heartbeats reach, is healthy.
+func TestMemberAskedOnABrokenConnection(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3).startAll(3)
+	c.waitRoles("c1 voter, c2 voter, c3 voter")
+	for range 5 {
+		c.breakHello.Store(1)
+		list, err := c.leader().ListMembers(t.Context())
+		must(t, err)
+		for _, m := range list.Members {
+			if !m.Healthy {
+				t.Errorf("%s: %s", m.ID, m.Problem)
+			}
+		}
+	}
+}

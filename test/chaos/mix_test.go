@@ -235,18 +235,11 @@ var nemeses = []nemesis{
 		}
 	}},
 	{"leadership handed over", func(t *testing.T, c *harness.Cluster, _ *rand.Rand) {
-		c.Leader(t)
-		c.Run(t, "members", "transfer-leader", follower(t, c))
+		insist(t, c, "members", "transfer-leader", follower(t, c))
 	}},
 	{"member removed and added", func(t *testing.T, c *harness.Cluster, random *rand.Rand) {
 		name := someone(c, random)
-		harness.Eventually(t, time.Minute, "removing "+name, func() error { // refused until the others are healthy
-			out, err := c.Try(t.Context(), "members", "remove", name)
-			if err != nil {
-				return fmt.Errorf("%w: %s", err, out)
-			}
-			return nil
-		})
+		insist(t, c, "members", "remove", name)
 		hold(t, random) // it runs on, and serves nothing
 		c.Kill(t, name, true)
 		require.NoError(t, c.Spec.Wipe(t.Context(), name))
@@ -258,6 +251,17 @@ var nemeses = []nemesis{
 		c.Run(t, "snapshot", "save", file)
 		c.Run(t, "snapshot", "inspect", file)
 	}},
+}
+
+// insist repeats a command that is refused until the members are healthy.
+func insist(t *testing.T, c *harness.Cluster, args ...string) {
+	t.Helper()
+	harness.Eventually(t, time.Minute, strings.Join(args, " "), func() error {
+		if out, err := c.Try(t.Context(), args...); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
 }
 
 var directions = []string{"in", "out", "both"}
