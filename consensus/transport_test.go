@@ -55,3 +55,54 @@ func TestPipelineEndsWithARefusal(t *testing.T) {
 		t.Fatal("a message waits in a pipeline that has ended")
 	}
 }
+
+// What was learned of commits before the entries came is said with these, of that
+// leader's messages in that term alone, and of no entry behind theirs; what is
+// learned of entries that are here, or on their way to Raft, goes to Raft.
+func TestLearnedCommits(t *testing.T) {
+	t.Parallel()
+	message := func(id string, term, first, last, commit uint64) *raft.AppendEntriesRequest {
+		m := &raft.AppendEntriesRequest{RPCHeader: raft.RPCHeader{ID: []byte(id)}, Term: term, PrevLogEntry: first - 1, LeaderCommitIndex: commit}
+		for i := first; i <= last; i++ {
+			m.Entries = append(m.Entries, &raft.Log{Index: i, Term: term})
+		}
+		return m
+	}
+	learned := func(id string, term, commit uint64) *raft.AppendEntriesRequest {
+		return &raft.AppendEntriesRequest{RPCHeader: raft.RPCHeader{ID: []byte(id)}, Term: term, PrevLogEntry: commit, PrevLogTerm: term, LeaderCommitIndex: commit}
+	}
+	tr := newTransport(nil)
+	tr.follows = func(*raft.AppendEntriesRequest) (uint64, bool) { return 5, true }
+	tr.learn(learned("c1", 3, 7))
+	tr.learn(learned("c1", 3, 6)) // late
+	if len(tr.commits) != 0 {
+		t.Error("a commit of an entry that is not here was given to Raft")
+	}
+	for _, x := range []struct {
+		name   string
+		m      *raft.AppendEntriesRequest
+		commit uint64
+	}{
+		{"with the entry", message("c1", 3, 6, 8, 4), 7},
+		{"with those before it", message("c1", 3, 6, 6, 4), 6},
+		{"that says more", message("c1", 3, 6, 8, 8), 8},
+		{"without entries", message("c1", 3, 9, 8, 4), 4},
+		{"of another term", message("c1", 4, 6, 8, 4), 4},
+		{"of another leader", message("c2", 3, 6, 8, 4), 4},
+	} {
+		if tr.raise(x.m); x.m.LeaderCommitIndex != x.commit {
+			t.Errorf("a message %s says %d, want %d", x.name, x.m.LeaderCommitIndex, x.commit)
+		}
+	}
+	tr.learn(learned("c1", 3, 8))
+	tr.learn(learned("c2", 5, 7))
+	tr.learn(learned("c1", 3, 8)) // of a former leader
+	if got := <-tr.commits; got.Term != 5 || got.LeaderCommitIndex != 7 {
+		t.Errorf("Raft gets term %d, %d", got.Term, got.LeaderCommitIndex)
+	}
+	tr.follows = func(*raft.AppendEntriesRequest) (uint64, bool) { return 9, false }
+	tr.learn(learned("c1", 6, 9))
+	if len(tr.commits) != 0 {
+		t.Error("one that does not follow gave a commit to Raft")
+	}
+}
