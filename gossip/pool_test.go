@@ -130,6 +130,7 @@ func TestJoinTagsAndDeath(t *testing.T) {
 	a1 = open(t, agent)
 	back := await(t, c2, "a1", is(Alive))
 	require.Equal(t, a1.Addr(), back.Addr)
+	await(t, c1, "a1", is(Alive)) // whoever holds it for dead learns nothing from its goodbye
 
 	require.NoError(t, a1.Leave(5*time.Second))
 	require.NoError(t, a1.Close())
