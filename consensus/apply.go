@@ -128,13 +128,13 @@ func (r *Replica) waitLeader(ctx context.Context, fence uint64) (leaderView, err
 type proposal struct {
 	// failed is closed when the entry was certainly not appended.
 	failed chan struct{}
-	// settled is closed when Raft has answered; err and index are set then.
-	settled chan struct{}
-	err     error // nil: committed and applied on this replica
-	index   uint64
+	// err and index are set when Raft has answered: see then.
+	err   error // nil: committed and applied on this replica
+	index uint64
 
-	mu    sync.Mutex
-	after []func() // to be called when settled; nil then
+	mu      sync.Mutex
+	settled bool
+	after   []func() // to be called when settled
 }
 
 // settle is told once that err and index are set.
@@ -142,10 +142,9 @@ func (p *proposal) settle() {
 	if certainlyNotAppended(p.err) {
 		close(p.failed)
 	}
-	close(p.settled)
 	p.mu.Lock()
 	after := p.after
-	p.after = nil
+	p.settled, p.after = true, nil
 	p.mu.Unlock()
 	for _, f := range after {
 		f()
@@ -155,19 +154,19 @@ func (p *proposal) settle() {
 // then calls f when the proposal is settled, which may be now.
 func (p *proposal) then(f func()) {
 	p.mu.Lock()
-	select {
-	case <-p.settled:
-		p.mu.Unlock()
-		f()
-	default:
+	settled := p.settled
+	if !settled {
 		p.after = append(p.after, f)
-		p.mu.Unlock()
+	}
+	p.mu.Unlock()
+	if settled {
+		f()
 	}
 }
 
 // propose gives an entry to Raft. It does not wait.
 func (r *Replica) propose(id requestID, e entry) *proposal {
-	p := &proposal{failed: make(chan struct{}), settled: make(chan struct{})}
+	p := &proposal{failed: make(chan struct{})}
 	node := r.node.Load()
 	if node == nil || r.handingOver.Load() {
 		p.err = raft.ErrNotLeader
@@ -232,7 +231,7 @@ func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id
 					return outcome{kind: outcomeDropped}, nil
 				}
 				continue // an earlier copy may have been appended: the log will tell
-			case codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented, codes.ResourceExhausted:
+			case codes.InvalidArgument: // of this proposal alone: what ends the stream leaves it open
 				if !sent {
 					return outcome{}, fmt.Errorf("forward to the leader %s: %w", v.ID, a.err)
 				}

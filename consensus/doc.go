@@ -20,13 +20,13 @@
 // Apply gives the command a random request id and wraps it in an entry (see
 // entry.go) that is fenced to the leader's term: in any other term no state
 // machine sees it. On a follower it goes to the leader, over one gRPC stream that all
-// share (forward.go). Raft appends
-// what concurrent callers bring in one batch with one sync, on the leader and on
-// the followers at the same time (disk.StoreLogs, queue.go): the leader applies and
-// acknowledges nothing that it has not on disk itself. The reply is the result of
-// the local state machine, found by request id, so that the caller reads its own
-// write on the replica it asked: which entries are committed comes with the leader's
-// answer, sooner than Raft would tell (transport.learn).
+// share (forward.go). Raft appends what concurrent callers bring in one batch with one
+// sync, on the leader and on the followers at the same time (disk.StoreLogs,
+// queue.go): the leader applies and acknowledges nothing that it has not on disk
+// itself. The reply is the result of the local state machine, found by request id, so
+// that the caller reads its own write on the replica it asked. Which entries are
+// committed comes with the leader's answer, sooner than Raft would tell
+// (transport.learn).
 //
 // When a leader dies, the local log tells what became of an entry: each leader
 // opens its term with a marker, and once that is applied, an entry of an earlier

@@ -52,8 +52,9 @@ type outgoing struct {
 	read     uint64
 }
 
-// fullMessage is how many bytes of commands share a message.
-const fullMessage = 64 << 10
+// fullMessage is how many bytes proposals that share a message take, with
+// besideCommand for what each has beside its command.
+const fullMessage, besideCommand = 64 << 10, 64
 
 // toLeader returns the stream to a leader, which it opens if there is none.
 func (f *forwarder) toLeader(id string) *link {
@@ -179,7 +180,7 @@ func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient, from 
 					req.Reads = append(req.Reads, rest[n].read)
 					continue
 				}
-				if size += len(p.Command); size > fullMessage && len(req.Proposals) > 0 {
+				if size += len(p.Command) + besideCommand; size > fullMessage && len(req.Proposals) > 0 {
 					break
 				}
 				req.Proposals = append(req.Proposals, p)

@@ -17,7 +17,8 @@ import (
 
 // Register registers the services that replicas offer one another. The server
 // must let in callers with a controller's certificate only, and take messages
-// (grpc.MaxRecvMsgSize) of Config.MaxCommandBytes and 1 KiB more.
+// (grpc.MaxRecvMsgSize) of Config.MaxCommandBytes, or 64 KiB if that is more, and 1
+// KiB beside.
 func (r *Replica) Register(s grpc.ServiceRegistrar) {
 	pb.RegisterConsensusServer(s, &consensusServer{r: r})
 	pb.RegisterMembershipServer(s, &membershipServer{r: r})
@@ -64,7 +65,7 @@ func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 		// Of an entry of its own term alone, which it made: whatever this replica does
 		// by now, all up to there in the log of that term's leader is committed.
 		if l := s.r.leads.get(); l != nil {
-			if index, term := s.r.trans.position(); l.term == term {
+			if index, term := s.r.machine.position(); l.term == term {
 				all.Term, all.CommitIndex = term, index
 			}
 		}

@@ -489,13 +489,6 @@ func (t *transport) answered(id raft.ServerID, args *raft.AppendEntriesRequest, 
 	t.wake(f)
 }
 
-// position is the last entry that this replica has applied, and its term.
-func (t *transport) position() (index, term uint64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.commit, t.term
-}
-
 // told notes that a follower was sent a commit index another way.
 func (t *transport) told(id raft.ServerID, term, commit uint64) {
 	t.mu.Lock()
