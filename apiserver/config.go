@@ -88,6 +88,9 @@ type Config struct {
 	// bound to a node that is not ready or unreachable. Default: 30 (upstream:
 	// 300).
 	UnreachableTolerationSeconds int64
+	// CacheBytes bounds the decoded objects that are kept to serve reads, by the size
+	// of their encodings; they take about four times that. Default: 16 MiB.
+	CacheBytes int64
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration
 	// DrainTimeout is how long Run waits for requests in flight after its

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"k8s.io/apiserver/pkg/admission"
 	"k8s.io/apiserver/pkg/features"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
 	"k8s.io/client-go/rest"
@@ -100,6 +101,8 @@ func newOptions(ctx context.Context, c Config) (options.CompletedOptions, error)
 
 	o.Authorization.Modes = []string{modes.ModeNode, modes.ModeRBAC}
 	o.Admission.GenericAdmission.EnablePlugins = []string{"NodeRestriction"}
+	o.Admission.GenericAdmission.Decorators = append(
+		admission.Decorators{skipQuota(c.Backend.Store, o.Etcd.StorageConfig.Prefix)}, o.Admission.GenericAdmission.Decorators...)
 
 	o.ProxyClientCertFile = c.Certificates.FrontProxyClientCert
 	o.ProxyClientKeyFile = c.Certificates.FrontProxyClientKey

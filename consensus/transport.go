@@ -82,6 +82,7 @@ type follower struct {
 	term     uint64
 	match    uint64 // last entry it acknowledged
 	told     uint64 // commit index it was last sent
+	sent     uint64 // messages of Raft's to it, counted
 	inflight int    // pipelined messages without an answer
 	wake     chan struct{}
 }
@@ -466,6 +467,7 @@ func (t *transport) sending(id raft.ServerID, target raft.ServerAddress, args *r
 	}
 	f.addr, f.header, f.leader = target, args.RPCHeader, args.Leader
 	f.told = max(f.told, args.LeaderCommitIndex)
+	f.sent++
 	f.inflight += inflight
 }
 
@@ -547,13 +549,18 @@ func (t *transport) notices(id raft.ServerID, f *follower) {
 		case <-t.ctx.Done():
 			return
 		}
-		delay.Reset(noticeDelay)
-		select {
-		case <-delay.C:
-		case <-t.ctx.Done():
-			return
-		}
 		t.mu.Lock()
+		for before := uint64(0); t.due(f) && f.sent != before; {
+			before = f.sent
+			t.mu.Unlock()
+			delay.Reset(noticeDelay)
+			select {
+			case <-delay.C:
+			case <-t.ctx.Done():
+				return
+			}
+			t.mu.Lock()
+		}
 		if !t.due(f) {
 			t.mu.Unlock()
 			continue

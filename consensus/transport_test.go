@@ -2,7 +2,10 @@ package consensus
 
 import (
 	"io"
+	"slices"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -106,3 +109,55 @@ func TestLearnedCommits(t *testing.T) {
 		t.Error("one that does not follow gave a commit to Raft")
 	}
 }
+
+// A commit notice is for a follower that no entry comes to: while entries come faster
+// than noticeDelay, each says what was committed before it.
+func TestNoticesWaitForAPause(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		wire := &countingWire{}
+		tr := newTransport(wire)
+		// entry sends one, has it acknowledged, and applies it here.
+		entry := func(index uint64) {
+			m := &raft.AppendEntriesRequest{Term: 1, PrevLogEntry: index - 1, LeaderCommitIndex: index - 1, Entries: []*raft.Log{{Index: index, Term: 1}}}
+			tr.sending("f", "f", m, 1)
+			tr.answered("f", m, true, 1)
+			tr.applied(index, 1)
+		}
+		for i := range uint64(20) {
+			entry(i + 1)
+			time.Sleep(noticeDelay * 3 / 4)
+		}
+		if got := wire.commits(); len(got) != 0 {
+			t.Errorf("notices of the commits %v while entries came", got)
+		}
+		time.Sleep(2 * noticeDelay)
+		if got := wire.commits(); !slices.Equal(got, []uint64{20}) {
+			t.Errorf("notices of the commits %v after the last entry, want one of 20", got)
+		}
+		must(t, tr.Close())
+	})
+}
+
+// countingWire notes the commits that messages without entries tell.
+type countingWire struct {
+	wire
+	mu  sync.Mutex
+	got []uint64
+}
+
+func (w *countingWire) AppendEntries(_ raft.ServerID, _ raft.ServerAddress, m *raft.AppendEntriesRequest, _ *raft.AppendEntriesResponse) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.got = append(w.got, m.LeaderCommitIndex)
+	return nil
+}
+
+func (w *countingWire) commits() []uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.got
+}
+
+func (w *countingWire) Close() error  { return nil }
+func (w *countingWire) CloseStreams() {}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/KimMachineGun/automemlimit/memlimit"
 	"golang.org/x/sys/unix"
 )
 
@@ -123,6 +124,24 @@ func holdStack(depth int, release <-chan struct{}) {
 		<-release
 	}
 	runtime.KeepAlive(&frame)
+}
+
+// cacheShare is what part of the memory the API server's decoded objects may take, by
+// the size of their encodings: in memory they are four times as large, and with what
+// the collector leaves they take an eighth at most.
+const cacheShare = 64
+
+// cacheBytes is how much the API server may keep decoded: a share of the memory that
+// there is, or that this process is allowed.
+func cacheBytes() int64 {
+	memory, err := memlimit.FromSystem()
+	if err != nil {
+		return 0 // the default
+	}
+	if limit, err := memlimit.FromCgroup(); err == nil {
+		memory = min(memory, limit)
+	}
+	return int64(max(memory/cacheShare, 16<<20))
 }
 
 // busyGC is the GOGC of a busy controller with so many bytes live.

@@ -156,6 +156,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Port:             k.apiPort,
 		Certificates:     files,
 		Backend:          k.backend,
+		CacheBytes:       cacheBytes(),
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,
 		Controllers:      func() []net.IP { return controllerIPs(k.pool) },

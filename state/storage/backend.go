@@ -35,9 +35,10 @@ type Backend interface {
 }
 
 // Decorator returns the function that makes the storage of each resource. All
-// storages it makes share their caches.
-func Decorator(b Backend) generic.StorageDecorator {
-	shared := newCaches(0)
+// storages it makes share their caches: cacheBytes bounds the decoded objects that are
+// kept, by the size of their encodings. Default: 16 MiB.
+func Decorator(b Backend, cacheBytes int64) generic.StorageDecorator {
+	shared := newCaches(cacheBytes)
 	return func(
 		config *storagebackend.ConfigForResource,
 		resourcePrefix string,
