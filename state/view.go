@@ -3,6 +3,7 @@ package state
 import (
 	"fmt"
 	"iter"
+	"math"
 	"sort"
 	"strings"
 	"sync"
@@ -58,11 +59,25 @@ func (v View) Get(key string) (KV, bool) {
 // that is greater than prefix.
 func (v View) Range(prefix, start string) iter.Seq[KV] {
 	return func(yield func(KV) bool) {
+		n, end := 0, math.MaxInt
 		v.v.root.Ascend(max(prefix, start), func(key string, kv *KV) bool {
-			return strings.HasPrefix(key, prefix) && yield(*kv)
+			switch {
+			case n == countAfter: // a long range: from here on by number, as keys are far apart in memory
+				end = n + v.CountFrom(prefix, key)
+			case n < countAfter && !strings.HasPrefix(key, prefix):
+				return false
+			}
+			if n == end {
+				return false
+			}
+			n++
+			return yield(*kv)
 		})
 	}
 }
+
+// countAfter is after how many keys of a range the rest is counted.
+const countAfter = 128
 
 // Count returns the number of keys with the prefix in O(log² n).
 func (v View) Count(prefix string) int {

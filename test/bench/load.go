@@ -30,8 +30,8 @@ type load struct {
 }
 
 // watchers is how many watches share the fan-out row, listed how many objects a
-// list returns.
-const watchers, listed = 100, 1000
+// list returns, of among in a namespace.
+const watchers, listed, among = 100, 1000, 5000
 
 func newLoad(ctx context.Context, apis []*rest.Config, clients int) (*load, error) {
 	l := &load{namespace: fmt.Sprintf("bench-%08x", rand.Uint32())}
@@ -136,14 +136,25 @@ func (l *load) get(ctx context.Context, client int) error {
 	return err
 }
 
-// fill creates the objects that list reads.
+// listNamespace is where list reads: it has as many objects however fast a side is.
+func (l *load) listNamespace() string { return l.namespace + "-list" }
+
+// fill creates the objects that list reads, and those among them.
 func (l *load) fill(ctx context.Context) error {
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: l.listNamespace()}}
+	if _, err := l.clients[0].CoreV1().Namespaces().Create(ctx, namespace, metav1.CreateOptions{}); err != nil {
+		return err
+	}
 	var wg sync.WaitGroup
 	failed := make(chan error, len(l.clients))
 	for i := range l.clients {
 		wg.Go(func() {
-			for j := i; j < listed; j += len(l.clients) {
-				if _, err := l.clients[i].CoreV1().ConfigMaps(l.namespace).Create(ctx, l.configMap(map[string]string{"listed": "yes"}), metav1.CreateOptions{}); err != nil {
+			for j := i; j < among; j += len(l.clients) {
+				m := l.configMap(nil)
+				if m.Namespace = l.listNamespace(); j%(among/listed) == 0 {
+					m.Labels = map[string]string{"listed": "yes"}
+				}
+				if _, err := l.clients[i].CoreV1().ConfigMaps(m.Namespace).Create(ctx, m, metav1.CreateOptions{}); err != nil {
 					failed <- err
 					return
 				}
@@ -160,7 +171,7 @@ func (l *load) fill(ctx context.Context) error {
 }
 
 func (l *load) list(ctx context.Context, client int) error {
-	list, err := l.clients[client].CoreV1().ConfigMaps(l.namespace).List(ctx, metav1.ListOptions{LabelSelector: "listed=yes"})
+	list, err := l.clients[client].CoreV1().ConfigMaps(l.listNamespace()).List(ctx, metav1.ListOptions{LabelSelector: "listed=yes"})
 	if err == nil && len(list.Items) != listed {
 		err = fmt.Errorf("list returned %d objects, not %d", len(list.Items), listed)
 	}
