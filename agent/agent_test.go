@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -202,7 +203,10 @@ func TestCutOffAndBack(t *testing.T) {
 		}})
 		return err == nil && len(list.Items) == 0
 	}, 30*time.Second, 50*time.Millisecond)
-	require.NoDirExists(t, filepath.Join(n.cfg.DataDir, "pods", string(goes.UID)))
+	require.Eventually(t, func() bool { // the folder goes after the sandbox
+		_, err := os.Stat(filepath.Join(n.cfg.DataDir, "pods", string(goes.UID)))
+		return errors.Is(err, os.ErrNotExist)
+	}, 30*time.Second, 50*time.Millisecond)
 }
 
 // reboot ends what the end of a machine ends: all processes, mounts and devices.

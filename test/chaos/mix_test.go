@@ -83,6 +83,7 @@ func upForMix(t *testing.T) *harness.Cluster {
 func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Duration, nemeses []nemesis) {
 	random := rand.New(rand.NewPCG(seed, 0))
 	m := &mix{cluster: c, deadline: time.Now().Add(duration)}
+	keepHistory(t, &m.recorder)
 	space, err := c.Client(t, "").CoreV1().Namespaces().Create(t.Context(),
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{GenerateName: "mix-"}}, metav1.CreateOptions{})
 	require.NoError(t, err)
@@ -141,7 +142,23 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	requireSameEverywhere(t, c)
 }
 
-// checkHistory checks what clients saw. A history with a violation is kept.
+// keepHistory keeps what clients saw, and porcupine's picture of it, when the test
+// fails, for whatever reason.
+func keepHistory(t *testing.T, recorder *history.Recorder) {
+	t.Cleanup(func() {
+		if !t.Failed() {
+			return
+		}
+		h := recorder.History()
+		dir, err := os.MkdirTemp("", "timonel-chaos-")
+		require.NoError(t, err)
+		require.NoError(t, h.Save(filepath.Join(dir, "history.json")))
+		require.NoError(t, history.Check(h, time.Minute).Visualize(filepath.Join(dir, "history.html")))
+		t.Logf("history.json and history.html are kept in %s", dir)
+	})
+}
+
+// checkHistory checks what clients saw.
 func checkHistory(t *testing.T, h history.History, what string) {
 	t.Helper()
 	report := history.Check(h, 5*time.Minute)
@@ -151,13 +168,6 @@ func checkHistory(t *testing.T, h history.History, what string) {
 		counts[string(o.Kind)+" "+string(o.Outcome.Status)]++
 	}
 	t.Logf("%s; operations %v; longest time without an acknowledged write %s, from %s on", what, counts, ms(quiet), ms(since))
-	if len(report.Violations) > 0 || report.Undecided {
-		dir, err := os.MkdirTemp("", "timonel-chaos-")
-		require.NoError(t, err)
-		require.NoError(t, h.Save(filepath.Join(dir, "history.json")))
-		require.NoError(t, report.Visualize(filepath.Join(dir, "history.html")))
-		t.Logf("history.json and history.html are kept in %s", dir)
-	}
 	require.Empty(t, report.Violations)
 	require.False(t, report.Undecided, "porcupine did not come to an end")
 }

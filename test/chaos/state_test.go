@@ -33,6 +33,7 @@ func TestState(t *testing.T) {
 	seed, minutes := mixParameters(t, 2)
 	random := rand.New(rand.NewPCG(seed, 0))
 	c := startStores(t)
+	keepHistory(t, &c.recorder)
 	deadline := time.Now().Add(time.Duration(minutes * float64(time.Minute)))
 	var work, watching sync.WaitGroup
 	client := func(id int) *replica.Client {
