@@ -58,6 +58,7 @@ lint: ## go vet, staticcheck and gofmt
 .PHONY: unit
 unit: ## Unit tests
 	CGO_ENABLED=1 $(GO) test -race $$(.ci/packages light)
+	$(GO) test ./consensus -run '^TestMemberMovesToAnotherAddress$$'
 	$(GO) test ./test/sim -run '^TestSim$$' -runs 2000 -from 1000
 	$(GO) test $$(.ci/packages heavy)
 

@@ -126,28 +126,6 @@ func TestLateReplicaJoinsAndVotes(t *testing.T) {
 	}
 }
 
-func TestMemberMovesToAnotherAddress(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, 3).startAll(3)
-	id := c.followers()[0].cfg.ID
-	before := c.node(id).raft
-	c.kill(id)
-	c.tune = func(cfg *Config) { cfg.BindAddress = "127.0.0.1:0" }
-	n := c.start(id)
-	if n.raft == before {
-		t.Skip("got the same port again")
-	}
-	must(t, n.ReadBarrier(context.Background()))
-	eventually(t, "the configuration to have the new address", func() error {
-		for _, m := range c.leader().Members() {
-			if m.ID == id && m.Addr == n.raft && m.Voter {
-				return nil
-			}
-		}
-		return fmt.Errorf("%v", c.leader().Members())
-	})
-}
-
 func TestSingleReplica(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1).startAll(1)
