@@ -89,7 +89,7 @@ type Config struct {
 	// 300).
 	UnreachableTolerationSeconds int64
 	// CacheBytes bounds the decoded objects that are kept to serve reads, by the size
-	// of their encodings; they take about four times that. Default: 16 MiB.
+	// of their encodings; they take about four times that. It is 16 MiB at least.
 	CacheBytes int64
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration

@@ -22,7 +22,10 @@ func skipQuota(store func() *state.Store, root string) admission.Decorator {
 			return plugin
 		}
 		return &whereQuota{ValidationInterface: quota, has: func(namespace string) bool {
-			return store().View().Count(prefix+namespace+"/") > 0
+			for range store().View().Range(prefix+namespace+"/", "") {
+				return true
+			}
+			return false
 		}}
 	})
 }
@@ -35,7 +38,7 @@ type whereQuota struct {
 
 // Validate implements admission.ValidationInterface.
 func (q *whereQuota) Validate(ctx context.Context, a admission.Attributes, o admission.ObjectInterfaces) error {
-	if ns := a.GetNamespace(); ns == "" || !q.has(ns) {
+	if !q.has(a.GetNamespace()) {
 		return nil
 	}
 	return q.ValidationInterface.Validate(ctx, a, o)

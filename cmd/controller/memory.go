@@ -128,7 +128,7 @@ func holdStack(depth int, release <-chan struct{}) {
 
 // cacheShare is what part of the memory the API server's decoded objects may take, by
 // the size of their encodings: in memory they are four times as large, and with what
-// the collector leaves they take an eighth at most.
+// the collector leaves they take about an eighth.
 const cacheShare = 64
 
 // cacheBytes is how much the API server may keep decoded: a share of the memory that
@@ -136,12 +136,12 @@ const cacheShare = 64
 func cacheBytes() int64 {
 	memory, err := memlimit.FromSystem()
 	if err != nil {
-		return 0 // the default
+		return 0 // the least there is
 	}
 	if limit, err := memlimit.FromCgroup(); err == nil {
 		memory = min(memory, limit)
 	}
-	return int64(max(memory/cacheShare, 16<<20))
+	return int64(memory / cacheShare)
 }
 
 // busyGC is the GOGC of a busy controller with so many bytes live.

@@ -36,7 +36,7 @@ type Backend interface {
 
 // Decorator returns the function that makes the storage of each resource. All
 // storages it makes share their caches: cacheBytes bounds the decoded objects that are
-// kept, by the size of their encodings. Default: 16 MiB.
+// kept, by the size of their encodings; it is 16 MiB at least.
 func Decorator(b Backend, cacheBytes int64) generic.StorageDecorator {
 	shared := newCaches(cacheBytes)
 	return func(

@@ -14,9 +14,9 @@ import (
 )
 
 const (
-	// defaultCacheBytes bounds the decoded objects kept, by the size of their
-	// encodings; they are some four times as large in memory.
-	defaultCacheBytes = 16 << 20
+	// leastCacheBytes is the least bound of the decoded objects kept, by the size of
+	// their encodings; they are some four times as large in memory.
+	leastCacheBytes = 16 << 20
 	// sharedEvents is how many recent events are kept for their watchers.
 	sharedEvents = 1024
 )
@@ -138,11 +138,8 @@ type caches struct {
 }
 
 func newCaches(bytes int64) *caches {
-	if bytes <= 0 {
-		bytes = defaultCacheBytes
-	}
 	return &caches{
-		objects: newObjectCache(bytes),
+		objects: newObjectCache(max(bytes, leastCacheBytes)),
 		events:  &eventCache{byEvent: map[eventKey]*sharedEvent{}},
 	}
 }

@@ -151,7 +151,8 @@ func (l *load) fill(ctx context.Context) error {
 		wg.Go(func() {
 			for j := i; j < among; j += len(l.clients) {
 				m := l.configMap(nil)
-				if m.Namespace = l.listNamespace(); j%(among/listed) == 0 {
+				m.Namespace = l.listNamespace()
+				if j%(among/listed) == 0 {
 					m.Labels = map[string]string{"listed": "yes"}
 				}
 				if _, err := l.clients[i].CoreV1().ConfigMaps(m.Namespace).Create(ctx, m, metav1.CreateOptions{}); err != nil {

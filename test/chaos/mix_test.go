@@ -142,6 +142,9 @@ func checkedMix(t *testing.T, c *harness.Cluster, seed uint64, duration time.Dur
 	requireSameEverywhere(t, c)
 }
 
+// checkTime is what porcupine gets for a history.
+const checkTime = 5 * time.Minute
+
 // keepHistory keeps what clients saw, and porcupine's picture of it, when the test
 // fails, for whatever reason.
 func keepHistory(t *testing.T, recorder *history.Recorder) {
@@ -153,7 +156,7 @@ func keepHistory(t *testing.T, recorder *history.Recorder) {
 		dir, err := os.MkdirTemp("", "timonel-chaos-")
 		require.NoError(t, err)
 		require.NoError(t, h.Save(filepath.Join(dir, "history.json")))
-		require.NoError(t, history.Check(h, time.Minute).Visualize(filepath.Join(dir, "history.html")))
+		require.NoError(t, history.Check(h, checkTime).Visualize(filepath.Join(dir, "history.html")))
 		t.Logf("history.json and history.html are kept in %s", dir)
 	})
 }
@@ -161,7 +164,7 @@ func keepHistory(t *testing.T, recorder *history.Recorder) {
 // checkHistory checks what clients saw.
 func checkHistory(t *testing.T, h history.History, what string) {
 	t.Helper()
-	report := history.Check(h, 5*time.Minute)
+	report := history.Check(h, checkTime)
 	quiet, since := longestQuiet(h)
 	counts := map[string]int{}
 	for _, o := range h.Operations {
