@@ -26,6 +26,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
@@ -291,11 +292,18 @@ func TestStandardReconcilers(t *testing.T) {
 
 	_, err := deployments.Create(c.ctx(), deployment("web", 3), metav1.CreateOptions{})
 	c.must(err)
-	_, err = c.client.CoreV1().Services("default").Create(c.ctx(), &corev1.Service{
+	service := &corev1.Service{
 		ObjectMeta: metav1.ObjectMeta{Name: "web"},
 		Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{{Name: "http", Port: 80}}},
-	}, metav1.CreateOptions{})
-	c.must(err)
+	}
+	// A server that has only just started has no range of addresses yet, and says so.
+	c.must(wait.PollUntilContextTimeout(c.ctx(), 50*time.Millisecond, 10*time.Second, true, func(ctx context.Context) (bool, error) {
+		_, err := c.client.CoreV1().Services("default").Create(ctx, service, metav1.CreateOptions{})
+		if apierrors.IsInternalError(err) {
+			return false, nil
+		}
+		return err == nil, err
+	}))
 	c.await("a deployment of 3", complete("web", 3))
 	c.await("its endpoints", func(s *objects.Snapshot) bool {
 		ready := 0
