@@ -173,6 +173,7 @@ func (r *Replica) propose(id requestID, e entry) *proposal {
 		p.settle()
 		return p
 	}
+	e.version = byte(r.cfg.ClusterVersion())
 	data := e.encode()
 	go func() { // ends with Raft's answer, or with the process when Raft shuts down first
 		f := node.ApplyLog(raft.Log{Data: data}, r.cfg.ProposeTimeout)

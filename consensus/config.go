@@ -142,6 +142,13 @@ type Config struct {
 
 	// Version of the program, told to whoever lists the members.
 	Version string
+	// NewestVersion is the newest cluster version that this program can run under, 1
+	// to 2. Default 2, the newest this package knows. Less is for tests of upgrades.
+	NewestVersion int
+	// ClusterVersion returns the cluster version, which the state machine keeps: the
+	// entries that this replica writes are of it, and no replica that runs under less
+	// is let in. It must return at once. Default: always 1.
+	ClusterVersion func() int
 
 	// Logger gets this replica's and Raft's messages. Default slog.Default().
 	Logger *slog.Logger
@@ -197,6 +204,12 @@ func (c Config) withDefaults() Config {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
+	if c.NewestVersion == 0 {
+		c.NewestVersion = entryVersion
+	}
+	if c.ClusterVersion == nil {
+		c.ClusterVersion = func() int { return 1 }
+	}
 	if c.VerifyPeer == nil {
 		c.VerifyPeer = VerifyController
 	}
@@ -246,6 +259,8 @@ func (c Config) Validate() error {
 		return bad("ElectionTimeout", "%v: at least HeartbeatTimeout (%v)", c.ElectionTimeout, c.HeartbeatTimeout)
 	case c.LeaderLeaseTimeout < 10*time.Millisecond || c.LeaderLeaseTimeout > c.HeartbeatTimeout:
 		return bad("LeaderLeaseTimeout", "%v: 10ms to HeartbeatTimeout (%v)", c.LeaderLeaseTimeout, c.HeartbeatTimeout)
+	case c.NewestVersion < 1 || c.NewestVersion > entryVersion:
+		return bad("NewestVersion", "%d: 1 to %d", c.NewestVersion, entryVersion)
 	case c.CommitTimeout < time.Millisecond:
 		return bad("CommitTimeout", "%v: at least 1ms", c.CommitTimeout)
 	case c.MaxAppendEntries < 1 || c.MaxAppendEntries > 1024:

@@ -3,13 +3,14 @@ package consensus
 import (
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 )
 
 // A log entry of ours is a header and the command:
 //
-//	0      format version (1)
+//	0      the cluster version under which it was written (see Config.NewestVersion)
 //	1      kind
 //	2..17  request id
 //	18..25 fence: the only term in which the entry counts, little endian
@@ -19,10 +20,19 @@ import (
 // The fence makes a forwarded entry harmless once its term is over: however
 // late a copy is appended, no replica applies it. The checksum catches a log
 // page that went bad on one replica before that replica diverges.
+//
+// The version is what makes an older program stand still, in the middle of its log,
+// before it meets what it does not know: every format that a cluster version brings
+// comes in entries of that version alone.
 const (
-	entryVersion    = 1
+	// entryVersion is the newest that this package reads and writes.
+	entryVersion    = 2
 	entryHeaderSize = 30
 )
+
+// ErrNewerVersion is wrapped by what is refused because it was written by a program
+// newer than this one.
+var ErrNewerVersion = errors.New("it was written by a newer program: run that one")
 
 type entryKind byte
 
@@ -40,6 +50,7 @@ func newRequestID() (id requestID) {
 }
 
 type entry struct {
+	version byte // 0 is taken for 1
 	kind    entryKind
 	id      requestID
 	term    uint64
@@ -51,7 +62,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 // encode returns the entry's bytes for the log; the command is copied.
 func (e entry) encode() []byte {
 	b := make([]byte, entryHeaderSize+len(e.command))
-	b[0], b[1] = entryVersion, byte(e.kind)
+	b[0], b[1] = max(e.version, 1), byte(e.kind)
 	copy(b[2:18], e.id[:])
 	binary.LittleEndian.PutUint64(b[18:26], e.term)
 	copy(b[entryHeaderSize:], e.command)
@@ -68,16 +79,19 @@ func decodeEntry(b []byte) (entry, error) {
 	if len(b) < entryHeaderSize {
 		return entry{}, fmt.Errorf("%d bytes are too few for an entry", len(b))
 	}
-	if b[0] != entryVersion {
-		return entry{}, fmt.Errorf("format version %d is not known to this program: run a newer one", b[0])
+	if b[0] > entryVersion {
+		return entry{}, fmt.Errorf("%w (entry of cluster version %d, this program knows up to %d)", ErrNewerVersion, b[0], entryVersion)
+	}
+	if b[0] == 0 {
+		return entry{}, errors.New("it has no version")
 	}
 	if binary.LittleEndian.Uint32(b[26:30]) != entrySum(b) {
 		return entry{}, fmt.Errorf("checksum does not match")
 	}
-	e := entry{kind: entryKind(b[1]), term: binary.LittleEndian.Uint64(b[18:26]), command: b[entryHeaderSize:]}
+	e := entry{version: b[0], kind: entryKind(b[1]), term: binary.LittleEndian.Uint64(b[18:26]), command: b[entryHeaderSize:]}
 	copy(e.id[:], b[2:18])
 	if e.kind != kindCommand && e.kind != kindMarker {
-		return entry{}, fmt.Errorf("kind %d is not known to this program: run a newer one", e.kind)
+		return entry{}, fmt.Errorf("%w (entry of kind %d)", ErrNewerVersion, e.kind)
 	}
 	return e, nil
 }

@@ -26,9 +26,10 @@ type Entry struct {
 // ApplyBatch, Snapshot and Restore are called from one goroutine at a time.
 type FSM interface {
 	// ApplyBatch applies the entries in order and returns one result each. It
-	// must be deterministic and must not fail: what is wrong with a command is
-	// a result.
-	ApplyBatch([]Entry) []any
+	// must be deterministic: what is wrong with a command is a result. An error says
+	// that this program cannot read an entry, of which and of those after it nothing
+	// was applied: the replica stands still, so as not to differ from those that can.
+	ApplyBatch([]Entry) ([]any, error)
 	// Snapshot returns the state as of now, in O(1): WriteTo is called later,
 	// while entries are applied. If it also has a Release() method, that is
 	// called when the snapshot is no longer needed, written or not.
@@ -74,6 +75,8 @@ type machine struct {
 	// onApply is told of each batch's last index and term, from Raft's apply
 	// goroutine. It must not block.
 	onApply func(index, term uint64)
+	// newest is the newest cluster version whose entries are read.
+	newest byte
 	// onCorrupt is told of an entry that cannot be read. Nothing is applied
 	// after it.
 	onCorrupt func(error)
@@ -93,7 +96,7 @@ type machine struct {
 
 func newMachine(fsm FSM, stop <-chan struct{}) *machine {
 	return &machine{
-		fsm: fsm, stop: stop,
+		fsm: fsm, stop: stop, newest: entryVersion,
 		onApply: func(uint64, uint64) {}, onCorrupt: func(error) {}, durable: func(uint64) bool { return true },
 		advanced: make(chan struct{}), waiters: map[requestID]*waiter{},
 	}
@@ -196,6 +199,10 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 			corrupt = fmt.Errorf("log entry %d: %w", l.Index, err)
 			break
 		}
+		if e.version > m.newest {
+			corrupt = fmt.Errorf("log entry %d: %w (entry of cluster version %d, this program is held at %d)", l.Index, ErrNewerVersion, e.version, m.newest)
+			break
+		}
 		switch {
 		case e.term != l.Term:
 			dropped = append(dropped, e.id)
@@ -208,6 +215,12 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 		default:
 			entries = append(entries, Entry{Index: l.Index, Term: l.Term, Command: e.command})
 			ids = append(ids, e.id)
+		}
+	}
+	var results []any
+	if corrupt == nil && len(entries) > 0 {
+		if results, corrupt = m.fsm.ApplyBatch(entries); corrupt == nil && len(results) != len(entries) {
+			panic(fmt.Sprintf("consensus: the state machine returned %d results for %d entries", len(results), len(entries)))
 		}
 	}
 	if corrupt != nil {
@@ -223,13 +236,6 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 		return make([]any, len(logs))
 	}
 
-	var results []any
-	if len(entries) > 0 {
-		results = m.fsm.ApplyBatch(entries)
-		if len(results) != len(entries) {
-			panic(fmt.Sprintf("consensus: the state machine returned %d results for %d entries", len(results), len(entries)))
-		}
-	}
 	last := logs[len(logs)-1]
 
 	m.mu.Lock()

@@ -132,7 +132,7 @@ func (f *mapFSM) spoil() {
 	f.hash ^= 1 << 40
 }
 
-func (f *mapFSM) ApplyBatch(entries []Entry) []any {
+func (f *mapFSM) ApplyBatch(entries []Entry) ([]any, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := make([]any, len(entries))
@@ -149,7 +149,7 @@ func (f *mapFSM) ApplyBatch(entries []Entry) []any {
 	}
 	close(f.grown)
 	f.grown = make(chan struct{})
-	return out
+	return out, nil
 }
 
 type mapState struct {

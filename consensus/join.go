@@ -330,6 +330,7 @@ func (r *Replica) enter(leader string) error {
 	}
 	let, err := pb.NewMembershipClient(conn).Enter(ctx, &pb.EnterRequest{
 		ClusterId: r.cfg.ClusterID, Id: r.cfg.ID, Address: r.advertise, Incarnation: r.incarnation(),
+		NewestVersion: uint32(r.cfg.NewestVersion),
 	})
 	if err != nil {
 		return err

@@ -129,6 +129,9 @@ func (r *Replica) admitEmpty(ctx context.Context, id, addr string, incarnation [
 	}
 	r.members.change.Lock()
 	defer r.members.change.Unlock()
+	if why := r.tooOld(a.NewestVersion); why != "" {
+		return fmt.Errorf("replica %s is not let in: %s", id, why)
+	}
 	for _, s := range r.configuration() {
 		if string(s.ID) != id {
 			continue

@@ -216,7 +216,7 @@ func (r *Replica) unfit(a *pb.HelloResponse, err error) string {
 	case a.DiskFailed:
 		return "it cannot write its disk"
 	}
-	return ""
+	return r.tooOld(a.NewestVersion)
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

@@ -104,7 +104,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	}()
 
 	r.machine = newMachine(fsm, r.stop)
-	r.machine.onCorrupt = r.fail
+	r.machine.onCorrupt, r.machine.newest = r.fail, byte(cfg.NewestVersion)
 	started, err := r.openParts()
 	if err != nil {
 		return nil, err

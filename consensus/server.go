@@ -206,6 +206,7 @@ func (s *membershipServer) Hello(ctx context.Context, req *pb.HelloRequest) (*pb
 		resp.NotAMember = !knows(r.configuration(), req.Id)
 	}
 	resp.Version, resp.DiskFailed = r.cfg.Version, r.DiskErr() != nil
+	resp.NewestVersion = uint32(r.cfg.NewestVersion)
 	if v, ok := r.view(); ok {
 		resp.LeaderId = v.ID
 	}

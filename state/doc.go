@@ -34,4 +34,12 @@
 // the list of each prefix that it matches, once, whatever the number of watchers,
 // and each watcher walks the list at its own pace. A writer never waits for a
 // watcher; one that falls behind the history window gets ErrCompacted.
+//
+// # Formats
+//
+// Whoever changes what a command or a snapshot looks like, or what applying one does,
+// counts [NewestVersion] up and does the new thing only when [View.ClusterVersion]
+// says so (in apply: s.head.clusterVersion): it is part of the state, so all replicas
+// change over at the same entry, and only when all their programs can. What a program
+// does not know it must not skip: see [ErrNewerVersion].
 package state

@@ -95,7 +95,9 @@ func (s *snapshotScanner) record(kind byte, d *decoder) (end bool, err error) {
 	v := &s.reader.v
 	switch {
 	case kind == recordMeta && !s.reader.began:
-		if s.reader.meta(d); d.err == nil && s.began != nil {
+		if s.reader.meta(d); s.reader.err != nil {
+			return false, s.reader.err
+		} else if d.err == nil && s.began != nil {
 			return false, s.began(v, s.reader.keys)
 		}
 	case !s.reader.began:

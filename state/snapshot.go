@@ -179,6 +179,9 @@ func appendNumbers(b []byte, kv *KV) []byte {
 // new state is older than the former.
 func (s *Store) Restore(r io.Reader) error {
 	v, err := readSnapshot(r)
+	if err == nil {
+		v.clusterVersion, err = s.options.versionOf(v.root)
+	}
 	if err != nil {
 		return fmt.Errorf("restore snapshot: %w", err)
 	}
@@ -246,7 +249,7 @@ func readSnapshot(r io.Reader) (version, error) {
 	s := &snapshotReader{}
 	err := readRecords(r, func(kind byte, fields *decoder) (end bool, err error) {
 		s.record(kind, fields)
-		return s.ended, nil
+		return s.ended, s.err
 	})
 	if err != nil {
 		return version{}, err
@@ -304,6 +307,7 @@ type snapshotReader struct {
 	v        version
 	began    bool
 	ended    bool
+	err      error  // why nothing more is read
 	keys     uint64 // announced by the meta record
 	first    int64  // first revision of the history
 	lastKey  string
@@ -331,9 +335,11 @@ func (s *snapshotReader) record(kind byte, d *decoder) {
 }
 
 func (s *snapshotReader) meta(d *decoder) {
-	if v := d.byte("version"); d.err == nil && v != snapshotVersion {
-		d.fail(fmt.Sprintf("version %d, this program reads version %d", v, snapshotVersion))
+	if v := d.byte("version"); d.err == nil && v > snapshotVersion {
+		s.err = fmt.Errorf("%w (snapshot of version %d, this program reads %d)", ErrNewerVersion, v, snapshotVersion)
 		return
+	} else if v != snapshotVersion {
+		d.fail("no version")
 	}
 	s.v.revision = d.number("revision")
 	s.first = d.number("first revision")

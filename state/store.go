@@ -57,6 +57,9 @@ type Options struct {
 	// age, so that a watch resumes after a quiet night. Default 1,000; negative
 	// for none.
 	HistoryAgeless int
+	// NewestVersion is the newest cluster version that this program can run under.
+	// Default [NewestVersion]; less is for tests of upgrades.
+	NewestVersion int
 }
 
 func (o Options) withDefaults() Options {
@@ -71,6 +74,9 @@ func (o Options) withDefaults() Options {
 	}
 	if o.HistoryAgeless == 0 {
 		o.HistoryAgeless = 1000
+	}
+	if o.NewestVersion <= 0 {
+		o.NewestVersion = NewestVersion
 	}
 	return o
 }
@@ -91,7 +97,8 @@ type Result struct {
 	// ModRevision is 0 if it does not exist.
 	Failed []KV
 	// Err is set when the command could not be read or was already applied;
-	// nothing was done then.
+	// nothing was done then. One that wraps ErrNewerVersion is not the same on every
+	// replica, and the entries after it must not be applied.
 	Err error
 }
 
@@ -136,6 +143,8 @@ type version struct {
 	hash     uint64 // rolling hash over all changes
 	bytes    int64  // keys and values
 
+	clusterVersion int // see VersionKey
+
 	epoch uint64 // counts Restores, so that two histories are never mixed
 }
 
@@ -146,7 +155,7 @@ func New(o Options) *Store {
 		options: o.withDefaults(),
 		root:    btree.NewMap[string, *KV](treeDegree),
 		expiry:  btree.NewMap[string, *KV](treeDegree),
-		head:    version{revision: 1, hist: newHistory(2)},
+		head:    version{revision: 1, hist: newHistory(2), clusterVersion: 1},
 		changed: true,
 	}
 	s.groups.init()
@@ -154,13 +163,18 @@ func New(o Options) *Store {
 	return s
 }
 
-// ApplyBatch applies entries in order and returns a result for each. Views and
-// watchers see the batch as a whole, when it returns at the latest.
+// ApplyBatch applies entries in order and returns a result for each, up to one that
+// only a newer program can read ([ErrNewerVersion]), which all after it share. Views
+// and watchers see the batch as a whole, when it returns at the latest.
 func (s *Store) ApplyBatch(entries []Entry) []Result {
 	results := make([]Result, len(entries))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range entries {
+		if i > 0 && errors.Is(results[i-1].Err, ErrNewerVersion) {
+			results[i] = results[i-1]
+			continue
+		}
 		results[i] = s.apply(&entries[i])
 	}
 	s.publish()
@@ -172,10 +186,20 @@ func (s *Store) apply(e *Entry) Result {
 		if e.Index <= s.head.index {
 			return Result{Revision: s.head.revision, Err: fmt.Errorf("%w: index %d, applied up to %d", ErrApplied, e.Index, s.head.index)}
 		}
-		s.head.index, s.head.term = e.Index, e.Term
 	}
 	var txn Txn
-	if err := txn.Unmarshal(e.Command); err != nil {
+	err := txn.Unmarshal(e.Command)
+	version := s.head.clusterVersion
+	if err == nil {
+		version, err = s.versionAfter(&txn)
+	}
+	if errors.Is(err, ErrNewerVersion) {
+		return Result{Revision: s.head.revision, Err: err}
+	}
+	if e.Index != 0 {
+		s.head.index, s.head.term = e.Index, e.Term
+	}
+	if err != nil {
 		return Result{Revision: s.head.revision, Err: err}
 	}
 	s.head.clock = max(s.head.clock, txn.Time)
@@ -195,6 +219,7 @@ func (s *Store) apply(e *Entry) Result {
 		for i := range txn.Changes {
 			s.change(&txn.Changes[i])
 		}
+		s.head.clusterVersion = version
 	}
 	if txn.Compact > 0 {
 		s.head.hist.dropTo(min(txn.Compact, s.head.revision))

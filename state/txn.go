@@ -92,13 +92,15 @@ func (t *Txn) Marshal() []byte {
 }
 
 // Unmarshal replaces t with the transaction encoded in b. It copies what it
-// keeps, so b may be used again. On an error, which wraps [ErrMalformed], t is
-// left as it was.
+// keeps, so b may be used again. On an error, which wraps [ErrMalformed] or
+// [ErrNewerVersion], t is left as it was.
 func (t *Txn) Unmarshal(b []byte) error {
 	d := decoder{b: b}
 	var out Txn
-	if v := d.byte("version"); d.err == nil && v != txnVersion {
-		return fmt.Errorf("%w: version %d, this program reads version %d", ErrMalformed, v, txnVersion)
+	if v := d.byte("version"); d.err == nil && v > txnVersion {
+		return fmt.Errorf("%w (command of version %d, this program reads %d)", ErrNewerVersion, v, txnVersion)
+	} else if d.err == nil && v == 0 {
+		d.fail("no version")
 	}
 	out.Time = d.varint("time")
 	out.Compact = d.varint("compact revision")
@@ -135,7 +137,9 @@ func (t *Txn) Unmarshal(b []byte) error {
 			case 0:
 				c.Value = d.bytes("change value")
 			default:
-				d.fail("unknown change flags")
+				if d.err == nil { // rather than damage: the log has a checksum
+					return fmt.Errorf("%w (change flags %#x)", ErrNewerVersion, flags)
+				}
 			}
 			if d.err != nil {
 				break

@@ -262,7 +262,7 @@ func (p *pastVersions) at(revision int64, current *version) *version {
 		root.Set(prev.Key, &prev)
 		bytes += int64(len(prev.Key) + len(prev.Value))
 	}
-	v := &version{root: root, hist: current.hist, revision: revision, clock: current.clock, bytes: bytes, epoch: current.epoch}
+	v := &version{root: root, hist: current.hist, revision: revision, clock: current.clock, bytes: bytes, epoch: current.epoch, clusterVersion: current.clusterVersion}
 	v.hist.next = revision + 1
 	if revision >= v.hist.first {
 		v.hash = v.hist.at(revision).hash

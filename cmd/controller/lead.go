@@ -45,6 +45,7 @@ func (k *controller) lead(ctx context.Context) error {
 	return k.replica.Lead(ctx, func(ctx context.Context, term uint64) error {
 		group, ctx := errgroup.WithContext(consensus.WithTerm(ctx, term))
 		group.Go(func() error { return ended(k.tracker.Run(ctx)) })
+		group.Go(func() error { return ended(k.raiseVersion(ctx)) })
 		group.Go(func() error { return ended(storage.Expire(ctx, k.backend, k.log)) })
 		group.Go(func() error { return ended(runner.Run(ctx, term)) })
 		if k.scheduler != nil {

@@ -45,6 +45,9 @@ type controller struct {
 	api     *apiserver.Server
 	agents  *dispatch.Dispatcher
 	tracker *dispatch.Tracker
+	// newest is the newest cluster version that this program runs under.
+	newest         int
+	clusterVersion clusterVersion
 	// scheduler takes scheduled snapshots on the leader; nil if none are wanted.
 	scheduler *backup.Scheduler
 }
@@ -67,7 +70,10 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 
-	k.store = state.New(state.Options{HistoryChanges: c.historyRevisions})
+	if k.newest, err = newestClusterVersion(); err != nil {
+		return err
+	}
+	k.store = state.New(state.Options{HistoryChanges: c.historyRevisions, NewestVersion: k.newest})
 	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
 
 	clusterListener, err := net.Listen("tcp", c.address(c.clusterPort))
@@ -213,6 +219,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
 		DeadMemberCleanupAfter: k.deadMemberCleanupAfter, Version: version, Logger: k.log,
+		NewestVersion: k.newest, ClusterVersion: func() int { return k.store.View().ClusterVersion() },
 	}, replicated.Machine{Store: k.store})
 	if err != nil {
 		listener.Close()

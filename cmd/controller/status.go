@@ -63,6 +63,10 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 		ResidentBytes: resident, AnonymousBytes: anonymous,
 		FsyncMicroseconds: uint64(s.Fsync / time.Microsecond),
 		Problems:          append(s.Problems, k.pool.Problems()...),
+		ClusterVersion:    uint32(k.store.View().ClusterVersion()), NewestVersion: uint32(k.newest),
+	}
+	if problem := k.clusterVersion.problem(k.store); problem != "" {
+		out.Problems = append(out.Problems, problem)
 	}
 	if k.scheduler != nil {
 		out.Problems = append(out.Problems, k.scheduler.Problems()...)

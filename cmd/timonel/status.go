@@ -46,7 +46,7 @@ func printStatus(out io.Writer, s *cluster.Status, now time.Time) error {
 	if leader == "" {
 		leader = "nobody"
 	}
-	fmt.Fprintf(out, "Cluster %s: %s leads in term %d. %d pods, %d ready", s.Cluster, leader, s.Term, s.Pods.Total, s.Pods.Ready)
+	fmt.Fprintf(out, "Cluster %s (version %d): %s leads in term %d. %d pods, %d ready", s.Cluster, s.Version, leader, s.Term, s.Pods.Total, s.Pods.Ready)
 	if s.Pods.Pending > 0 {
 		fmt.Fprintf(out, ", %d pending", s.Pods.Pending)
 	}

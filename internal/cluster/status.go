@@ -28,6 +28,7 @@ type Status struct {
 	API         string             `json:"api"`
 	Leader      string             `json:"leader"` // that most controllers follow; empty: none
 	Term        uint64             `json:"term"`
+	Version     uint32             `json:"clusterVersion"` // which formats are written; 0: unknown
 	Controllers []ControllerStatus `json:"controllers"`
 	Nodes       []NodeStatus       `json:"nodes"`
 	Pods        PodCounts          `json:"pods"`
@@ -48,20 +49,24 @@ type MachineStatus struct {
 // ControllerStatus is what a controller says of itself.
 type ControllerStatus struct {
 	MachineStatus
-	Answers      bool            `json:"answers"`
-	Version      string          `json:"version,omitempty"`
-	Role         string          `json:"role,omitempty"`
-	Leader       string          `json:"leader,omitempty"`
-	Term         uint64          `json:"term,omitempty"`
-	CommitIndex  uint64          `json:"commitIndex,omitempty"`
-	AppliedIndex uint64          `json:"appliedIndex,omitempty"`
-	LastIndex    uint64          `json:"lastIndex,omitempty"`
-	Revision     int64           `json:"revision,omitempty"`
-	Fsync        time.Duration   `json:"fsyncNanoseconds,omitempty"`
-	Agents       []string        `json:"agents"`
-	Members      []MemberStatus  `json:"members"`
-	Memory       machines.Memory `json:"memory"`
-	Problems     []string        `json:"problems"`
+	Answers bool   `json:"answers"`
+	Version string `json:"version,omitempty"`
+	// ClusterVersion says which formats the cluster writes, NewestVersion which this
+	// controller's program knows.
+	ClusterVersion uint32          `json:"clusterVersion,omitempty"`
+	NewestVersion  uint32          `json:"newestVersion,omitempty"`
+	Role           string          `json:"role,omitempty"`
+	Leader         string          `json:"leader,omitempty"`
+	Term           uint64          `json:"term,omitempty"`
+	CommitIndex    uint64          `json:"commitIndex,omitempty"`
+	AppliedIndex   uint64          `json:"appliedIndex,omitempty"`
+	LastIndex      uint64          `json:"lastIndex,omitempty"`
+	Revision       int64           `json:"revision,omitempty"`
+	Fsync          time.Duration   `json:"fsyncNanoseconds,omitempty"`
+	Agents         []string        `json:"agents"`
+	Members        []MemberStatus  `json:"members"`
+	Memory         machines.Memory `json:"memory"`
+	Problems       []string        `json:"problems"`
 }
 
 // MemberStatus is how a controller sees a member of the gossip pool.
@@ -135,7 +140,7 @@ func (s *Status) summarize() {
 			continue
 		}
 		answers++
-		s.Term = max(s.Term, c.Term)
+		s.Term, s.Version = max(s.Term, c.Term), max(s.Version, c.ClusterVersion)
 		votes[c.Leader]++
 		for _, agent := range c.Agents {
 			for i := range s.Nodes {
@@ -206,6 +211,7 @@ func (s *Spec) controllerStatus(ctx context.Context, name string, secure credent
 	c.Answers, c.Version, c.Role, c.Leader, c.Term = true, r.GetVersion(), r.GetRole(), r.GetLeader(), r.GetTerm()
 	c.CommitIndex, c.AppliedIndex, c.LastIndex = r.GetCommitIndex(), r.GetAppliedIndex(), r.GetLastIndex()
 	c.Revision, c.Agents, c.Problems = r.GetRevision(), r.GetAgents(), r.GetProblems()
+	c.ClusterVersion, c.NewestVersion = r.GetClusterVersion(), r.GetNewestVersion()
 	c.Fsync = time.Duration(r.GetFsyncMicroseconds()) * time.Microsecond
 	for _, m := range r.GetMembers() {
 		c.Members = append(c.Members, MemberStatus{m.GetName(), m.GetAddress(), m.GetRole(), m.GetState()})

@@ -5,6 +5,8 @@ package replicated
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 
 	"timonel/consensus"
@@ -21,7 +23,7 @@ var (
 )
 
 // ApplyBatch implements [consensus.FSM].
-func (m Machine) ApplyBatch(entries []consensus.Entry) []any {
+func (m Machine) ApplyBatch(entries []consensus.Entry) ([]any, error) {
 	batch := make([]state.Entry, len(entries))
 	for i, e := range entries {
 		batch[i] = state.Entry{Index: e.Index, Term: e.Term, Command: e.Command}
@@ -29,9 +31,12 @@ func (m Machine) ApplyBatch(entries []consensus.Entry) []any {
 	results := m.Store.ApplyBatch(batch)
 	out := make([]any, len(results))
 	for i, r := range results {
+		if errors.Is(r.Err, state.ErrNewerVersion) {
+			return nil, fmt.Errorf("log entry %d: %w", entries[i].Index, r.Err)
+		}
 		out[i] = r
 	}
-	return out
+	return out, nil
 }
 
 // Snapshot implements [consensus.FSM].

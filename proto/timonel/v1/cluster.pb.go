@@ -620,6 +620,8 @@ type StatusResponse struct {
 	AnonymousBytes    int64                  `protobuf:"varint,14,opt,name=anonymous_bytes,json=anonymousBytes,proto3" json:"anonymous_bytes,omitempty"`
 	FsyncMicroseconds uint64                 `protobuf:"varint,15,opt,name=fsync_microseconds,json=fsyncMicroseconds,proto3" json:"fsync_microseconds,omitempty"` // measured at start
 	Problems          []string               `protobuf:"bytes,16,rep,name=problems,proto3" json:"problems,omitempty"`
+	ClusterVersion    uint32                 `protobuf:"varint,17,opt,name=cluster_version,json=clusterVersion,proto3" json:"cluster_version,omitempty"` // which formats are written: the least that all members' programs can run under
+	NewestVersion     uint32                 `protobuf:"varint,18,opt,name=newest_version,json=newestVersion,proto3" json:"newest_version,omitempty"`    // the newest that this controller's program can run under
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -766,6 +768,20 @@ func (x *StatusResponse) GetProblems() []string {
 	return nil
 }
 
+func (x *StatusResponse) GetClusterVersion() uint32 {
+	if x != nil {
+		return x.ClusterVersion
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetNewestVersion() uint32 {
+	if x != nil {
+		return x.NewestVersion
+	}
+	return 0
+}
+
 type Member struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -877,7 +893,7 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\rProbeResponse\x12\x14\n" +
 	"\x05alive\x18\x01 \x01(\bR\x05alive\x12)\n" +
 	"\x10rtt_microseconds\x18\x02 \x01(\x03R\x0frttMicroseconds\"\x0f\n" +
-	"\rStatusRequest\"\x81\x04\n" +
+	"\rStatusRequest\"\xd1\x04\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -897,7 +913,9 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\x0eresident_bytes\x18\r \x01(\x03R\rresidentBytes\x12'\n" +
 	"\x0fanonymous_bytes\x18\x0e \x01(\x03R\x0eanonymousBytes\x12-\n" +
 	"\x12fsync_microseconds\x18\x0f \x01(\x04R\x11fsyncMicroseconds\x12\x1a\n" +
-	"\bproblems\x18\x10 \x03(\tR\bproblems\"`\n" +
+	"\bproblems\x18\x10 \x03(\tR\bproblems\x12'\n" +
+	"\x0fcluster_version\x18\x11 \x01(\rR\x0eclusterVersion\x12%\n" +
+	"\x0enewest_version\x18\x12 \x01(\rR\rnewestVersion\"`\n" +
 	"\x06Member\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +

@@ -288,7 +288,8 @@ type HelloResponse struct {
 	// When the cluster was last recovered or restored, in microseconds since 1970;
 	// 0: never. Data of an earlier generation is not of this cluster any more.
 	Generation    uint64 `protobuf:"varint,15,opt,name=generation,proto3" json:"generation,omitempty"`
-	DiskFailed    bool   `protobuf:"varint,16,opt,name=disk_failed,json=diskFailed,proto3" json:"disk_failed,omitempty"` // it cannot write its log
+	DiskFailed    bool   `protobuf:"varint,16,opt,name=disk_failed,json=diskFailed,proto3" json:"disk_failed,omitempty"`          // it cannot write its log
+	NewestVersion uint32 `protobuf:"varint,17,opt,name=newest_version,json=newestVersion,proto3" json:"newest_version,omitempty"` // the newest cluster version that its program can run under; 0 is 1
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -435,12 +436,20 @@ func (x *HelloResponse) GetDiskFailed() bool {
 	return false
 }
 
+func (x *HelloResponse) GetNewestVersion() uint32 {
+	if x != nil {
+		return x.NewestVersion
+	}
+	return 0
+}
+
 type EnterRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
 	Incarnation   []byte                 `protobuf:"bytes,4,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	NewestVersion uint32                 `protobuf:"varint,5,opt,name=newest_version,json=newestVersion,proto3" json:"newest_version,omitempty"` // see HelloResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -501,6 +510,13 @@ func (x *EnterRequest) GetIncarnation() []byte {
 		return x.Incarnation
 	}
 	return nil
+}
+
+func (x *EnterRequest) GetNewestVersion() uint32 {
+	if x != nil {
+		return x.NewestVersion
+	}
+	return 0
 }
 
 type EnterResponse struct {
@@ -1061,7 +1077,7 @@ const file_timonel_v1_membership_proto_rawDesc = "" +
 	"\bproposed\x18\x05 \x03(\v2\x16.timonel.v1.RaftServerR\bproposed\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x06 \x01(\x04R\n" +
-	"generation\"\xd7\x03\n" +
+	"generation\"\xfe\x03\n" +
 	"\rHelloResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
@@ -1085,13 +1101,15 @@ const file_timonel_v1_membership_proto_rawDesc = "" +
 	"generation\x18\x0f \x01(\x04R\n" +
 	"generation\x12\x1f\n" +
 	"\vdisk_failed\x18\x10 \x01(\bR\n" +
-	"diskFailed\"y\n" +
+	"diskFailed\x12%\n" +
+	"\x0enewest_version\x18\x11 \x01(\rR\rnewestVersion\"\xa0\x01\n" +
 	"\fEnterRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12 \n" +
-	"\vincarnation\x18\x04 \x01(\fR\vincarnation\"/\n" +
+	"\vincarnation\x18\x04 \x01(\fR\vincarnation\x12%\n" +
+	"\x0enewest_version\x18\x05 \x01(\rR\rnewestVersion\"/\n" +
 	"\rEnterResponse\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
