@@ -47,6 +47,36 @@ func ready(n *corev1.Node) corev1.ConditionStatus {
 	return c.Status
 }
 
+// settle waits until all that the agent has said is dealt with and written.
+func (c *cluster) settle(a *agent) {
+	c.t.Helper()
+	raw, err := (&authenticationv1.TokenRequest{}).Marshal()
+	require.NoError(c.t, err)
+	const id = 1 << 40
+	a.say(&pb.AgentMessage{Message: &pb.AgentMessage_Request{Request: &pb.Request{Id: id, Request: &pb.Request_Token{
+		Token: &pb.TokenRequest{Namespace: "default", ServiceAccount: "sa", TokenRequest: raw}}}}})
+	timeout := time.After(patience)
+	for answered := false; !answered; {
+		select {
+		case m := <-a.got:
+			answered = m.GetReply().GetId() == id
+		case <-timeout:
+			c.t.Fatal("no reply")
+		}
+	}
+	eventually(c.t, "all is written", func() bool {
+		for _, k := range c.controllers {
+			if s := k.hub.session(a.name); s != nil {
+				s.writer.mu.Lock()
+				left := len(s.writer.waiting) + len(s.writer.busy)
+				s.writer.mu.Unlock()
+				return left == 0
+			}
+		}
+		return false
+	})
+}
+
 func TestNodeRegistration(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, "c1")
@@ -78,12 +108,13 @@ func TestNodeRegistration(t *testing.T) {
 	raw, err := nodeObject("a1").Marshal()
 	require.NoError(t, err)
 	a.say(&pb.AgentMessage{Message: &pb.AgentMessage_NodeStatus{NodeStatus: &pb.NodeStatus{Node: raw}}})
+	c.settle(a)
+	require.Equal(t, writes, c.api.calls("PUT"))
 	changed := nodeObject("a1")
 	changed.Labels["zone"] = "z1"
 	changed.Status.Capacity = corev1.ResourceList{}
 	raw, err = changed.Marshal()
 	require.NoError(t, err)
-	require.Equal(t, writes, c.api.calls("PUT"))
 	a.say(&pb.AgentMessage{Message: &pb.AgentMessage_NodeStatus{NodeStatus: &pb.NodeStatus{Node: raw}}})
 	eventually(t, "a new label is written", func() bool { return c.node("a1").Labels["zone"] == "z1" })
 	require.Equal(t, writes+1, c.api.calls("PUT"), "only the labels differ")

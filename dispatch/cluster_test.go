@@ -223,7 +223,9 @@ type agent struct {
 	got    chan *pb.ControllerMessage
 	err    error // why got was closed
 	serve  func(net.Conn)
-	synced int64 // of the last batch
+	synced int64                  // of the last batch
+	pods   map[string]*pb.HavePod // what it has, from the batches it read
+	objs   map[string]*pb.HaveObject
 	hold   sync.Mutex
 }
 
@@ -265,7 +267,7 @@ func (c *cluster) connect(controller string, hello *pb.Hello) *agent {
 		require.NoError(c.t, err)
 		hello.Node = raw
 	}
-	a := &agent{t: c.t, name: hello.NodeName, got: make(chan *pb.ControllerMessage, 1024)}
+	a := &agent{t: c.t, name: hello.NodeName, got: make(chan *pb.ControllerMessage, 1024), pods: map[string]*pb.HavePod{}, objs: map[string]*pb.HaveObject{}}
 	a.conn = c.dial(controller, c.nodeTLS(hello.NodeName))
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
@@ -326,6 +328,7 @@ func (a *agent) batch() []string {
 			if !ok {
 				a.t.Fatalf("the stream ended after %q: %v", out, a.err)
 			}
+			a.take(m)
 			if line := describe(a.t, m); line != "" {
 				out = append(out, line)
 			}

@@ -11,8 +11,10 @@
 // sessions of the nodes a change concerns. A woken session compares what its
 // node should have with what it has sent, and sends the difference; so a slow
 // agent costs nobody anything, and changes that it did not see in time are
-// merged. What an agent is sent carries the revision up to which it has
-// everything, from which it resumes on another controller.
+// merged. An agent that comes from elsewhere says what it has, object by object, and
+// gets the difference from this replica's state: no position in the history is
+// trusted, so a pod that was deleted while its node was away goes whatever this
+// controller remembers. Who says nothing gets a full list.
 //
 // An agent's reports are written through the API as that node, so that the node
 // authorizer and NodeRestriction hold for them. Of what waits only the newest per

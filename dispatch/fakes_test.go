@@ -193,10 +193,11 @@ type fakeGossip struct {
 	members map[string]gossip.Member
 	wake    map[chan struct{}]struct{}
 	silent  map[string]bool // members that do not answer probes
+	probes  map[string]int
 }
 
 func newFakeGossip() *fakeGossip {
-	return &fakeGossip{members: map[string]gossip.Member{}, wake: map[chan struct{}]struct{}{}, silent: map[string]bool{}}
+	return &fakeGossip{members: map[string]gossip.Member{}, wake: map[chan struct{}]struct{}{}, silent: map[string]bool{}, probes: map[string]int{}}
 }
 
 func (g *fakeGossip) set(m gossip.Member) {
@@ -213,6 +214,12 @@ func (g *fakeGossip) setSilent(name string, silent bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.silent[name] = silent
+}
+
+func (g *fakeGossip) probed(name string) int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.probes[name]
 }
 
 func (g *fakeGossip) Members() (out []gossip.Member) {
@@ -263,6 +270,7 @@ func (g *fakeGossip) Probe(ctx context.Context, name string) (time.Duration, err
 func (g *fakeGossip) ProbeAddr(_ context.Context, name, _ string) (time.Duration, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.probes[name]++
 	if g.silent[name] {
 		return 0, gossip.ErrNoAnswer
 	}

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/state/objects"
 )
@@ -103,6 +104,7 @@ func addNamed(add func(objKey), kind, namespace, name string) {
 // marshaler is an API object that encodes itself as protobuf.
 type marshaler interface {
 	Marshal() ([]byte, error)
+	GetUID() types.UID
 }
 
 // lookup returns a referenced object and its revision, or nil if there is none.

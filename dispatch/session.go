@@ -39,20 +39,20 @@ type session struct {
 	control chan *pb.ControllerMessage // replies and tunnels
 
 	// What the agent has. Only the goroutine that sends uses it.
-	pods    map[podKey]sentPod
-	objects map[objKey]int64 // revisions
-	synced  int64            // the agent has everything up to this revision
-	full    bool             // a full list is due
+	pods    map[podKey]int64 // revisions; 0: of some content that is not known
+	objects map[objKey]int64 // likewise
+	synced  int64            // of the last Synced on this stream
+	full    bool             // a full list follows, as Welcome says
+	first   bool             // nothing was synced on this stream yet
 	cluster *pb.Cluster
 
 	reports reports // what the agent said and is to be written
 }
 
-type podKey struct{ namespace, name string }
-
-type sentPod struct {
-	uid      types.UID
-	revision int64
+// podKey names one pod: an agent may for a moment have two of one name.
+type podKey struct {
+	namespace, name string
+	uid             types.UID
 }
 
 // controlQueue bounds replies and tunnel requests that wait for a slow agent.
@@ -94,7 +94,7 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	s := &session{
 		d: d, node: id.Name, log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
 		ended: ctx.Done(), wake: make(chan struct{}, 1), control: make(chan *pb.ControllerMessage, controlQueue),
-		pods: make(map[podKey]sentPod), objects: make(map[objKey]int64),
+		first: true,
 	}
 	s.writer = newWriter(s.log)
 	if err := s.catchUp(ctx, hello); err != nil {
@@ -115,19 +115,25 @@ func (s *session) catchUp(ctx context.Context, hello *pb.Hello) error {
 	if err := s.d.config.Objects.WaitRevision(ctx, revision); err != nil {
 		return status.Errorf(codes.Unavailable, "controller %s is still loading: %v", s.d.config.Name, err)
 	}
-	after := hello.GetResumeRevision()
-	if hello.GetEpoch() == s.d.config.ClusterID && after > revision {
-		s.log.Warn("the agent knows a later state than the cluster has, which lost some; it gets a full list",
-			"agent", after, "cluster", revision)
+	have := hello.GetHave()
+	if hello.GetEpoch() == s.d.config.ClusterID && have.GetRevision() > revision {
+		s.log.Warn("the agent has seen a later state than the cluster has, which lost some",
+			"agent", have.GetRevision(), "cluster", revision)
 	}
-	s.full = hello.GetEpoch() != s.d.config.ClusterID || after <= 0 || after > revision || !s.resume(after)
+	s.full = hello.GetEpoch() != s.d.config.ClusterID || !usable(have)
+	s.pods, s.objects = make(map[podKey]int64), make(map[objKey]int64)
+	if !s.full {
+		if err := s.compare(s.d.config.Objects.Snapshot(), have); err != nil {
+			return status.Error(codes.Internal, err.Error())
+		}
+	}
 	return nil
 }
 
 func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) error {
 	start := time.Now()
 	s.d.hub.add(s)
-	s.log.Info("agent connected", "version", hello.GetVersion(), "full", s.full, "resume", hello.GetResumeRevision())
+	s.log.Info("agent connected", "version", hello.GetVersion(), "full", s.full, "pods", len(s.pods), "objects", len(s.objects))
 	var work sync.WaitGroup
 	work.Go(func() { s.writer.run(ctx) })
 	s.reportNode(node)

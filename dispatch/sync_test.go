@@ -127,58 +127,6 @@ func TestClusterMessage(t *testing.T) {
 	}
 }
 
-func TestResumeOnAnotherController(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, "c1", "c2")
-	c.put(nodeObject("a1"))
-	c.put(configMap("env", "1"))
-	c.put(secret("key", "1"))
-	c.put(podOn("a1", "same", "u1", withRefs))
-	c.put(podOn("a1", "changed", "u2"))
-	c.put(podOn("a1", "replaced", "u3"))
-	c.put(podOn("a1", "gone", "u4"))
-	a := c.connect("c1", &pb.Hello{NodeName: "a1"})
-	a.batch()
-	at := a.synced
-	c.controllers["c1"].stop()
-	require.Error(t, a.end())
-
-	changed := c.put(podOn("a1", "changed", "u2", func(p *corev1.Pod) { p.Labels = map[string]string{"v": "2"} }))
-	c.remove(podOn("a1", "gone", "u4"))
-	c.put(podOn("a1", "shortlived", "u5"))
-	c.remove(podOn("a1", "shortlived", "u5"))
-	replaced := c.put(podOn("a1", "replaced", "u6"))
-	c.remove(secret("key", "1"))
-	env := c.put(configMap("env", "2"))
-
-	a = c.connect("c2", &pb.Hello{NodeName: "a1", ResumeRevision: at, Epoch: c.bundle.ClusterID()})
-	require.Equal(t, []string{
-		"welcome from c2 full=false",
-		fmt.Sprintf("ConfigMap default/env rev=%d", env),
-		"remove Secret default/key",
-		"remove pod default/gone uid=u4",
-		"remove pod default/replaced uid=u3",
-		fmt.Sprintf("pod default/changed uid=u2 rev=%d resume=%d", changed, at),
-		fmt.Sprintf("pod default/replaced uid=u6 rev=%d resume=%d", replaced, at),
-		"synced",
-	}, a.batch())
-
-	t.Run("full when the past is not known", func(t *testing.T) {
-		for name, hello := range map[string]*pb.Hello{
-			"another cluster": {NodeName: "a1", ResumeRevision: at, Epoch: "another"},
-			"the future":      {NodeName: "a1", ResumeRevision: env + 1000, Epoch: c.bundle.ClusterID()},
-			"too old":         {NodeName: "a1", ResumeRevision: 1, Epoch: c.bundle.ClusterID()},
-		} {
-			got := c.connect("c2", hello).batch()
-			want := "welcome from c2 full=true"
-			if name == "too old" {
-				want = "welcome from c2 full=false" // the cache has seen everything from the first revision on
-			}
-			require.Equal(t, want, got[0], name)
-		}
-	})
-}
-
 func TestConnectRefusals(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, "c1")

@@ -28,10 +28,14 @@ type object interface {
 	GetNamespace() string
 	GetName() string
 	GetUID() types.UID
+	GetResourceVersion() string
 }
 
 // key names one object and is its path below the store's folder.
 type key string
+
+// kind of the object that a key below objects/ names.
+func (k key) kind() string { return filepath.Base(filepath.Dir(filepath.Dir(string(k)))) }
 
 func podKey(uid types.UID) key            { return key(filepath.Join("pods", string(uid))) }
 func statusKey(uid types.UID) key         { return key(filepath.Join("status", string(uid))) }
@@ -73,8 +77,10 @@ type Store struct {
 	mu       sync.Mutex
 	pods     map[types.UID]*corev1.Pod
 	objects  map[key]object
+	digests  map[key]digest                  // of pods and objects as they came
 	statuses map[types.UID]*corev1.PodStatus // last one reported, by pod
 	pos      position
+	whole    bool         // a full list was received since this process began
 	listing  map[key]bool // what a full list has named so far, nil outside of one
 	observer Observer
 
@@ -86,7 +92,8 @@ type Store struct {
 func Open(dir string, log *slog.Logger) (*Store, error) {
 	s := &Store{
 		dir: dir, log: log,
-		pods: map[types.UID]*corev1.Pod{}, objects: map[key]object{}, statuses: map[types.UID]*corev1.PodStatus{},
+		pods: map[types.UID]*corev1.Pod{}, objects: map[key]object{}, digests: map[key]digest{},
+		statuses: map[types.UID]*corev1.PodStatus{},
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of the desired state: %w", err)
@@ -112,7 +119,7 @@ func (s *Store) Observe(o Observer) {
 // Close writes what is left to write.
 func (s *Store) Close() error { return s.writer.close() }
 
-// Position returns the cluster id and the revision to resume from.
+// Position returns the cluster id and the revision that was reached.
 func (s *Store) Position() (epoch string, revision int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -143,7 +150,7 @@ func (s *Store) SetPod(raw []byte, revision int64) error {
 	}
 	s.mu.Lock()
 	k := podKey(pod.UID)
-	s.pods[pod.UID] = pod
+	s.pods[pod.UID], s.digests[k] = pod, digestOf(raw)
 	s.mark(k, revision)
 	notify := s.observer.PodSet
 	s.mu.Unlock()
@@ -159,6 +166,7 @@ func (s *Store) RemovePod(uid types.UID, revision int64) {
 	s.mu.Lock()
 	pod := s.pods[uid]
 	delete(s.pods, uid)
+	delete(s.digests, podKey(uid))
 	s.advance(revision)
 	notify := s.observer.PodRemoved
 	s.mu.Unlock()
@@ -179,7 +187,7 @@ func (s *Store) SetObject(kind string, raw []byte, revision int64) error {
 	}
 	k := objectKey(kind, obj.GetNamespace(), obj.GetName())
 	s.mu.Lock()
-	s.objects[k] = obj
+	s.objects[k], s.digests[k] = obj, digestOf(raw)
 	s.mark(k, revision)
 	notify := s.observer.ObjectChanged
 	s.mu.Unlock()
@@ -196,6 +204,7 @@ func (s *Store) RemoveObject(kind, namespace, name string, revision int64) {
 	s.mu.Lock()
 	_, had := s.objects[k]
 	delete(s.objects, k)
+	delete(s.digests, k)
 	s.advance(revision)
 	notify := s.observer.ObjectChanged
 	s.mu.Unlock()
@@ -215,6 +224,7 @@ func (s *Store) Synced(revision int64) {
 		for uid, pod := range s.pods {
 			if k := podKey(uid); !s.listing[k] {
 				delete(s.pods, uid)
+				delete(s.digests, k)
 				s.writer.remove(k)
 				gonePods = append(gonePods, pod)
 			}
@@ -222,14 +232,15 @@ func (s *Store) Synced(revision int64) {
 		for k, obj := range s.objects {
 			if !s.listing[k] {
 				delete(s.objects, k)
+				delete(s.digests, k)
 				s.writer.remove(k)
 				goneObjects = append(goneObjects, obj)
-				goneKinds = append(goneKinds, filepath.Base(filepath.Dir(filepath.Dir(string(k)))))
+				goneKinds = append(goneKinds, k.kind())
 			}
 		}
-		s.listing = nil
+		s.listing, s.whole = nil, true
 	}
-	s.advance(revision)
+	s.pos.Revision = revision // the state may have gone back
 	pos, observer := s.pos, s.observer
 	s.mu.Unlock()
 
@@ -389,7 +400,7 @@ func (s *Store) loadOne(rel string, raw []byte) error {
 		if string(pod.UID) != filepath.Base(rel) {
 			return fmt.Errorf("holds the pod with uid %q", pod.UID)
 		}
-		s.pods[pod.UID] = pod
+		s.pods[pod.UID], s.digests[key(rel)] = pod, digestOf(raw)
 	case kind == "status":
 		st := &corev1.PodStatus{}
 		if err := st.Unmarshal(raw); err != nil {
@@ -407,7 +418,7 @@ func (s *Store) loadOne(rel string, raw []byte) error {
 		if obj.GetName() != filepath.Base(rel) {
 			return fmt.Errorf("holds the object %q", obj.GetName())
 		}
-		s.objects[key(rel)] = obj
+		s.objects[key(rel)], s.digests[key(rel)] = obj, digestOf(raw)
 	}
 	return nil
 }

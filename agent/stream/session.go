@@ -98,9 +98,9 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode the node: %w", err)
 	}
-	epoch, revision := cfg.Desired.Position()
+	epoch, _ := cfg.Desired.Position()
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
-		NodeName: cfg.NodeName, Version: cfg.Version, Node: raw, ResumeRevision: revision, Epoch: epoch,
+		NodeName: cfg.NodeName, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
 	}}}, nil
 }
 

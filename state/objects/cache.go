@@ -41,7 +41,15 @@ type Cache struct {
 	moved    chan struct{} // closed when there is a newer snapshot
 	changes  []Changed     // the last changes, ascending revisions
 	since    int64         // revision after which changes holds all
+	gaps     []gap         // where they do not, ascending
 }
+
+// gap is where the state was read whole instead of followed: what was deleted
+// within is known only to who saw the snapshot at from.
+type gap struct{ from, to int64 }
+
+// gapsKept bounds how many gaps are told from what is not known any more.
+const gapsKept = 64
 
 // Option changes how a Cache works.
 type Option func(*Cache)
@@ -140,13 +148,15 @@ type Changes struct {
 
 // Changes returns what changed after a revision, which is that of the snapshot
 // the caller knows, 0 for none. It waits until there is something, or returns
-// ctx's error.
+// ctx's error. A revision that no snapshot of this cache had, before it was filled
+// or while it read everything again, is answered with Reset: objects that were
+// deleted since are not known.
 func (c *Cache) Changes(ctx context.Context, after int64) (Changes, error) {
 	for {
 		c.mu.Lock()
 		s, moved := c.snapshot, c.moved
 		if s.revision > 0 && s.revision != after {
-			if after < c.since || after > s.revision {
+			if after < c.since || after > s.revision || c.inGap(after) {
 				c.mu.Unlock()
 				return Changes{Snapshot: s, Reset: true}, nil
 			}
@@ -166,19 +176,39 @@ func (c *Cache) Changes(ctx context.Context, after int64) (Changes, error) {
 	}
 }
 
-// publish makes the trees the newest snapshot.
-func (c *Cache) publish(revision int64, changed []Changed) {
+// inGap says whether a revision lies strictly within a gap. c.mu is held.
+func (c *Cache) inGap(revision int64) bool {
+	for _, g := range c.gaps {
+		if g.from < revision && revision < g.to {
+			return true
+		}
+	}
+	return false
+}
+
+// publish makes the trees the newest snapshot. whole says that they were read
+// from a view instead of following what led to it.
+func (c *Cache) publish(revision int64, changed []Changed, whole bool) {
 	s := c.freeze(revision)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if revision < c.snapshot.revision { // an older state was installed
-		c.changes, c.since = nil, revision
+		c.changes, c.since, c.gaps = nil, revision, nil
 	} else {
+		if whole && revision > c.snapshot.revision+1 {
+			c.gaps = append(c.gaps, gap{c.snapshot.revision, revision})
+		}
 		c.changes = append(c.changes, changed...)
 		if over := len(c.changes) - changesKept; over > 0 {
 			c.since = c.changes[over-1].Revision
 			clear(c.changes[:over])
 			c.changes = c.changes[over:]
+		}
+		if len(c.gaps) > gapsKept {
+			c.since = max(c.since, c.gaps[0].to)
+		}
+		for len(c.gaps) > 0 && c.gaps[0].to <= c.since {
+			c.gaps = c.gaps[1:]
 		}
 	}
 	c.snapshot = s
@@ -209,7 +239,7 @@ func (c *Cache) follow(ctx context.Context) error {
 		return err
 	}
 	defer w.Close()
-	c.publish(view.Revision(), c.load(view))
+	c.publish(view.Revision(), c.load(view), true)
 	pace := rate.NewLimiter(publishRate, publishBurst)
 	for {
 		if err := pace.Wait(ctx); err != nil {
@@ -226,7 +256,7 @@ func (c *Cache) follow(ctx context.Context) error {
 				changed = append(changed, ch)
 			}
 		}
-		c.publish(w.Progress(), changed)
+		c.publish(w.Progress(), changed, false)
 	}
 }
 

@@ -226,6 +226,42 @@ func TestChangesForgotten(t *testing.T) {
 	}
 }
 
+// TestChangesBeforeTheCache asks for what changed after revisions that the cache
+// never had a snapshot of: what was deleted since is not known to it.
+func TestChangesBeforeTheCache(t *testing.T) {
+	t.Parallel()
+	s := state.New(state.Options{HistoryChanges: 1})
+	early := apply(t, s, putPod(t, pod("a", "p1", "n1")))
+	r := apply(t, s, state.Change{Key: podKey("a", "p1"), Delete: true})
+	c := start(t, s)
+	snapshotAt(t, c, r)
+	for _, after := range []int64{1, early} {
+		if got, err := c.Changes(t.Context(), after); err != nil || !got.Reset {
+			t.Errorf("changes after %d, before the cache was filled at %d: reset=%v, %v, want a reset", after, r, got.Reset, err)
+		}
+	}
+
+	// It falls behind and reads everything again: in between, likewise.
+	leader := state.New(state.Options{})
+	install(t, s, leader)
+	between := apply(t, leader, putPod(t, pod("a", "p2", "n1")))
+	apply(t, leader, state.Change{Key: podKey("a", "p2"), Delete: true})
+	last := apply(t, leader, putPod(t, pod("a", "p3", "n1")))
+	install(t, leader, s)
+	snapshotAt(t, c, last)
+	if got, err := c.Changes(t.Context(), between); err != nil || !got.Reset {
+		t.Errorf("changes after a revision that was jumped over: reset=%v, %v, want a reset", got.Reset, err)
+	}
+	if got, err := c.Changes(t.Context(), r); err != nil || got.Reset || !slices.Equal(print(got.Changed), []string{"+p3"}) {
+		t.Errorf("changes after the snapshot before are %v, reset=%v, %v", print(got.Changed), got.Reset, err)
+	}
+	next := apply(t, s, putPod(t, pod("a", "p4", "n1")))
+	snapshotAt(t, c, next)
+	if got, err := c.Changes(t.Context(), last); err != nil || got.Reset || !slices.Equal(print(got.Changed), []string{"+p4"}) {
+		t.Errorf("changes after the last snapshot are %v, reset=%v, %v", print(got.Changed), got.Reset, err)
+	}
+}
+
 // TestRestore installs a snapshot under a running cache: of the same history,
 // of one that went on without it, and of an older one.
 func TestRestore(t *testing.T) {

@@ -91,7 +91,7 @@ func BenchmarkChange(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		kv := state.KV{Key: podKey("ns", "p00007"), Value: value, ModRevision: 3}
-		c.publish(4, []Changed{c.apply(kv.Key, &kv, false)})
+		c.publish(4, []Changed{c.apply(kv.Key, &kv, false)}, false)
 	}
 }
 
@@ -102,7 +102,7 @@ func BenchmarkPodsOnNode(b *testing.B) {
 		apply(b, s, putPod(b, pod("ns", fmt.Sprintf("p%05d", i), fmt.Sprintf("n%d", i%100))))
 	}
 	c := NewCache(s)
-	c.publish(s.View().Revision(), c.load(s.View()))
+	c.publish(s.View().Revision(), c.load(s.View()), false)
 	snapshot := c.Snapshot()
 	for b.Loop() {
 		n := 0

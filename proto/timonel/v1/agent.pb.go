@@ -324,14 +324,21 @@ func (*AgentMessage_Request) isAgentMessage_Message() {}
 func (*AgentMessage_Goodbye) isAgentMessage_Message() {}
 
 type Hello struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	NodeName       string                 `protobuf:"bytes,1,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
-	Version        string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`                                      // Timonel's version of the agent
-	Node           []byte                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`                                            // v1.Node with labels, taints, capacity, addresses and conditions
-	ResumeRevision int64                  `protobuf:"varint,4,opt,name=resume_revision,json=resumeRevision,proto3" json:"resume_revision,omitempty"` // last Synced or object revision seen, 0 for a full list
-	Epoch          string                 `protobuf:"bytes,5,opt,name=epoch,proto3" json:"epoch,omitempty"`                                          // cluster id the revision belongs to, empty for none
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	NodeName string                 `protobuf:"bytes,1,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
+	Version  string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"` // Timonel's version of the agent
+	Node     []byte                 `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`       // v1.Node with labels, taints, capacity, addresses and conditions
+	// Read by controllers that know no lists: they took it for proof of what the
+	// agent has. Agents that say what they have send 0, which makes such a
+	// controller send a full list.
+	ResumeRevision int64  `protobuf:"varint,4,opt,name=resume_revision,json=resumeRevision,proto3" json:"resume_revision,omitempty"`
+	Epoch          string `protobuf:"bytes,5,opt,name=epoch,proto3" json:"epoch,omitempty"` // cluster id that what the agent has belongs to, empty for none
+	// All that the agent has, which the controller compares with what the node
+	// should have. Without it a full list follows: from agents that know no lists,
+	// after the start of an agent, and when the list would be too long.
+	Have          *Have `protobuf:"bytes,6,opt,name=have,proto3" json:"have,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -399,6 +406,235 @@ func (x *Hello) GetEpoch() string {
 	return ""
 }
 
+func (x *Hello) GetHave() *Have {
+	if x != nil {
+		return x.Have
+	}
+	return nil
+}
+
+// Have is all that an agent has. It is bounded by MaxHave.
+type Have struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Synced last. A hint for whoever reads logs: nothing is decided by it.
+	Revision      int64         `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Pods          []*HavePod    `protobuf:"bytes,2,rep,name=pods,proto3" json:"pods,omitempty"`
+	Objects       []*HaveObject `protobuf:"bytes,3,rep,name=objects,proto3" json:"objects,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Have) Reset() {
+	*x = Have{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Have) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Have) ProtoMessage() {}
+
+func (x *Have) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Have.ProtoReflect.Descriptor instead.
+func (*Have) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Have) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Have) GetPods() []*HavePod {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+func (x *Have) GetObjects() []*HaveObject {
+	if x != nil {
+		return x.Objects
+	}
+	return nil
+}
+
+type HavePod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Revision      int64                  `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"` // its resourceVersion
+	Digest        []byte                 `protobuf:"bytes,5,opt,name=digest,proto3" json:"digest,omitempty"`      // of PodSet.pod as it came: the first 16 bytes of its SHA-256
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HavePod) Reset() {
+	*x = HavePod{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HavePod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HavePod) ProtoMessage() {}
+
+func (x *HavePod) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HavePod.ProtoReflect.Descriptor instead.
+func (*HavePod) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HavePod) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *HavePod) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HavePod) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *HavePod) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *HavePod) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+type HaveObject struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           string                 `protobuf:"bytes,4,opt,name=uid,proto3" json:"uid,omitempty"`
+	Revision      int64                  `protobuf:"varint,5,opt,name=revision,proto3" json:"revision,omitempty"`
+	Digest        []byte                 `protobuf:"bytes,6,opt,name=digest,proto3" json:"digest,omitempty"` // of ObjectSet.object
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HaveObject) Reset() {
+	*x = HaveObject{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HaveObject) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HaveObject) ProtoMessage() {}
+
+func (x *HaveObject) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HaveObject.ProtoReflect.Descriptor instead.
+func (*HaveObject) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *HaveObject) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *HaveObject) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *HaveObject) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HaveObject) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *HaveObject) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *HaveObject) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
 type NodeStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          []byte                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // v1.Node: metadata.labels and status are taken
@@ -408,7 +644,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	mi := &file_timonel_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -420,7 +656,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	mi := &file_timonel_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -433,7 +669,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NodeStatus) GetNode() []byte {
@@ -455,7 +691,7 @@ type PodStatus struct {
 
 func (x *PodStatus) Reset() {
 	*x = PodStatus{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	mi := &file_timonel_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -467,7 +703,7 @@ func (x *PodStatus) String() string {
 func (*PodStatus) ProtoMessage() {}
 
 func (x *PodStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	mi := &file_timonel_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -480,7 +716,7 @@ func (x *PodStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodStatus.ProtoReflect.Descriptor instead.
 func (*PodStatus) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PodStatus) GetNamespace() string {
@@ -524,7 +760,7 @@ type PodTerminated struct {
 
 func (x *PodTerminated) Reset() {
 	*x = PodTerminated{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	mi := &file_timonel_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -536,7 +772,7 @@ func (x *PodTerminated) String() string {
 func (*PodTerminated) ProtoMessage() {}
 
 func (x *PodTerminated) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	mi := &file_timonel_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -549,7 +785,7 @@ func (x *PodTerminated) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodTerminated.ProtoReflect.Descriptor instead.
 func (*PodTerminated) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PodTerminated) GetNamespace() string {
@@ -582,7 +818,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[7]
+	mi := &file_timonel_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +830,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[7]
+	mi := &file_timonel_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +843,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Event) GetEvent() []byte {
@@ -631,7 +867,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[8]
+	mi := &file_timonel_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -643,7 +879,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[8]
+	mi := &file_timonel_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -656,7 +892,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Request) GetId() uint64 {
@@ -703,7 +939,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[9]
+	mi := &file_timonel_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +951,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[9]
+	mi := &file_timonel_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +964,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TokenRequest) GetNamespace() string {
@@ -761,7 +997,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[10]
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -773,7 +1009,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[10]
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -786,7 +1022,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Goodbye) GetReason() string {
@@ -816,7 +1052,7 @@ type ControllerMessage struct {
 
 func (x *ControllerMessage) Reset() {
 	*x = ControllerMessage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[11]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -828,7 +1064,7 @@ func (x *ControllerMessage) String() string {
 func (*ControllerMessage) ProtoMessage() {}
 
 func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[11]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -841,7 +1077,7 @@ func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControllerMessage.ProtoReflect.Descriptor instead.
 func (*ControllerMessage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ControllerMessage) GetMessage() isControllerMessage_Message {
@@ -1001,7 +1237,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[12]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1013,7 +1249,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[12]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1026,7 +1262,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Welcome) GetController() string {
@@ -1062,7 +1298,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1074,7 +1310,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1087,7 +1323,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -1116,7 +1352,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1128,7 +1364,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1141,7 +1377,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -1185,7 +1421,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1433,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1446,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -1246,7 +1482,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1494,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1507,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -1311,7 +1547,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +1559,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +1572,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -1356,7 +1592,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1604,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1617,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -1409,7 +1645,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1657,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1670,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -1470,7 +1706,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1718,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1731,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -1523,7 +1759,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1535,7 +1771,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1548,7 +1784,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -1581,7 +1817,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1593,7 +1829,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1606,7 +1842,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -1643,13 +1879,32 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05event\x18\x05 \x01(\v2\x11.timonel.v1.EventH\x00R\x05event\x12/\n" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbyeB\t\n" +
-	"\amessage\"\x91\x01\n" +
+	"\amessage\"\xb7\x01\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
 	"\x04node\x18\x03 \x01(\fR\x04node\x12'\n" +
 	"\x0fresume_revision\x18\x04 \x01(\x03R\x0eresumeRevision\x12\x14\n" +
-	"\x05epoch\x18\x05 \x01(\tR\x05epoch\" \n" +
+	"\x05epoch\x18\x05 \x01(\tR\x05epoch\x12$\n" +
+	"\x04have\x18\x06 \x01(\v2\x10.timonel.v1.HaveR\x04have\"}\n" +
+	"\x04Have\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
+	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +
+	"\aobjects\x18\x03 \x03(\v2\x16.timonel.v1.HaveObjectR\aobjects\"\x81\x01\n" +
+	"\aHavePod\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x03R\brevision\x12\x16\n" +
+	"\x06digest\x18\x05 \x01(\fR\x06digest\"\x98\x01\n" +
+	"\n" +
+	"HaveObject\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x04 \x01(\tR\x03uid\x12\x1a\n" +
+	"\brevision\x18\x05 \x01(\x03R\brevision\x12\x16\n" +
+	"\x06digest\x18\x06 \x01(\fR\x06digest\" \n" +
 	"\n" +
 	"NodeStatus\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\fR\x04node\"g\n" +
@@ -1747,62 +2002,68 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_agent_proto_rawDescData
 }
 
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),       // 0: timonel.v1.JoinRequest
 	(*JoinResponse)(nil),      // 1: timonel.v1.JoinResponse
 	(*AgentMessage)(nil),      // 2: timonel.v1.AgentMessage
 	(*Hello)(nil),             // 3: timonel.v1.Hello
-	(*NodeStatus)(nil),        // 4: timonel.v1.NodeStatus
-	(*PodStatus)(nil),         // 5: timonel.v1.PodStatus
-	(*PodTerminated)(nil),     // 6: timonel.v1.PodTerminated
-	(*Event)(nil),             // 7: timonel.v1.Event
-	(*Request)(nil),           // 8: timonel.v1.Request
-	(*TokenRequest)(nil),      // 9: timonel.v1.TokenRequest
-	(*Goodbye)(nil),           // 10: timonel.v1.Goodbye
-	(*ControllerMessage)(nil), // 11: timonel.v1.ControllerMessage
-	(*Welcome)(nil),           // 12: timonel.v1.Welcome
-	(*PodSet)(nil),            // 13: timonel.v1.PodSet
-	(*PodRemove)(nil),         // 14: timonel.v1.PodRemove
-	(*ObjectSet)(nil),         // 15: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),      // 16: timonel.v1.ObjectRemove
-	(*Synced)(nil),            // 17: timonel.v1.Synced
-	(*TunnelOpen)(nil),        // 18: timonel.v1.TunnelOpen
-	(*Reply)(nil),             // 19: timonel.v1.Reply
-	(*Cluster)(nil),           // 20: timonel.v1.Cluster
-	(*NodeRoute)(nil),         // 21: timonel.v1.NodeRoute
-	(*Chunk)(nil),             // 22: timonel.v1.Chunk
+	(*Have)(nil),              // 4: timonel.v1.Have
+	(*HavePod)(nil),           // 5: timonel.v1.HavePod
+	(*HaveObject)(nil),        // 6: timonel.v1.HaveObject
+	(*NodeStatus)(nil),        // 7: timonel.v1.NodeStatus
+	(*PodStatus)(nil),         // 8: timonel.v1.PodStatus
+	(*PodTerminated)(nil),     // 9: timonel.v1.PodTerminated
+	(*Event)(nil),             // 10: timonel.v1.Event
+	(*Request)(nil),           // 11: timonel.v1.Request
+	(*TokenRequest)(nil),      // 12: timonel.v1.TokenRequest
+	(*Goodbye)(nil),           // 13: timonel.v1.Goodbye
+	(*ControllerMessage)(nil), // 14: timonel.v1.ControllerMessage
+	(*Welcome)(nil),           // 15: timonel.v1.Welcome
+	(*PodSet)(nil),            // 16: timonel.v1.PodSet
+	(*PodRemove)(nil),         // 17: timonel.v1.PodRemove
+	(*ObjectSet)(nil),         // 18: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),      // 19: timonel.v1.ObjectRemove
+	(*Synced)(nil),            // 20: timonel.v1.Synced
+	(*TunnelOpen)(nil),        // 21: timonel.v1.TunnelOpen
+	(*Reply)(nil),             // 22: timonel.v1.Reply
+	(*Cluster)(nil),           // 23: timonel.v1.Cluster
+	(*NodeRoute)(nil),         // 24: timonel.v1.NodeRoute
+	(*Chunk)(nil),             // 25: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
 	3,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
-	4,  // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
-	5,  // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
-	6,  // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
-	7,  // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
-	8,  // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	10, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	9,  // 7: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	12, // 8: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	13, // 9: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	14, // 10: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	15, // 11: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	16, // 12: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	17, // 13: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	18, // 14: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	19, // 15: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	20, // 16: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	21, // 17: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	0,  // 18: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	2,  // 19: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	22, // 20: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	1,  // 21: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	11, // 22: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	22, // 23: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	21, // [21:24] is the sub-list for method output_type
-	18, // [18:21] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	7,  // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
+	8,  // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
+	9,  // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
+	10, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
+	11, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
+	13, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	4,  // 7: timonel.v1.Hello.have:type_name -> timonel.v1.Have
+	5,  // 8: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
+	6,  // 9: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
+	12, // 10: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	15, // 11: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	16, // 12: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	17, // 13: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	18, // 14: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	19, // 15: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	20, // 16: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	21, // 17: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	22, // 18: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	23, // 19: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	24, // 20: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	0,  // 21: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	2,  // 22: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	25, // 23: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	1,  // 24: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	14, // 25: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	25, // 26: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	24, // [24:27] is the sub-list for method output_type
+	21, // [21:24] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -1819,10 +2080,10 @@ func file_timonel_v1_agent_proto_init() {
 		(*AgentMessage_Request)(nil),
 		(*AgentMessage_Goodbye)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[8].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[11].OneofWrappers = []any{
 		(*Request_Token)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[11].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[14].OneofWrappers = []any{
 		(*ControllerMessage_Welcome)(nil),
 		(*ControllerMessage_PodSet)(nil),
 		(*ControllerMessage_PodRemove)(nil),
@@ -1839,7 +2100,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,10 @@ const (
 	Silence = 3 * time.Second
 	// MaxMessage bounds one message: a pod or a Secret, and Raft commands.
 	MaxMessage = 16 << 20
+	// MaxHave and MaxHavePods bound what an agent lists in its Hello, in bytes and
+	// pods. Who has more sends no list, and gets a full one.
+	MaxHave     = 4 << 20
+	MaxHavePods = 8192
 	// StreamWindow and ConnWindow are how many bytes may be on their way, of a stream
 	// and of a connection. They are fixed: to find a better size gRPC would answer
 	// every message that comes alone with a ping, which the other end has to answer
