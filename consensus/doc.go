@@ -36,8 +36,20 @@
 // # How a read lives
 //
 // ReadBarrier asks the leader for its commit index, confirmed by a round to a
-// majority that began after the call, and waits until this replica has applied
-// it. All reads that wait share one round.
+// majority of the voters that began after the call (voterRounds), and waits until this
+// replica has applied it. All reads that wait share one round. An answer counts for the
+// rounds that had begun when its question was sent, and for none that began later.
+//
+// # What time may carry
+//
+// No promise about what was written or read depends on a clock: not on timeouts, leases,
+// how long a message takes, or a process or machine that stood still meanwhile. Terms,
+// votes, quorums and what is on disk carry them all. Time decides when to try: when to
+// stand for election (HeartbeatTimeout, ElectionTimeout, pre-vote, ElectionStagger), when
+// a leader without a majority gives up (LeaderLeaseTimeout), when a disk or peer counts as
+// stalled (DiskStallTimeout, TransportTimeout), when a voter is asked again (askAgain),
+// when a member counts as healthy or dead for an operator or for DeadMemberCleanupAfter,
+// and how long a caller waits (ProposeTimeout). Wrong, it costs speed or availability.
 //
 // # How a leader is replaced
 //

@@ -27,6 +27,7 @@ type leadership struct {
 	ctx    context.Context // ends with the leadership
 	cancel context.CancelCauseFunc
 	ready  chan struct{} // closed when all earlier entries are applied here
+	rounds *voterRounds  // for reads
 }
 
 func (l *leadership) isReady() bool {
@@ -78,6 +79,7 @@ func (r *Replica) watchLeadership(node *raft.Raft, notify <-chan bool) {
 			}
 			l := &leadership{term: node.CurrentTerm(), ready: make(chan struct{})}
 			l.ctx, l.cancel = context.WithCancelCause(r.ctx)
+			l.rounds = r.newVoterRounds(l)
 			r.leads.set(l)
 			r.changed.send()
 			r.goFunc(func() { r.confirm(l) })

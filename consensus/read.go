@@ -3,7 +3,6 @@ package consensus
 import (
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 	"time"
 
@@ -98,8 +97,8 @@ func (b *batcher) run() {
 	}
 }
 
-// confirmLead is a round on the leader: it returns a commit index that held
-// while a majority still followed this replica.
+// confirmLead is a round on the leader: it returns its commit index of the time before
+// a round to the voters, who confirm that nothing else was committed by then.
 func (r *Replica) confirmLead() (uint64, error) {
 	node, l := r.node.Load(), r.leads.get()
 	if node == nil || l == nil {
@@ -113,67 +112,14 @@ func (r *Replica) confirmLead() (uint64, error) {
 		return 0, ErrNotLeader
 	}
 	index := node.CommitIndex()
-	verified := make(chan error, 1) // Raft's future does not end with a shutdown
-	go func() { verified <- r.verifyLeader(node, l) }()
-	select {
-	case err := <-verified:
-		if err != nil {
-			return 0, fmt.Errorf("%w: %w", ErrNotLeader, err)
-		}
-	case <-l.ctx.Done():
-		return 0, ErrNotLeader
+	if err := l.rounds.confirm(); err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrNotLeader, err)
 	}
+	// Its own vote: it has not been in another term since the round began.
 	if node.CurrentTerm() != l.term || node.State() != raft.Leader {
 		return 0, ErrNotLeader
 	}
 	return index, nil
-}
-
-// verifyLeader has a majority of the voters confirm that this replica leads.
-// Raft's own VerifyLeader counts the answers of non-voters too, so with any of
-// these (a replica that is joining, say) the voters are asked here.
-func (r *Replica) verifyLeader(node *raft.Raft, l *leadership) error {
-	onlyVoters := func(s []raft.Server) bool {
-		return !slices.ContainsFunc(s, func(s raft.Server) bool { return s.Suffrage != raft.Voter })
-	}
-	servers := r.configuration()
-	if onlyVoters(servers) {
-		if err := node.VerifyLeader().Error(); err != nil {
-			return err
-		}
-		if servers = r.configuration(); onlyVoters(servers) { // none joined meanwhile
-			return nil
-		}
-	}
-	voters, votes := 0, 0
-	var others []raft.Server
-	for _, s := range servers {
-		if s.Suffrage != raft.Voter {
-			continue
-		}
-		voters++
-		if string(s.ID) == r.cfg.ID {
-			votes++
-		} else {
-			others = append(others, s)
-		}
-	}
-	answers := make(chan bool, len(others))
-	for _, s := range others {
-		go func() { answers <- r.trans.heartbeat(s, r.cfg.ID, r.advertise, l.term) }()
-	}
-	for range others {
-		if votes > voters/2 {
-			break
-		}
-		if <-answers {
-			votes++
-		}
-	}
-	if votes <= voters/2 {
-		return fmt.Errorf("%d of %d voters confirmed it", votes, voters)
-	}
-	return nil
 }
 
 // askReadIndex is a round on a follower: it asks the leader.

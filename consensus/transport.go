@@ -357,16 +357,19 @@ func (t *transport) sinceReached(id raft.ServerID) int64 {
 }
 
 // heartbeat sends one of the leader's heartbeats and reports whether the peer
-// follows it.
-func (t *transport) heartbeat(to raft.Server, id, addr string, term uint64) bool {
+// follows it. The answer is to this one: a connection on which one did not come in time
+// is closed.
+func (t *transport) heartbeat(to raft.Server, id, addr string, term uint64) (follows bool, err error) {
 	self := []byte(encodeAddr(raft.ServerID(id), raft.ServerAddress(addr)))
 	req := raft.AppendEntriesRequest{
 		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(id), Addr: self},
 		Term:      term, Leader: self,
 	}
 	var resp raft.AppendEntriesResponse
-	err := t.wire.AppendEntries(to.ID, to.Address, &req, &resp)
-	return err == nil && resp.Success && resp.Term == term
+	if err := t.wire.AppendEntries(to.ID, to.Address, &req, &resp); err != nil {
+		return false, err
+	}
+	return resp.Success && resp.Term == term, nil
 }
 
 // holdsLog reports that a follower acknowledged the log up to an index in the term,

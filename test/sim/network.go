@@ -36,12 +36,13 @@ type network struct {
 	mu      sync.Mutex
 	random  *rand.Rand
 	weather weather
-	blocked map[[2]string]bool // from, to
+	blocked map[[2]string]bool          // from, to
+	late    map[[2]string]time.Duration // from, to: by how much longer it takes
 	ends    map[string]*end
 }
 
 func newNetwork(seed uint64, w weather) *network {
-	return &network{random: rand.New(rand.NewPCG(seed, 1)), weather: w, blocked: map[[2]string]bool{}, ends: map[string]*end{}}
+	return &network{random: rand.New(rand.NewPCG(seed, 1)), weather: w, blocked: map[[2]string]bool{}, late: map[[2]string]time.Duration{}, ends: map[string]*end{}}
 }
 
 // leg draws what happens to one message.
@@ -52,7 +53,8 @@ func (n *network) leg(from, to string) (delay time.Duration, lost, overtaken boo
 	if n.random.Float64() < n.weather.slow {
 		delay, overtaken = time.Duration(n.random.Int64N(int64(n.weather.delay))), true
 	}
-	return delay, n.blocked[[2]string{from, to}] || n.random.Float64() < n.weather.loss, overtaken
+	way := [2]string{from, to}
+	return delay + n.late[way], n.blocked[way] || n.random.Float64() < n.weather.loss, overtaken
 }
 
 // block cuts or mends the way from one replica to another.
@@ -62,11 +64,20 @@ func (n *network) block(from, to string, on bool) {
 	n.blocked[[2]string{from, to}] = on
 }
 
+// delay makes all that one replica sends to another come later, answers too; 0 mends
+// that. What is on its way already is not changed.
+func (n *network) delay(from, to string, by time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.late[[2]string{from, to}] = by
+}
+
 // calm mends everything.
 func (n *network) calm() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	clear(n.blocked)
+	clear(n.late)
 	n.weather.loss, n.weather.slow = 0, 0
 }
 
@@ -111,7 +122,8 @@ func (e *end) cut() {
 	}
 }
 
-// errOnce is how long a lost message is waited for, at most.
+// patience is how long a lost message is waited for, at most. An answer that is only
+// late is waited for longer, as by Raft's own transport, for whatever it is still worth.
 const patience = 700 * time.Millisecond
 
 // turn orders the messages of one connection.
@@ -193,8 +205,14 @@ func (e *end) call(to string, command any, reader io.Reader, order *turn) (any, 
 		if lost {
 			return nil, wait()
 		}
-		time.Sleep(delay)
-		return a.Response, a.Error
+		t := time.NewTimer(delay)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			return a.Response, a.Error
+		case <-e.ctx.Done():
+			return nil, raft.ErrTransportShutdown
+		}
 	case <-peer.ctx.Done():
 		return nil, errRefused
 	case <-e.ctx.Done():

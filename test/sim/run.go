@@ -155,6 +155,10 @@ func (f *faults) strike() {
 			f.mending.Go(func() { _ = leader.replica.TransferLeadership(c.slow) })
 			return
 		}
+		if f.random.IntN(3) > 0 {
+			f.tellLate(c.slow)
+			return
+		}
 		f.say("%s, whose clock is slow, is cut off", c.slow)
 		f.cut(c.slow, true)
 		f.later(500*time.Millisecond+f.some(1500*time.Millisecond), func() { f.cut(c.slow, false) })
@@ -251,6 +255,34 @@ func (f *faults) strike() {
 		f.setDisk(l.node.disk, func(d *disk) { d.synced = newContents() })
 		restart(f.some(time.Second))
 	}
+}
+
+// tellLate lets a leader with a slow clock hear late what the others answer, and then
+// not be heard by them: while they elect another, it gets answers that they gave before.
+func (f *faults) tellLate(name string) {
+	var by []string
+	var longest time.Duration
+	for _, other := range f.c.names {
+		if other != name {
+			late := 300*time.Millisecond + f.some(900*time.Millisecond)
+			longest = max(longest, late)
+			by = append(by, fmt.Sprintf("%s by %v", other, late.Round(time.Millisecond)))
+			f.c.network.delay(other, name, late)
+		}
+	}
+	f.say("%s, whose clock is slow, hears late: %s; and then is not heard", name, strings.Join(by, ", "))
+	before, after := 150*time.Millisecond+f.some(200*time.Millisecond), longest+f.some(time.Second)
+	f.mending.Go(func() {
+		time.Sleep(before)
+		for _, other := range f.c.names {
+			f.c.network.block(name, other, other != name)
+		}
+		time.Sleep(after)
+		for _, other := range f.c.names {
+			f.c.network.block(name, other, false)
+			f.c.network.delay(other, name, 0)
+		}
+	})
 }
 
 // cut cuts a replica off from all others, or mends that.
