@@ -86,6 +86,12 @@ type Config struct {
 	// CommitTimeout is how often an idle leader sends its commit index. It does
 	// not delay commits, which are announced at once. Default 50 ms.
 	CommitTimeout time.Duration
+	// TouchTimeout is how long a replica without contact to a leader, or a leader
+	// without contact to a majority, goes on serving from its state: see InTouch. It
+	// should outlast an election: a leader that is gone is noticed after
+	// HeartbeatTimeout, and one vote may fail. At least HeartbeatTimeout. Default
+	// HeartbeatTimeout and twice ElectionTimeout.
+	TouchTimeout time.Duration
 	// ElectionStagger is by how much followers that saw the leader's process die
 	// wait for one another, in the order of their names. Default 150 ms.
 	ElectionStagger time.Duration
@@ -169,6 +175,7 @@ func (c Config) withDefaults() Config {
 	def(&c.HeartbeatTimeout, time.Second)
 	def(&c.ElectionTimeout, max(time.Second, c.HeartbeatTimeout))
 	def(&c.LeaderLeaseTimeout, min(time.Second, c.HeartbeatTimeout))
+	def(&c.TouchTimeout, c.HeartbeatTimeout+2*c.ElectionTimeout)
 	def(&c.CommitTimeout, 50*time.Millisecond)
 	def(&c.ElectionStagger, 150*time.Millisecond)
 	def(&c.ProposeTimeout, 10*time.Second)
@@ -261,6 +268,8 @@ func (c Config) Validate() error {
 		return bad("LeaderLeaseTimeout", "%v: 10ms to HeartbeatTimeout (%v)", c.LeaderLeaseTimeout, c.HeartbeatTimeout)
 	case c.NewestVersion < 1 || c.NewestVersion > entryVersion:
 		return bad("NewestVersion", "%d: 1 to %d", c.NewestVersion, entryVersion)
+	case c.TouchTimeout < c.HeartbeatTimeout:
+		return bad("TouchTimeout", "%v: at least HeartbeatTimeout (%v)", c.TouchTimeout, c.HeartbeatTimeout)
 	case c.CommitTimeout < time.Millisecond:
 		return bad("CommitTimeout", "%v: at least 1ms", c.CommitTimeout)
 	case c.MaxAppendEntries < 1 || c.MaxAppendEntries > 1024:

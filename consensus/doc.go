@@ -51,6 +51,12 @@
 // when a member counts as healthy or dead for an operator or for DeadMemberCleanupAfter,
 // and how long a caller waits (ProposeTimeout). Wrong, it costs speed or availability.
 //
+// # How a replica knows that it is behind
+//
+// InTouch says whether this replica follows (or is) a leader with a majority behind
+// it, and has applied what was committed not long ago: see touch.go. Who serves from
+// the local state without a barrier asks it, and stops when it ends.
+//
 // # How a leader is replaced
 //
 // Its process died: the kernel closes its connections; followers probe its

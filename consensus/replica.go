@@ -63,6 +63,7 @@ type Replica struct {
 	generation atomic.Uint64
 	life       []byte // the folder's incarnation, which does not change
 	removed    atomic.Bool
+	touch      touch
 
 	failedMu sync.Mutex
 	failed   error         // why this replica stands still for good
@@ -92,6 +93,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 		members: membersState{start: newGate(), change: newGate()},
 	}
 	r.cfg.Logger = r.log
+	r.touch.init()
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	r.local.round, r.remote.round = r.confirmLead, r.askReadIndex
 	r.deduper.keep = 2 * cfg.ProposeTimeout
@@ -123,6 +125,8 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.goFunc(r.deathwatch)
 	r.goFunc(r.freeCandidate)
 	r.goFunc(r.upkeep)
+	r.goFunc(r.watchTouch)
+	r.goFunc(r.prove)
 	r.goFunc(r.compareFingerprints)
 	if !started {
 		r.goFunc(r.findCluster)
@@ -288,6 +292,7 @@ func (r *Replica) start() error {
 	r.trans.contradicted = r.disk.contradicted
 	r.trans.shorten = r.shorten
 	r.trans.follows = r.follows
+	r.trans.clock, r.trans.heard, r.trans.confirmed = r.touch.clock, r.hear, r.confirmed
 	r.trans.durable, r.trans.flush = r.disk.queue.durable, r.disk.queue.flush
 	r.machine.onApply = r.trans.applied
 	r.trans.start()

@@ -37,6 +37,8 @@ type Status struct {
 	Fsync time.Duration
 	// Disk has figures of the log's appends since the start.
 	Disk DiskStats
+	// InTouch says whether this replica knows what the cluster knows.
+	InTouch bool
 	// Problems are sentences for the operator; empty when all is well.
 	Problems []string
 }
@@ -58,6 +60,13 @@ func (r *Replica) Status() Status {
 	}
 	if v, ok := r.view(); ok {
 		s.Leader = v.Leader
+	}
+	s.InTouch = true
+	if _, err := r.InTouch(); err != nil {
+		s.InTouch = false
+		if r.node.Load() != nil && !r.removed.Load() {
+			s.Problems = append(s.Problems, err.Error())
+		}
 	}
 	if err := r.MemberErr(); err != nil {
 		s.Problems = append(s.Problems, err.Error())

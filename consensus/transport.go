@@ -52,6 +52,11 @@ type transport struct {
 	// follows reports that this replica follows the sender in the message's term, and
 	// the last index of its log.
 	follows func(*raft.AppendEntriesRequest) (last uint64, ok bool)
+	// heard is told of each message of a leader that this replica follows; confirmed of
+	// each member that answered a heartbeat that was sent at a time of clock in a term.
+	heard     func()
+	confirmed func(id raft.ServerID, term uint64, sent int64)
+	clock     func() int64
 	// durable is the last index of this replica's log that is on disk; flush waits
 	// until all of it is.
 	durable func() uint64
@@ -79,7 +84,8 @@ func newTransport(inner wire) *transport {
 		holds:        func(*raft.InstallSnapshotRequest) bool { return false },
 		contradicted: func() (uint64, uint64) { return 0, 0 }, shorten: func(*raft.AppendEntriesRequest) {},
 		durable: func() uint64 { return math.MaxUint64 }, flush: func() error { return nil },
-		follows: func(*raft.AppendEntriesRequest) (uint64, bool) { return 0, false }, beats: make(chan raft.RPC, 1), commits: make(chan *raft.AppendEntriesRequest, 1),
+		follows: func(*raft.AppendEntriesRequest) (uint64, bool) { return 0, false },
+		heard:   func() {}, confirmed: func(raft.ServerID, uint64, int64) {}, clock: func() int64 { return 0 }, beats: make(chan raft.RPC, 1), commits: make(chan *raft.AppendEntriesRequest, 1),
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
 	}
 	t.ctx, t.cancel = context.WithCancel(context.Background())
@@ -111,6 +117,7 @@ func (t *transport) beat(rpc raft.RPC) {
 		}
 		return
 	}
+	t.heard()
 	rpc.Respond(&raft.AppendEntriesResponse{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}, Term: req.Term, LastLog: last, Success: true}, nil)
 	select {
 	case t.beats <- raft.RPC{Command: req, RespChan: make(chan raft.RPCResponse, 1)}:
@@ -199,6 +206,9 @@ func (t *transport) receive() {
 			if req, ok := rpc.Command.(*raft.AppendEntriesRequest); ok {
 				t.shorten(req)
 				t.raise(req)
+				if _, ok := t.follows(req); ok {
+					t.heard()
+				}
 				// What it may acknowledge was appended here before it was sent.
 				if err := t.flush(); err != nil {
 					rpc.Respond(nil, err)
@@ -327,11 +337,15 @@ func (t *transport) elect() error {
 // AppendEntries implements raft.Transport.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) error {
 	if args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0 { // heartbeat
+		sent := t.clock()
 		err := t.wire.AppendEntries(id, target, args, resp)
 		if err == nil {
 			t.mu.Lock()
 			t.reached[id] = time.Now()
 			t.mu.Unlock()
+			if resp.Success && resp.Term == args.Term {
+				t.confirmed(id, args.Term, sent)
+			}
 		}
 		return err
 	}
