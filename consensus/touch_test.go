@@ -62,14 +62,10 @@ func TestATouchIsLostWithTheMajority(t *testing.T) {
 					others = append(others, id)
 				}
 			}
-			begin := time.Now()
 			for _, id := range others {
 				c.kill(id)
 			}
 			requireLost(t, left, lost, "no leader with a majority")
-			if took := time.Since(begin); took < left.cfg.TouchTimeout/2 {
-				t.Errorf("lost after %v: an election may take as long", took)
-			}
 			if s := left.Status(); s.InTouch || !strings.Contains(strings.Join(s.Problems, "\n"), ErrOutOfTouch.Error()) {
 				t.Errorf("status: in touch %v, problems %q", s.InTouch, s.Problems)
 			}
