@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -75,7 +76,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), synced: make(chan struct{}, 1)}
 	var err error
-	if a.network, err = podnet.New(cfg.network()); err != nil {
+	network := cfg.network()
+	network.Keep = podnet.HostsOf(a.controllers()...)
+	if a.network, err = podnet.New(network); err != nil {
 		return nil, err
 	}
 	socket := cfg.ContainerdSocket
@@ -290,10 +293,19 @@ func (a *Agent) cluster(c *pb.Cluster) {
 		}
 		peers = append(peers, podnet.Peer{Name: r.NodeName, CIDRs: r.PodCidrs, Address: r.NodeAddress})
 	}
-	if _, err := a.network.Update(own, peers); err != nil {
+	if _, err := a.network.Update(own, peers, a.guard(c)); err != nil {
 		a.log.Error("pod network", "error", err)
 	}
 	a.kick()
+}
+
+// guard is what no route may touch, as far as it is known.
+func (a *Agent) guard(c *pb.Cluster) podnet.Guard {
+	keep := slices.Concat(a.cfg.Controllers, c.Controllers, a.cfg.ClusterDNS, []string{a.cfg.KubernetesServiceIP})
+	g := podnet.Guard{NodeBits: int(c.NodeBits), Keep: podnet.HostsOf(keep...)}
+	g.Pods, _ = netip.ParsePrefix(c.PodNetwork) // an older controller does not say
+	g.Services, _ = netip.ParsePrefix(c.ServiceNetwork)
+	return g
 }
 
 // controllers are those given and those known from before.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -63,6 +64,12 @@ type Config struct {
 	// plain HTTP on a connection that is already authenticated both ways.
 	// Without it, logs, exec, attach, port-forward and node proxy answer 503.
 	DialKubelet func(ctx context.Context, node string) (net.Conn, error)
+
+	// NodeAddress says why a node may not say of itself that it has an address: it is
+	// a controller's, another node's, of the pods' network. It is asked when a node
+	// registers or changes its addresses. Default: nothing speaks against it but what
+	// no node may have.
+	NodeAddress func(node string, ip netip.Addr) error
 
 	// Controllers lists the advertise addresses of the controllers that are
 	// alive: the endpoints of the kubernetes Service. Default: AdvertiseAddress.

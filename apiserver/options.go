@@ -101,6 +101,7 @@ func newOptions(ctx context.Context, c Config) (options.CompletedOptions, error)
 
 	o.Authorization.Modes = []string{modes.ModeNode, modes.ModeRBAC}
 	o.Admission.GenericAdmission.EnablePlugins = []string{"NodeRestriction"}
+	addNodeNetwork(o, c)
 	o.Admission.GenericAdmission.Decorators = append(
 		admission.Decorators{skipQuota(c.Backend.Store, o.Etcd.StorageConfig.Prefix)}, o.Admission.GenericAdmission.Decorators...)
 

@@ -48,6 +48,7 @@ var commonServer = sync.OnceValues(func() (*fixture, error) {
 			}
 		}
 		c.ReadyOnly = []string{"raft"}
+		c.NodeAddress = whoseAddress
 		c.Paths = map[string]http.Handler{"/timonel/v1/test": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			who, _ := request.UserFrom(r.Context())
 			_, deadline := r.Context().Deadline()

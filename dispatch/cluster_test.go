@@ -103,6 +103,7 @@ func (c *cluster) start(name string) *controller {
 		},
 		Controllers: func() []string { return c.addrs() },
 		Status:      func(context.Context) *pb.StatusResponse { return &pb.StatusResponse{Name: name} },
+		Network:     testNetwork,
 		Logger:      slog.New(slog.DiscardHandler),
 	})
 	require.NoError(c.t, err)
@@ -233,7 +234,7 @@ func nodeObject(name string) *corev1.Node {
 	return &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"kubernetes.io/hostname": name}},
 		Status: corev1.NodeStatus{
-			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "127.0.0.1"}},
+			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: nodeAddress(name)}},
 			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: "AgentReady"}},
 		},
 	}
@@ -389,4 +390,13 @@ func describe(t *testing.T, m *pb.ControllerMessage) string {
 		return fmt.Sprintf("remove %s %s/%s", m.ObjectRemove.Kind, m.ObjectRemove.Namespace, m.ObjectRemove.Name)
 	}
 	return "" // Cluster comes when it comes
+}
+
+// nodeAddress is a node's own (RFC 5737): the nodes are called a1, a2 and so on.
+func nodeAddress(name string) string {
+	n := 200
+	for _, r := range name {
+		n = (n*31 + int(r)) % 150
+	}
+	return fmt.Sprintf("198.51.100.%d", n+1)
 }

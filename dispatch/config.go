@@ -57,6 +57,8 @@ type Config struct {
 	// GossipPort is where agents are probed that gossip does not know. Default
 	// [gossip.DefaultPort].
 	GossipPort int
+	// Network says what of the Nodes' addresses and pod ranges other nodes are told.
+	Network Network
 	// Logger defaults to slog.Default().
 	Logger *slog.Logger
 }

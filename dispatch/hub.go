@@ -24,6 +24,7 @@ type hub struct {
 	sessions map[string]*session
 	users    map[objKey]map[*session]struct{} // who is to hear of an object
 	cluster  *pb.Cluster
+	withheld []string // what of the Nodes is not in cluster, and why
 	feeds    map[*feed]struct{}
 }
 
@@ -154,16 +155,24 @@ func (h *hub) followCluster(ctx context.Context, routes <-chan struct{}) {
 }
 
 func (h *hub) updateCluster() {
+	network := h.d.config.Network
 	next := &pb.Cluster{Controllers: slices.Sorted(slices.Values(h.d.config.Controllers()))}
-	for node := range h.d.config.Objects.Snapshot().Nodes().All() {
-		route := &pb.NodeRoute{NodeName: node.Name, PodCidrs: node.Spec.PodCIDRs, NodeAddress: internalIP(node)}
-		if len(route.PodCidrs) == 0 && node.Spec.PodCIDR != "" {
-			route.PodCidrs = []string{node.Spec.PodCIDR}
-		}
-		next.Routes = append(next.Routes, route)
+	if network.Pods.IsValid() {
+		next.PodNetwork, next.NodeBits = network.Pods.String(), uint32(network.nodeBits())
 	}
+	if network.Services.IsValid() {
+		next.ServiceNetwork = network.Services.String()
+	}
+	var why []string
+	next.Routes, why = network.routes(slices.Collect(h.d.config.Objects.Snapshot().Nodes().All()))
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if !slices.Equal(why, h.withheld) {
+		h.withheld = why
+		if len(why) > 0 {
+			h.d.log.Warn("other nodes are not told of what is not a node's own: delete the Node, and its agent registers anew", "count", len(why), "first", why[0])
+		}
+	}
 	if proto.Equal(next, h.cluster) {
 		return
 	}
@@ -171,15 +180,6 @@ func (h *hub) updateCluster() {
 	for _, s := range h.sessions {
 		notify(s.wake)
 	}
-}
-
-func internalIP(node *corev1.Node) string {
-	for _, a := range node.Status.Addresses {
-		if a.Type == corev1.NodeInternalIP {
-			return a.Address
-		}
-	}
-	return ""
 }
 
 func (h *hub) currentCluster() *pb.Cluster {

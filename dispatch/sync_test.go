@@ -119,7 +119,7 @@ func TestClusterMessage(t *testing.T) {
 			require.ElementsMatch(t, c.addrs(), cl.Controllers)
 			require.Equal(t, "a2", cl.Routes[1].NodeName)
 			require.Equal(t, []string{"10.244.1.0/24"}, cl.Routes[1].PodCidrs)
-			require.Equal(t, "127.0.0.1", cl.Routes[1].NodeAddress)
+			require.Equal(t, nodeAddress("a2"), cl.Routes[1].NodeAddress)
 			return
 		case <-timeout:
 			t.Fatal("no complete Cluster came")

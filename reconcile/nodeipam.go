@@ -12,7 +12,8 @@ import (
 )
 
 // NodeIPAM gives each Node its own range of pod addresses out of the cluster's,
-// the first that is free. It works on all Nodes under one key, so that two
+// the first that is free. A Node that has a range keeps it, as upstream's allows an
+// administrator to set one; only ranges of the cluster's own are routed, though. It works on all Nodes under one key, so that two
 // Nodes never get the same range.
 type NodeIPAM struct {
 	// ClusterCIDR is the range of all pods' addresses, for example 10.244.0.0/16.
@@ -107,26 +108,15 @@ func (n NodeIPAM) Reconcile(in Input, _ Key) (Result, error) {
 	return result, nil
 }
 
-// mark marks the ranges that overlap cidr as used.
+// mark marks the range that holds cidr as used. One that holds several was not
+// given by the cluster and is told to nobody (package dispatch); it takes no room, or
+// one Node could leave none for others.
 func (n NodeIPAM) mark(used []bool, cidr string, bits int) {
 	p, err := netip.ParsePrefix(cidr)
-	if err != nil || !p.Overlaps(n.ClusterCIDR) {
+	if err != nil || p.Bits() < bits || !p.Overlaps(n.ClusterCIDR) {
 		return
 	}
-	if p.Bits() <= n.ClusterCIDR.Bits() {
-		for i := range used {
-			used[i] = true
-		}
-		return
-	}
-	first := n.index(p.Masked().Addr(), bits)
-	count := 1
-	if p.Bits() < bits {
-		count = 1 << (bits - p.Bits())
-	}
-	for i := first; i < min(first+count, len(used)); i++ {
-		used[i] = true
-	}
+	used[n.index(p.Masked().Addr(), bits)] = true
 }
 
 // index is the number of the range that holds addr.

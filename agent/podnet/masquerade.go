@@ -12,7 +12,7 @@ import (
 
 // masquerade gives packets that leave the cluster the node's address: those
 // from this node's pods to anything but pods.
-func (n *Network) masquerade(own []string, peers []Peer) error {
+func (n *Network) masquerade(own []string, hops []hop) error {
 	if len(own) == 0 {
 		return nil
 	}
@@ -34,8 +34,8 @@ func (n *Network) masquerade(own []string, peers []Peer) error {
 	})
 	tx.Flush(&knftables.Chain{Name: chain})
 	all := append([]string(nil), own...)
-	for _, p := range peers {
-		all = append(all, p.CIDRs...)
+	for _, h := range hops {
+		all = append(all, h.dst.String())
 	}
 	for _, set := range []struct{ name, kind, family string }{{"pods4", "ipv4_addr", "ip"}, {"pods6", "ipv6_addr", "ip6"}} {
 		v4 := set.family == "ip"

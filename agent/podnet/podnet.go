@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -33,7 +34,10 @@ type Config struct {
 	// portmap.
 	BinDir string
 	// Table is the nftables table for address translation.
-	Table  string
+	Table string
+	// Keep are addresses that no route may lead away from, known before a controller
+	// has said anything: the controllers'.
+	Keep   []netip.Addr
 	Logger *slog.Logger
 }
 
@@ -49,9 +53,12 @@ type Network struct {
 	cfg Config
 	log *slog.Logger
 
+	updating sync.Mutex // one Update at a time
+	refused  string     // what was last refused, as it was logged
+
 	mu    sync.Mutex
 	cidrs []string
-	peers []Peer
+	guard Guard
 }
 
 // New returns a network that has what an earlier agent left. It checks that
@@ -65,6 +72,10 @@ func New(cfg Config) (*Network, error) {
 	n := &Network{cfg: cfg, log: cfg.Logger.With("component", "podnet")}
 	if raw, err := os.ReadFile(n.statePath()); err == nil {
 		_ = json.Unmarshal(raw, &n.cidrs) // a damaged file is as none: it comes anew
+	}
+	n.guard = n.loadGuard()
+	if err := n.sweep(); err != nil {
+		n.log.Error("look for routes that must not be", "error", err)
 	}
 	if len(n.cidrs) > 0 {
 		if err := n.apply(n.cidrs); err != nil {
@@ -91,12 +102,38 @@ func (n *Network) CIDRs() []string {
 	return n.cidrs
 }
 
-// Update takes the node's own pod CIDRs and those of its peers. changed says
-// that the node's own are new.
-func (n *Network) Update(own []string, peers []Peer) (changed bool, err error) {
+// Update takes the node's own pod CIDRs and those of its peers, as a controller says
+// that they are. What guard does not let pass is left out and is in the error; the
+// rest is done all the same. changed says that the node's own are new.
+func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool, err error) {
+	n.updating.Lock()
+	defer n.updating.Unlock()
+	addresses, err := n.ownAddresses()
+	if err != nil {
+		return false, err
+	}
 	n.mu.Lock()
-	old := n.cidrs
+	old, known := n.cidrs, n.guard
 	n.mu.Unlock()
+	if !slices.Equal(known.Keep, guard.Keep) || known.Pods != guard.Pods || known.NodeBits != guard.NodeBits || known.Services != guard.Services {
+		if err := os.MkdirAll(n.cfg.StateDir, 0o700); err != nil {
+			return false, fmt.Errorf("make the pod network's folder: %w", err)
+		}
+		if err := n.keepGuard(guard); err != nil {
+			return false, err
+		}
+	}
+	var ranges []netip.Prefix
+	var refused error
+	for _, text := range own {
+		p, err := guard.checkRange(text, addresses)
+		if err != nil {
+			refused = fmt.Errorf("this node's own pod range: %w", err)
+			own, ranges = nil, nil
+			break
+		}
+		ranges = append(ranges, p)
+	}
 	if len(own) > 0 && fmt.Sprint(own) != fmt.Sprint(old) {
 		if len(old) > 0 {
 			n.log.Warn("this node's pod CIDR has changed; running pods keep their old addresses", "old", old, "new", own)
@@ -117,10 +154,55 @@ func (n *Network) Update(own []string, peers []Peer) (changed bool, err error) {
 	if len(own) > 0 {
 		n.cidrs = own
 	}
-	n.peers = peers
+	n.guard = guard
 	cidrs := n.cidrs
 	n.mu.Unlock()
-	return changed, errors.Join(n.routes(peers), n.masquerade(cidrs, peers))
+	for _, text := range old { // a range that was refused leaves the old one in place
+		if p, err := netip.ParsePrefix(text); err == nil && len(own) == 0 {
+			ranges = append(ranges, p.Masked())
+		}
+	}
+	hops, wrong := guard.sift(ranges, peers, addresses)
+	n.say(errors.Join(refused, wrong))
+	return changed, errors.Join(refused, wrong, n.routes(hops), n.masquerade(cidrs, hops))
+}
+
+// say logs what was refused, once for as long as it is the same.
+func (n *Network) say(err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	if text != n.refused && text != "" {
+		n.log.Error("the controller asks for routes that must not be; they are left out", "error", err)
+	}
+	n.refused = text
+}
+
+// sweep removes routes of ours that may not be, such as an earlier version made, so
+// that a node that they cut off comes back.
+func (n *Network) sweep() error {
+	addresses, err := n.ownAddresses()
+	if err != nil {
+		return err
+	}
+	have, err := ourRoutes()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	guard := n.guard
+	guard.Keep = slices.Concat(guard.Keep, n.cfg.Keep)
+	for _, r := range have {
+		if r.Dst == nil {
+			continue
+		}
+		if _, wrong := guard.checkRange(r.Dst.String(), addresses); wrong != nil {
+			n.log.Warn("removing a route that must not be", "route", r.Dst.String(), "reason", wrong)
+			errs = append(errs, remove(&r))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // apply writes the CNI configuration and turns forwarding on.
@@ -192,52 +274,76 @@ func forwarding() error {
 }
 
 // routes makes the kernel's routes to the pods of peers, and removes those of
-// ours that lead nowhere any more.
-func (n *Network) routes(peers []Peer) error {
+// ours that lead nowhere any more. Routes that are not ours stay as they are.
+func (n *Network) routes(hops []hop) error {
 	var errs []error
 	want := map[string]bool{}
-	for _, p := range peers {
-		gw := net.ParseIP(p.Address)
-		if gw == nil || len(p.CIDRs) == 0 {
-			continue
-		}
-		link, ok, err := direct(gw)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("route to node %s: %w", p.Name, err))
-			continue
-		}
-		if !ok {
-			n.log.Warn("node is not on this network; its pods cannot be reached from here", "node", p.Name, "address", p.Address)
-			continue
-		}
-		for _, c := range p.CIDRs {
-			_, dst, err := net.ParseCIDR(c)
-			if err != nil {
-				errs = append(errs, fmt.Errorf("pod CIDR of node %s: %w", p.Name, err))
-				continue
-			}
-			if (dst.IP.To4() == nil) != (gw.To4() == nil) {
-				continue
-			}
-			want[dst.String()] = true
-			if err := netlink.RouteReplace(&netlink.Route{Dst: dst, Gw: gw, LinkIndex: link, Protocol: routeProtocol}); err != nil {
-				errs = append(errs, fmt.Errorf("route %s via node %s (%s): %w", c, p.Name, p.Address, err))
-			}
+	all, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	foreign := map[string]bool{}
+	for _, r := range all {
+		if r.Dst != nil && r.Protocol != routeProtocol {
+			foreign[r.Dst.String()] = true
 		}
 	}
-	have, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)
+	links := map[netip.Addr]int{}
+	for _, h := range hops {
+		dst, gw := &net.IPNet{IP: h.dst.Addr().AsSlice(), Mask: net.CIDRMask(h.dst.Bits(), h.dst.Addr().BitLen())}, net.IP(h.via.AsSlice())
+		if !h.via.IsValid() || h.via.Is4() != h.dst.Addr().Is4() {
+			continue
+		}
+		if foreign[dst.String()] {
+			errs = append(errs, fmt.Errorf("route %s via node %s: this machine has another route to there, which is not the agent's", dst, h.node))
+			continue
+		}
+		link, seen := links[h.via]
+		if !seen {
+			index, ok, err := direct(gw)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("route to node %s: %w", h.node, err))
+				continue
+			}
+			if link = index; !ok {
+				link = -1
+				n.log.Warn("node is not on this network; its pods cannot be reached from here", "node", h.node, "address", h.via)
+			}
+			links[h.via] = link
+		}
+		if link < 0 {
+			continue
+		}
+		want[dst.String()] = true
+		if err := netlink.RouteReplace(&netlink.Route{Dst: dst, Gw: gw, LinkIndex: link, Protocol: routeProtocol}); err != nil {
+			errs = append(errs, fmt.Errorf("route %s via node %s (%s): %w", dst, h.node, h.via, err))
+		}
+	}
+	have, err := ourRoutes()
 	if err != nil {
-		return errors.Join(append(errs, fmt.Errorf("list routes: %w", err))...)
+		return errors.Join(append(errs, err)...)
 	}
 	for _, r := range have {
-		if r.Dst == nil || want[r.Dst.String()] {
-			continue
-		}
-		if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
-			errs = append(errs, fmt.Errorf("remove route %s: %w", r.Dst, err))
+		if r.Dst != nil && !want[r.Dst.String()] {
+			errs = append(errs, remove(&r))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func ourRoutes() ([]netlink.Route, error) {
+	have, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	return have, nil
+}
+
+func remove(r *netlink.Route) error {
+	if err := netlink.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("remove route %s: %w", r.Dst, err)
+	}
+	return nil
 }
 
 // direct says by which link an address is reached without a gateway.

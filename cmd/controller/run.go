@@ -165,6 +165,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		CacheBytes:       cacheBytes(),
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,
+		NodeAddress:      k.agents.CheckNodeAddress,
 		Controllers:      func() []net.IP { return controllerIPs(k.pool) },
 		IsLeader:         k.isLeader,
 		Health: map[string]func(context.Context) error{

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"net"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -31,12 +32,36 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 		Controllers: func() []string { return clusterPorts(k.pool) },
 		Status:      k.status,
 		GossipPort:  k.gossipPort,
+		Network:     k.network(),
 		Logger:      k.log,
 	})
 	if err != nil {
 		return nil, nil, err
 	}
 	return d, d.NewTracker(), nil
+}
+
+// network is whose addresses are whose, for what nodes are told of one another.
+func (k *controller) network() dispatch.Network {
+	pods, _ := netip.ParsePrefix(k.clusterCIDR) // checked by validate
+	services, _ := netip.ParsePrefix(k.serviceCIDR)
+	return dispatch.Network{Pods: pods, Services: services, Controllers: k.controllerAddresses}
+}
+
+// controllerAddresses are those of all members, alive or not, and this one's own.
+func (k *controller) controllerAddresses() []netip.Addr {
+	all := []string{k.advertised(k.raftPort)}
+	for _, m := range k.replica.Members() {
+		all = append(all, m.Addr)
+	}
+	var out []netip.Addr
+	for _, addr := range all {
+		host, _, _ := net.SplitHostPort(addr)
+		if ip, err := netip.ParseAddr(host); err == nil {
+			out = append(out, ip.Unmap())
+		}
+	}
+	return out
 }
 
 // clusterPorts is where agents may connect.

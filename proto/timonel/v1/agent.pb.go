@@ -1697,11 +1697,14 @@ func (x *Reply) GetStatus() []byte {
 // Cluster is sent after Welcome and when it changes: where else to connect, and
 // how to reach the pods of other nodes.
 type Cluster struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Controllers   []string               `protobuf:"bytes,1,rep,name=controllers,proto3" json:"controllers,omitempty"` // host:port of cluster ports
-	Routes        []*NodeRoute           `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Controllers    []string               `protobuf:"bytes,1,rep,name=controllers,proto3" json:"controllers,omitempty"` // host:port of cluster ports
+	Routes         []*NodeRoute           `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	PodNetwork     string                 `protobuf:"bytes,3,opt,name=pod_network,json=podNetwork,proto3" json:"pod_network,omitempty"`             // CIDR of all pods; the range of each node is in it
+	NodeBits       uint32                 `protobuf:"varint,4,opt,name=node_bits,json=nodeBits,proto3" json:"node_bits,omitempty"`                  // prefix length of a node's range
+	ServiceNetwork string                 `protobuf:"bytes,5,opt,name=service_network,json=serviceNetwork,proto3" json:"service_network,omitempty"` // CIDR of the Services' addresses
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Cluster) Reset() {
@@ -1746,6 +1749,27 @@ func (x *Cluster) GetRoutes() []*NodeRoute {
 		return x.Routes
 	}
 	return nil
+}
+
+func (x *Cluster) GetPodNetwork() string {
+	if x != nil {
+		return x.PodNetwork
+	}
+	return ""
+}
+
+func (x *Cluster) GetNodeBits() uint32 {
+	if x != nil {
+		return x.NodeBits
+	}
+	return 0
+}
+
+func (x *Cluster) GetServiceNetwork() string {
+	if x != nil {
+		return x.ServiceNetwork
+	}
+	return ""
 }
 
 type NodeRoute struct {
@@ -1975,10 +1999,14 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\x12\x16\n" +
-	"\x06status\x18\x03 \x01(\fR\x06status\"Z\n" +
+	"\x06status\x18\x03 \x01(\fR\x06status\"\xc1\x01\n" +
 	"\aCluster\x12 \n" +
 	"\vcontrollers\x18\x01 \x03(\tR\vcontrollers\x12-\n" +
-	"\x06routes\x18\x02 \x03(\v2\x15.timonel.v1.NodeRouteR\x06routes\"h\n" +
+	"\x06routes\x18\x02 \x03(\v2\x15.timonel.v1.NodeRouteR\x06routes\x12\x1f\n" +
+	"\vpod_network\x18\x03 \x01(\tR\n" +
+	"podNetwork\x12\x1b\n" +
+	"\tnode_bits\x18\x04 \x01(\rR\bnodeBits\x12'\n" +
+	"\x0fservice_network\x18\x05 \x01(\tR\x0eserviceNetwork\"h\n" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +

@@ -1,0 +1,107 @@
+package apiserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+
+	"k8s.io/apiserver/pkg/admission"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
+	"k8s.io/kubernetes/pkg/apis/core"
+	"k8s.io/kubernetes/pkg/auth/nodeidentifier"
+	"k8s.io/kubernetes/plugin/pkg/admission/noderestriction"
+)
+
+// nodeNetworkName is the plugin's name, as in the flags of upstream's API server.
+const nodeNetworkName = "NodeNetwork"
+
+// nodeNetwork is an admission plugin beside NodeRestriction: what other nodes make
+// routes of is not a node's to say. A node may not set or change its pod ranges,
+// which the cluster gives it, and its addresses must be ones that it can have.
+type nodeNetwork struct {
+	*admission.Handler
+	nodes nodeidentifier.NodeIdentifier
+	// address says why a node cannot have an address.
+	address func(node string, ip netip.Addr) error
+}
+
+// addNodeNetwork registers the plugin behind NodeRestriction and turns it on.
+func addNodeNetwork(o *options.ServerRunOptions, c Config) {
+	generic := o.Admission.GenericAdmission
+	generic.Plugins.Register(nodeNetworkName, func(io.Reader) (admission.Interface, error) {
+		return newNodeNetwork(c), nil
+	})
+	at := slices.Index(generic.RecommendedPluginOrder, noderestriction.PluginName) + 1
+	generic.RecommendedPluginOrder = slices.Insert(slices.Clone(generic.RecommendedPluginOrder), at, nodeNetworkName)
+	generic.EnablePlugins = append(generic.EnablePlugins, nodeNetworkName)
+}
+
+func newNodeNetwork(c Config) *nodeNetwork {
+	services, _ := netip.ParsePrefix(c.ServiceCIDR.String())
+	return &nodeNetwork{
+		Handler: admission.NewHandler(admission.Create, admission.Update),
+		nodes:   nodeidentifier.NewDefaultNodeIdentifier(),
+		address: func(node string, ip netip.Addr) error {
+			if services.IsValid() && services.Contains(ip) {
+				return fmt.Errorf("%s is of the Services' network %s", ip, services)
+			}
+			if c.NodeAddress != nil {
+				return c.NodeAddress(node, ip)
+			}
+			return nil
+		},
+	}
+}
+
+// Validate implements admission.ValidationInterface: it sees what would be stored,
+// whatever verb and subresource it came by.
+func (p *nodeNetwork) Validate(_ context.Context, a admission.Attributes, _ admission.ObjectInterfaces) error {
+	if a.GetResource().GroupResource() != core.Resource("nodes") {
+		return nil
+	}
+	name, isNode := p.nodes.NodeIdentity(a.GetUserInfo())
+	if !isNode {
+		return nil
+	}
+	node, ok := a.GetObject().(*core.Node)
+	if !ok {
+		return nil // a subresource that is no Node, such as proxy
+	}
+	var old core.Node
+	if before, ok := a.GetOldObject().(*core.Node); ok && before != nil {
+		old = *before
+	}
+	if !slices.Equal(node.Spec.PodCIDRs, old.Spec.PodCIDRs) {
+		return admission.NewForbidden(a, fmt.Errorf("node %q is not allowed to set spec.podCIDR or spec.podCIDRs: the cluster gives each node its range", name))
+	}
+	var errs []error
+	for i, address := range node.Status.Addresses {
+		if address.Type != core.NodeInternalIP && address.Type != core.NodeExternalIP || slices.Contains(old.Status.Addresses, address) {
+			continue
+		}
+		if err := p.checkAddress(name, address.Address); err != nil {
+			errs = append(errs, fmt.Errorf("status.addresses[%d]: node %q cannot have the %s %q: %w", i, name, address.Type, address.Address, err))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return admission.NewForbidden(a, err)
+	}
+	return nil
+}
+
+func (p *nodeNetwork) checkAddress(node, text string) error {
+	ip, err := netip.ParseAddr(text)
+	if err != nil {
+		return errors.New("it is not an IP address")
+	}
+	if ip.Zone() != "" || ip.Is4In6() {
+		return errors.New("it is not an address that others can route to")
+	}
+	if !ip.IsGlobalUnicast() { // unspecified, loopback, multicast, link-local, broadcast
+		return errors.New("it is not a unicast address that others can reach")
+	}
+	return p.address(node, ip)
+}

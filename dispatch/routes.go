@@ -1,0 +1,158 @@
+package dispatch
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	pb "timonel/proto/timonel/v1"
+)
+
+// Network says which addresses are whose, for what nodes are told of one another.
+// The zero value tells them of no pod range.
+type Network struct {
+	// Pods is the network of all pods; each node's range is a prefix of NodeBits
+	// within it. NodeBits 0 means 24, or 64 for IPv6.
+	Pods     netip.Prefix
+	NodeBits int
+	// Services is the network of the Services' addresses.
+	Services netip.Prefix
+	// Controllers lists the addresses of all controllers, alive or not. Nil: none.
+	Controllers func() []netip.Addr
+}
+
+func (n Network) nodeBits() int {
+	switch {
+	case n.NodeBits != 0:
+		return n.NodeBits
+	case n.Pods.Addr().Is6():
+		return 64
+	}
+	return 24
+}
+
+func (n Network) controllers() []netip.Addr {
+	if n.Controllers == nil {
+		return nil
+	}
+	return n.Controllers()
+}
+
+// CheckAddress says why no node may have an address.
+func (n Network) CheckAddress(ip netip.Addr) error {
+	switch {
+	case !ip.IsValid() || ip.Zone() != "" || ip.Is4In6() || !ip.IsGlobalUnicast():
+		return fmt.Errorf("%s is not a unicast address that others can reach", ip)
+	case n.Pods.IsValid() && n.Pods.Contains(ip):
+		return fmt.Errorf("%s is of the pods' network %s", ip, n.Pods)
+	case n.Services.IsValid() && n.Services.Contains(ip):
+		return fmt.Errorf("%s is of the Services' network %s", ip, n.Services)
+	case slices.Contains(n.controllers(), ip):
+		return fmt.Errorf("%s is a controller's address: give the agent another with --node-ip", ip)
+	}
+	return nil
+}
+
+// checkRange says why a range cannot be a node's.
+func (n Network) checkRange(text string) (netip.Prefix, error) {
+	p, err := netip.ParsePrefix(text)
+	switch {
+	case err != nil:
+		return p, fmt.Errorf("%q is not a network", text)
+	case !n.Pods.IsValid():
+		return p, fmt.Errorf("%s: no network of the pods is configured", p)
+	case p != p.Masked() || p.Bits() != n.nodeBits() || p.Addr().Is4() != n.Pods.Addr().Is4() || !n.Pods.Contains(p.Addr()):
+		return p, fmt.Errorf("%s is not one of the /%d networks of %s", p, n.nodeBits(), n.Pods)
+	case n.Services.IsValid() && n.Services.Overlaps(p):
+		return p, fmt.Errorf("%s overlaps the Services' network %s", p, n.Services)
+	}
+	for _, c := range n.controllers() {
+		if p.Contains(c) {
+			return p, fmt.Errorf("%s holds the controller's address %s", p, c)
+		}
+	}
+	return p, nil
+}
+
+// routes is what nodes are told of one another: of each Node the pod ranges and the
+// address that are its own. What is not the cluster's to give, or was another's
+// before, is left out; the older Node has it. Why is a sentence for each.
+func (n Network) routes(nodes []*corev1.Node) (out []*pb.NodeRoute, why []string) {
+	older := slices.Clone(nodes)
+	slices.SortFunc(older, func(a, b *corev1.Node) int {
+		return cmp.Or(a.CreationTimestamp.Time.Compare(b.CreationTimestamp.Time), cmp.Compare(a.Name, b.Name))
+	})
+	ranges, addresses := make(map[netip.Prefix]string), make(map[netip.Addr]string)
+	for _, node := range older {
+		route := &pb.NodeRoute{NodeName: node.Name}
+		cidrs := node.Spec.PodCIDRs
+		if len(cidrs) == 0 && node.Spec.PodCIDR != "" {
+			cidrs = []string{node.Spec.PodCIDR}
+		}
+		for _, text := range cidrs {
+			p, err := n.checkRange(text)
+			if owner := ranges[p]; err == nil && owner != "" {
+				err = fmt.Errorf("%s is the range of node %s", p, owner)
+			}
+			if err != nil {
+				why = append(why, fmt.Sprintf("pod range of node %s: %v", node.Name, err))
+				continue
+			}
+			ranges[p] = node.Name
+			route.PodCidrs = append(route.PodCidrs, p.String())
+		}
+		if text := internalIP(node); text != "" {
+			ip, err := netip.ParseAddr(text)
+			if err == nil {
+				err = n.CheckAddress(ip)
+			}
+			if owner := addresses[ip]; err == nil && owner != "" {
+				err = fmt.Errorf("%s is the address of node %s", ip, owner)
+			}
+			if err != nil {
+				why = append(why, fmt.Sprintf("address of node %s: %v", node.Name, err))
+			} else {
+				addresses[ip] = node.Name
+				route.NodeAddress = ip.String()
+			}
+		}
+		out = append(out, route)
+	}
+	slices.SortFunc(out, func(a, b *pb.NodeRoute) int { return cmp.Compare(a.NodeName, b.NodeName) })
+	return out, why
+}
+
+// internalIP is the address that a node says others reach it by.
+func internalIP(node *corev1.Node) string {
+	for _, a := range node.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP {
+			return a.Address
+		}
+	}
+	return ""
+}
+
+// CheckNodeAddress says why a node may not have an address: nobody's may it be but
+// its own. It is for the API's admission.
+func (d *Dispatcher) CheckNodeAddress(node string, ip netip.Addr) error {
+	if err := d.config.Network.CheckAddress(ip); err != nil {
+		return err
+	}
+	for other := range d.config.Objects.Snapshot().Nodes().All() {
+		if other.Name == node {
+			continue
+		}
+		for _, a := range other.Status.Addresses {
+			if a.Type != corev1.NodeInternalIP && a.Type != corev1.NodeExternalIP {
+				continue
+			}
+			if taken, err := netip.ParseAddr(a.Address); err == nil && taken == ip {
+				return fmt.Errorf("%s is the address of node %s", ip, other.Name)
+			}
+		}
+	}
+	return nil
+}
