@@ -7,7 +7,7 @@
 // watch can resume between any two changes; a Kubernetes resourceVersion is such
 // a revision and is equal on every replica. The package reads no clock, draws no
 // random number and depends on nothing but the entries, so replicas that applied
-// the same entries are the same to the byte (see [View.WriteTo] and [View.Hash]).
+// the same entries are the same to the byte (see [View.Hash]) but for their history.
 //
 //	store := state.New(state.Options{})
 //	txn := state.Txn{
@@ -26,9 +26,16 @@
 //
 // The map is a copy-on-write B-tree (tidwall/btree), so that a view, a snapshot
 // and a checkpoint cost one pointer. A bounded window of recent changes (the
-// history, see [Options]) serves watches that resume and [Store.At], which undoes
-// changes on a copy of the nearest later tree. Revisions before the window answer
-// [ErrCompacted].
+// history) serves watches that resume and [Store.At], which undoes changes on a copy
+// of the nearest later tree. Revisions before the window answer [ErrCompacted].
+//
+// The history is not part of the replicated state: each replica keeps its own, by its
+// own clock ([Store.Tick]) and within its own memory. What it promises is said at
+// [Options]. It holds only what the state does not, which is what each change
+// replaced. What is too much is taken from who holds most: the history is accounted
+// for by directory (the keys up to the last slash: one resource in one namespace) in
+// families (that resource in all namespaces), and where some of a directory's events
+// were cut, only watches and reads of its keys are refused.
 //
 // Watchers of one prefix share one list of its events: an event is linked into
 // the list of each prefix that it matches, once, whatever the number of watchers,

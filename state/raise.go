@@ -54,7 +54,7 @@ func RaiseSnapshot(w io.Writer, r io.Reader, raise Raise) (SnapshotInfo, error) 
 			raised.revision += raise.By
 			raised.hist = newHistory(raised.revision + 1)
 			raised.index, raised.term = raise.Index, raise.Term
-			e.meta(&raised, keys)
+			e.meta(&raised, raised.revision+1, keys)
 			return e.err
 		}
 		s.each = func(kv KV) error {
@@ -116,6 +116,10 @@ func (s *snapshotScanner) record(kind byte, d *decoder) (end bool, err error) {
 	case kind == recordEvent:
 		s.events++
 		d.b = nil // the checksum vouches for it
+	case s.reader.gaps && (kind == recordFloors || kind == recordCut):
+		d.b = nil
+	case s.reader.gaps && kind == recordGap:
+		s.events += d.number("gap")
 	case kind == recordEnd:
 		if s.keys != s.reader.keys || s.reader.first+s.events != v.revision+1 {
 			d.fail("keys or events are missing")

@@ -8,23 +8,31 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 
 	"github.com/tidwall/btree"
 )
 
 // A snapshot is: the magic; records, each a uvarint length and that many bytes,
 // the first of which is the record's type; the SHA-256 of all that. The records
-// are one meta, the keys in ascending order, the history's events in ascending
-// order, one end. An event does not repeat a value that a key or an earlier
-// event of the snapshot holds.
+// are one meta, the keys in ascending order, the history, one end. The history is its
+// events in ascending order, none missing; an event does not repeat a value that a
+// key or an earlier event of the snapshot holds. In version 2 it begins with the
+// floors, one for each prefix of which something was cut beside, and between events
+// there are gaps, each of so many revisions whose events were dropped.
 const (
-	snapshotMagic   = "TIMONEL\x00"
-	snapshotVersion = 1
+	snapshotMagic       = "TIMONEL\x00"
+	snapshotVersion     = 1
+	snapshotVersionGaps = 2
 
-	recordMeta  = 'M'
-	recordKV    = 'K'
-	recordEvent = 'E'
-	recordEnd   = 'Z'
+	recordMeta   = 'M'
+	recordKV     = 'K'
+	recordFloors = 'F'
+	recordCut    = 'C'
+	recordGap    = 'G'
+	recordEvent  = 'E'
+	recordEnd    = 'Z'
 
 	// maxRecord bounds one record; API objects are limited to a few MiB.
 	maxRecord = 256 << 20
@@ -50,9 +58,10 @@ func (s *Store) Save(w io.Writer) error {
 	return err
 }
 
-// WriteTo writes a snapshot of the view: keys, history window, revision, applied
-// index and term, with a checksum. Replicas that applied the same entries write
-// the same bytes. A view of the past, made by [Store.At], has no snapshot.
+// WriteTo writes a snapshot of the view: keys, revision, applied index and term, and
+// what this replica has by now of the history up to there, with a checksum. Replicas
+// that applied the same entries write the same but for the history, which is each
+// one's own. A view of the past, made by [Store.At], has no snapshot.
 func (v View) WriteTo(w io.Writer) (int64, error) {
 	if v.v.expiry == nil {
 		return 0, fmt.Errorf("snapshot of revision %d: only a view that was the newest can be written", v.v.revision)
@@ -108,25 +117,101 @@ func (e *snapshotEncoder) flush() {
 }
 
 func (e *snapshotEncoder) view(v *version) {
-	h := &v.hist
-	e.meta(v, uint64(v.root.Len()))
+	w := v.window()
+	e.meta(v, w.first, uint64(v.root.Len()))
 	v.root.Scan(func(_ string, kv *KV) bool {
 		e.kv(kv)
 		return e.err == nil
 	})
-	for r := h.first; r < h.next && e.err == nil; r++ {
-		e.event(v, h.at(r))
+	if v.gaps() {
+		e.floors(w)
 	}
+	gap := uint64(0)
+	for _, ev := range w.events {
+		if e.err != nil {
+			return
+		}
+		if gap == maxGap {
+			e.gap(gap)
+			gap = 0
+		}
+		if ev == nil {
+			gap++
+			continue
+		}
+		e.gap(gap)
+		gap = 0
+		e.event(v, w, ev, v.hist.timeAt(ev.Revision), v.hist.mustHash(ev.Revision))
+	}
+	e.gap(gap)
 	e.b = append(e.b[:0], recordEnd)
 	e.flush()
 }
 
-func (e *snapshotEncoder) meta(v *version, keys uint64) {
-	e.b = append(e.b[:0], recordMeta, snapshotVersion)
-	for _, n := range []uint64{uint64(v.revision), uint64(v.hist.first), v.index, v.term, uint64(v.clock), v.hash, keys} {
+// window is the part of the history that goes into a snapshot: events from first on,
+// nil where one was dropped.
+type window struct {
+	first       int64
+	events      []*Event
+	watch, read int64
+	cut         map[string]int64
+}
+
+// window takes what is left of the history of v. Without v.gaps it is what there is
+// without a gap.
+func (v *version) window() *window {
+	h := &v.hist
+	w := &window{first: h.first, events: make([]*Event, h.next-h.first)}
+	for r := h.next - 1; r >= h.first; r-- {
+		e := h.at(r)
+		if e == nil && !v.gaps() {
+			w.first, w.events = r+1, w.events[r+1-h.first:]
+			break
+		}
+		w.events[r-h.first] = e
+	}
+	h.floors.mu.RLock()
+	defer h.floors.mu.RUnlock()
+	w.watch, w.read, w.cut = min(h.floors.watch, v.revision), min(h.floors.read, v.revision), maps.Clone(h.floors.cut)
+	return w
+}
+
+// has says whether the window has the event of a revision.
+func (w *window) has(revision int64) bool {
+	return revision >= w.first && w.events[revision-w.first] != nil
+}
+
+func (e *snapshotEncoder) meta(v *version, first int64, keys uint64) {
+	format := byte(snapshotVersion)
+	if v.gaps() {
+		format = snapshotVersionGaps
+	}
+	e.b = append(e.b[:0], recordMeta, format)
+	for _, n := range []uint64{uint64(v.revision), uint64(first), v.index, v.term, uint64(v.clock), v.hash, keys} {
 		e.b = binary.AppendUvarint(e.b, n)
 	}
 	e.flush()
+}
+
+func (e *snapshotEncoder) floors(w *window) {
+	e.b = append(e.b[:0], recordFloors)
+	e.b = binary.AppendUvarint(e.b, uint64(w.watch))
+	e.b = binary.AppendUvarint(e.b, uint64(w.read))
+	e.flush()
+	for _, prefix := range slices.Sorted(maps.Keys(w.cut)) {
+		e.b = append(e.b[:0], recordCut)
+		e.b = appendString(e.b, prefix)
+		e.b = binary.AppendUvarint(e.b, uint64(w.cut[prefix]))
+		e.flush()
+	}
+}
+
+func (e *snapshotEncoder) gap(n uint64) {
+	if n > 0 && e.err == nil {
+		e.b = append(e.b[:0], recordGap)
+		e.b = binary.AppendUvarint(e.b, n)
+		e.flush()
+	}
 }
 
 func (e *snapshotEncoder) kv(kv *KV) {
@@ -137,11 +222,11 @@ func (e *snapshotEncoder) kv(kv *KV) {
 	e.flush()
 }
 
-func (e *snapshotEncoder) event(v *version, ev *Event) {
+func (e *snapshotEncoder) event(v *version, w *window, ev *Event, time int64, hash uint64) {
 	e.b = append(e.b[:0], recordEvent, byte(ev.Type))
 	e.b = appendString(e.b, ev.KV.Key)
-	e.b = binary.AppendUvarint(e.b, uint64(ev.time))
-	e.b = binary.AppendUvarint(e.b, ev.hash)
+	e.b = binary.AppendUvarint(e.b, uint64(time))
+	e.b = binary.AppendUvarint(e.b, hash)
 	if ev.Type == Put {
 		if live, ok := v.root.Get(ev.KV.Key); ok && live.ModRevision == ev.Revision {
 			e.b = append(e.b, valueLive)
@@ -154,7 +239,7 @@ func (e *snapshotEncoder) event(v *version, ev *Event) {
 	switch prev := &ev.Prev; {
 	case prev.ModRevision == 0:
 		e.b = append(e.b, valueNone)
-	case prev.ModRevision >= v.hist.first:
+	case w.has(prev.ModRevision):
 		e.b = append(e.b, valueEvent)
 		e.b = binary.AppendUvarint(e.b, uint64(prev.ModRevision))
 	default:
@@ -191,10 +276,27 @@ func (s *Store) Restore(r io.Reader) error {
 	s.root, s.expiry = v.root, v.expiry
 	v.epoch = s.head.epoch + 1
 	s.head, s.changed, s.fresh = v, true, nil
+	s.shares, s.memos = newShares(), 0
+	h := &s.head.hist
+	for r := h.first; r < h.next; r++ {
+		if e := h.at(r); e != nil {
+			s.shares.add(e)
+		}
+	}
+	if s.now != 0 { // the events are as old by this clock as they were by that one
+		h.shift(s.now - v.clock)
+	}
+	s.trim()
 	s.past.reset()
 	s.groups.restored(s.publishView(), back)
 	return nil
 }
+
+// gapsVersion is the cluster version from which on snapshots may tell of a history with
+// gaps. Before, they hold the part of the history after the last gap.
+const gapsVersion = 2
+
+func (v *version) gaps() bool { return v.clusterVersion >= gapsVersion }
 
 // snapshotDecoder reads records and hashes what it read.
 type snapshotDecoder struct {
@@ -308,6 +410,7 @@ type snapshotReader struct {
 	began    bool
 	ended    bool
 	err      error  // why nothing more is read
+	gaps     bool   // as of version 2
 	keys     uint64 // announced by the meta record
 	first    int64  // first revision of the history
 	lastKey  string
@@ -324,6 +427,17 @@ func (s *snapshotReader) record(kind byte, d *decoder) {
 		s.kv(d)
 	case kind == recordEvent:
 		s.event(d)
+	case s.gaps && kind == recordFloors && s.v.hist.next == s.first:
+		s.haveKeys = true
+		s.floors(d)
+	case s.gaps && kind == recordCut && s.v.hist.next == s.first:
+		s.haveKeys = true
+		if prefix, floor := d.string("prefix"), d.number("floor"); d.err == nil {
+			s.v.hist.floors.raiseOf(prefix, floor)
+		}
+	case s.gaps && kind == recordGap:
+		s.haveKeys = true
+		s.gap(d)
 	case kind == recordEnd:
 		if uint64(s.v.root.Len()) != s.keys || s.v.hist.next != s.v.revision+1 {
 			d.fail("keys or events are missing")
@@ -334,13 +448,36 @@ func (s *snapshotReader) record(kind byte, d *decoder) {
 	}
 }
 
-func (s *snapshotReader) meta(d *decoder) {
-	if v := d.byte("version"); d.err == nil && v > snapshotVersion {
-		s.err = fmt.Errorf("%w (snapshot of version %d, this program reads %d)", ErrNewerVersion, v, snapshotVersion)
+func (s *snapshotReader) floors(d *decoder) {
+	watch, read := d.number("watch floor"), d.number("read floor")
+	if h := &s.v.hist; d.err == nil && (watch > s.v.revision || read > s.v.revision) {
+		d.fail("impossible floors")
+	} else {
+		h.floors.raise(watch, read)
+		h.read = max(h.read, read)
+	}
+}
+
+func (s *snapshotReader) gap(d *decoder) {
+	n := d.number("gap")
+	if h := &s.v.hist; d.err == nil && (n < 1 || n > s.v.revision+1-h.next || n > maxGap) {
+		d.fail("impossible gap")
 		return
-	} else if v != snapshotVersion {
+	}
+	for range n {
+		s.v.hist.skip()
+	}
+}
+
+func (s *snapshotReader) meta(d *decoder) {
+	v := d.byte("version")
+	if d.err == nil && v > snapshotVersionGaps {
+		s.err = fmt.Errorf("%w (snapshot of version %d, this program reads %d)", ErrNewerVersion, v, snapshotVersionGaps)
+		return
+	} else if v == 0 {
 		d.fail("no version")
 	}
+	s.gaps = v == snapshotVersionGaps
 	s.v.revision = d.number("revision")
 	s.first = d.number("first revision")
 	s.v.index = d.uvarint("index")
@@ -383,8 +520,7 @@ func (s *snapshotReader) event(d *decoder) {
 	}
 	e := &Event{Type: EventType(d.byte("event type")), Revision: h.next}
 	e.KV = KV{Key: d.string("event key"), ModRevision: e.Revision}
-	e.time = d.number("event time")
-	e.hash = d.uvarint("event hash")
+	time, hash := d.number("event time"), d.uvarint("event hash")
 	live, isLive := s.v.root.Get(e.KV.Key)
 	if isLive {
 		e.KV.Key = live.Key // one copy of the key in memory
@@ -418,21 +554,37 @@ func (s *snapshotReader) event(d *decoder) {
 		}
 	case valueEvent:
 		r := d.number("revision of the previous value")
-		if d.err != nil || r < s.first || r >= e.Revision || h.at(r).Type != Put || h.at(r).KV.Key != e.KV.Key {
+		var before *Event
+		if d.err == nil && r >= s.first && r < e.Revision {
+			before = h.at(r)
+		}
+		if before == nil || before.Type != Put || before.KV.Key != e.KV.Key {
 			d.fail("event refers to a value that is not there")
 			return
 		}
-		e.Prev = h.at(r).KV
+		e.Prev = before.KV
 	case valueInline:
 		e.Prev = KV{Key: e.KV.Key, Value: d.bytes("previous value"), memo: new(Memo)}
-		d.numbers(&e.Prev, s.first-1)
+		d.numbers(&e.Prev, s.newestBefore(e))
 	default:
 		d.fail("unknown kind of previous value")
 	}
 	if d.err == nil {
-		h.append(e)
+		h.append(e, hash, time)
 	}
 }
+
+// newestBefore bounds the revision of a value before an event that no event of the
+// snapshot put: in version 1 all before it have.
+func (s *snapshotReader) newestBefore(e *Event) int64 {
+	if s.gaps {
+		return e.Revision - 1
+	}
+	return s.first - 1
+}
+
+// maxGap bounds a gap, so that a few bytes do not take much memory.
+const maxGap = 1 << 20
 
 // number reads a uvarint that is a revision or a time.
 func (d *decoder) number(what string) int64 {

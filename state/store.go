@@ -42,20 +42,34 @@ func (kv KV) String() string {
 	return fmt.Sprintf("%s=%q@%d/%d!%d", kv.Key, kv.Value, kv.CreateRevision, kv.ModRevision, kv.ExpiresAt)
 }
 
-// Options bounds the history window. It must be equal on all replicas: the
-// window is part of the state. The zero value takes the defaults.
+// Options bounds the history window, which is this replica's own: it is not part of
+// the replicated state, and others may have other bounds. The zero value takes the
+// defaults.
+//
+// What is promised: a revision that was the newest on a replica at some time within
+// HistoryAge can be watched from, and be read at, on every replica that was not a
+// tenth of HistoryAge behind. More than HistoryBytes or HistoryLargeBytes are not
+// held for it: beyond, those resources lose their oldest events, in the namespaces,
+// that hold most; for all others the promise stands. A watch or a read of what has
+// lost some gets [ErrCompacted], never less than all.
 type Options struct {
-	// HistoryChanges is the greatest number of changes kept. Default 100,000.
-	HistoryChanges int
-	// HistoryBytes is the greatest size of the changes kept: keys, values before
-	// and after, and an allowance. Default 64 MiB.
-	HistoryBytes int64
-	// HistoryAge is how long a change is kept at most, by the times that
-	// transactions carry (Txn.Time). Default 10 minutes.
+	// HistoryAge is the age promised, by this replica's clock ([Store.Tick]).
+	// Default 5 minutes.
 	HistoryAge time.Duration
-	// HistoryAgeless is how many of the newest changes are kept whatever their
-	// age, so that a watch resumes after a quiet night. Default 1,000; negative
-	// for none.
+	// HistoryBytes is the greatest size of what the history alone holds: replaced and
+	// deleted values, and an allowance for each change. A value that is still live is
+	// not the history's. Default 64 MiB.
+	HistoryBytes int64
+	// HistoryLargeBytes is the greatest size of the parts of values beyond 4 KiB in
+	// it, or a quarter of the state if that is more: a few clients that write large
+	// objects are not to fill HistoryBytes, which may be large. Default HistoryBytes/2,
+	// 32 MiB at most.
+	HistoryLargeBytes int64
+	// HistoryChanges is the greatest number of changes kept. Default 0: no limit.
+	HistoryChanges int
+	// HistoryAgeless is how many of the newest changes are kept whatever their age,
+	// within 4 MiB, so that a watch resumes after a quiet night. Default 1,000;
+	// negative for none.
 	HistoryAgeless int
 	// NewestVersion is the newest cluster version that this program can run under.
 	// Default [NewestVersion]; less is for tests of upgrades.
@@ -63,14 +77,14 @@ type Options struct {
 }
 
 func (o Options) withDefaults() Options {
-	if o.HistoryChanges <= 0 {
-		o.HistoryChanges = 100_000
+	if o.HistoryAge <= 0 {
+		o.HistoryAge = 5 * time.Minute
 	}
 	if o.HistoryBytes <= 0 {
 		o.HistoryBytes = 64 << 20
 	}
-	if o.HistoryAge <= 0 {
-		o.HistoryAge = 10 * time.Minute
+	if o.HistoryLargeBytes <= 0 {
+		o.HistoryLargeBytes = min(o.HistoryBytes/2, 32<<20)
 	}
 	if o.HistoryAgeless == 0 {
 		o.HistoryAgeless = 1000
@@ -124,6 +138,11 @@ type Store struct {
 	fresh   []*Event // applied but not yet published
 	changed bool     // root or expiry differ from the published ones
 	groups  watchGroups
+	shares  shares // of the history
+	now     int64  // as of the last Tick, 0 before
+	began   int64  // the first Tick
+	memos   int64  // revision up to which memos of former values were emptied
+	dropped int64  // bytes of history dropped since watchers were looked after
 
 	current atomic.Pointer[version]
 	past    pastVersions
@@ -139,7 +158,7 @@ type version struct {
 	revision int64
 	index    uint64 // of the last entry applied
 	term     uint64 // of that entry
-	clock    int64  // greatest Txn.Time seen
+	clock    int64  // as of the last Tick; before the first, the greatest Txn.Time seen
 	hash     uint64 // rolling hash over all changes
 	bytes    int64  // keys and values
 
@@ -148,6 +167,9 @@ type version struct {
 	epoch uint64 // counts Restores, so that two histories are never mixed
 }
 
+// firstRevision is that of an empty store.
+const firstRevision = 1
+
 // New returns an empty store at revision 1 (so that no client ever sees
 // resourceVersion 0, which has a meaning of its own).
 func New(o Options) *Store {
@@ -155,7 +177,8 @@ func New(o Options) *Store {
 		options: o.withDefaults(),
 		root:    btree.NewMap[string, *KV](treeDegree),
 		expiry:  btree.NewMap[string, *KV](treeDegree),
-		head:    version{revision: 1, hist: newHistory(2), clusterVersion: 1},
+		head:    version{revision: firstRevision, hist: newHistory(firstRevision + 1), clusterVersion: 1},
+		shares:  newShares(),
 		changed: true,
 	}
 	s.groups.init()
@@ -202,7 +225,9 @@ func (s *Store) apply(e *Entry) Result {
 	if err != nil {
 		return Result{Revision: s.head.revision, Err: err}
 	}
-	s.head.clock = max(s.head.clock, txn.Time)
+	if s.now == 0 { // else it is this replica's own
+		s.head.clock = max(s.head.clock, txn.Time)
+	}
 
 	var failed []KV
 	for i := range txn.Conditions {
@@ -222,9 +247,9 @@ func (s *Store) apply(e *Entry) Result {
 		s.head.clusterVersion = version
 	}
 	if txn.Compact > 0 {
-		s.head.hist.dropTo(min(txn.Compact, s.head.revision))
+		s.dropTo(txn.Compact, txn.Compact)
 	}
-	s.head.hist.trim(&s.options, s.head.clock)
+	s.trim()
 	return Result{Succeeded: failed == nil, Revision: s.head.revision, Failed: failed}
 }
 
@@ -235,7 +260,7 @@ func (s *Store) change(c *Change) {
 	}
 	h := &s.head
 	h.revision++
-	e := &Event{Type: Put, Revision: h.revision, time: h.clock}
+	e := &Event{Type: Put, Revision: h.revision}
 	if exists {
 		e.Prev = *prev
 		h.bytes -= int64(len(prev.Key) + len(prev.Value))
@@ -261,8 +286,7 @@ func (s *Store) change(c *Change) {
 		e.KV = *kv
 	}
 	h.hash = rollHash(h.hash, e)
-	e.hash = h.hash
-	h.hist.append(e)
+	s.remember(e)
 	s.fresh = append(s.fresh, e)
 	s.changed = true
 }
@@ -270,7 +294,7 @@ func (s *Store) change(c *Change) {
 // publish makes what was applied visible to readers, then to watchers.
 func (s *Store) publish() {
 	v := s.publishView()
-	s.groups.deliver(s.fresh, v)
+	s.groups.deliver(s.fresh, v, s.sweepDue(v))
 	clear(s.fresh)
 	s.fresh = s.fresh[:0]
 	if cap(s.fresh) > 4096 {
@@ -315,9 +339,9 @@ func expiryKey(kv *KV) string {
 // View returns the newest state. It costs nothing and never changes.
 func (s *Store) View() View { return View{s.current.Load()} }
 
-// CompactRevision is the oldest revision that [Store.At] answers for and a watch
-// can start after.
-func (s *Store) CompactRevision() int64 { return s.current.Load().hist.compact() }
+// CompactRevision is the oldest revision that [Store.At] answers for, where nothing
+// was cut beside for want of room.
+func (s *Store) CompactRevision() int64 { return s.current.Load().hist.read }
 
 // Applied returns the index and term of the last entry applied, also after
 // [Store.Restore].

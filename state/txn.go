@@ -33,9 +33,8 @@ type Change struct {
 type Txn struct {
 	Conditions []Condition
 	Changes    []Change
-	// Time is the proposer's clock in Unix seconds, 0 if not given. The store
-	// takes the greatest it has seen as the time by which the history window's
-	// age is measured, so that every replica trims at the same entry.
+	// Time is the proposer's clock in Unix seconds, 0 if not given. Nothing follows
+	// from it: each replica has a clock of its own for its history.
 	Time int64
 	// Compact drops the history up to and including this revision, 0 for none.
 	// It is done whether or not the conditions hold.

@@ -16,7 +16,8 @@ const VersionKey = "/timonel/cluster-version"
 // brought:
 //
 //	1  commands and snapshots as of the first release
-//	2  log entries carry the cluster version; programs that do not know of it stand still
+//	2  log entries carry the cluster version; programs that do not know of it stand still;
+//	   snapshots may tell of a history with gaps
 const NewestVersion = 2
 
 // ErrNewerVersion is wrapped when a command, or a snapshot, is of a cluster version

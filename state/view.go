@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -17,7 +18,7 @@ type View struct{ v *version }
 func (v View) Revision() int64 { return v.v.revision }
 
 // CompactRevision is the oldest revision that was kept when the view was newest.
-func (v View) CompactRevision() int64 { return v.v.hist.compact() }
+func (v View) CompactRevision() int64 { return v.v.hist.read }
 
 // Applied returns the index and term of the last log entry in the view, zeros if
 // the view is one of the past made by [Store.At].
@@ -34,10 +35,10 @@ func (s *Store) HashAt(revision int64) (hash uint64, ok bool) {
 	switch {
 	case revision == v.revision:
 		return v.hash, true
-	case revision > v.revision || revision < v.hist.first:
+	case revision > v.revision:
 		return 0, false
 	}
-	return v.hist.at(revision).hash, true
+	return v.hist.hashAt(revision)
 }
 
 // Len is the number of keys.
@@ -153,19 +154,31 @@ func (v View) NextExpiry() (int64, bool) {
 }
 
 // At returns the state as it was at revision. Its error wraps [ErrCompacted] or
-// [ErrFutureRevision]. It undoes at most a few thousand changes, and keeps the
-// last views so made, so the next page of a list costs nothing.
-func (s *Store) At(revision int64) (View, error) {
+// [ErrFutureRevision]. It undoes the changes since, from the nearest later state that
+// is kept, and keeps the last views so made, so the next page of a list costs nothing.
+func (s *Store) At(revision int64) (View, error) { return s.AtPrefix("", revision) }
+
+// AtPrefix is At for who will read keys with the prefix alone: what the history had
+// to give up of other keys does not matter. Other keys in the view may be of a later
+// revision.
+func (s *Store) AtPrefix(prefix string, revision int64) (View, error) {
 	current := s.current.Load()
 	switch {
 	case revision == current.revision:
 		return View{current}, nil
 	case revision > current.revision:
 		return View{}, fmt.Errorf("revision %d: %w (now at %d)", revision, ErrFutureRevision, current.revision)
-	case revision < current.hist.compact():
-		return View{}, fmt.Errorf("revision %d: %w (from %d on)", revision, ErrCompacted, current.hist.compact())
 	}
-	return View{s.past.at(revision, current)}, nil
+	floors := current.hist.floors
+	if floor := floors.readable(prefix); revision < floor {
+		return View{}, fmt.Errorf("revision %d: %w (from %d on)", revision, ErrCompacted, floor)
+	}
+	v := s.past.at(revision, current)
+	// What was dropped in the meantime was not undone.
+	if floor := floors.readable(prefix); revision < floor {
+		return View{}, fmt.Errorf("revision %d: %w (from %d on)", revision, ErrCompacted, floor)
+	}
+	return View{v}, nil
 }
 
 // Keep remembers v for the next calls of [Store.At] with its revision, which are
@@ -183,26 +196,25 @@ type pastVersions struct {
 	epoch       uint64     // of the versions; see version.epoch
 }
 
-// published adds a checkpoint now and then and forgets what left the history.
+// maxCheckpoints bounds the trees kept: each holds the nodes that were copied since.
+const maxCheckpoints = 16
+
+// published adds a checkpoint now and then and forgets what is older than something
+// that left the history: its tree would hold the values that left.
 func (p *pastVersions) published(v *version) {
+	oldest := max(v.hist.read, v.hist.floors.highest())
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if n := len(p.checkpoints); n == 0 || v.revision-p.checkpoints[n-1].revision >= checkpointEvery {
 		p.checkpoints = append(p.checkpoints, v)
 	}
-	compact := v.hist.compact()
-	for len(p.checkpoints) > 0 && p.checkpoints[0].revision < compact {
-		p.checkpoints[0] = nil
-		p.checkpoints = p.checkpoints[1:]
+	if len(p.checkpoints) > maxCheckpoints {
+		odd := 0
+		p.checkpoints = slices.DeleteFunc(p.checkpoints, func(*version) bool { odd++; return odd%2 == 0 })
 	}
-	kept := p.recent[:0]
-	for _, r := range p.recent {
-		if r.revision >= compact {
-			kept = append(kept, r)
-		}
-	}
-	clear(p.recent[len(kept):])
-	p.recent = kept
+	tooOld := func(r *version) bool { return r.revision < oldest }
+	p.checkpoints = slices.DeleteFunc(p.checkpoints, tooOld)
+	p.recent = slices.DeleteFunc(p.recent, tooOld)
 }
 
 func (p *pastVersions) reset() {
@@ -251,6 +263,9 @@ func (p *pastVersions) at(revision int64, current *version) *version {
 	bytes := base.bytes
 	for r := base.revision; r > revision; r-- {
 		e := current.hist.at(r)
+		if e == nil { // of keys that who asked does not want, or AtPrefix will see
+			continue
+		}
 		if e.Type == Put {
 			bytes -= int64(len(e.KV.Key) + len(e.KV.Value))
 		}
@@ -264,9 +279,7 @@ func (p *pastVersions) at(revision int64, current *version) *version {
 	}
 	v := &version{root: root, hist: current.hist, revision: revision, clock: current.clock, bytes: bytes, epoch: current.epoch, clusterVersion: current.clusterVersion}
 	v.hist.next = revision + 1
-	if revision >= v.hist.first {
-		v.hash = v.hist.at(revision).hash
-	}
+	v.hash, _ = v.hist.hashAt(revision)
 	p.keep(v)
 	return v
 }

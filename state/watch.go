@@ -13,9 +13,21 @@ import (
 // watchBatch is the greatest number of events that one Poll returns.
 const watchBatch = 512
 
-// sweepEvery is after how many revisions watchers that fell behind the history
-// window are looked for.
-const sweepEvery = 1024
+// Watchers that fell behind the history are looked for when sweepEvery revisions, or
+// sweepBytes, have left it.
+const (
+	sweepEvery = 1024
+	sweepBytes = 8 << 20
+)
+
+// sweepDue says whether it is time to look for them. mu is held.
+func (s *Store) sweepDue(v *version) bool {
+	if v.hist.floors.highest()-s.groups.swept < sweepEvery && s.dropped < sweepBytes {
+		return false
+	}
+	s.groups.swept, s.dropped = v.hist.floors.highest(), 0
+	return true
+}
 
 // errWatcherClosed ends a Next that waits in a watcher that was closed.
 var errWatcherClosed = errors.New("watcher is closed")
@@ -41,7 +53,7 @@ type watchGroups struct {
 	lengths  []int       // distinct lengths of the prefixes, ascending
 	count    map[int]int // groups of each length
 	touched  []*watchGroup
-	swept    int64 // compact revision at the last sweep
+	swept    int64 // the highest floor at the last sweep
 
 	delivered atomic.Int64 // every event up to this revision is in the lists
 }
@@ -53,7 +65,7 @@ func (g *watchGroups) init() {
 
 // deliver links events into the lists of the prefixes they match and wakes
 // their watchers.
-func (g *watchGroups) deliver(events []*Event, v *version) {
+func (g *watchGroups) deliver(events []*Event, v *version, sweep bool) {
 	if len(g.byPrefix) > 0 {
 		for _, e := range events {
 			key := e.KV.Key
@@ -84,11 +96,11 @@ func (g *watchGroups) deliver(events []*Event, v *version) {
 		g.touched[i] = nil
 	}
 	g.touched = g.touched[:0]
-	if compact := v.hist.compact(); compact-g.swept >= sweepEvery {
-		g.swept = compact
+	if sweep {
 		for _, group := range g.byPrefix {
+			floor := v.hist.floors.of(group.prefix)
 			for _, w := range group.watchers {
-				w.expire(compact)
+				w.expire(floor)
 			}
 		}
 	}
@@ -103,7 +115,7 @@ func (g *watchGroups) restored(v *version, back bool) {
 			w.restored(v, back)
 		}
 	}
-	g.swept = v.hist.compact()
+	g.swept = v.hist.floors.highest()
 	g.delivered.Store(v.revision)
 }
 
@@ -174,8 +186,8 @@ func (s *Store) Watch(prefix string, after int64) (*Watcher, error) {
 	if after == 0 {
 		after = v.revision
 	}
-	if after < v.hist.compact() {
-		return nil, fmt.Errorf("watch %s after revision %d: %w (from %d on)", prefix, after, ErrCompacted, v.hist.compact())
+	if floor := v.hist.floors.of(prefix); after < floor {
+		return nil, compacted(prefix, after, floor)
 	}
 	w := &Watcher{store: s, prefix: prefix, progress: after, ready: make(chan struct{}, 1), done: make(chan struct{})}
 	w.group = s.groups.join(prefix, w)
@@ -241,14 +253,24 @@ func (w *Watcher) Poll() ([]*Event, error) {
 		return nil, w.err
 	}
 	var events []*Event
-	for w.scanned < w.end {
-		if len(events) == watchBatch {
+	if from, holes := w.scanned, false; from < w.end {
+		for w.scanned < w.end && len(events) < watchBatch {
+			w.scanned++
+			if e := w.backlog.at(w.scanned); e == nil {
+				holes = true
+			} else if strings.HasPrefix(e.KV.Key, w.prefix) {
+				events = append(events, e)
+			}
+		}
+		if holes {
+			if floor := w.backlog.floors.of(w.prefix); floor > from {
+				w.fail(compacted(w.prefix, from, floor))
+				return nil, w.err
+			}
+		}
+		if w.scanned < w.end {
 			w.progress = w.scanned
 			return events, nil
-		}
-		w.scanned++
-		if e := w.backlog.at(w.scanned); strings.HasPrefix(e.KV.Key, w.prefix) {
-			events = append(events, e)
 		}
 	}
 	w.backlog = history{}
@@ -276,7 +298,7 @@ func (w *Watcher) Poll() ([]*Event, error) {
 
 // expire ends a watcher whose next event is older than the history window, so
 // that one that nobody reads does not hold events for ever. Store.mu is held.
-func (w *Watcher) expire(compact int64) {
+func (w *Watcher) expire(floor int64) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err != nil {
@@ -284,13 +306,17 @@ func (w *Watcher) expire(compact int64) {
 	}
 	var behind bool
 	if w.scanned < w.end {
-		behind = w.scanned < compact
+		behind = w.scanned < floor
 	} else if next := w.position.next.Load(); next != nil {
-		behind = next.event.Revision <= compact
+		behind = next.event.Revision <= floor
 	}
 	if behind {
-		w.fail(fmt.Errorf("watch %s after revision %d: %w (from %d on)", w.prefix, w.progress, ErrCompacted, compact))
+		w.fail(compacted(w.prefix, w.progress, floor))
 	}
+}
+
+func compacted(prefix string, after, floor int64) error {
+	return fmt.Errorf("watch %s after revision %d: %w (from %d on)", prefix, after, ErrCompacted, floor)
 }
 
 func (w *Watcher) fail(err error) {
@@ -308,8 +334,8 @@ func (w *Watcher) restored(v *version, back bool) {
 	case w.err != nil:
 	case back:
 		w.fail(fmt.Errorf("watch %s after revision %d: %w (an older state was restored, at %d)", w.prefix, w.progress, ErrCompacted, v.revision))
-	case w.progress < v.hist.compact():
-		w.fail(fmt.Errorf("watch %s after revision %d: %w (from %d on)", w.prefix, w.progress, ErrCompacted, v.hist.compact()))
+	case w.progress < v.hist.floors.of(w.prefix):
+		w.fail(compacted(w.prefix, w.progress, v.hist.floors.of(w.prefix)))
 	default:
 		w.start(v)
 		w.wake()

@@ -34,6 +34,7 @@ type config struct {
 
 	heartbeatTimeout, electionTimeout, leaderLease time.Duration
 	snapshotThreshold, trailingLogs                uint64
+	historyAge                                     time.Duration
 	historyRevisions                               int
 	logStore                                       string
 	deadMemberCleanupAfter                         time.Duration
@@ -56,6 +57,7 @@ func defaultConfig() config {
 		lostShare:             0.55,
 
 		deadMemberCleanupAfter: 30 * time.Minute,
+		historyAge:             5 * time.Minute,
 		logStore:               consensus.LogStoreBolt,
 		logLevel:               "info",
 		logFormat:              "text",
@@ -85,7 +87,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Uint64Var(&c.trailingLogs, "trailing-logs", c.trailingLogs, "log entries kept behind a snapshot for slow followers (0: the tuned default)")
 	f.StringVar(&c.logStore, "log-store", c.logStore, "how the log is kept on disk: boltdb (raft-boltdb with a journal before it) or wal (raft-wal); the same for the life of --data-dir")
 	f.DurationVar(&c.deadMemberCleanupAfter, "dead-member-cleanup-after", c.deadMemberCleanupAfter, "how long a controller must be dead until the leader removes it from the members, if others have taken its place: at least --bootstrap-expect healthy ones (0: never)")
-	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "revisions kept for watches to resume from and lists to be paged over (0: the default)")
+	f.DurationVar(&c.historyAge, "history-age", c.historyAge, "for how long after it was the newest a revision can be watched from, and lists be paged over at it, on each controller; may differ between controllers")
+	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "the greatest number of revisions kept for that, whatever their age (0: no limit but that of memory); may differ between controllers")
 	c.backups.flags(f)
 	f.StringVar(&c.logLevel, "log-level", c.logLevel, "debug, info, warn or error")
 	f.StringVar(&c.logFormat, "log-format", c.logFormat, "text or json")
@@ -169,6 +172,12 @@ func (c *config) validate() error {
 	}
 	if c.deadMemberCleanupAfter != 0 && c.deadMemberCleanupAfter < 5*time.Second {
 		bad("dead-member-cleanup-after", "%s is under 5s; 0 is never", c.deadMemberCleanupAfter)
+	}
+	if c.historyAge < 10*time.Second {
+		bad("history-age", "%s is under 10s: clients that reconnect would have to list all again", c.historyAge)
+	}
+	if c.historyRevisions < 0 {
+		bad("history-revisions", "%d is negative; 0 is no limit", c.historyRevisions)
 	}
 	c.backups.validate(bad)
 	return errors.Join(errs...)

@@ -144,6 +144,12 @@ func cacheBytes() int64 {
 	return int64(memory / cacheShare)
 }
 
+// historyBytes is how much of what was replaced or deleted is kept for watches that
+// resume and lists in pages.
+func historyBytes() int64 {
+	return min(max(2*cacheBytes(), 64<<20), 1<<30)
+}
+
 // busyGC is the GOGC of a busy controller with so many bytes live.
 func busyGC(live uint64) int {
 	return int(min(max(busyGrowth*100/max(live, 1), minBusy), maxBusy))

@@ -41,15 +41,23 @@ var (
 	descRevision     = desc("state_revision", "The revision of the state.")
 	descKeys         = desc("state_keys", "Keys in the state.")
 	descBytes        = desc("state_bytes", "Bytes of keys and values in the state.")
-	descCompacted    = desc("state_compact_revision", "The oldest revision that a watch can start after.")
+	descCompacted    = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
+	descHistoryAge   = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
+	descHistory      = desc("history_changes", "Changes in the history that watches resume from.")
+	descHistoryBytes = desc("history_bytes", "What the history holds beside the state; large is the part of values beyond 4 KiB.", "part")
+	descHistoryLimit = desc("history_limit_bytes", "The bounds of history_bytes.", "part")
 	descGossip       = desc("gossip_members", "Members of the gossip pool.", "role", "state")
 )
+
+// maxPrefixes bounds the resources that are told of one by one.
+const maxPrefixes = 16
 
 // DescribeWithStability implements metrics.StableCollector.
 func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
-		descRevision, descKeys, descBytes, descCompacted, descGossip} {
+		descRevision, descKeys, descBytes, descCompacted, descHistoryAge, descHistory, descHistoryBytes,
+		descHistoryLimit, descGossip} {
 		to <- d
 	}
 }
@@ -100,6 +108,16 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	gauge(descKeys, float64(view.Len()))
 	gauge(descBytes, float64(view.Bytes()))
 	gauge(descCompacted, float64(k.store.CompactRevision()))
+	history := k.store.History()
+	gauge(descHistoryAge, history.Age.Seconds(), "")
+	for prefix, age := range history.Worst(maxPrefixes) {
+		gauge(descHistoryAge, age.Seconds(), prefix)
+	}
+	gauge(descHistory, float64(history.Changes))
+	gauge(descHistoryBytes, float64(history.Bytes), "all")
+	gauge(descHistoryBytes, float64(history.Large), "large")
+	gauge(descHistoryLimit, float64(history.Limit), "all")
+	gauge(descHistoryLimit, float64(history.LargeLimit), "large")
 	counts := map[[2]string]int{}
 	for _, role := range []string{gossip.RoleController, gossip.RoleAgent} {
 		counts[[2]string{role, "alive"}] = 0

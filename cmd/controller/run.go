@@ -73,7 +73,8 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if k.newest, err = newestClusterVersion(); err != nil {
 		return err
 	}
-	k.store = state.New(state.Options{HistoryChanges: c.historyRevisions, NewestVersion: k.newest})
+	k.store = state.New(state.Options{HistoryAge: c.historyAge, HistoryChanges: c.historyRevisions, HistoryBytes: historyBytes(), NewestVersion: k.newest})
+	k.store.Tick(time.Now())
 	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
 
 	clusterListener, err := net.Listen("tcp", c.address(c.clusterPort))
@@ -128,6 +129,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	})
 	group.Go(func() error { return ended(k.cache.Run(ctx)) })
 	group.Go(func() error { return ended(tendMemory(ctx)) })
+	group.Go(func() error { return ended(tick(ctx, k.store)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
 	err = group.Wait()
 	if errors.Is(err, grpc.ErrServerStopped) {
@@ -257,6 +259,15 @@ func (c config) servingIPs() ([]net.IP, error) {
 // portError adds to an error of listening which flag to change.
 func portError(flag string, err error) error {
 	return fmt.Errorf("--%s: %w (another process has the port, or --bind-ip is not this machine's)", flag, err)
+}
+
+// tick tells the store what time it is, by a clock that nobody sets.
+func tick(ctx context.Context, store *state.Store) error {
+	start := time.Now()
+	for pause(ctx, time.Second) {
+		store.Tick(start.Add(time.Since(start)))
+	}
+	return ctx.Err()
 }
 
 // ended is nil for an error that only says that the context ended.

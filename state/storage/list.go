@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"strconv"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -70,6 +71,9 @@ func (s *Store) GetList(ctx context.Context, key string, opts storage.ListOption
 	if more {
 		// The next page reads this very view.
 		s.backend.Store().Keep(view)
+		if opts.Predicate.Continue == "" {
+			s.firstPage(view.Revision())
+		}
 		count := int64(view.CountFrom(fullKey, start))
 		if token, remaining, err = storage.PrepareContinueToken(l.last, fullKey, view.Revision(), count, true, opts); err != nil {
 			return err
@@ -94,11 +98,11 @@ func (s *Store) listView(ctx context.Context, key, start string, revision int64,
 	if err := s.wait(ctx, revision); err != nil {
 		return state.View{}, err
 	}
-	view, err := s.backend.Store().At(revision)
+	view, err := s.backend.Store().AtPrefix(key, revision)
 	switch {
-	case err == nil:
+	case err == nil && (opts.Predicate.Continue == "" || !s.overdue(ctx, revision)):
 		return view, nil
-	case !errors.Is(err, state.ErrCompacted):
+	case err != nil && !errors.Is(err, state.ErrCompacted):
 		return state.View{}, storage.NewInternalError(err)
 	case opts.Predicate.Continue == "":
 		return state.View{}, apierrors.NewResourceExpired(listExpired)
@@ -111,6 +115,39 @@ func (s *Store) listView(ctx context.Context, key, start string, revision int64,
 	expired := apierrors.NewResourceExpired(continueInconsistent)
 	expired.ErrStatus.ListMeta.Continue = token
 	return state.View{}, expired
+}
+
+// compactionKey is written where a revision is to become an old one.
+const compactionKey = "/timonel/compaction"
+
+// firstPage notes that a list at a revision has begun.
+func (s *Store) firstPage(revision int64) {
+	s.mu.Lock()
+	s.pages.revision, s.pages.began = revision, s.now()
+	s.mu.Unlock()
+}
+
+// overdue says whether the last list at a revision that is still the newest began
+// longer ago than the history's age. In etcd, the compaction would be writing by the
+// clock and the revision be gone; here nothing is written while nothing happens, but
+// when somebody goes on with such a list: he is told that it is too old, and that
+// there is a newer state, as he would be there.
+func (s *Store) overdue(ctx context.Context, revision int64) bool {
+	store := s.backend.Store()
+	if store.View().Revision() != revision {
+		return false
+	}
+	s.mu.Lock()
+	if s.pages.revision != revision { // it began on another replica, or before a restart
+		s.pages.revision, s.pages.began = revision, s.now()
+	}
+	began := s.pages.began
+	s.mu.Unlock()
+	if s.now().Sub(began) <= store.HistoryAge() {
+		return false
+	}
+	result, err := s.backend.Commit(ctx, &state.Txn{Changes: []state.Change{{Key: compactionKey, Value: strconv.AppendInt(nil, revision, 10)}}})
+	return err == nil && result.Err == nil
 }
 
 // newItem returns what makes an empty item of a list.

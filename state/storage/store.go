@@ -66,6 +66,10 @@ type Store struct {
 	sizes   bool // sizes are estimated
 	stopped bool
 	watches map[*watch]struct{}
+	pages   struct { // the newest revision at which a list in pages began
+		revision int64
+		began    time.Time
+	}
 }
 
 var _ storage.Interface = (*Store)(nil)

@@ -80,7 +80,7 @@ func (l Local) Page(ctx context.Context, prefix, after string, revision int64) (
 	if err := l.Store.WaitRevision(ctx, revision); err != nil {
 		return nil, err
 	}
-	past, err := l.Store.At(revision)
+	past, err := l.Store.AtPrefix(prefix, revision)
 	if err != nil {
 		return nil, l.window(revision, err)
 	}

@@ -163,6 +163,11 @@ func (n *node) start() {
 	l.replica = log
 	log.Register(l.end)
 	c.setLife(n, l)
+	c.ending.Go(func() { // the clock of its history
+		for ; l.ctx.Err() == nil; time.Sleep(200 * time.Millisecond) {
+			l.store.Tick(time.Now())
+		}
+	})
 	c.ending.Go(func() {
 		select {
 		case <-log.Failed():
