@@ -32,7 +32,7 @@ import (
 
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
-	"timonel/agent/volume"
+	"timonel/agent/hostile"
 )
 
 func TestRunPodServeLogsAndEnd(t *testing.T) {
@@ -229,7 +229,7 @@ func reboot(t *testing.T, n *testNode) {
 		}
 		return len(left) == 0
 	}, 10*time.Second, 20*time.Millisecond)
-	require.NoError(t, volume.Unmount(cfg.DataDir))
+	require.NoError(t, hostile.Unmount(cfg.DataDir))
 	link, err := netlink.LinkByName("timonel0")
 	require.NoError(t, err)
 	require.NoError(t, netlink.LinkDel(link))

@@ -17,8 +17,8 @@ import (
 
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
+	"timonel/agent/hostile"
 	"timonel/agent/podnet"
-	"timonel/agent/volume"
 )
 
 // Cleanup ends all containers of an agent that does not run any more and
@@ -67,14 +67,14 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 	if daemon != nil {
 		killAll(ctx, func() []int { return shims(socket) })
 	}
-	fail(volume.Unmount(cfg.DataDir))
+	fail(hostile.Unmount(cfg.DataDir))
 	fail(cgroup.Remove(cfg.CgroupRoot))
 	fail(podnet.Remove(cfg.network()))
 	if !keepData && len(errs) == 0 {
-		fail(os.RemoveAll(cfg.DataDir))
+		fail(hostile.RemoveAll(ctx, cfg.DataDir))
 	}
 	if daemon != nil && filepath.Dir(socket) != cfg.dir("containerd") {
-		fail(os.RemoveAll(filepath.Dir(socket)))
+		fail(hostile.RemoveAll(ctx, filepath.Dir(socket)))
 	}
 	return errors.Join(errs...)
 }

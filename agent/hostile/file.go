@@ -198,3 +198,17 @@ func (r *Root) fill(f *os.File, name string, data []byte, mode uint32, uid, gid 
 	}
 	return nil
 }
+
+// ReadRegular reads a regular file by a path as for [OpenRegular].
+func ReadRegular(path string, limit int64) ([]byte, error) {
+	f, err := OpenRegular(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	raw, err := Read(f, limit)
+	if err != nil {
+		return nil, &os.PathError{Op: "read", Path: path, Err: err}
+	}
+	return raw, nil
+}

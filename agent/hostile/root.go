@@ -32,6 +32,15 @@ func OpenRoot(path string) (*Root, error) {
 	return &Root{f: os.NewFile(uintptr(fd), path), path: path}, nil
 }
 
+// MakeRoot is OpenRoot of a folder that is made, with those above it, when it
+// is missing.
+func MakeRoot(path string, mode fs.FileMode) (*Root, error) {
+	if err := os.MkdirAll(path, mode); err != nil {
+		return nil, err
+	}
+	return OpenRoot(path)
+}
+
 // Close frees the folder's descriptor.
 func (r *Root) Close() error { return r.f.Close() }
 
@@ -78,6 +87,29 @@ func (r *Root) OpenRoot(name string) (*Root, error) {
 	}
 	path := filepath.Join(r.path, name)
 	return &Root{f: os.NewFile(uintptr(fd), path), path: path}, nil
+}
+
+// OpenMount opens a folder beneath this one on which the agent mounted
+// something, or may have.
+func (r *Root) OpenMount(name string) (*Root, error) {
+	fd, err := r.openat2("open folder", name, unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW, Resolve: beneath &^ unix.RESOLVE_NO_XDEV,
+	})
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(r.path, name)
+	return &Root{f: os.NewFile(uintptr(fd), path), path: path}, nil
+}
+
+// OpenMountOrMake is OpenMount of a folder that is made, as by Mkdir, when it
+// is missing.
+func (r *Root) OpenMountOrMake(name string, mode uint32, uid, gid int) (*Root, error) {
+	made, err := r.OpenMount(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return r.Mkdir(name, mode, uid, gid)
+	}
+	return made, err
 }
 
 // parent opens the folder that name is in, for the calls that take one name.

@@ -1,20 +1,23 @@
 package pod
 
 import (
+	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/hostile"
 )
 
 // dnsConfig is a pod's resolv.conf, by its dnsPolicy and dnsConfig.
 func (m *Manager) dnsConfig(pod *corev1.Pod) (*runtimev1.DNSConfig, error) {
 	node := func() (*runtimev1.DNSConfig, error) {
-		raw, err := os.ReadFile(m.cfg.ResolvConf)
-		if os.IsNotExist(err) {
+		raw, err := hostile.ReadRegular(m.cfg.ResolvConf, maxHosts)
+		if errors.Is(err, fs.ErrNotExist) {
 			return &runtimev1.DNSConfig{}, nil
 		}
 		if err != nil {

@@ -11,6 +11,7 @@
 //	status.go     what to report, a pure function
 //	start.go      sandboxes and containers: starting them
 //	stop.go       killing containers, ending pods, cleaning up
+//	message.go    what containers left to say
 //	config.go, security.go, env.go, mounts.go, resources.go
 //	              from a v1.Pod to CRI's configuration
 //	probe.go, hook.go

@@ -3,20 +3,22 @@ package pod
 import (
 	"bytes"
 	"fmt"
-	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/third_party/forked/golang/expansion"
+
+	"timonel/agent/hostile"
+	"timonel/agent/volume"
 )
 
 const (
 	etcHosts = "/etc/hosts"
-	// maxMessage is how much of a termination message is reported, as upstream.
-	maxMessage     = 4096
-	maxMessageLogs = 2048
+	// maxHosts bounds the node's own hosts file.
+	maxHosts = 1 << 20
 )
 
 // mounts are a container's: its volumes and /etc/hosts.
@@ -56,7 +58,7 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 		if filepath.Clean(target) == etcHosts {
 			hosts = false
 		}
-		m := &runtimev1.Mount{ContainerPath: target, HostPath: path, Readonly: vm.ReadOnly}
+		m := &runtimev1.Mount{ContainerPath: target, HostPath: path, Readonly: vm.ReadOnly || readOnlyVolume(pod, vm.Name)}
 		if vm.MountPropagation != nil {
 			switch *vm.MountPropagation {
 			case corev1.MountPropagationHostToContainer:
@@ -77,13 +79,18 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 	return out, nil
 }
 
+// readOnlyVolume says whether a volume can be read only, whatever the mount says.
+func readOnlyVolume(pod *corev1.Pod, name string) bool {
+	return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Name == name && volume.ReadOnly(&v) })
+}
+
 // hostsFile writes the pod's /etc/hosts, which its containers share.
 func (w *worker) hostsFile(pod *corev1.Pod, podIPs []string) (string, error) {
 	path := filepath.Join(w.m.volumes.PodDir(pod.UID), "etc-hosts")
 	var b bytes.Buffer
 	if pod.Spec.HostNetwork {
 		b.WriteString("# Kubernetes-managed hosts file (host network).\n")
-		if raw, err := os.ReadFile(etcHosts); err == nil {
+		if raw, err := hostile.ReadRegular(etcHosts, maxHosts); err == nil {
 			b.Write(raw)
 		}
 	} else {
@@ -104,73 +111,20 @@ func (w *worker) hostsFile(pod *corev1.Pod, podIPs []string) (string, error) {
 			fmt.Fprintf(&b, "%s\t%s\n", a.IP, strings.Join(a.Hostnames, "\t"))
 		}
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+	pods, err := hostile.MakeRoot(filepath.Dir(filepath.Dir(path)), 0o750)
+	if err != nil {
 		return "", err
 	}
-	// Written in place: running containers have this very file mounted.
-	if err := os.WriteFile(path, b.Bytes(), 0o644); err != nil {
+	defer pods.Close()
+	dir, err := pods.MkdirAll(string(pod.UID), 0o750, -1, -1)
+	if err != nil {
+		return "", err
+	}
+	defer dir.Close()
+	// Written in place: running containers have this very file mounted, and may
+	// have written to it.
+	if err := dir.Overwrite("etc-hosts", b.Bytes(), 0o644); err != nil {
 		return "", fmt.Errorf("write the pod's hosts file: %w", err)
 	}
-	return path, os.Chmod(path, 0o644)
-}
-
-// messageFile makes the file that a container writes its last words to.
-func (w *worker) messageFile(pod *corev1.Pod, c *corev1.Container, restarts int32) (string, error) {
-	if c.TerminationMessagePath == "" {
-		return "", nil
-	}
-	path := filepath.Join(w.m.volumes.PodDir(pod.UID), "containers", c.Name, fmt.Sprintf("termination-%d", restarts))
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return "", err
-	}
-	if err := os.WriteFile(path, nil, 0o666); err != nil {
-		return "", fmt.Errorf("make the termination message file: %w", err)
-	}
-	return path, os.Chmod(path, 0o666) // whatever user the container has
-}
-
-// terminationMessage is what a container left to say: its message file, else
-// the end of its log when it failed and its policy says so, else CRI's words.
-func terminationMessage(c *container) string {
-	if c.messageFile != "" {
-		if raw, err := os.ReadFile(c.messageFile); err == nil && len(raw) > 0 {
-			return string(raw[:min(len(raw), maxMessage)])
-		}
-		if c.messagePolicy == string(corev1.TerminationMessageFallbackToLogsOnError) && c.exitCode != 0 && c.logPath != "" {
-			if text := logTail(c.logPath); text != "" {
-				return text
-			}
-		}
-	}
-	return c.message
-}
-
-// logTail is the end of a CRI log: 80 lines at most, without their prefixes.
-func logTail(path string) string {
-	f, err := os.Open(path)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return ""
-	}
-	raw := make([]byte, min(info.Size(), 16<<10))
-	if _, err := f.ReadAt(raw, info.Size()-int64(len(raw))); err != nil {
-		return ""
-	}
-	var out []byte
-	lines := bytes.SplitAfter(raw, []byte("\n"))
-	for _, line := range lines[max(0, len(lines)-81):] {
-		parts := bytes.SplitN(line, []byte(" "), 4) // time, stream, tags, text
-		if len(parts) == 4 {
-			text := parts[3]
-			if string(parts[2]) == "P" {
-				text = bytes.TrimSuffix(text, []byte("\n"))
-			}
-			out = append(out, text...)
-		}
-	}
-	return string(out[max(0, len(out)-maxMessageLogs):])
+	return path, nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/cgroup"
+	"timonel/agent/hostile"
 	"timonel/agent/image"
 	"timonel/agent/volume"
 )
@@ -116,6 +116,20 @@ func (w *worker) act(pod *corev1.Pod, obs *observed, a actions) bool {
 	return started
 }
 
+// makeLogDir makes the folder of a pod's logs, or of one of its containers in it.
+func makeLogDir(dir, container string) error {
+	logs, err := hostile.MakeRoot(filepath.Dir(dir), 0o755)
+	if err != nil {
+		return err
+	}
+	defer logs.Close()
+	made, err := logs.MkdirAll(filepath.Join(filepath.Base(dir), container), 0o755, -1, -1)
+	if err != nil {
+		return err
+	}
+	return made.Close()
+}
+
 // everyContainer sets why no container of the pod can start.
 func (w *worker) everyContainer(pod *corev1.Pod, why waiting) {
 	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
@@ -200,7 +214,7 @@ func (w *worker) startSandbox(pod *corev1.Pod, attempt uint32) bool {
 	if err != nil {
 		return fail(err)
 	}
-	if err := os.MkdirAll(cfg.LogDirectory, 0o755); err != nil {
+	if err := makeLogDir(cfg.LogDirectory, ""); err != nil {
 		return fail(err)
 	}
 	if err := w.applyCgroup(pod); err != nil {
@@ -300,7 +314,7 @@ func (w *worker) startContainer(pod *corev1.Pod, obs *observed, box *sandbox, s 
 	if err != nil {
 		return fail(reasonConfigError, err)
 	}
-	if err := os.MkdirAll(filepath.Join(box2.LogDirectory, name), 0o755); err != nil {
+	if err := makeLogDir(box2.LogDirectory, name); err != nil {
 		return fail(reasonCreateError, err)
 	}
 	ctx, cancel := context.WithTimeout(w.ctx, callTimeout)

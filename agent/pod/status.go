@@ -87,6 +87,7 @@ func makeStatus(in statusInput) corev1.PodStatus {
 		}
 		st.Reason, st.Message = in.old.Reason, in.old.Message
 	}
+	shareMessages(&st)
 	st.Conditions = conditions(in, &st)
 	return st
 }

@@ -2,8 +2,8 @@ package pod
 
 import (
 	"context"
+	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"time"
 
@@ -11,6 +11,7 @@ import (
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/cgroup"
+	"timonel/agent/hostile"
 )
 
 // minGrace is the least time between SIGTERM and SIGKILL, as upstream's.
@@ -192,10 +193,8 @@ func (w *worker) removeContainer(c *container) bool {
 	w.mu.Lock()
 	delete(w.hooks, c.id)
 	w.mu.Unlock()
-	for _, path := range []string{c.logPath, c.messageFile} {
-		if path != "" {
-			_ = os.Remove(path)
-		}
+	if err := errors.Join(removeFile(c.logPath, logDepth), removeFile(c.messageFile, messageDepth)); err != nil {
+		w.log.Warn("remove the files of a container; they go with the pod", "container", c.name, "id", c.id, "error", err)
 	}
 	return true
 }
@@ -227,9 +226,9 @@ func (w *worker) clean(pod *corev1.Pod, obs *observed) bool {
 			return false
 		}
 	}
-	err := w.m.volumes.Teardown(w.uid)
+	err := w.m.volumes.Teardown(w.ctx, w.uid)
 	if err == nil && pod.Name != "" {
-		err = os.RemoveAll(w.m.LogDir(pod))
+		err = hostile.RemoveAll(w.ctx, w.m.LogDir(pod))
 	}
 	if err == nil {
 		err = w.removeCgroups(pod)

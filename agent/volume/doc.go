@@ -1,8 +1,23 @@
-// Package volume puts a pod's volumes on the node's disk: emptyDir, hostPath,
+// Package volume puts a pod's volumes on the node: emptyDir, hostPath,
 // configMap, secret, downwardAPI, projected (with service account tokens) and
 // the binds that subPath needs. Setup may be called again at any time: it
 // brings the content up to date, atomically for readers in the container.
 //
 // Everything lives below one folder a pod, DIR/UID, and Teardown removes that,
-// mounts first.
+// mounts first:
+//
+//	volumes/   one folder a volume, which containers have mounted
+//	subpaths/  what a subPath led to, pinned by a mount of its own
+//	tokens/    the service account tokens that were issued; no container sees it
+//
+// What containers see is theirs to attack: volumes of API data are on a tmpfs
+// of their own each, are mounted read-only ([ReadOnly]), and are still written
+// as if a container could change them at any moment; what was written there is
+// compared, never believed. All of it goes through package hostile.
+//
+//	atomic.go    the writer of API data
+//	payload.go, token.go
+//	             what is in it
+//	tmpfs.go     where it is; emptyDir
+//	subpath.go, hostpath.go
 package volume

@@ -6,17 +6,16 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"timonel/agent/hostile"
 )
 
 // Objects finds what volumes refer to.
@@ -77,7 +76,7 @@ func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (
 	var errs []error
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i]
-		path, again, err := m.setup(ctx, pod, v, podIPs)
+		path, again, err := m.setup(ctx, pod, v)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("volume %q: %w", v.Name, err))
 			continue
@@ -90,41 +89,40 @@ func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (
 	return mounts, refresh, errors.Join(errs...)
 }
 
-func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, podIPs []string) (string, time.Time, error) {
+func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume) (string, time.Time, error) {
 	var never time.Time
 	s := &v.VolumeSource
-	p := payload{manager: m, pod: pod, podIPs: podIPs}
+	p := payload{ctx: ctx, manager: m, pod: pod, volume: v.Name}
 	switch {
 	case s.EmptyDir != nil:
-		path, err := m.emptyDir(pod, v)
+		path, err := m.emptyDir(ctx, pod, v)
 		return path, never, err
 	case s.HostPath != nil:
 		return s.HostPath.Path, never, hostPath(s.HostPath)
 	case s.ConfigMap != nil:
-		path := m.path(pod.UID, "configmap", v.Name)
 		if err := p.configMap(s.ConfigMap.Name, s.ConfigMap.Items, s.ConfigMap.Optional, mode(s.ConfigMap.DefaultMode)); err != nil {
 			return "", never, err
 		}
-		return path, never, p.write(path)
+		path, err := p.write("configmap", v.Name)
+		return path, never, err
 	case s.Secret != nil:
-		path := m.path(pod.UID, "secret", v.Name)
 		if err := p.secret(s.Secret.SecretName, s.Secret.Items, s.Secret.Optional, mode(s.Secret.DefaultMode)); err != nil {
 			return "", never, err
 		}
-		return path, never, p.write(path)
+		path, err := p.write("secret", v.Name)
+		return path, never, err
 	case s.DownwardAPI != nil:
-		path := m.path(pod.UID, "downward-api", v.Name)
 		if err := p.downward(s.DownwardAPI.Items, mode(s.DownwardAPI.DefaultMode)); err != nil {
 			return "", never, err
 		}
-		return path, never, p.write(path)
+		path, err := p.write("downward-api", v.Name)
+		return path, never, err
 	case s.Projected != nil:
-		path := m.path(pod.UID, "projected", v.Name)
-		p.current = path
-		if err := p.projected(ctx, s.Projected); err != nil {
+		if err := p.projected(s.Projected); err != nil {
 			return "", never, err
 		}
-		return path, p.refresh, p.write(path)
+		path, err := p.write("projected", v.Name)
+		return path, p.refresh, err
 	}
 	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI or projected", typeOf(s), ErrUnsupported)
 }
@@ -148,45 +146,6 @@ func typeOf(s *corev1.VolumeSource) string {
 	return "(none)"
 }
 
-// emptyDir makes the folder, on memory when asked for, and gives it to fsGroup.
-func (m *Manager) emptyDir(pod *corev1.Pod, v *corev1.Volume) (string, error) {
-	path := m.path(pod.UID, "empty-dir", v.Name)
-	src := v.EmptyDir
-	_, err := os.Lstat(path)
-	fresh := errors.Is(err, fs.ErrNotExist)
-	if err := os.MkdirAll(path, 0o750); err != nil {
-		return "", err
-	}
-	switch {
-	case src.Medium == corev1.StorageMediumMemory:
-		mounted, err := isMount(path)
-		if err != nil {
-			return "", err
-		}
-		if !mounted {
-			opts := "mode=0777"
-			if src.SizeLimit != nil && src.SizeLimit.Value() > 0 {
-				opts += fmt.Sprintf(",size=%d", src.SizeLimit.Value())
-			}
-			if err := unix.Mount("tmpfs", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
-				return "", fmt.Errorf("mount tmpfs: %w", err)
-			}
-			fresh = true
-		}
-	case src.Medium != corev1.StorageMediumDefault:
-		return "", fmt.Errorf("emptyDir with medium %q is %w", src.Medium, ErrUnsupported)
-	}
-	if fresh {
-		if err := os.Chmod(path, 0o777); err != nil {
-			return "", err
-		}
-		if err := setGroup(path, fsGroup(pod)); err != nil {
-			return "", err
-		}
-	}
-	return path, nil
-}
-
 func fsGroup(pod *corev1.Pod) *int64 {
 	if pod.Spec.SecurityContext == nil {
 		return nil
@@ -194,195 +153,41 @@ func fsGroup(pod *corev1.Pod) *int64 {
 	return pod.Spec.SecurityContext.FSGroup
 }
 
-// setGroup makes a folder the group's: new files in it are, too.
-func setGroup(path string, gid *int64) error {
-	if gid == nil {
-		return nil
-	}
-	if err := os.Lchown(path, -1, int(*gid)); err != nil {
-		return err
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	return os.Chmod(path, info.Mode().Perm()|0o070|fs.ModeSetgid)
-}
-
-// hostPath checks or makes what the volume's type asks for.
-func hostPath(s *corev1.HostPathVolumeSource) error {
-	kind := corev1.HostPathUnset
-	if s.Type != nil {
-		kind = *s.Type
-	}
-	info, err := os.Stat(s.Path)
-	missing := errors.Is(err, fs.ErrNotExist)
-	if err != nil && !missing {
-		return err
-	}
-	is := func(want string, ok bool) error {
-		if missing {
-			return fmt.Errorf("hostPath type check failed: %s does not exist", s.Path)
-		}
-		if !ok {
-			return fmt.Errorf("hostPath type check failed: %s is not a %s", s.Path, want)
-		}
-		return nil
-	}
-	switch kind {
-	case corev1.HostPathUnset:
-		return nil // the runtime makes a missing folder, as upstream's does
-	case corev1.HostPathDirectoryOrCreate:
-		if missing {
-			return os.MkdirAll(s.Path, 0o755)
-		}
-		return is("directory", info.IsDir())
-	case corev1.HostPathFileOrCreate:
-		if missing {
-			f, err := os.OpenFile(s.Path, os.O_CREATE, 0o644)
-			if err != nil {
-				return err
-			}
-			return f.Close()
-		}
-		return is("file", info.Mode().IsRegular())
-	case corev1.HostPathDirectory:
-		return is("directory", !missing && info.IsDir())
-	case corev1.HostPathFile:
-		return is("file", !missing && info.Mode().IsRegular())
-	case corev1.HostPathSocket:
-		return is("socket", !missing && info.Mode()&fs.ModeSocket != 0)
-	case corev1.HostPathCharDev:
-		return is("character device", !missing && info.Mode()&fs.ModeCharDevice != 0)
-	case corev1.HostPathBlockDev:
-		return is("block device", !missing && info.Mode()&fs.ModeDevice != 0 && info.Mode()&fs.ModeCharDevice == 0)
-	}
-	return fmt.Errorf("hostPath type %q is %w", kind, ErrUnsupported)
-}
-
-// SubPath returns a host path that shows sub inside volume for one container's
-// mount. It is a bind of an opened file, so a container that swaps a link in
-// the volume cannot make it point elsewhere on the node.
-func (m *Manager) SubPath(pod *corev1.Pod, container string, index int, volume, sub string) (string, error) {
-	clean := filepath.Clean(sub)
-	if !filepath.IsLocal(clean) {
-		return "", fmt.Errorf("subPath %q must stay inside the volume", sub)
-	}
-	root, err := os.OpenRoot(volume)
-	if err != nil {
-		return "", fmt.Errorf("subPath %q: %w", sub, err)
-	}
-	defer root.Close()
-	if _, err := root.Stat(clean); errors.Is(err, fs.ErrNotExist) {
-		if err := root.MkdirAll(clean, 0o750); err != nil {
-			return "", fmt.Errorf("subPath %q: %w", sub, err)
-		}
-		if err := root.Chmod(clean, 0o777); err != nil {
-			return "", fmt.Errorf("subPath %q: %w", sub, err)
-		}
-	}
-	f, err := root.Open(clean)
-	if err != nil {
-		return "", fmt.Errorf("subPath %q: %w", sub, err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return "", err
-	}
-	target := filepath.Join(m.PodDir(pod.UID), "subpaths", container, fmt.Sprint(index))
-	if err := unmountAll(target); err != nil {
-		return "", err
-	}
-	if err := os.RemoveAll(target); err != nil {
-		return "", err
-	}
-	if err := os.MkdirAll(filepath.Dir(target), 0o750); err != nil {
-		return "", err
-	}
-	if info.IsDir() {
-		err = os.Mkdir(target, 0o750)
-	} else {
-		err = os.WriteFile(target, nil, 0o640)
-	}
-	if err != nil {
-		return "", err
-	}
-	source := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
-	if err := unix.Mount(source, target, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return "", fmt.Errorf("bind subPath %q: %w", sub, err)
-	}
-	return target, nil
+// ReadOnly says whether containers may only read a volume, whatever their mounts
+// say: what shows API data is written by the agent alone.
+func ReadOnly(v *corev1.Volume) bool {
+	return v.ConfigMap != nil || v.Secret != nil || v.DownwardAPI != nil || v.Projected != nil
 }
 
 // Pods returns the uids that have a folder.
 func (m *Manager) Pods() ([]types.UID, error) {
-	entries, err := os.ReadDir(m.cfg.Dir)
+	dir, err := hostile.OpenRoot(m.cfg.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
-	var out []types.UID
-	for _, e := range entries {
-		out = append(out, types.UID(e.Name()))
+	if err != nil {
+		return nil, err
 	}
+	defer dir.Close()
+	var out []types.UID
+	err = dir.Names(func(name string) bool {
+		out = append(out, types.UID(name))
+		return true
+	})
 	return out, err
 }
 
 // Teardown unmounts and removes all that a pod has on this node's disk. Nothing
-// of the pod may run any more.
-func (m *Manager) Teardown(uid types.UID) error {
+// of the pod may run any more. What is in its volumes is the containers' work:
+// no link is followed, no mount is removed into. It ends with ctx, and can be
+// called again.
+func (m *Manager) Teardown(ctx context.Context, uid types.UID) error {
 	dir := m.PodDir(uid)
-	if err := unmountAll(dir); err != nil {
+	if err := hostile.Unmount(dir); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
-	if err := os.RemoveAll(dir); err != nil {
+	if err := hostile.RemoveAll(ctx, dir); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
 	return nil
-}
-
-// Unmount unmounts everything at or below a folder.
-func Unmount(dir string) error { return unmountAll(dir) }
-
-// unmountAll unmounts everything at or below dir, innermost first.
-func unmountAll(dir string) error {
-	points, err := MountsBelow(dir)
-	if err != nil {
-		return err
-	}
-	for _, p := range slices.Backward(points) {
-		if err := unix.Unmount(p, unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
-			if err := unix.Unmount(p, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
-				return fmt.Errorf("unmount %s: %w", p, err)
-			}
-		}
-	}
-	return nil
-}
-
-func isMount(path string) (bool, error) {
-	points, err := MountsBelow(path)
-	return slices.Contains(points, path), err
-}
-
-// MountsBelow lists the mount points at or below dir in the order they were
-// mounted.
-func MountsBelow(dir string) ([]string, error) {
-	raw, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	var out []string
-	unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
-	for line := range strings.Lines(string(raw)) {
-		fields := strings.Fields(line)
-		if len(fields) < 5 {
-			continue
-		}
-		point := unescape.Replace(fields[4])
-		if point == dir || strings.HasPrefix(point, dir+"/") {
-			out = append(out, point)
-		}
-	}
-	return out, nil
 }

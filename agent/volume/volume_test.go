@@ -13,6 +13,8 @@ import (
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"timonel/agent/hostile"
 )
 
 type fakeObjects struct {
@@ -28,6 +30,17 @@ func (f *fakeObjects) ConfigMap(_, name string) (*corev1.ConfigMap, bool) {
 func (f *fakeObjects) Secret(_, name string) (*corev1.Secret, bool) {
 	o, ok := f.secrets[name]
 	return o, ok
+}
+
+// manager makes volumes in a folder of its own.
+func manager(t *testing.T, cfg Config) *Manager {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts: needs root")
+	}
+	cfg.Dir = filepath.Join(t.TempDir(), "pods")
+	t.Cleanup(func() { require.NoError(t, hostile.Unmount(cfg.Dir)) })
+	return New(cfg)
 }
 
 func newPod(volumes ...corev1.Volume) *corev1.Pod {
@@ -75,7 +88,7 @@ func tree(t *testing.T, dir string) map[string]string {
 func TestContentFollowsItsObject(t *testing.T) {
 	t.Parallel()
 	objects := &fakeObjects{maps: map[string]*corev1.ConfigMap{"cm": {Data: map[string]string{"one": "1", "two": "2"}, BinaryData: map[string][]byte{"raw": {0xff}}}}}
-	m := New(Config{Dir: t.TempDir(), Objects: objects})
+	m := manager(t, Config{Objects: objects})
 	pod := newPod(configMapVolume("cm"))
 	mounts, _, err := m.Setup(t.Context(), pod, nil)
 	require.NoError(t, err)
@@ -96,7 +109,7 @@ func TestContentFollowsItsObject(t *testing.T) {
 	require.Equal(t, map[string]string{"one": "uno"}, tree(t, dir))
 	require.NoDirExists(t, filepath.Join(dir, version))
 
-	require.NoError(t, m.Teardown(pod.UID))
+	require.NoError(t, m.Teardown(t.Context(), pod.UID))
 	require.NoDirExists(t, m.PodDir(pod.UID))
 }
 
@@ -127,7 +140,7 @@ func TestItemsAndErrors(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			m := New(Config{Dir: t.TempDir(), Objects: objects})
+			m := manager(t, Config{Objects: objects})
 			mounts, _, err := m.Setup(t.Context(), newPod(corev1.Volume{Name: "v", VolumeSource: tc.volume}), nil)
 			if tc.err != "" {
 				require.ErrorContains(t, err, tc.err)
@@ -151,8 +164,8 @@ func TestTokensAreRenewedAndOutliveOutages(t *testing.T) {
 	now := time.Unix(1_700_000_000, 0)
 	var asked int
 	var refuse error
-	m := New(Config{
-		Dir: t.TempDir(), Now: func() time.Time { return now },
+	m := manager(t, Config{
+		Now: func() time.Time { return now },
 		Tokens: func(_ context.Context, ns, sa string, tr *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
 			if refuse != nil {
 				return nil, refuse
@@ -196,10 +209,7 @@ func TestTokensAreRenewedAndOutliveOutages(t *testing.T) {
 }
 
 func TestSubPathStaysInTheVolume(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("binds mounts: needs root")
-	}
-	m := New(Config{Dir: t.TempDir()})
+	m := manager(t, Config{})
 	pod := newPod()
 	vol := t.TempDir()
 	require.NoError(t, os.Symlink("/etc", filepath.Join(vol, "out")))
@@ -217,6 +227,6 @@ func TestSubPathStaysInTheVolume(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, path, again)
 	}
-	require.NoError(t, m.Teardown(pod.UID))
+	require.NoError(t, m.Teardown(t.Context(), pod.UID))
 	require.FileExists(t, filepath.Join(vol, "file"), "only the bind is removed")
 }
