@@ -48,8 +48,9 @@ deps: ## Install what is missing of the system's packages (apt)
 test: deps lint unit e2e ## Check everything: lint, unit tests with the race detector, and a real cluster
 
 .PHONY: lint
-lint: ## go vet, staticcheck and gofmt
+lint: ## gofmt, go vet, staticcheck, and that the agent reaches no file by path
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); echo 'make lint: run gofmt -w on these files'; exit 1; }
+	$(GO) run ./internal/lint
 	$(GO) vet -tags 'e2e chaos' ./...
 	$(GO) run $(STATICCHECK) -tags 'e2e chaos' ./...
 

@@ -22,6 +22,7 @@ import (
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
 	"timonel/agent/desired"
+	"timonel/agent/hostile"
 	"timonel/agent/kubelet"
 	"timonel/agent/node"
 	"timonel/agent/pod"
@@ -311,7 +312,7 @@ func (a *Agent) guard(c *pb.Cluster) podnet.Guard {
 // controllers are those given and those known from before.
 func (a *Agent) controllers() []string {
 	list := slices.Clone(a.cfg.Controllers)
-	raw, err := os.ReadFile(a.cfg.dir("controllers.json"))
+	raw, err := hostile.ReadRegular(a.cfg.dir("controllers.json"), hostile.MaxOwn)
 	if err != nil {
 		if !errors.Is(err, fs.ErrNotExist) {
 			a.log.Warn("read the list of controllers", "error", err)

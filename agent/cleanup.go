@@ -142,7 +142,7 @@ func shims(socket string) []int {
 	}
 	var out []int
 	for _, path := range dirs {
-		raw, err := os.ReadFile(path)
+		raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
 		if err != nil {
 			continue
 		}

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"timonel/agent/hostile"
 )
 
 // Namespace is the containerd namespace that CRI and therefore the agent uses.
@@ -151,7 +153,7 @@ func (c *DaemonConfig) render() []byte {
 // runc then fails to start what asks for it.
 func mayLowerOOMScore() bool {
 	const path = "/proc/self/oom_score_adj"
-	raw, err := os.ReadFile(path)
+	raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
 	if err != nil {
 		return false
 	}

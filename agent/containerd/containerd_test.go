@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 func config(dir string) DaemonConfig {
@@ -74,4 +76,21 @@ func TestProcessIdentity(t *testing.T) {
 	_ = cmd.Wait()
 	require.NoError(t, <-done)
 	require.NoError(t, process{pid: os.Getpid(), start: "other"}.wait(t.Context()), "a pid used again is another process")
+}
+
+func TestAnArchiveIsARegularFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	require.NoError(t, unix.Mkfifo(filepath.Join(dir, "fifo.tar"), 0o600))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "folder.tar"), 0o700))
+	im := NewImporter(nil, dir, filepath.Join(dir, "record"), slog.New(slog.DiscardHandler))
+	done := make(chan error, 1)
+	go func() { done <- im.ImportAll(t.Context()) }()
+	select {
+	case err := <-done:
+		require.ErrorContains(t, err, "a FIFO")
+		require.ErrorContains(t, err, "a folder")
+	case <-time.After(20 * time.Second):
+		t.Fatal("blocks")
+	}
 }

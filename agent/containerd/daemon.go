@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"timonel/agent/hostile"
 )
 
 // startTimeout bounds how long a containerd may take to serve its socket.
@@ -161,7 +163,7 @@ func (d *Daemon) spawn() error {
 
 // find returns the containerd that the pid file names, if it still runs.
 func (d *Daemon) find() (process, bool) {
-	raw, err := os.ReadFile(d.cfg.paths().pid)
+	raw, err := hostile.ReadRegular(d.cfg.paths().pid, hostile.MaxOwn)
 	if err != nil {
 		return process{}, false
 	}
@@ -224,7 +226,7 @@ func (p process) wait(ctx context.Context) error {
 // startTime returns field 22 of /proc/PID/stat, or an error for a process that
 // is gone or is a zombie.
 func startTime(pid int) (string, error) {
-	raw, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	raw, err := hostile.ReadRegular(filepath.Join("/proc", strconv.Itoa(pid), "stat"), hostile.MaxOwn)
 	if err != nil {
 		return "", err
 	}
@@ -249,9 +251,15 @@ func withoutEnv(env []string, name string) []string {
 	return out
 }
 
-// lastLine returns the end of a log, for an error message.
+// lastLine returns the end of a log, for an error message. What containerd logs
+// is made of what registries and images say, and is of any length.
 func lastLine(path string) string {
-	raw, err := os.ReadFile(path)
+	dir, err := hostile.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return err.Error()
+	}
+	defer dir.Close()
+	raw, err := dir.ReadTail(filepath.Base(path), 2048)
 	if err != nil {
 		return err.Error()
 	}

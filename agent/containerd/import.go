@@ -16,6 +16,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/fsnotify/fsnotify"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/hostile"
 )
 
 // Importer keeps the image archives (*.tar: OCI layout or docker save) of a
@@ -39,7 +41,7 @@ type stamp struct {
 // file of that name, of what it has imported, for the next start.
 func NewImporter(r *Runtime, dir, record string, log *slog.Logger) *Importer {
 	im := &Importer{runtime: r, dir: dir, record: record, log: log, seen: map[string]stamp{}}
-	if raw, err := os.ReadFile(record); err == nil {
+	if raw, err := hostile.ReadRegular(record, hostile.MaxOwn); err == nil {
 		if err := json.Unmarshal(raw, &im.seen); err != nil {
 			im.seen = map[string]stamp{} // imports all again
 		}
@@ -71,7 +73,7 @@ func (im *Importer) ImportAll(ctx context.Context) error {
 	}
 	var errs []error
 	for _, path := range paths {
-		info, err := os.Stat(path)
+		info, err := stat(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -96,6 +98,17 @@ func (im *Importer) ImportAll(ctx context.Context) error {
 		im.log.Info("imported images", "file", path, "images", strings.Join(names, ","))
 	}
 	return errors.Join(errs...)
+}
+
+// stat describes an archive. Anything but a regular file is refused, and not
+// opened: a FIFO in the folder does not stop the agent.
+func stat(path string) (fs.FileInfo, error) {
+	f, err := hostile.OpenRegular(path)
+	if err != nil {
+		return nil, fmt.Errorf("import image: %w", err)
+	}
+	defer f.Close()
+	return f.Stat()
 }
 
 // Run imports archives as they appear in the folder, until ctx ends. An archive
@@ -133,7 +146,7 @@ func (im *Importer) Run(ctx context.Context) error {
 // Import reads one archive into containerd, unpacks its images and waits until
 // CRI knows them. It returns their names.
 func (r *Runtime) Import(ctx context.Context, path string) ([]string, error) {
-	f, err := os.Open(path)
+	f, err := hostile.OpenRegular(path)
 	if err != nil {
 		return nil, fmt.Errorf("import image: %w", err)
 	}

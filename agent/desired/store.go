@@ -12,6 +12,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"timonel/agent/hostile"
 )
 
 // Kinds of objects that pods refer to, as they are named on the stream.
@@ -353,7 +355,7 @@ func (s *Store) ForgetStatus(uid types.UID) {
 // load fills the store from disk. whole is false when a file was unreadable.
 func (s *Store) load() (whole bool, err error) {
 	whole = true
-	raw, err := os.ReadFile(filepath.Join(s.dir, positionFile))
+	raw, err := hostile.ReadRegular(filepath.Join(s.dir, positionFile), hostile.MaxOwn)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		whole = false
@@ -373,7 +375,7 @@ func (s *Store) load() (whole bool, err error) {
 		if err != nil {
 			return err
 		}
-		raw, err := os.ReadFile(path)
+		raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
 		if err != nil {
 			return err
 		}

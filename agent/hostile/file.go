@@ -212,3 +212,7 @@ func ReadRegular(path string, limit int64) ([]byte, error) {
 	}
 	return raw, nil
 }
+
+// MaxOwn is a limit for files that the agent or the kernel wrote, which are
+// small unless something is broken.
+const MaxOwn = 16 << 20

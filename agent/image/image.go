@@ -319,10 +319,18 @@ func Credentials(secrets []*corev1.Secret, normal string) ([]*runtimev1.AuthConf
 	return out, nil
 }
 
+// maxErrText bounds what is kept of an error. A registry may answer with as much
+// as it likes, and it goes to a status and to events.
+const maxErrText = 2048
+
 // errText is an error's message without gRPC's prefix.
 func errText(err error) string {
+	text := err.Error()
 	if s, ok := status.FromError(err); ok {
-		return strings.TrimSpace(s.Message())
+		text = strings.TrimSpace(s.Message())
 	}
-	return err.Error()
+	if len(text) > maxErrText {
+		text = text[:maxErrText] + " ..."
+	}
+	return strings.ToValidUTF8(text, "")
 }

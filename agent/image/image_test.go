@@ -6,12 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -134,4 +138,12 @@ func TestCredentials(t *testing.T) {
 			require.Equal(t, tc.want, text)
 		})
 	}
+}
+
+func TestWhatARegistrySaysHasALimit(t *testing.T) {
+	t.Parallel()
+	text := errText(status.Error(codes.Unknown, strings.Repeat("é", 1<<20)+"\xff"))
+	require.LessOrEqual(t, len(text), maxErrText+4)
+	require.True(t, utf8.ValidString(text))
+	require.Equal(t, "short", errText(errors.New("short")))
 }

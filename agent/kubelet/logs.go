@@ -6,7 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -15,6 +15,8 @@ import (
 	internalapi "k8s.io/cri-api/pkg/apis"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	crilogs "k8s.io/cri-client/pkg/logs"
+
+	"timonel/agent/hostile"
 )
 
 // logOptions reads the query of a log request and names the parameter that is
@@ -155,10 +157,33 @@ func (s *Server) logFile(ctx context.Context, pod *corev1.Pod, name string, prev
 		return "", "", err
 	}
 	path = resp.Status.LogPath
-	if _, err := os.Stat(path); err != nil {
+	if err := checkLog(path); err != nil {
 		return "", "", &apiError{http.StatusNotFound, fmt.Sprintf("the log of container %q in pod %q is gone: %v", name, pod.Name, err)}
 	}
 	return list[0].Id, path, nil
+}
+
+// logDepth is how many names of a log's path are below the folder of all logs:
+// NAMESPACE_NAME_UID/CONTAINER/N.log. A pod that collects logs may write there.
+const logDepth = 3
+
+// checkLog refuses what is not a regular file, and a link on the way to it,
+// without opening it: reading a FIFO would hang, a link may lead to any file.
+func checkLog(path string) error {
+	root, rel := path, ""
+	for range logDepth {
+		root, rel = filepath.Dir(root), filepath.Join(filepath.Base(root), rel)
+	}
+	dir, err := hostile.OpenRoot(root)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	f, err := dir.Open(rel)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 func waiting(pod *corev1.Pod, name string) bool {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -12,6 +11,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	stats "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
+
+	"timonel/agent/hostile"
 )
 
 func (s *Server) summary(w http.ResponseWriter, r *http.Request) {
@@ -74,7 +75,7 @@ func (s *Server) stats(ctx context.Context) (*stats.Summary, error) {
 func nodeStats(name string) stats.NodeStats {
 	now := metav1.Now()
 	n := stats.NodeStats{NodeName: name}
-	if raw, err := os.ReadFile("/proc/stat"); err == nil {
+	if raw, err := hostile.ReadRegular("/proc/stat", hostile.MaxOwn); err == nil {
 		line, _, _ := strings.Cut(string(raw), "\n")
 		var busy uint64
 		for i, f := range strings.Fields(line) {
@@ -86,7 +87,7 @@ func nodeStats(name string) stats.NodeStats {
 		nanos := busy * uint64(time.Second/100)
 		n.CPU = &stats.CPUStats{Time: now, UsageCoreNanoSeconds: &nanos}
 	}
-	if raw, err := os.ReadFile("/proc/meminfo"); err == nil {
+	if raw, err := hostile.ReadRegular("/proc/meminfo", hostile.MaxOwn); err == nil {
 		kb := map[string]uint64{}
 		for line := range strings.Lines(string(raw)) {
 			key, rest, ok := strings.Cut(line, ":")

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"os"
 	"runtime"
 	"strconv"
 	"strings"
@@ -14,6 +13,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"timonel/agent/hostile"
 )
 
 // KubeletVersion is the Kubernetes version whose kubelet the agent stands for.
@@ -66,7 +67,7 @@ func Resources(f *Facts) (corev1.ResourceList, error) {
 func cpus() int { return runtime.NumCPU() }
 
 func memoryBytes() (total, available int64, err error) {
-	raw, err := os.ReadFile("/proc/meminfo")
+	raw, err := hostile.ReadRegular("/proc/meminfo", hostile.MaxOwn)
 	if err != nil {
 		return 0, 0, fmt.Errorf("size of memory: %w", err)
 	}
@@ -187,7 +188,7 @@ func diskPressure(dir string) string {
 }
 
 func pidPressure() bool {
-	limit, err := os.ReadFile("/proc/sys/kernel/pid_max")
+	limit, err := hostile.ReadRegular("/proc/sys/kernel/pid_max", hostile.MaxOwn)
 	if err != nil {
 		return false
 	}
@@ -221,7 +222,7 @@ func systemInfo(f *Facts) corev1.NodeSystemInfo {
 }
 
 func text(path string) string {
-	raw, err := os.ReadFile(path)
+	raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
 	if err != nil {
 		return ""
 	}

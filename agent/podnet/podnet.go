@@ -16,6 +16,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"timonel/agent/hostile"
 )
 
 // routeProtocol marks the routes that are ours in the kernel's table.
@@ -70,7 +72,7 @@ func New(cfg Config) (*Network, error) {
 		}
 	}
 	n := &Network{cfg: cfg, log: cfg.Logger.With("component", "podnet")}
-	if raw, err := os.ReadFile(n.statePath()); err == nil {
+	if raw, err := hostile.ReadRegular(n.statePath(), hostile.MaxOwn); err == nil {
 		_ = json.Unmarshal(raw, &n.cidrs) // a damaged file is as none: it comes anew
 	}
 	n.guard = n.loadGuard()
@@ -219,7 +221,7 @@ func (n *Network) apply(cidrs []string) error {
 	if err != nil {
 		return err
 	}
-	if old, err := os.ReadFile(n.confPath()); err == nil && bytes.Equal(old, conf) {
+	if old, err := hostile.ReadRegular(n.confPath(), hostile.MaxOwn); err == nil && bytes.Equal(old, conf) {
 		return nil
 	}
 	temp := n.confPath() + ".new"
@@ -259,7 +261,7 @@ func (n *Network) render(cidrs []string) ([]byte, error) {
 
 func forwarding() error {
 	for _, path := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
-		raw, err := os.ReadFile(path)
+		raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
 		if os.IsNotExist(err) {
 			continue // no such family
 		}
