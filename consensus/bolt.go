@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -14,6 +15,8 @@ import (
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
+
+	"timonel/internal/durable"
 )
 
 const (
@@ -115,7 +118,7 @@ func verify(index uint64, l *raft.Log) error {
 
 // openLog opens the log file for writing, after inspectLog, and compacts it
 // when less than a quarter of it is in use.
-func openLog(path string, x logExtent, log *slog.Logger) (*raftboltdb.BoltStore, error) {
+func openLog(path string, x logExtent, log *slog.Logger) (*boltLog, error) {
 	var store *raftboltdb.BoltStore
 	err := guard(func() (err error) {
 		if x.size >= compactAbove && x.used < x.size/4 {
@@ -126,7 +129,100 @@ func openLog(path string, x logExtent, log *slog.Logger) (*raftboltdb.BoltStore,
 		store, err = raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: boltOptions()})
 		return err
 	})
-	return store, err
+	if err != nil {
+		return nil, err
+	}
+	return &boltLog{BoltStore: store, settle: func() error { return rewriteMeta(path) }, writing: newGate()}, nil
+}
+
+// boltLog is raft-boltdb that goes on after a commit that failed.
+//
+// A commit of bbolt writes pages that nothing refers to yet, syncs them, writes a meta
+// page that refers to them, and syncs that. When the last sync fails, bbolt reports an
+// error and goes on from the new meta page all the same, which it sees in memory: with
+// its next commit it overwrites pages that only the meta page before refers to. But the
+// disk may still have that one, for as long as nobody writes the new one again (a sync
+// that failed is not made good by one that succeeds): after a power cut in between, the
+// file is damaged, with all that was acknowledged. So before the next commit the meta
+// pages are written once more as they are in memory, and synced.
+//
+// The commit that failed has then taken place, as far as the store is concerned; Raft is
+// told that it did not: see disk.dropUnsure, disk.truncate and journaled.forget.
+type boltLog struct {
+	*raftboltdb.BoltStore
+	// settle makes the meta pages on disk those in memory.
+	settle func() error
+	// stall, if not nil, comes before each commit, in a simulation.
+	stall func()
+
+	writing   gate
+	unsettled bool // the last commit failed; writing guards it
+}
+
+// commit does one commit, after what is left of one that failed.
+func (b *boltLog) commit(do func() error) error {
+	b.writing.Lock()
+	defer b.writing.Unlock()
+	if b.stall != nil {
+		b.stall()
+	}
+	if b.unsettled {
+		if err := b.settle(); err != nil {
+			return fmt.Errorf("write the log file's first pages again: %w", err)
+		}
+	}
+	b.unsettled = true // also after a panic
+	err := do()
+	b.unsettled = err != nil
+	return err
+}
+
+// StoreLog implements raft.LogStore.
+func (b *boltLog) StoreLog(l *raft.Log) error { return b.StoreLogs([]*raft.Log{l}) }
+
+// StoreLogs implements raft.LogStore.
+func (b *boltLog) StoreLogs(logs []*raft.Log) error {
+	return b.commit(func() error { return b.BoltStore.StoreLogs(logs) })
+}
+
+// DeleteRange implements raft.LogStore.
+func (b *boltLog) DeleteRange(first, last uint64) error {
+	return b.commit(func() error { return b.BoltStore.DeleteRange(first, last) })
+}
+
+// Set implements raft.StableStore.
+func (b *boltLog) Set(key, value []byte) error {
+	return b.commit(func() error { return b.BoltStore.Set(key, value) })
+}
+
+// SetUint64 implements raft.StableStore.
+func (b *boltLog) SetUint64(key []byte, value uint64) error {
+	return b.commit(func() error { return b.BoltStore.SetUint64(key, value) })
+}
+
+// metaArea is the start of a bbolt file, with both its meta pages, of the page size of
+// whatever machine made it.
+const metaArea = 2 * 64 << 10
+
+// rewriteMeta writes the meta pages of a bbolt file as they are in memory, and what is
+// beside them as it is, and syncs them. Nobody else may write the file meanwhile.
+func rewriteMeta(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	b := make([]byte, metaArea)
+	n, err := f.ReadAt(b, 0)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	if err == nil {
+		_, err = f.WriteAt(b[:n], 0)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 func boltOptions() *bbolt.Options {
@@ -215,7 +311,8 @@ func compactLog(path string, size int64, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Rename(tmp, path); err != nil {
+	// The file before it must not come back: it has an older term and vote.
+	if err := durable.Rename(tmp, path); err != nil {
 		return err
 	}
 	log.Info("compacted the log", "file", path, "before", size, "after", fi.Size(), "took", time.Since(start))

@@ -20,6 +20,10 @@ func (r *Replica) cleanUp(l *leadership) {
 	}
 	ctx, cancel := context.WithTimeout(l.ctx, r.cfg.ProposeTimeout)
 	defer cancel()
+	if r.members.change.lockWithin(ctx) != nil {
+		return
+	}
+	defer r.members.change.Unlock()
 	peers, dead := r.peers.get(r.cfg.Peers), r.members.deadFrom
 	var old *raft.Server
 	voters, healthy, now := 0, 0, time.Now()
@@ -45,7 +49,9 @@ func (r *Replica) cleanUp(l *leadership) {
 	if old == nil || old.Suffrage == raft.Voter && !superfluous(voters, healthy, r.cfg.BootstrapExpect) {
 		return
 	}
-	if err := r.RemoveServer(ctx, string(old.ID)); err != nil {
+	if err := r.changeLocked(ctx, func(n *raft.Raft, t time.Duration) raft.Future {
+		return n.RemoveServer(old.ID, 0, t)
+	}); err != nil {
 		r.log.Warn("cannot remove a dead member", "member", old.ID, "error", err)
 		return
 	}

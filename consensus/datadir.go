@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"timonel/internal/durable"
 )
 
 // What a data folder holds.
@@ -97,7 +99,7 @@ func openDataFolder(path, clusterID, replicaID string) (*dataFolder, error) {
 			}
 		}
 	}
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	if err := durable.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("data folder: %w", err)
 	}
 	if err := d.acquire(); err != nil {
@@ -171,13 +173,10 @@ func (d *dataFolder) save() error {
 		return d.keep(b)
 	}
 	file := filepath.Join(d.path, identityFile)
-	if err := writeFileSync(file+".tmp", append(b, '\n')); err != nil {
+	if err := durable.WriteFile(file, append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
-	if err := os.Rename(file+".tmp", file); err != nil {
-		return fmt.Errorf("data folder: %w", err)
-	}
-	return syncDir(d.path)
+	return nil
 }
 
 func (d *dataFolder) close() error {
@@ -188,20 +187,3 @@ func (d *dataFolder) close() error {
 }
 
 func (d *dataFolder) file(name string) string { return filepath.Join(d.path, name) }
-
-func writeFileSync(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(b)
-	return errors.Join(err, f.Sync(), f.Close())
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}

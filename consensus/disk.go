@@ -46,8 +46,9 @@ type disk struct {
 
 	// voteTerm is the term of the vote that Raft is writing.
 	voteTerm uint64
-	// unsure: the last append failed, and its entries may be in the store.
-	unsure atomic.Bool
+	// unsure is the first index of an append that failed, 0 for none: entries from there
+	// on may be in the store, and Raft does not know of them.
+	unsure atomic.Uint64
 
 	// fault, if set by a test, runs before each write and may delay or fail it.
 	fault atomic.Pointer[func(what string) error]
@@ -340,16 +341,18 @@ const retryWrite = 200 * time.Millisecond
 // appendNow writes entries; they are on disk when it returns nil.
 func (d *disk) appendNow(logs []*raft.Log) error {
 	err := d.timed("append", len(logs), func() error {
-		if err := d.dropUnsure(logs); err != nil {
+		if err := d.dropUnsure(); err != nil {
 			return err
 		}
 		return d.storeLogs(logs)
 	})
-	d.unsure.Store(err != nil)
-	if err == nil {
-		d.overwrite.Store(0)
+	if err != nil {
+		d.unsure.Store(logs[0].Index)
+		return err
 	}
-	return err
+	d.unsure.Store(0)
+	d.overwrite.Store(0)
+	return nil
 }
 
 // writeQueue writes what is queued, until the replica closes.
@@ -374,15 +377,16 @@ func (d *disk) writeQueue() {
 // dropUnsure removes what an append that failed has left all the same: when its
 // last sync fails, bbolt's pages are written, and count when the file is next read.
 // Raft does not know of these entries, and would leave those behind its own end.
-func (d *disk) dropUnsure(logs []*raft.Log) error {
-	if !d.unsure.Load() || len(logs) == 0 {
+func (d *disk) dropUnsure() error {
+	first := d.unsure.Load()
+	if first == 0 {
 		return nil
 	}
 	last, err := d.logs.LastIndex()
-	if err != nil || last < logs[0].Index {
+	if err != nil || last < first {
 		return err
 	}
-	return d.logs.DeleteRange(logs[0].Index, last)
+	return d.logs.DeleteRange(first, last)
 }
 
 // clear removes what a founding that failed before Raft ran has written.
@@ -458,6 +462,14 @@ func (d *disk) IsMonotonic() bool {
 func (d *disk) DeleteRange(first, last uint64) error {
 	if queued, _ := d.queue.extent(); queued != 0 && last >= queued {
 		if err := d.queue.flush(); err != nil {
+			return err
+		}
+	}
+	// What is left of an append that failed is behind what Raft takes for the end: cut off
+	// before it, the log would have a hole. (When the log is shortened at its start, in
+	// another goroutine than Raft's, it may have been appended anew by now.)
+	if unsure := d.unsure.Load(); unsure != 0 && last >= unsure-1 {
+		if err := d.timed("truncate", 0, d.dropUnsure); err != nil {
 			return err
 		}
 	}

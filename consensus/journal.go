@@ -1,8 +1,6 @@
 package consensus
 
 import (
-	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +15,8 @@ import (
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"golang.org/x/sys/unix"
+
+	"timonel/internal/durable"
 )
 
 // journalSuffix is what follows the name of the log file in that of its journal.
@@ -34,6 +34,9 @@ const (
 // journalKey is what the log file keeps the least generation under that counts.
 var journalKey = []byte("TimonelJournal")
 
+// saltsKey is what the log file keeps the salts' secret under.
+var saltsKey = []byte("TimonelJournalSalts")
+
 // journaled is raft-boltdb with a journal before it. A commit of bbolt writes pages
 // and syncs them, then writes the meta page and syncs that; the journal is a file of
 // fixed size, written from start to end and over again, that takes an append with one
@@ -41,10 +44,17 @@ var journalKey = []byte("TimonelJournal")
 //
 // The journal's two halves are written in turn. Each append is a record; the records
 // of a half have one generation, which grows with every half begun, consecutive
-// numbers, and a random salt, so that nothing that lies behind them from before, and
-// no client's data, is taken for one. A half is written over when all it holds is in
+// numbers, and a secret salt, so that nothing that lies behind them from before, and
+// no client's data, is taken for one (see salts). A half is written over when all it holds is in
 // the log file. What is in the journal counts if its generation is at least that of
 // journalKey and its indexes follow the log file's last.
+//
+// A write that fails may be on the disk all the same, or parts of it, or be lost by a
+// later power cut although a later sync succeeds. So nothing is written behind it or in
+// its place: all that was acknowledged is moved into the log file, and the journal begins
+// anew, with a generation before which nothing counts (see renew). The same goes for a
+// change of journalKey that fails: which of the two it is now is not known until one is
+// written.
 //
 // One goroutine at a time appends.
 type journaled struct {
@@ -54,15 +64,17 @@ type journaled struct {
 	file  journalFile
 	half  int64
 
-	writing sync.Mutex // held by appends and by deletions at the end
+	writing gate // held by appends and by deletions at the end
 
 	// Where the next record goes; writing guards these.
+	salts                 salts
 	generation, seq, salt uint64
 	current               int       // the half that is written
 	offset                int64     // in it
 	last                  [2]uint64 // the last index in each half, 0 for none
+	failed                bool      // a write did: the journal must begin anew
 
-	flushing sync.Mutex // held while entries are moved
+	flushing gate // held while entries are moved
 
 	mu     sync.Mutex
 	tail   []*raft.Log   // consecutive, not in the log file yet
@@ -169,7 +181,7 @@ func (f *dataFile) Sync() error {
 
 // openJournal opens the journal of the log file at path, makes it if there is none,
 // and moves what it holds into the log file.
-func openJournal(path string, bolt *raftboltdb.BoltStore) (*journaled, error) {
+func openJournal(path string, bolt *boltLog) (*journaled, error) {
 	path += journalSuffix
 	least, err := journalGeneration(bolt)
 	if err != nil {
@@ -204,7 +216,7 @@ func makeJournal(f *os.File) error {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(f.Name()))
+	return durable.SyncParents(f.Name()) // of the log file as well
 }
 
 // journalGeneration returns the least generation that counts, 0 if the log file has
@@ -217,17 +229,36 @@ func journalGeneration(s raft.StableStore) (uint64, error) {
 	return n, err
 }
 
+// journalSalts returns the journal's salts, nil if it has none of this kind yet.
+func journalSalts(s raft.StableStore) (salts, error) {
+	b, err := s.Get(saltsKey)
+	if errors.Is(err, raftboltdb.ErrKeyNotFound) {
+		return nil, nil
+	}
+	return b, err
+}
+
 // newJournaled puts a journal before a store, and moves what it holds there. least is
 // the generation that journalGeneration returned.
 func newJournaled(bolt raft.LogStore, stable raft.StableStore, closeStore func() error, file journalFile, half int64, least uint64) (*journaled, error) {
 	j := &journaled{bolt: bolt, StableStore: stable, close: closeStore, file: file, half: half,
-		wake: make(chan struct{}, 1), full: make(chan struct{}, 1), closed: make(chan struct{}), done: make(chan struct{})}
-	logs, newest, err := readJournal(file, half, bolt, least)
+		writing: newGate(), flushing: newGate(), wake: make(chan struct{}, 1), full: make(chan struct{}, 1), closed: make(chan struct{}), done: make(chan struct{})}
+	var err error
+	if j.salts, err = journalSalts(stable); err != nil {
+		return nil, err
+	}
+	logs, newest, err := readJournal(file, half, bolt, least, j.salts)
 	if err != nil {
 		return nil, err
 	}
 	if len(logs) > 0 {
 		if err := bolt.StoreLogs(logs); err != nil {
+			return nil, err
+		}
+	}
+	if j.salts == nil { // what it held is in the log file: with other salts it counts no more
+		j.salts = newSalts()
+		if err := stable.Set(saltsKey, j.salts); err != nil {
 			return nil, err
 		}
 	}
@@ -262,7 +293,11 @@ func inspectJournal(path string, bolt *raftboltdb.BoltStore) ([]*raft.Log, error
 	if info.Size() != 2*journalHalf {
 		return nil, fmt.Errorf("%s, which has the end of the log, is truncated: %d bytes of %d", name, info.Size(), 2*journalHalf)
 	}
-	logs, _, err := readJournal(f, journalHalf, bolt, least)
+	salts, err := journalSalts(bolt)
+	if err != nil {
+		return nil, err
+	}
+	logs, _, err := readJournal(f, journalHalf, bolt, least, salts)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
@@ -272,22 +307,31 @@ func inspectJournal(path string, bolt *raftboltdb.BoltStore) ([]*raft.Log, error
 // forget begins a new generation, before which nothing in the journal counts. All of
 // it must be in the log file.
 func (j *journaled) forget() error {
+	j.failed = true // until it has succeeded: the key may be on disk all the same
 	if err := j.SetUint64(journalKey, j.generation+1); err != nil {
 		return err
 	}
 	j.last = [2]uint64{}
-	return j.begin(0)
+	j.begin(0)
+	j.failed = false
+	return nil
+}
+
+// renew begins the journal anew after a write that failed.
+func (j *journaled) renew() error {
+	if !j.failed {
+		return nil
+	}
+	if err := j.moveAll(); err != nil {
+		return err
+	}
+	return j.forget()
 }
 
 // begin begins a half.
-func (j *journaled) begin(half int) error {
-	var salt [8]byte
-	if _, err := rand.Read(salt[:]); err != nil {
-		return err
-	}
+func (j *journaled) begin(half int) {
 	j.generation++
-	j.seq, j.salt, j.current, j.offset = 0, binary.LittleEndian.Uint64(salt[:]), half, 0
-	return nil
+	j.seq, j.salt, j.current, j.offset = 0, j.salts.of(j.generation), half, 0
 }
 
 // StoreLog implements raft.LogStore.
@@ -302,6 +346,9 @@ func (j *journaled) StoreLogs(logs []*raft.Log) error {
 	j.writing.Lock()
 	defer j.writing.Unlock()
 	if err := j.moveErr(); err != nil {
+		return err
+	}
+	if err := j.renew(); err != nil {
 		return err
 	}
 	last, err := j.LastIndex()
@@ -327,10 +374,7 @@ func (j *journaled) StoreLogs(logs []*raft.Log) error {
 	writeHeader(b, j.generation, j.seq, j.salt)
 	// What lies behind it from before must not look like the next: an end follows.
 	b = append(b, make([]byte, room-int64(len(b))+min(recordHeader, j.half-j.offset-room))...)
-	if _, err := j.file.WriteAt(b, int64(j.current)*j.half+j.offset); err != nil {
-		return err
-	}
-	if err := j.file.Sync(); err != nil {
+	if err := j.write(b, int64(j.current)*j.half+j.offset); err != nil {
 		return err
 	}
 	j.offset += room
@@ -349,6 +393,18 @@ func (j *journaled) StoreLogs(logs []*raft.Log) error {
 	return nil
 }
 
+// write writes a record; it is on disk when it returns nil.
+func (j *journaled) write(b []byte, at int64) error {
+	_, err := j.file.WriteAt(b, at)
+	if err == nil {
+		err = j.file.Sync()
+	}
+	if err != nil {
+		j.failed = true
+	}
+	return err
+}
+
 func poke(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -365,7 +421,8 @@ func (j *journaled) turn() error {
 		}
 	}
 	j.last[other] = 0
-	return j.begin(other)
+	j.begin(other)
+	return nil
 }
 
 // straight stores entries that the journal cannot take in the log file.
@@ -482,7 +539,7 @@ func (j *journaled) DeleteRange(first, last uint64) error {
 	if end, err := j.bolt.LastIndex(); err != nil {
 		return err
 	} else if last < end { // those in the journal are others, or their indexes are passed
-		return j.bolt.DeleteRange(first, last)
+		return j.shorten(first, last)
 	}
 	j.writing.Lock()
 	defer j.writing.Unlock()
@@ -493,6 +550,24 @@ func (j *journaled) DeleteRange(first, last uint64) error {
 		return err
 	}
 	return j.bolt.DeleteRange(first, last)
+}
+
+// shorten removes entries that are in the log file and do not reach to its end.
+func (j *journaled) shorten(first, last uint64) error {
+	j.flushing.Lock()
+	defer j.flushing.Unlock()
+	if err := j.bolt.DeleteRange(first, last); err != nil {
+		return err
+	}
+	// A move that failed has left some in the log file all the same; they wait to be moved
+	// again, and would come back.
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for len(j.tail) > 0 && j.tail[0].Index <= last {
+		j.bytes -= len(j.tail[0].Data)
+		j.tail = j.tail[1:]
+	}
+	return nil
 }
 
 // Close closes journal and log file, which has all entries then, unless it cannot be

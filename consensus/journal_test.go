@@ -2,238 +2,205 @@ package consensus
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/hashicorp/raft"
+
+	"timonel/test/medium"
 )
 
 var errPowerCut = errors.New("the power is off")
 
-// powerCut ends everything at one of the writes to come.
-type powerCut struct {
-	mu sync.Mutex
-	in int // 0: never; 1: it is off
-}
-
-// strike reports that the power is off.
-func (p *powerCut) strike() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.in > 1 {
-		p.in--
-	}
-	return p.in == 1
-}
-
-// sectors is a file of which a power cut leaves what was synced, and of each write
-// after that some sectors of 512 bytes.
-type sectors struct {
-	cut    *powerCut
-	random *rand.Rand
-
-	mu           sync.Mutex
-	now, certain []byte
-}
-
-func newSectors(size int, random *rand.Rand, cut *powerCut) *sectors {
-	return &sectors{cut: cut, random: random, now: make([]byte, size), certain: make([]byte, size)}
-}
-
-func (s *sectors) ReadAt(b []byte, at int64) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return copy(b, s.now[at:]), nil
-}
-
-func (s *sectors) WriteAt(b []byte, at int64) (int, error) {
-	off := s.cut.strike()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	copy(s.now[at:], b)
-	if off {
-		return 0, errPowerCut
-	}
-	return len(b), nil
-}
-
-func (s *sectors) Sync() error {
-	if s.cut.strike() {
-		return errPowerCut
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	copy(s.certain, s.now)
-	return nil
-}
-
-func (s *sectors) Close() error { return nil }
-
-// after is the file as it is after a power cut.
-func (s *sectors) after(cut *powerCut) *sectors {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	next := newSectors(len(s.now), s.random, cut)
-	for at := 0; at < len(s.now); at += 512 {
-		from := s.certain
-		if s.random.IntN(2) == 0 {
-			from = s.now
-		}
-		copy(next.now[at:min(at+512, len(s.now))], from[at:])
-	}
-	copy(next.certain, next.now)
-	return next
-}
-
-// cutStore is a store that writes all of a call or nothing.
-type cutStore struct {
-	*raft.InmemStore
-	cut *powerCut
-}
-
-func (s *cutStore) StoreLogs(logs []*raft.Log) error {
-	if s.cut.strike() {
-		return errPowerCut
-	}
-	return s.InmemStore.StoreLogs(logs)
-}
-
-func (s *cutStore) DeleteRange(first, last uint64) error {
-	if s.cut.strike() {
-		return errPowerCut
-	}
-	if err := s.InmemStore.DeleteRange(first, last); err != nil {
-		return err
-	}
-	if f, _ := s.FirstIndex(); f != 0 {
-		if l, _ := s.LastIndex(); f > l { // it goes on counting
-			*s.InmemStore = *emptied(s.InmemStore)
-		}
-	}
-	return nil
-}
-
-func emptied(s *raft.InmemStore) *raft.InmemStore {
-	n, _ := s.GetUint64(journalKey)
-	next := raft.NewInmemStore()
-	_ = next.SetUint64(journalKey, n)
-	return next
-}
-
-func (s *cutStore) SetUint64(key []byte, value uint64) error {
-	if s.cut.strike() {
-		return errPowerCut
-	}
-	return s.InmemStore.SetUint64(key, value)
-}
-
-// TestJournalPowerCut appends, cuts ends off, shortens and empties a log, and cuts
-// the power at any write. What was acknowledged is there afterwards, what was removed
-// is not; of what was under way all or nothing is.
+// TestJournalPowerCut appends, cuts ends off, shortens and empties a log on a disk whose
+// writes and syncs fail now and then, goes on after each failure as Raft's disk does, and
+// cuts the power at any write. What was acknowledged is there afterwards, what was removed
+// is not; of what failed or was under way all or nothing is.
 func TestJournalPowerCut(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(300) {
-		random := rand.New(rand.NewPCG(seed, 0))
-		const half = 4096
-		cut := &powerCut{}
-		file, store := newSectors(2*half, random, cut), &cutStore{raft.NewInmemStore(), cut}
-		var model []*raft.Log // consecutive
-		next := uint64(1)     // the index after it
-		for life := range 12 {
-			cut = &powerCut{}
-			file, store = file.after(cut), &cutStore{store.InmemStore, cut}
-			least, err := store.GetUint64(journalKey)
-			if err != nil && err.Error() != "not found" {
-				t.Fatal(err)
-			}
-			j, err := newJournaled(store, store, func() error { return nil }, file, half, least)
-			if err != nil {
-				t.Fatalf("seed %d, life %d: %v", seed, life, err)
-			}
-			if err := sameLog(j, model); err != nil {
-				t.Fatalf("seed %d, life %d: %v", seed, life, err)
-			}
-			cut.mu.Lock()
-			cut.in = 2 + random.IntN(60)
-			cut.mu.Unlock()
-			for err == nil {
-				before := model
-				switch p := random.IntN(20); {
-				case p == 0 && len(model) > 0: // its end is another leader's
-					n := random.IntN(len(model))
-					err = j.DeleteRange(model[n].Index, next-1)
-					model, next = model[:n:n], model[n].Index
-				case p == 1 && len(model) > 1: // a snapshot was taken
-					n := 1 + random.IntN(len(model)-1)
-					err = j.DeleteRange(model[0].Index, model[n-1].Index)
-					model = model[n:]
-				case p == 2 && len(model) > 0: // one was installed
-					err = j.DeleteRange(model[0].Index, next-1)
-					model, next = nil, next+uint64(random.IntN(50))
-				case p == 3:
-					err = j.moveAll()
-				default:
-					size := 400
-					if random.IntN(20) == 0 {
-						size = half
-					}
-					var logs []*raft.Log
-					for range 1 + random.IntN(5) {
-						logs = append(logs, &raft.Log{Index: next, Term: uint64(life), Data: bytes.Repeat([]byte{byte(next)}, random.IntN(size))})
-						next++
-					}
-					err = j.StoreLogs(logs)
-					model = append(model[:len(model):len(model)], logs...)
-				}
-				if err != nil { // all or nothing: look which
-					close(j.closed)
-					<-j.done
-					if which, again := peek(file, store, half), before; sameLog(which, model) != nil {
-						if now := sameLog(which, model); sameLog(which, again) != nil {
-							t.Fatalf("seed %d, life %d: neither what was before: %v; nor after: %v", seed, life, sameLog(which, again), now)
-						}
-						model = before
-					}
-					if next = 1; len(model) > 0 {
-						next = model[len(model)-1].Index + 1
-					}
-				} else if err := sameLog(j, model); err != nil {
-					t.Fatalf("seed %d, life %d: %v", seed, life, err)
-				}
-			}
-		}
+	for seed := range uint64(60) {
+		synctest.Test(t, func(t *testing.T) { journalLives(t, seed) })
 	}
 }
 
-// peek returns the log as it would be found; each time one life's lottery of sectors
-// is drawn anew, so it makes it the file's content.
-func peek(file *sectors, store *cutStore, half int64) raft.LogStore {
-	found := file.after(&powerCut{})
-	copy(file.now, found.now)
-	copy(file.certain, found.now)
-	least, _ := store.GetUint64(journalKey)
-	out := raft.NewInmemStore()
-	first, _ := store.FirstIndex()
-	last, _ := store.LastIndex()
-	for i := first; i <= last && i > 0; i++ {
-		var l raft.Log
-		if store.GetLog(i, &l) == nil {
-			_ = out.StoreLog(&l)
+func journalLives(t *testing.T, seed uint64) {
+	random := rand.New(rand.NewPCG(seed, 0))
+	device := medium.New(random)
+	device.Off = errPowerCut
+	possible := [][]*raft.Log{nil} // what the log may be
+	for life := range 12 {
+		possible = journalLife(t, seed, life, random, device, possible)
+	}
+}
+
+func journalLife(t *testing.T, seed uint64, life int, random *rand.Rand, device *medium.Disk, possible [][]*raft.Log) [][]*raft.Log {
+	const half = 4096
+	fail := func(format string, args ...any) {
+		t.Helper()
+		t.Fatalf("seed %d, life %d: %s", seed, life, fmt.Sprintf(format, args...))
+	}
+	device.Fail(false)
+	bolt, err := device.OpenBolt("raft.db")
+	must(t, err)
+	defer bolt.Remove()
+	store, err := OpenLog(LogFiles{
+		Bolt: bolt.Path, Attach: bolt.Attach, Half: half, Journal: device.Open("journal", 2*half),
+		Stall: func() { time.Sleep(time.Duration(random.IntN(3)) * time.Millisecond) },
+	})
+	if err != nil {
+		fail("%v", err)
+	}
+	var model []*raft.Log
+	for i, p := range possible {
+		if err = sameLog(store, p); err == nil {
+			model = p
+			break
+		}
+		if i == len(possible)-1 {
+			fail("it is none of the %d that it may be, the last: %v", len(possible), err)
 		}
 	}
-	logs, _, err := readJournal(found, half, store, least)
-	if err != nil {
-		panic(err)
+	w := &journalWriter{j: store.(*journaled), model: model, random: random, life: uint64(life)}
+	device.CutIn(2 + random.IntN(150))
+	defer func() { // a failure, too, ends what runs
+		device.Cut()
+		_ = store.Close()
+	}()
+	for err = nil; !errors.Is(err, errPowerCut); time.Sleep(time.Duration(random.IntN(300)) * time.Millisecond) {
+		device.Fail(random.IntN(4) == 0)
+		err = w.step()
+		w.trace("  = %v", err)
+		if err == nil {
+			if err := sameLog(w.j, w.model); err != nil {
+				fail("%v\n%s", err, strings.Join(w.done, "\n"))
+			}
+		}
 	}
-	_ = out.StoreLogs(logs)
-	return out
+	return append(w.others, w.model)
+}
+
+// journalWriter uses a log as Raft's disk does.
+type journalWriter struct {
+	j      *journaled
+	random *rand.Rand
+	life   uint64
+
+	model  []*raft.Log   // consecutive; what was acknowledged
+	others [][]*raft.Log // what it may be instead, after a failure
+	unsure uint64        // the last append failed, and began with this entry
+	again  func() error  // a removal that is repeated until it succeeds
+
+	done []string // for whoever reads a failure
+}
+
+// trace notes what is done, and where the log is then.
+func (w *journalWriter) trace(format string, args ...any) {
+	w.j.mu.Lock()
+	tail := len(w.j.tail)
+	w.j.mu.Unlock()
+	first, _ := w.j.bolt.FirstIndex()
+	last, _ := w.j.bolt.LastIndex()
+	w.done = append(w.done, fmt.Sprintf(format, args...)+fmt.Sprintf(" (%d to %d moved, %d waiting)", first, last, tail))
+}
+
+func (w *journalWriter) next() uint64 {
+	if n := len(w.model); n > 0 {
+		return w.model[n-1].Index + 1
+	}
+	return 1
+}
+
+func (w *journalWriter) step() error {
+	if w.again != nil {
+		return w.again()
+	}
+	next := w.next()
+	switch p := w.random.IntN(20); {
+	case p == 0 && len(w.model) > 0: // its end is another leader's
+		n := w.random.IntN(len(w.model))
+		return w.remove(w.model[n].Index, next-1, w.model[:n:n])
+	case p == 1 && len(w.model) > 1: // a snapshot was taken
+		n := 1 + w.random.IntN(len(w.model)-1)
+		return w.remove(w.model[0].Index, w.model[n-1].Index, w.model[n:])
+	case p == 2 && len(w.model) > 0: // one was installed
+		return w.remove(w.model[0].Index, next-1, nil)
+	case p == 3:
+		return w.j.moveAll()
+	case p == 4:
+		return w.j.SetUint64([]byte("CurrentTerm"), next)
+	}
+	if len(w.model) == 0 && w.unsure == 0 {
+		next += uint64(w.random.IntN(50))
+	}
+	size := 400
+	if w.random.IntN(20) == 0 {
+		size = int(w.j.half)
+	}
+	var logs []*raft.Log
+	for i := range uint64(1 + w.random.IntN(5)) {
+		logs = append(logs, &raft.Log{Index: next + i, Term: w.life, Type: raft.LogNoop, Data: bytes.Repeat([]byte{byte(next)}, w.random.IntN(size))})
+	}
+	return w.append(logs)
+}
+
+// append is disk.appendNow.
+func (w *journalWriter) append(logs []*raft.Log) error {
+	after := append(w.model[:len(w.model):len(w.model)], logs...)
+	w.others = append(w.others, after)
+	w.trace("append %d-%d", logs[0].Index, logs[len(logs)-1].Index)
+	err := w.dropUnsure()
+	if err == nil {
+		err = w.j.StoreLogs(logs)
+	}
+	if w.unsure = 0; err != nil {
+		w.unsure = logs[0].Index
+	} else {
+		w.model, w.others = after, nil
+	}
+	return err
+}
+
+// dropUnsure is disk.dropUnsure.
+func (w *journalWriter) dropUnsure() error {
+	last, err := w.j.LastIndex()
+	if err == nil && w.unsure != 0 && last >= w.unsure {
+		err = w.j.DeleteRange(w.unsure, last)
+	}
+	return err
+}
+
+// remove is disk.DeleteRange. What failed before stays behind what is removed from the
+// start, and goes with what is removed from the end.
+func (w *journalWriter) remove(first, last uint64, after []*raft.Log) error {
+	var others [][]*raft.Log
+	if end := w.next() - 1; last < end {
+		for _, o := range w.others {
+			others = append(others, slices.DeleteFunc(slices.Clone(o), func(l *raft.Log) bool { return l.Index <= last }))
+		}
+	}
+	w.others = append(append(w.others, others...), after)
+	w.again = func() error {
+		w.trace("remove %d-%d", first, last)
+		err := w.dropUnsure()
+		if err == nil {
+			err = w.j.DeleteRange(first, last)
+		}
+		if err == nil {
+			w.model, w.others, w.again = after, others, nil
+		}
+		return err
+	}
+	return w.again()
 }
 
 func sameLog(s raft.LogStore, want []*raft.Log) error {
@@ -302,6 +269,43 @@ func TestJournalDamage(t *testing.T) {
 	}
 }
 
+// The journal of a program that drew a salt by lot for each generation is read, and from
+// then on no record that has not the folder's own.
+func TestJournalOfAnEarlierProgram(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), logFile)
+	store, err := openLog(path, logExtent{}, testLog(t))
+	must(t, err)
+	must(t, store.StoreLogs([]*raft.Log{{Index: 1, Type: raft.LogNoop}}))
+	must(t, store.SetUint64(journalKey, 7))
+	must(t, store.Close())
+	file := make([]byte, 2*journalHalf)
+	put := func(at int, generation, seq, salt uint64, logs ...*raft.Log) int {
+		b := appendLogs(make([]byte, recordHeader), logs)
+		writeHeader(b, generation, seq, salt)
+		return at + int(align(int64(copy(file[at:], b))))
+	}
+	entry := func(i uint64) *raft.Log { return &raft.Log{Index: i, Type: raft.LogNoop, Data: []byte{byte(i)}} }
+	put(put(0, 7, 0, 1234, entry(2), entry(3)), 7, 1, 1234, entry(4))
+	put(journalHalf, 8, 0, 99, entry(5))
+	must(t, os.WriteFile(path+journalSuffix, file, 0o600))
+	want := []*raft.Log{{Index: 1}, entry(2), entry(3), entry(4), entry(5)}
+	for range 3 {
+		x, err := inspectLog(path, true)
+		if err != nil || x.first != 1 || x.last != 5 {
+			t.Fatalf("%+v, %v", x, err)
+		}
+		store, err := openLog(path, x, testLog(t))
+		must(t, err)
+		j, err := openJournal(path, store)
+		must(t, err)
+		must(t, sameLog(j, want))
+		must(t, j.Close())
+		put(0, 100, 0, 1234, entry(6)) // as the earlier program would write it
+		must(t, os.WriteFile(path+journalSuffix, file, 0o600))
+	}
+}
+
 func overwrite(t *testing.T, file string, at int64) {
 	t.Helper()
 	f, err := os.OpenFile(file, os.O_WRONLY, 0)
@@ -310,19 +314,98 @@ func overwrite(t *testing.T, file string, at int64) {
 	must(t, errors.Join(err, f.Close()))
 }
 
+// What was made a record is read as one, and what a bit of it is changed in is not.
 func FuzzJournalRecord(f *testing.F) {
-	f.Add(appendLogs(nil, []*raft.Log{{Index: 7, Term: 3, Data: []byte("data"), Extensions: []byte("more")}}))
-	f.Fuzz(func(t *testing.T, b []byte) {
+	f.Add(appendLogs(nil, []*raft.Log{{Index: 7, Term: 3, Data: []byte("data"), Extensions: []byte("more")}}), uint64(4), uint64(0), uint64(9), uint16(77))
+	f.Add([]byte{}, uint64(0), uint64(0), uint64(0), uint16(0))
+	f.Fuzz(func(t *testing.T, b []byte, generation, seq, salt uint64, bit uint16) {
 		logs, ok := decodeLogs(b)
-		if !ok {
-			return
-		}
-		again, ok := decodeLogs(appendLogs(nil, logs))
-		if !ok || fmt.Sprint(deref(again)) != fmt.Sprint(deref(logs)) {
+		if again, fine := decodeLogs(appendLogs(nil, logs)); ok && (!fine || fmt.Sprint(deref(again)) != fmt.Sprint(deref(logs))) {
 			t.Errorf("%v became %v", deref(logs), deref(again))
 		}
-		_, _ = readRecord(b)
+		any := func(uint64, uint64) bool { return true }
+		if r, is := readRecord(b, any); is && (len(r.logs) == 0 || r.size < recordHeader || r.size > align(int64(len(b)))) {
+			t.Errorf("%d bytes hold a record of %d bytes with %d entries", len(b), r.size, len(r.logs))
+		}
+		record := append(make([]byte, recordHeader), b...)
+		writeHeader(record, generation, seq, salt)
+		r, is := readRecord(append(record, 1, 2, 3), any)
+		switch {
+		case is != (ok && len(logs) > 0):
+			t.Errorf("a record of %d entries (%v) is one: %v", len(logs), ok, is)
+		case is && (r.generation != generation || r.seq != seq || r.salt != salt || r.size != align(int64(len(record))) || fmt.Sprint(deref(r.logs)) != fmt.Sprint(deref(logs))):
+			t.Errorf("%+v", r)
+		}
+		if _, is := readRecord(record, func(g, s uint64) bool { return g == generation+1 || s == salt+1 }); is {
+			t.Error("one that is not wanted is read")
+		}
+		n := int(bit) % (8 * len(record))
+		record[n/8] ^= 1 << (n % 8)
+		if _, is := readRecord(record, any); is {
+			t.Errorf("with bit %d changed it still is a record", n)
+		}
 	})
+}
+
+// What a client wrote passes for no record, nor does looking for records take time that
+// grows with the square of it: here each 56 bytes are the start of one that reaches to the
+// end of the half, of a later generation and with entries that are still to come.
+func TestClientsCannotForgeRecords(t *testing.T) {
+	t.Parallel()
+	const half = 4 << 20
+	forged := func() []byte {
+		b := make([]byte, half-4096)
+		end := len(b)
+		for at := end - 56; at >= 0; at -= 56 {
+			h := b[at:end]
+			n := len(h) - recordHeader
+			entry := appendLogs(nil, []*raft.Log{{Index: 1 << 40, Type: raft.LogNoop}})
+			entry = entry[:len(entry)-2] // without data and extensions
+			for digits := 1; digits < 5; digits++ {
+				if size := binary.AppendUvarint(nil, uint64(max(0, n-len(entry)-digits-1))); len(size) == digits {
+					copy(h[recordHeader:], append(entry, size...))
+					break
+				}
+			}
+			binary.LittleEndian.PutUint32(h[4:], uint32(n))
+			binary.LittleEndian.PutUint64(h[8:], 1<<40)
+			if n < 8192 { // some of them are right but for the salt
+				writeHeader(h, 1<<40, 0, 0)
+			}
+		}
+		return b
+	}()
+	dir := t.TempDir()
+	path := filepath.Join(dir, logFile)
+	open := func() *journaled {
+		x, err := inspectLog(path, false)
+		must(t, err)
+		store, err := openLog(path, x, testLog(t))
+		must(t, err)
+		j, err := openJournal(path, store)
+		must(t, err)
+		return j
+	}
+	j := open()
+	must(t, j.StoreLog(&raft.Log{Index: 1, Type: raft.LogNoop, Data: []byte("before")}))
+	// Aligned as records are, in both halves.
+	for i := range uint64(2) {
+		must(t, j.StoreLog(&raft.Log{Index: 2 + i, Type: raft.LogNoop, Data: forged}))
+	}
+	must(t, j.Close())
+	began := time.Now()
+	j = open() // nothing in the journal counts any more
+	must(t, j.Close())
+	j = open()
+	want := []*raft.Log{{Index: 1, Data: []byte("before")}}
+	for i := range uint64(2) {
+		want = append(want, &raft.Log{Index: 2 + i, Data: forged})
+	}
+	must(t, sameLog(j, want))
+	must(t, j.Close())
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("it took %v to open", took)
+	}
 }
 
 func deref(logs []*raft.Log) (out []raft.Log) {

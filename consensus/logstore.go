@@ -14,6 +14,8 @@ import (
 	"github.com/hashicorp/raft"
 	wal "github.com/hashicorp/raft-wal"
 	"github.com/hashicorp/raft-wal/metadb"
+
+	"timonel/internal/durable"
 )
 
 // Values of Config.LogStore. docs/log-store.md compares them.
@@ -136,7 +138,7 @@ const (
 )
 
 func openWAL(dir string, log *slog.Logger) (LogStore, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
 	meta := &metadb.BoltMetaDB{}

@@ -37,6 +37,16 @@ func newGate() gate    { return make(gate, 1) }
 func (g gate) Lock()   { g <- struct{}{} }
 func (g gate) Unlock() { <-g }
 
+// lockWithin locks it unless ctx ends first.
+func (g gate) lockWithin(ctx context.Context) error {
+	select {
+	case g <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
 // Member is one member of the Raft configuration.
 type Member struct {
 	Server
@@ -79,7 +89,9 @@ func (r *Replica) RemoveServer(ctx context.Context, id string) error {
 }
 
 func (r *Replica) change(ctx context.Context, f func(*raft.Raft, time.Duration) raft.Future) error {
-	r.members.change.Lock()
+	if err := r.members.change.lockWithin(ctx); err != nil {
+		return fmt.Errorf("wait for another change of the members: %w", err)
+	}
 	defer r.members.change.Unlock()
 	return r.changeLocked(ctx, f)
 }

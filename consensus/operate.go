@@ -276,10 +276,19 @@ func (l MemberList) find(id string) (MemberInfo, error) {
 	return MemberInfo{}, refuse("%q is not a member: the members are %s", id, strings.Join(names, ", "))
 }
 
-// changeHere does a change on the leader.
+// changeHere does a change on the leader: addHere, promoteHere and removeHere with
+// r.members.change held.
 func (r *Replica) changeHere(ctx context.Context, l *leadership, c Change) (done string, err error) {
 	if c.ID == "" && c.Kind != pb.MemberChange_MEMBER_CHANGE_TRANSFER_LEADER {
 		return "", refuse("name the member")
+	}
+	if c.Kind != pb.MemberChange_MEMBER_CHANGE_TRANSFER_LEADER {
+		// What is judged is what is changed: of two removals that may each be done alone,
+		// the second is judged after the first.
+		if err := r.members.change.lockWithin(ctx); err != nil {
+			return "", fmt.Errorf("wait for another change of the members: %w", err)
+		}
+		defer r.members.change.Unlock()
 	}
 	switch c.Kind {
 	case pb.MemberChange_MEMBER_CHANGE_ADD:
@@ -311,7 +320,9 @@ func (r *Replica) addHere(ctx context.Context, c Change) (string, error) {
 			return "", refuse("%s is the address of the member %s", c.Address, s.ID)
 		}
 	}
-	if err := r.AddNonvoter(ctx, c.ID, c.Address); err != nil {
+	if err := r.changeLocked(ctx, func(n *raft.Raft, t time.Duration) raft.Future {
+		return n.AddNonvoter(raft.ServerID(c.ID), raft.ServerAddress(c.Address), 0, t)
+	}); err != nil {
 		return "", fmt.Errorf("add %s: %w", c.ID, err)
 	}
 	r.log.Info("added a member as a non-voter, as asked", "member", c.ID, "address", c.Address)
@@ -331,7 +342,9 @@ func (r *Replica) promoteHere(ctx context.Context, l *leadership, c Change) (str
 	case !c.Force && m.AppliedIndex+promoteWithin < list.CommitIndex:
 		return "", refuse("%s lacks %d entries: wait until it has caught up", c.ID, list.CommitIndex-m.AppliedIndex)
 	}
-	if err := r.AddVoter(ctx, c.ID, m.Address); err != nil {
+	if err := r.changeLocked(ctx, func(n *raft.Raft, t time.Duration) raft.Future {
+		return n.AddVoter(raft.ServerID(c.ID), raft.ServerAddress(m.Address), 0, t)
+	}); err != nil {
 		return "", fmt.Errorf("promote %s: %w", c.ID, err)
 	}
 	r.log.Info("made a member a voter, as asked", "member", c.ID, "forced", c.Force)
@@ -356,7 +369,9 @@ func (r *Replica) removeHere(ctx context.Context, l *leadership, c Change) (stri
 		}
 		return "", ErrNotLeader
 	}
-	if err := r.RemoveServer(ctx, c.ID); err != nil {
+	if err := r.changeLocked(ctx, func(n *raft.Raft, t time.Duration) raft.Future {
+		return n.RemoveServer(raft.ServerID(c.ID), 0, t)
+	}); err != nil {
 		return "", fmt.Errorf("remove %s: %w", c.ID, err)
 	}
 	r.log.Warn("removed a member, as asked", "member", c.ID, "forced", c.Force)

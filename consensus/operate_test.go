@@ -139,6 +139,44 @@ func TestRemoveKeepsTheQuorum(t *testing.T) {
 	c.node(live).requireRefused(t, removeMember, live, "the last voter")
 }
 
+// Of two removals at the same time, each of which leaves a quorum, the second is judged
+// by what the first leaves.
+func TestConcurrentRemovalsKeepTheQuorum(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3).startAll(3)
+	c.start("c4")
+	c.waitRoles("c1 voter, c2 voter, c3 voter, c4 voter")
+	followers := c.followers()
+	c.kill(followers[0].cfg.ID)
+	leader := c.leader()
+	eventually(t, "the dead one to be known", func() error {
+		if list, err := leader.ListMembers(t.Context()); err != nil || list.Healthy != 3 {
+			return fmt.Errorf("%+v, %v", list, err)
+		}
+		return nil
+	})
+	results := make(chan error, 2)
+	for _, f := range followers[1:3] {
+		go func() {
+			_, err := leader.ChangeMembers(t.Context(), Change{Kind: removeMember, ID: f.cfg.ID})
+			results <- err
+		}()
+	}
+	refusals := 0
+	for range 2 {
+		var refused *RefusedError
+		if err := <-results; errors.As(err, &refused) {
+			refusals++
+		} else if err != nil {
+			t.Error(err)
+		}
+	}
+	if refusals != 1 {
+		t.Errorf("%d of two removals were refused, must be 1", refusals)
+	}
+	leader.put(t, "writes", "go on")
+}
+
 func TestAddPromoteAndTransfer(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 3).startAll(3)

@@ -3,10 +3,14 @@ package consensus
 import (
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 )
 
 // Parts are the world that a replica stands on, for a simulation. All fields are
@@ -36,6 +40,51 @@ type Wire interface {
 }
 
 type wire = Wire
+
+// LogFiles are the files of a log of LogStoreBolt, for a simulation.
+type LogFiles struct {
+	// Bolt is the path of raft-boltdb's file. Attach is given the store once it is open;
+	// settle writes the file's meta pages again (see boltLog).
+	Bolt   string
+	Attach func(*raftboltdb.BoltStore) (settle func() error)
+	// Stall comes before each commit of raft-boltdb. It may take its time.
+	Stall func()
+	// Journal is a file of twice Half bytes.
+	Journal interface {
+		io.ReaderAt
+		io.WriterAt
+		Sync() error
+		Close() error
+	}
+	Half int64
+}
+
+// OpenLog opens a log on simulated files, as Open does on real ones, and verifies it.
+func OpenLog(f LogFiles) (LogStore, error) {
+	store, err := openLog(f.Bolt, logExtent{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return nil, err
+	}
+	store.settle, store.stall = f.Attach(store.BoltStore), f.Stall
+	var j *journaled
+	err = guard(func() error {
+		least, err := journalGeneration(store)
+		if err != nil {
+			return err
+		}
+		if j, err = newJournaled(store, store, store.Close, f.Journal, f.Half, least); err != nil {
+			return err
+		}
+		return new(logExtent).read(j)
+	})
+	if err == nil {
+		return j, nil
+	}
+	if j != nil {
+		return nil, errors.Join(err, j.Close())
+	}
+	return nil, errors.Join(err, store.Close())
+}
 
 // useParts opens a simulated network and disk.
 func (r *Replica) useParts(p *Parts) (started bool, err error) {

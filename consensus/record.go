@@ -3,6 +3,8 @@ package consensus
 import (
 	"bytes"
 	"cmp"
+	"crypto/rand"
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
@@ -30,7 +32,7 @@ type record struct {
 // readJournal returns the entries that a store lacks, in order, and the newest
 // generation there is. A record that was cut off ends its half, as after a crash: it
 // was never acknowledged. One that cannot be read although later ones can is damage.
-func readJournal(file io.ReaderAt, half int64, store raft.LogStore, least uint64) (logs []*raft.Log, newest uint64, err error) {
+func readJournal(file io.ReaderAt, half int64, store raft.LogStore, least uint64, salts salts) (logs []*raft.Log, newest uint64, err error) {
 	stored, err := store.LastIndex()
 	if err != nil {
 		return nil, 0, err
@@ -47,11 +49,13 @@ func readJournal(file io.ReaderAt, half int64, store raft.LogStore, least uint64
 			return nil, 0, err
 		}
 		for c.end < half {
-			r, ok := readRecord(c.b[c.end:])
-			if !ok || r.generation < least || r.seq != uint64(len(c.chain)) {
-				break
-			}
-			if len(c.chain) > 0 && (r.generation != c.chain[0].generation || r.salt != c.chain[0].salt) {
+			r, ok := readRecord(c.b[c.end:], func(generation, salt uint64) bool {
+				if len(c.chain) > 0 {
+					return generation == c.chain[0].generation && salt == c.chain[0].salt
+				}
+				return generation >= least && salts.right(generation, salt)
+			})
+			if !ok || r.seq != uint64(len(c.chain)) {
 				break
 			}
 			c.chain = append(c.chain, r)
@@ -86,8 +90,10 @@ func readJournal(file io.ReaderAt, half int64, store raft.LogStore, least uint64
 	}
 	for _, h := range halves {
 		for at := h.end + recordAlign; at < half; at += recordAlign {
-			r, ok := readRecord(h.b[at:])
-			if !ok || r.generation < least || len(h.chain) > 0 && r.salt != h.chain[0].salt {
+			r, ok := readRecord(h.b[at:], func(generation, salt uint64) bool {
+				return generation >= least && (len(h.chain) == 0 || salt == h.chain[0].salt) && salts.right(generation, salt)
+			})
+			if !ok {
 				continue
 			}
 			if end := r.logs[len(r.logs)-1].Index; end > last {
@@ -107,21 +113,43 @@ func writeHeader(b []byte, generation, seq, salt uint64) {
 	binary.LittleEndian.PutUint32(b, crc32.Checksum(b[4:], castagnoli))
 }
 
-// readRecord reads the record at the start of b; false if there is none.
-func readRecord(b []byte) (r record, ok bool) {
+// readRecord reads the record at the start of b; false if there is none, or not one
+// that is wanted. Only of those that are is the rest looked at: at any place in what
+// clients have written, bytes may say that a record of megabytes follows.
+func readRecord(b []byte, wanted func(generation, salt uint64) bool) (r record, ok bool) {
 	if len(b) < recordHeader {
 		return r, false
 	}
+	r.generation, r.seq, r.salt = binary.LittleEndian.Uint64(b[8:]), binary.LittleEndian.Uint64(b[16:]), binary.LittleEndian.Uint64(b[24:])
 	sum, size := binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint32(b[4:])
-	if size == 0 || int64(size) > int64(len(b)-recordHeader) || crc32.Checksum(b[4:recordHeader+size], castagnoli) != sum {
+	if size == 0 || int64(size) > int64(len(b)-recordHeader) || !wanted(r.generation, r.salt) || crc32.Checksum(b[4:recordHeader+size], castagnoli) != sum {
 		return r, false
 	}
-	r.generation, r.seq, r.salt = binary.LittleEndian.Uint64(b[8:]), binary.LittleEndian.Uint64(b[16:]), binary.LittleEndian.Uint64(b[24:])
 	r.size = align(recordHeader + int64(size))
 	logs, ok := decodeLogs(b[recordHeader : recordHeader+size])
 	r.logs = logs
 	return r, ok && len(logs) > 0
 }
+
+// salts are the salts of a journal's generations: what a secret, in the log file, makes
+// of their numbers. So nothing that a client wrote passes for a record, also where the
+// first one of a half cannot be read. Nil in a data folder that was last used by a
+// program whose journal had a salt by lot for each generation: any is right then.
+type salts []byte
+
+// newSalts draws the secret.
+func newSalts() salts {
+	s := make(salts, 16)
+	rand.Read(s)
+	return s
+}
+
+func (s salts) of(generation uint64) uint64 {
+	sum := sha256.Sum256(binary.LittleEndian.AppendUint64(bytes.Clone(s), generation))
+	return binary.LittleEndian.Uint64(sum[:])
+}
+
+func (s salts) right(generation, salt uint64) bool { return s == nil || salt == s.of(generation) }
 
 func align(n int64) int64 { return (n + recordAlign - 1) / recordAlign * recordAlign }
 

@@ -13,6 +13,8 @@ import (
 
 	"github.com/hashicorp/raft"
 	"golang.org/x/sys/unix"
+
+	"timonel/internal/durable"
 )
 
 // RecoverConfig says what Recover does.
@@ -96,10 +98,14 @@ func Recover(c RecoverConfig, fsm FSM, write func(w io.Writer, index, term uint6
 // keep gives the folder as it was its last name.
 func keep(next string, c RecoverConfig) (kept string, err error) {
 	kept = c.DataDir + ".before-recovery-" + c.Now.UTC().Format("20060102T150405Z")
-	if err := os.Rename(next, kept); err != nil {
+	// The exchange first: until it lasts, next may be the new one again.
+	if err := durable.SyncParents(next); err != nil {
 		return "", fmt.Errorf("the recovered folder is in place, the one before is %s: %w", next, err)
 	}
-	return kept, syncDir(filepath.Dir(c.DataDir))
+	if err := durable.Rename(next, kept); err != nil {
+		return "", fmt.Errorf("the recovered folder is in place, the one before is %s: %w", next, err)
+	}
+	return kept, nil
 }
 
 // lockFolder opens a replica's folder without changing it.

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"timonel/internal/durable"
 )
 
 // Replica is one replica of the log. Its methods may be called concurrently.
@@ -214,6 +216,9 @@ func (r *Replica) openData() (started bool, err error) {
 	}
 	fss, err := raft.NewFileSnapshotStoreWithLogger(dir, r.cfg.SnapshotRetain, newRaftLog(r.log))
 	if err != nil {
+		return false, fmt.Errorf("snapshots: %w", err)
+	}
+	if err := durable.SyncDir(dir); err != nil { // the snapshots' folder may be new
 		return false, fmt.Errorf("snapshots: %w", err)
 	}
 	r.snapshots = &snapshotStore{SnapshotStore: fss, damaged: damaged}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"timonel/internal/durable"
 )
 
 // SeedConfig says what data folder Seed makes.
@@ -68,7 +70,7 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 		c.Logger = slog.New(slog.DiscardHandler)
 	}
 	parent, partial := filepath.Dir(c.DataDir), c.DataDir+".partial"
-	if err := os.MkdirAll(parent, 0o700); err != nil {
+	if err := durable.MkdirAll(parent, 0o700); err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
 	if err := os.RemoveAll(partial); err != nil {
@@ -97,10 +99,10 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 	if err := os.Remove(c.DataDir); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("data folder: %w", err)
 	}
-	if err := os.Rename(partial, c.DataDir); err != nil {
+	if err := durable.Rename(partial, c.DataDir); err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
-	return syncDir(parent)
+	return nil
 }
 
 func seedSnapshot(dir string, c SeedConfig, write func(io.Writer) error) error {

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
+	"io"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -113,12 +116,31 @@ func (e errLog) Error() string { return "log: " + string(e) }
 func TestStrangersDoNotDisturb(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1).startAll(1)
+	leader := c.leader()
+	before := leader.Status()
 	for _, first := range []string{"", "GET / HTTP/1.0\r\n\r\n", strings.Repeat("\x00", 4096)} {
 		conn, err := net.Dial("tcp", c.leader().raft)
 		must(t, err)
 		_, err = conn.Write([]byte(first))
 		must(t, err)
+		if first == "" {
+			must(t, conn.(*net.TCPConn).CloseWrite())
+		}
+		// It is hung up on, soon, and told nothing but that its TLS is none.
+		must(t, conn.SetReadDeadline(time.Now().Add(10*time.Second)))
+		answer, err := io.ReadAll(conn)
+		if errors.Is(err, os.ErrDeadlineExceeded) || len(answer) > 64 || bytes.Contains(answer, []byte("c1")) {
+			t.Errorf("to %.10q it answers %q, %v", first, answer, err)
+		}
 		conn.Close()
 	}
-	must(t, c.leader().ReadBarrier(context.Background()))
+	must(t, leader.ReadBarrier(context.Background()))
+	if now := leader.Status(); now.Role != "leader" || now.Term != before.Term || len(now.Problems) != len(before.Problems) {
+		t.Errorf("before it was in term %d with problems %q; after it is %s in term %d with %q", before.Term, before.Problems, now.Role, now.Term, now.Problems)
+	}
+	leader.stream.mu.Lock()
+	defer leader.stream.mu.Unlock()
+	if n := len(leader.stream.in); n != 0 {
+		t.Errorf("%d connections of strangers are taken for peers'", n)
+	}
 }

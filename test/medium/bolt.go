@@ -1,0 +1,111 @@
+package medium
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"unsafe"
+
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
+)
+
+// BoltFile is a file of bbolt as one process sees it. Since bbolt maps it into memory,
+// it is a real one; what of it a power cut leaves is simulated.
+type BoltFile struct {
+	// Path is where to open it. Its folder goes with Remove.
+	Path string
+
+	d    *Disk
+	c    *content
+	life int
+	file *os.File
+	size int64 // of both its meta pages
+}
+
+// OpenBolt opens a file of bbolt, which is empty if there is none.
+func (d *Disk) OpenBolt(name string) (*BoltFile, error) {
+	parent := "/dev/shm"
+	if info, err := os.Stat(parent); err != nil || !info.IsDir() {
+		parent = ""
+	}
+	dir, err := os.MkdirTemp(parent, "timonel-medium-")
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	f := &BoltFile{Path: filepath.Join(dir, name), d: d, c: d.file(name), life: d.life}
+	if err := os.WriteFile(f.Path, f.c.certain, 0o600); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	if f.file, err = os.OpenFile(f.Path, os.O_RDWR, 0); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return f, nil
+}
+
+// Attach takes over the writes of a store that was opened on Path; what it has written
+// so far is on the disk. What is returned writes the meta pages again.
+//
+// bbolt writes through a variable of its own, and syncs before and after it writes a
+// meta page: there the syncs are simulated, and the real ones left out.
+func (f *BoltFile) Attach(store *raftboltdb.BoltStore) (settle func() error) {
+	db := (*bbolt.DB)(reflect.ValueOf(store).Elem().FieldByName("conn").UnsafePointer())
+	writeAt := (*func([]byte, int64) (int, error))(unsafe.Pointer(reflect.ValueOf(db).Elem().FieldByName("ops").FieldByName("writeAt").UnsafeAddr()))
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	if b, err := os.ReadFile(f.Path); err == nil && f.life == f.d.life {
+		f.c.certain = b
+	}
+	f.size = 2 * int64(db.Info().PageSize)
+	db.NoSync = true
+	*writeAt = f.write
+	return f.settle
+}
+
+func (f *BoltFile) write(b []byte, off int64) (int, error) {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	meta := off < f.size
+	if meta {
+		if err := f.d.sync(f.life, f.c); err != nil {
+			return 0, err
+		}
+	}
+	n, err := f.put(b, off)
+	if err == nil && meta {
+		err = f.d.sync(f.life, f.c)
+	}
+	return n, err
+}
+
+func (f *BoltFile) put(b []byte, off int64) (int, error) {
+	if info, err := f.file.Stat(); err == nil && f.life == f.d.life {
+		f.c.grow(info.Size()) // which bbolt syncs at once
+	}
+	return f.d.write(f.life, f.c, b, off, func(b []byte) error {
+		_, err := f.file.WriteAt(b, off)
+		return err
+	}, f.file.ReadAt)
+}
+
+// settle is consensus.rewriteMeta on this disk.
+func (f *BoltFile) settle() error {
+	f.d.mu.Lock()
+	defer f.d.mu.Unlock()
+	b := make([]byte, f.size)
+	if _, err := f.file.ReadAt(b, 0); err != nil {
+		return err
+	}
+	if _, err := f.put(b, 0); err != nil {
+		return err
+	}
+	return f.d.sync(f.life, f.c)
+}
+
+// Remove removes the real file.
+func (f *BoltFile) Remove() error {
+	return errors.Join(f.file.Close(), os.RemoveAll(filepath.Dir(f.Path)))
+}
