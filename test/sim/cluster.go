@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -136,11 +135,17 @@ func (n *node) start() {
 	defer c.free(n)
 	l := &life{node: n, store: state.New(c.options), end: c.network.attach(n.name)}
 	l.ctx, l.cancel = context.WithCancel(context.Background())
-	l.handle = n.disk.open(func() {
+	var err error
+	l.handle, err = n.disk.open(func() {
 		l.end.cut() // nobody hears of what it believes to have written
 		l.cancel()
 		go l.crash()
 	})
+	if err != nil {
+		c.Problem("the log of %s does not open: %v", n.name, err)
+		l.end.cut()
+		return
+	}
 	timeout := time.Duration(n.pace * float64(300*time.Millisecond))
 	log, err := consensus.Open(context.Background(), consensus.Config{
 		ID: n.name, ClusterID: "sim", DataDir: n.name,
@@ -238,9 +243,7 @@ func (c *cluster) settle() {
 	c.network.calm()
 	for _, name := range c.names {
 		n := c.nodes[name]
-		n.disk.mu.Lock()
-		n.disk.crashIn, n.disk.slow, n.disk.failing = 0, 0, false
-		n.disk.mu.Unlock()
+		n.disk.calm()
 	}
 	why := c.await()
 	if why == nil {
@@ -324,13 +327,25 @@ func (c *cluster) same(ctx context.Context) error {
 func (c *cluster) matching() {
 	logs := map[string]map[uint64]raft.Log{}
 	for _, name := range c.names {
-		d := c.nodes[name].disk
-		d.mu.Lock()
-		logs[name] = maps.Clone(d.synced.logs)
-		for _, s := range d.synced.snapshots { // its last entry may be a stand-in: see consensus, transport.forget
-			delete(logs[name], s.meta.Index)
+		logs[name] = map[uint64]raft.Log{}
+		l := c.alive(name)
+		if l == nil {
+			continue
 		}
-		d.mu.Unlock()
+		first, _ := l.handle.FirstIndex()
+		last, _ := l.handle.LastIndex()
+		for i := first; i <= last && i != 0; i++ {
+			var entry raft.Log
+			if err := l.handle.GetLog(i, &entry); err == nil {
+				logs[name][i] = entry
+			} else if !errors.Is(err, raft.ErrLogNotFound) {
+				c.Problem("entry %d of %s: %v", i, name, err)
+			}
+		}
+		snapshots, _ := l.handle.List()
+		for _, s := range snapshots { // its last entry may be a stand-in: see consensus, transport.forget
+			delete(logs[name], s.Index)
+		}
 	}
 	for i, one := range c.names {
 		for _, other := range c.names[i+1:] {
@@ -353,4 +368,7 @@ func (c *cluster) shutdown() {
 		}
 	}
 	c.ending.Wait()
+	for _, n := range c.nodes {
+		n.disk.remove()
+	}
 }

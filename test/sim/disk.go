@@ -5,241 +5,179 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"math/rand/v2"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"timonel/consensus"
+	"timonel/test/medium"
 )
 
-// contents is what a disk holds. Entries are not changed once written.
-type contents struct {
-	logs        map[uint64]raft.Log
-	first, last uint64
-	values      map[string][]byte
-	snapshots   []*snapshot
-	identity    []byte
-}
+// journalHalf is so small that a run fills it some times over.
+const journalHalf = 16 << 10
 
-func newContents() *contents {
-	return &contents{logs: map[uint64]raft.Log{}, values: map[string][]byte{}}
-}
-
-func (c *contents) clone() *contents {
-	d := *c
-	d.logs, d.values = maps.Clone(c.logs), maps.Clone(c.values)
-	d.snapshots = append([]*snapshot(nil), c.snapshots...)
-	return &d
-}
-
-func (c *contents) store(logs []*raft.Log) {
-	for _, l := range logs {
-		c.logs[l.Index] = *l
-		if c.first == 0 || l.Index < c.first {
-			c.first = l.Index
-		}
-		c.last = max(c.last, l.Index)
-	}
-}
-
-func (c *contents) deleteRange(first, last uint64) {
-	for i := first; i <= last; i++ {
-		delete(c.logs, i)
-	}
-	c.first, c.last = 0, 0
-	for i := range c.logs {
-		if c.first == 0 || i < c.first {
-			c.first = i
-		}
-		c.last = max(c.last, i)
-	}
-}
-
-// disk is the medium: what is on it survives a crash.
+// disk is what survives a crash: the log's files, sector by sector, under the journal
+// and bbolt themselves; and snapshots and identity, which are there whole or not at all.
 type disk struct {
+	medium *medium.Disk // under the log
+
 	mu     sync.Mutex
 	random *rand.Rand
-	synced *contents
-	// Faults of the process that uses it now.
-	crashIn int           // crash at this write from now, 0: never
-	slow    time.Duration // at most, of an append
-	failing bool          // writes fail
+	synced contents
+	slow   time.Duration // at most, of an append, and of a commit of bbolt
+	opened []*medium.BoltFile
+}
+
+// contents is what a disk holds beside the log.
+type contents struct {
+	snapshots []*snapshot
+	identity  []byte
+}
+
+func (c *contents) clone() contents {
+	return contents{snapshots: append([]*snapshot(nil), c.snapshots...), identity: c.identity}
 }
 
 func newDisk(seed uint64) *disk {
-	return &disk{random: rand.New(rand.NewPCG(seed, 2)), synced: newContents()}
+	return &disk{random: rand.New(rand.NewPCG(seed, 2)), medium: medium.New(rand.New(rand.NewPCG(seed, 4)))}
+}
+
+// calm ends all faults.
+func (d *disk) calm() {
+	d.medium.CutIn(0)
+	d.medium.Fail(false)
+	d.setSlow(0)
+}
+
+func (d *disk) setSlow(most time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.slow = most
+}
+
+// wipe loses all that is on it.
+func (d *disk) wipe() {
+	d.medium.Clear()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.synced = contents{}
+}
+
+// remove removes what real files there are.
+func (d *disk) remove() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, f := range d.opened {
+		f.Remove()
+	}
+}
+
+// pause takes the time of an append, or of a commit of bbolt.
+func (d *disk) pause(least time.Duration) {
+	d.mu.Lock()
+	took := least
+	if least > 0 {
+		took += time.Duration(d.random.Int64N(int64(time.Millisecond)))
+	}
+	if d.slow > 0 {
+		took += time.Duration(d.random.Int64N(int64(d.slow)))
+	}
+	d.mu.Unlock()
+	if took > 0 {
+		time.Sleep(took)
+	}
 }
 
 // handle is the disk as one process sees it: what it wrote, synced or not. It
 // implements consensus.LogStore and raft.SnapshotStore. A process that is dead
 // goes on in a world of its own, of which nothing reaches the disk.
 type handle struct {
-	disk  *disk
-	crash func() // kills the process; must not block
+	consensus.LogStore
+	disk *disk
+	life int
 
 	mu       sync.Mutex
-	cached   *contents
+	cached   contents
 	attached bool
 }
 
-// open gives a new process what is on the disk.
-func (d *disk) open(crash func()) *handle {
+// open gives a new process what is on the disk. crash kills it, and must not block.
+func (d *disk) open(crash func()) (*handle, error) {
+	d.medium.CutIn(0)
+	d.medium.Fail(false)
+	bolt, err := d.medium.OpenBolt("raft.db")
+	if err != nil {
+		return nil, err
+	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.crashIn, d.slow, d.failing = 0, 0, false
-	return &handle{disk: d, crash: crash, cached: d.synced.clone(), attached: true}
+	d.slow = 0
+	d.opened = append(d.opened, bolt)
+	h := &handle{disk: d, life: d.medium.Life(), cached: d.synced.clone(), attached: true}
+	d.mu.Unlock()
+	h.LogStore, err = consensus.OpenLog(consensus.LogFiles{
+		Bolt: bolt.Path, Attach: bolt.Attach, Stall: func() { d.pause(0) },
+		Journal: d.medium.Open("raft.db.journal", 2*journalHalf), Half: journalHalf,
+	})
+	d.medium.OnCut = crash
+	return h, err
 }
 
 // detach ends what the process can do to the disk.
 func (h *handle) detach() {
+	if h.disk.medium.Life() == h.life {
+		h.disk.medium.Cut()
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.attached = false
 }
 
-var (
-	errNoSpace = &osError{"append", syscall.ENOSPC}
-	errNoSync  = &osError{"sync", syscall.EIO}
-)
-
-type osError struct {
-	what string
-	err  error
-}
-
-func (e *osError) Error() string { return e.what + ": " + e.err.Error() }
-func (e *osError) Unwrap() error { return e.err }
-
-// write does one write: into the process's view, and with the sync that follows
-// onto the disk. part is what of it may reach the disk when the process dies in
-// the middle, or the write fails; nil for nothing.
-func (h *handle) write(do func(*contents), part func(*contents)) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if !h.attached {
-		do(h.cached)
-		return nil
-	}
-	d := h.disk
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	torn := func() {
-		switch d.random.IntN(3) {
-		case 0: // nothing of it
-		case 1:
-			if part != nil {
-				part(d.synced)
-			}
-		case 2: // all of it, and nobody was told
-			do(d.synced)
-		}
-	}
-	if d.crashIn > 0 {
-		if d.crashIn--; d.crashIn == 0 {
-			torn()
-			h.attached = false
-			do(h.cached)
-			h.crash()
-			return nil
-		}
-	}
-	if d.failing {
-		if d.random.IntN(3) == 0 { // it was the last sync that failed
-			do(h.cached)
-			do(d.synced)
-			return errNoSync
-		}
-		return errNoSpace
-	}
-	do(h.cached)
-	do(d.synced) // the sync
-	return nil
-}
-
 // StoreLogs implements raft.LogStore.
 func (h *handle) StoreLogs(logs []*raft.Log) error {
-	h.disk.mu.Lock()
-	took := 50*time.Microsecond + time.Duration(h.disk.random.Int64N(int64(time.Millisecond)))
-	if h.disk.slow > 0 {
-		took += time.Duration(h.disk.random.Int64N(int64(h.disk.slow)))
-	}
-	some := h.disk.random.IntN(len(logs) + 1)
-	h.disk.mu.Unlock()
-	time.Sleep(took)
-	return h.write(func(c *contents) { c.store(logs) }, func(c *contents) { c.store(logs[:some]) })
+	h.disk.pause(50 * time.Microsecond)
+	return h.LogStore.StoreLogs(logs)
 }
 
 // StoreLog implements raft.LogStore.
 func (h *handle) StoreLog(l *raft.Log) error { return h.StoreLogs([]*raft.Log{l}) }
 
-// GetLog implements raft.LogStore.
-func (h *handle) GetLog(index uint64, l *raft.Log) error {
+// write does one write of what is not the log: into the process's view, and with the
+// sync that follows onto the disk. When the power is cut in it, or it fails, it may have
+// reached the disk all the same.
+func (h *handle) write(do func(*contents)) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	found, ok := h.cached.logs[index]
-	if !ok {
-		return raft.ErrLogNotFound
+	off, fails := h.disk.medium.Step(h.life)
+	d := h.disk
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	reached := d.random.IntN(2) == 0
+	switch {
+	case off:
+		do(&h.cached)
+		if h.attached && reached {
+			do(&d.synced)
+		}
+		h.attached = false
+	case fails && reached: // it was the last sync that failed
+		do(&h.cached)
+		do(&d.synced)
+		return medium.ErrNoSync
+	case fails:
+		return medium.ErrNoSpace
+	default:
+		do(&h.cached)
+		do(&d.synced)
 	}
-	*l = found
 	return nil
-}
-
-// FirstIndex implements raft.LogStore.
-func (h *handle) FirstIndex() (uint64, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.cached.first, nil
-}
-
-// LastIndex implements raft.LogStore.
-func (h *handle) LastIndex() (uint64, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.cached.last, nil
-}
-
-// DeleteRange implements raft.LogStore.
-func (h *handle) DeleteRange(first, last uint64) error {
-	return h.write(func(c *contents) { c.deleteRange(first, last) }, nil)
-}
-
-// Close implements io.Closer.
-func (h *handle) Close() error { return nil }
-
-// Set implements raft.StableStore.
-func (h *handle) Set(key, value []byte) error {
-	value = bytes.Clone(value)
-	return h.write(func(c *contents) { c.values[string(key)] = value }, nil)
-}
-
-// Get implements raft.StableStore.
-func (h *handle) Get(key []byte) ([]byte, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return bytes.Clone(h.cached.values[string(key)]), nil
-}
-
-// SetUint64 implements raft.StableStore.
-func (h *handle) SetUint64(key []byte, value uint64) error {
-	return h.Set(key, fmt.Appendf(nil, "%d", value))
-}
-
-// GetUint64 implements raft.StableStore.
-func (h *handle) GetUint64(key []byte) (n uint64, err error) {
-	b, _ := h.Get(key)
-	if b == nil {
-		return 0, nil
-	}
-	_, err = fmt.Sscan(string(b), &n)
-	return n, err
 }
 
 // keep writes the replica's identity.
 func (h *handle) keep(b []byte) error {
 	b = bytes.Clone(b)
-	return h.write(func(c *contents) { c.identity = b }, nil)
+	return h.write(func(c *contents) { c.identity = b })
 }
 
 func (h *handle) identity() []byte {
@@ -314,7 +252,7 @@ func (s *sink) Close() error {
 		if n := len(c.snapshots); n > 2 {
 			c.snapshots = append([]*snapshot(nil), c.snapshots[n-2:]...)
 		}
-	}, nil)
+	})
 }
 
 func newer(a, b *snapshot) bool {

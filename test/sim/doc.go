@@ -3,8 +3,9 @@
 //
 // What runs is the real thing (consensus, hashicorp/raft, state) on
 // [consensus.Parts]: a wire that loses, delays and reorders messages and is cut,
-// one way too; a disk that is slow, fails, and forgets at a crash what it had not
-// acknowledged; and the clock of testing/synctest, so that a second of waiting
+// one way too, or hears late; a disk (test/medium) under the journal and bbolt that is
+// slow, whose writes and syncs fail while the replica goes on, and that forgets at a power
+// cut some of what was not synced; and the clock of testing/synctest, so that a second of waiting
 // costs nothing. Clients on each replica read, write, list and watch, their
 // operations are recorded, and test/history checks the record.
 //

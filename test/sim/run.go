@@ -184,11 +184,9 @@ func (f *faults) strike() {
 		l.crash()
 		restart(f.some(2 * time.Second))
 	case 1, 2, 3:
-		n := 1 + f.random.IntN(12)
+		n := 1 + f.random.IntN(30)
 		f.say("%s crashes at its write number %d from now", name, n)
-		l.node.disk.mu.Lock()
-		l.node.disk.crashIn = n
-		l.node.disk.mu.Unlock()
+		l.node.disk.medium.CutIn(n)
 		f.later(f.some(2*time.Second), func() {
 			<-l.gone(3 * time.Second)
 			l.node.start()
@@ -229,12 +227,23 @@ func (f *faults) strike() {
 		})
 	case 7:
 		f.say("the disk of %s is slow", name)
-		f.setDisk(l.node.disk, func(d *disk) { d.slow = 50*time.Millisecond + f.some(1500*time.Millisecond) })
-		f.later(f.some(2*time.Second), func() { f.setDisk(l.node.disk, func(d *disk) { d.slow = 0 }) })
+		l.node.disk.setSlow(50*time.Millisecond + f.some(1500*time.Millisecond))
+		f.later(f.some(2*time.Second), func() { l.node.disk.setSlow(0) })
 	case 8:
-		f.say("the disk of %s is full, or its syncs fail", name)
-		f.setDisk(l.node.disk, func(d *disk) { d.failing = true })
-		f.later(f.some(2*time.Second), func() { f.setDisk(l.node.disk, func(d *disk) { d.failing = false }) })
+		f.say("writes and syncs of the disk of %s fail now and then", name)
+		l.node.disk.medium.Fail(true)
+		rest := f.some(3 * time.Second)
+		f.later(f.some(2*time.Second), func() {
+			l.node.disk.medium.Fail(false)
+			if c.alive(name) != l {
+				return
+			}
+			time.Sleep(rest) // it goes on, and then its power is cut
+			if c.alive(name) == l {
+				l.crash()
+			}
+			l.node.start()
+		})
 	case 9:
 		f.say("%s hands leadership over, if it leads", name)
 		f.mending.Go(func() { _ = l.replica.TransferLeadership("") })
@@ -252,7 +261,7 @@ func (f *faults) strike() {
 		f.say("%s crashes and loses its disk", name)
 		f.wiping = true
 		l.crash()
-		f.setDisk(l.node.disk, func(d *disk) { d.synced = newContents() })
+		l.node.disk.wipe()
 		restart(f.some(time.Second))
 	}
 }
@@ -293,12 +302,6 @@ func (f *faults) cut(name string, on bool) {
 			f.c.network.block(other, name, on)
 		}
 	}
-}
-
-func (f *faults) setDisk(d *disk, do func(*disk)) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	do(d)
 }
 
 // well reports that all replicas are up, vote and have applied the same.
