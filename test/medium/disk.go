@@ -186,13 +186,14 @@ func (c *content) grow(size int64) {
 
 // write notes that a process wrote: now is what its page cache has of a sector.
 func (c *content) write(off int64, size int, now func(b []byte, off int64) (int, error)) error {
-	for s := off / sector; s*sector < off+int64(size); s++ {
-		b := make([]byte, sector)
-		n, err := now(b, s*sector)
-		if err != nil && n == 0 {
-			return err
-		}
-		c.dirty[s] = b[:n]
+	first := off / sector
+	b := make([]byte, (off+int64(size)+sector-1)/sector*sector-first*sector)
+	n, err := now(b, first*sector)
+	if err != nil && n == 0 {
+		return err
+	}
+	for i := 0; i < n; i += sector {
+		c.dirty[first+int64(i/sector)] = b[i:min(i+sector, n):min(i+sector, n)]
 	}
 	return nil
 }

@@ -75,10 +75,13 @@ func TestPlantedBugs(t *testing.T) {
 			if err := os.WriteFile(list, overlay, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			out, err := exec.Command("go", "test", "-overlay", list, "-run", "^TestSim$", "-runs", fmt.Sprint(cmp.Or(bug.runs, 300)), "-failfast", "-timeout", "5m", ".").CombinedOutput()
+			out, err := exec.Command("go", "test", "-overlay", list, "-run", "^TestSim$", "-runs", fmt.Sprint(cmp.Or(bug.runs, 300)), "-failfast", "-timeout", "15m", ".").CombinedOutput()
 			text := string(out)
 			if strings.Contains(text, "build failed") || strings.Contains(text, "setup failed") {
 				t.Fatalf("the bug does not compile:\n%s", text)
+			}
+			if strings.Contains(text, "test timed out") || strings.Contains(text, "SIGQUIT") {
+				t.Fatalf("the runs came to no end within the timeout:\n%.2000s", text)
 			}
 			if err == nil {
 				t.Fatalf("%d runs did not find it:\n%s", cmp.Or(bug.runs, 300), text)
