@@ -242,7 +242,7 @@ func TestChangesBeforeTheCache(t *testing.T) {
 	}
 
 	// It falls behind and reads everything again: in between, likewise.
-	leader := state.New(state.Options{})
+	leader := state.New(state.Options{HistoryChanges: 1})
 	install(t, s, leader)
 	between := apply(t, leader, putPod(t, pod("a", "p2", "n1")))
 	apply(t, leader, state.Change{Key: podKey("a", "p2"), Delete: true})
