@@ -83,31 +83,31 @@ type Store struct {
 	statuses map[types.UID]*corev1.PodStatus // last one reported, by pod
 	pos      position
 	whole    bool         // a full list was received since this process began
+	stray    map[key]bool // files that were found and could not be read
 	listing  map[key]bool // what a full list has named so far, nil outside of one
 	observer Observer
 
 	writer *writer
 }
 
-// Open reads the store of dir, which is made when missing. A file that cannot
-// be read costs a full list at the next connection, not the start.
+// Open reads the store of dir, which is made when missing. Files that cannot be
+// read are as if they were not there: the first connection brings a full list.
 func Open(dir string, log *slog.Logger) (*Store, error) {
 	s := &Store{
 		dir: dir, log: log,
 		pods: map[types.UID]*corev1.Pod{}, objects: map[key]object{}, digests: map[key]digest{},
-		statuses: map[types.UID]*corev1.PodStatus{},
+		statuses: map[types.UID]*corev1.PodStatus{}, stray: map[key]bool{},
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of the desired state: %w", err)
 	}
-	whole, err := s.load()
+	found, err := s.load()
 	if err != nil {
 		return nil, err
 	}
-	if !whole {
-		s.pos.Revision = 0
+	if s.writer, err = newWriter(dir, found, log); err != nil {
+		return nil, err
 	}
-	s.writer = newWriter(dir, log)
 	return s, nil
 }
 
@@ -118,7 +118,7 @@ func (s *Store) Observe(o Observer) {
 	s.observer = o
 }
 
-// Close writes what is left to write.
+// Close writes what is left to write and returns why that failed, if it did.
 func (s *Store) Close() error { return s.writer.close() }
 
 // Position returns the cluster id and the revision that was reached.
@@ -240,6 +240,12 @@ func (s *Store) Synced(revision int64) {
 				goneKinds = append(goneKinds, k.kind())
 			}
 		}
+		for k := range s.stray {
+			if !s.listing[k] {
+				s.writer.remove(k)
+			}
+		}
+		clear(s.stray)
 		s.listing, s.whole = nil, true
 	}
 	s.pos.Revision = revision // the state may have gone back
@@ -352,43 +358,45 @@ func (s *Store) ForgetStatus(uid types.UID) {
 	s.writer.remove(statusKey(uid))
 }
 
-// load fills the store from disk. whole is false when a file was unreadable.
-func (s *Store) load() (whole bool, err error) {
-	whole = true
+// load fills the store from disk and returns the keys of the files it found. What
+// cannot be read is left alone until a full list says whether it is wanted.
+func (s *Store) load() (found []key, err error) {
 	raw, err := hostile.ReadRegular(filepath.Join(s.dir, positionFile), hostile.MaxOwn)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		whole = false
-	case err != nil:
-		return false, fmt.Errorf("read the desired state: %w", err)
-	default:
-		if err := json.Unmarshal(raw, &s.pos); err != nil {
-			s.log.Warn("the desired state's position is damaged; a full list will be asked for", "error", err)
-			whole = false
+	if err == nil {
+		err = json.Unmarshal(raw, &s.pos)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.log.Warn("the desired state's position cannot be read; a full list is asked for in any case", "error", err)
+		s.pos = position{}
+	}
+	for _, top := range []string{"pods", "objects", "status"} {
+		err := filepath.WalkDir(filepath.Join(s.dir, top), func(path string, d fs.DirEntry, err error) error {
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				s.log.Error("a folder of the desired state cannot be read; the node goes on without it", "folder", path, "error", err)
+			}
+			if err != nil || d.IsDir() {
+				return nil
+			}
+			rel, err := filepath.Rel(s.dir, path)
+			if err != nil {
+				return err
+			}
+			found = append(found, key(rel))
+			raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
+			if err == nil {
+				err = s.loadOne(rel, raw)
+			}
+			if err != nil {
+				s.log.Warn("a file of the desired state is damaged; the next full list replaces or removes it", "file", path, "error", err)
+				s.stray[key(rel)] = true
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read the desired state: %w", err)
 		}
 	}
-	err = filepath.WalkDir(s.dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || d.Name() == positionFile || filepath.Ext(path) == tempSuffix {
-			return err
-		}
-		rel, err := filepath.Rel(s.dir, path)
-		if err != nil {
-			return err
-		}
-		raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
-		if err != nil {
-			return err
-		}
-		if err := s.loadOne(rel, raw); err != nil {
-			s.log.Warn("a file of the desired state is damaged; a full list will be asked for", "file", path, "error", err)
-			whole = false
-		}
-		return nil
-	})
-	if err != nil {
-		return false, fmt.Errorf("read the desired state: %w", err)
-	}
-	return whole, nil
+	return found, nil
 }
 
 func (s *Store) loadOne(rel string, raw []byte) error {
@@ -417,8 +425,8 @@ func (s *Store) loadOne(rel string, raw []byte) error {
 		if err := obj.Unmarshal(raw); err != nil {
 			return err
 		}
-		if obj.GetName() != filepath.Base(rel) {
-			return fmt.Errorf("holds the object %q", obj.GetName())
+		if k := objectKey(filepath.Base(filepath.Dir(kind)), obj.GetNamespace(), obj.GetName()); k != key(rel) {
+			return fmt.Errorf("holds the object %s/%s", obj.GetNamespace(), obj.GetName())
 		}
 		s.objects[key(rel)], s.digests[key(rel)] = obj, digestOf(raw)
 	}

@@ -64,7 +64,8 @@ func TestStoreOutlivesItsProcess(t *testing.T) {
 	require.Equal(t, corev1.PodFailed, st.Phase)
 	epoch, revision := s.Position()
 	require.Equal(t, "cluster", epoch)
-	require.EqualValues(t, 9, revision, "the position that was last written as whole; later changes are sent again")
+	require.EqualValues(t, 9, revision, "the position that was last written as whole")
+	require.Nil(t, s.Have(), "a new process asks for a full list")
 	require.NoError(t, s.Close())
 	info, err := os.Stat(filepath.Join(dir, "objects", "Secret", "ns", "s"))
 	require.NoError(t, err)
@@ -110,30 +111,90 @@ func TestFullListRemovesWhatItDoesNotName(t *testing.T) {
 	require.Equal(t, "b c d", uids(s))
 }
 
+// Whatever is wrong with a file, the store opens, and the full list that follows
+// puts it right, on the disk too.
 func TestDamagedFilesCostAFullList(t *testing.T) {
 	t.Parallel()
-	for _, tc := range []struct{ name, file, content string }{
+	for _, tc := range []struct {
+		name, file string
+		content    string // "/": a folder
+	}{
 		{"a truncated pod", "pods/a", "\x0a\xff"},
 		{"an empty pod", "pods/a", ""},
+		{"a pod under another's name", "pods/stranger", "x"},
+		{"a folder in a pod's place", "pods/a/x", "x"},
 		{"a position that is no JSON", positionFile, "{"},
+		{"a folder in the position's place", positionFile, "/"},
 		{"an object of no known kind", "objects/Widget/ns/x", "x"},
+		{"a truncated object", "objects/ConfigMap/ns/cm", "\x0a\xff"},
+		{"what an earlier agent left in the middle of a write", "objects/ConfigMap/ns/cm.new", "\x0a\xff"},
+		{"what this agent left in the middle of a write", newDir + "/" + newFile, "x"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			s := open(t, dir)
-			s.Begin("cluster", true)
-			set(t, s, 5, "a", "b")
-			s.Synced(5)
+			cm, err := (&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "cm", Namespace: "ns"}}).Marshal()
+			require.NoError(t, err)
+			fill := func() {
+				s.Begin("cluster", true)
+				require.NoError(t, s.SetObject(KindConfigMap, cm, 4))
+				set(t, s, 5, "a", "b")
+				s.Synced(5)
+			}
+			fill()
 			require.NoError(t, s.Close())
 			path := filepath.Join(dir, tc.file)
-			require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o700))
-			require.NoError(t, os.WriteFile(path, []byte(tc.content), 0o600))
+			if parent := filepath.Dir(path); parent != dir {
+				_ = os.Remove(parent) // if it is a file
+				require.NoError(t, os.MkdirAll(parent, 0o700))
+			}
+			if err := os.RemoveAll(path); err != nil {
+				t.Fatal(err)
+			}
+			if tc.content == "/" {
+				require.NoError(t, os.Mkdir(path, 0o700))
+			} else {
+				require.NoError(t, os.WriteFile(path, []byte(tc.content), 0o600))
+			}
+			s = open(t, dir)
+			require.Contains(t, uids(s), "b")
+			require.Nil(t, s.Have())
+			fill()
+			require.NoError(t, s.Close())
 			s = open(t, dir)
 			defer s.Close()
-			_, revision := s.Position()
-			require.Zero(t, revision)
-			require.Contains(t, uids(s), "b")
+			require.Equal(t, "a b", uids(s))
+			_, ok := s.ConfigMap("ns", "cm")
+			require.True(t, ok)
+			epoch, revision := s.Position()
+			require.Equal(t, "cluster", epoch)
+			require.EqualValues(t, 5, revision)
+			require.Empty(t, s.stray, "nothing damaged is left")
 		})
+	}
+}
+
+// Names that files of the store itself have, or had, or are as long as can be, are
+// names of objects too.
+func TestAnyName(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	s.Begin("cluster", true)
+	names := []string{"settings", "settings.new", positionFile, "new", "file", "pods", strings.Repeat("x", 253)}
+	for _, name := range names {
+		raw, err := (&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "status"}, Data: map[string]string{"name": name}}).Marshal()
+		require.NoError(t, err)
+		require.NoError(t, s.SetObject(KindConfigMap, raw, 3))
+	}
+	s.Synced(3)
+	require.NoError(t, s.Close())
+	s = open(t, dir)
+	defer s.Close()
+	for _, name := range names {
+		cm, ok := s.ConfigMap("status", name)
+		require.True(t, ok, name)
+		require.Equal(t, name, cm.Data["name"])
 	}
 }
