@@ -26,6 +26,9 @@ type Runtime = runtimev1.RuntimeServiceClient
 // callTimeout bounds CRI calls that do not wait for a container.
 const callTimeout = 2 * time.Minute
 
+// straysKept bounds the ids that ended before they had an owner.
+const straysKept = 1024
+
 // Objects finds what pods refer to.
 type Objects interface {
 	volume.Objects
@@ -91,6 +94,7 @@ type Manager struct {
 	wg      sync.WaitGroup
 	workers map[types.UID]*worker
 	owner   map[string]types.UID // container or sandbox id to pod
+	strays  map[string]bool      // ids that ended before they had an owner
 }
 
 // NewManager returns a manager that does nothing until Run.
@@ -112,7 +116,7 @@ func NewManager(cfg Config) *Manager {
 			Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
 		}),
 		images:  image.New(cfg.Images, cfg.Now, log),
-		workers: map[types.UID]*worker{}, owner: map[string]types.UID{},
+		workers: map[types.UID]*worker{}, owner: map[string]types.UID{}, strays: map[string]bool{},
 	}
 }
 
@@ -216,6 +220,13 @@ func (m *Manager) ImageAppeared(name string) {
 func (m *Manager) TaskChanged(id string, exited bool) {
 	m.mu.Lock()
 	w := m.workers[m.owner[id]]
+	if w == nil && exited {
+		// It may be one that is just being made, and ended before CRI gave its id.
+		if len(m.strays) >= straysKept {
+			clear(m.strays)
+		}
+		m.strays[id] = true
+	}
 	m.mu.Unlock()
 	if w == nil {
 		return
@@ -236,10 +247,18 @@ func (m *Manager) all() []*worker {
 	return out
 }
 
+// own notes whose a container or sandbox is. If it has ended already, its pod
+// looks again.
 func (m *Manager) own(id string, uid types.UID) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
+	ended, w := m.strays[id], m.workers[uid]
 	m.owner[id] = uid
+	delete(m.strays, id)
+	m.mu.Unlock()
+	if ended && w != nil {
+		w.expectExit(id)
+		w.wakeUp()
+	}
 }
 
 func (m *Manager) disown(id string) {

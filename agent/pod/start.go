@@ -92,14 +92,14 @@ func (b *backOff) grow() { b.delay = min(max(firstRestart, b.delay*2), maxRestar
 
 // act does the steps of a plan. It says whether anything changed that has to be
 // looked at again right away.
-func (w *worker) act(pod *corev1.Pod, obs *observed, a actions) bool {
+func (w *worker) act(pod *corev1.Pod, obs *observed, a actions, shown uint64) bool {
 	w.mu.Lock()
 	w.imageWait = false
 	w.mu.Unlock()
 	for _, k := range a.kill {
 		w.kill(pod, k.container, k.spec, k.message, killGrace(pod, k))
 	}
-	ready := w.ensureVolumes(pod, obs)
+	ready := w.ensureVolumes(pod, obs, shown)
 	if !ready {
 		return false
 	}
@@ -140,14 +140,13 @@ func (w *worker) everyContainer(pod *corev1.Pod, why waiting) {
 }
 
 // ensureVolumes makes the pod's volumes, or brings them up to date when
-// something that they show has changed.
-func (w *worker) ensureVolumes(pod *corev1.Pod, obs *observed) bool {
+// something that they show has changed. shown is the count of such changes as it
+// was when pod was taken.
+func (w *worker) ensureVolumes(pod *corev1.Pod, obs *observed, shown uint64) bool {
 	now := w.m.cfg.Now()
-	w.mu.Lock()
-	due := w.volumesDirty || w.volumes == nil || !w.refreshAt.IsZero() && !now.Before(w.refreshAt)
-	dirty := w.volumesDirty
-	w.volumesDirty = false
-	w.mu.Unlock()
+	dirty := shown != w.written
+	due := dirty || w.volumes == nil || !w.refreshAt.IsZero() && !now.Before(w.refreshAt)
+	w.written = shown // one that fails is put off, and tried again for that reason
 	if !due {
 		if !w.refreshAt.IsZero() {
 			w.again(w.refreshAt)
@@ -235,7 +234,7 @@ func (w *worker) startSandbox(pod *corev1.Pod, attempt uint32) bool {
 	delete(w.retry, "sandbox")
 	w.m.own(resp.PodSandboxId, w.uid)
 	w.mu.Lock()
-	w.volumesDirty = true // the pod has an address now, which some volumes show
+	w.shown++ // the pod has an address now, which some volumes show
 	w.mu.Unlock()
 	return true
 }
@@ -282,19 +281,18 @@ func (w *worker) startContainer(pod *corev1.Pod, obs *observed, box *sandbox, s 
 	if err != nil {
 		return wait(reasonConfigError, err.Error())
 	}
+	w.setImageWait() // before it is looked for: one that appears in between wakes this worker
 	res := w.m.images.Ensure(w.ctx, image.Request{
 		Pod: pod, Container: s.spec, Secrets: w.pullSecrets(pod), Sandbox: box2, Changed: w.wakeUp,
 		Event: func(kind, reason, message string) { w.eventOnce(pod, kind, reason, message, name) },
 	})
 	switch res.State {
 	case image.Pulling:
-		w.setImageWait()
 		if s.previous == nil {
 			return false
 		}
 		return wait(reasonCreating, "")
 	case image.Failed:
-		w.setImageWait()
 		if !res.Retry.IsZero() {
 			w.again(res.Retry)
 		}

@@ -36,10 +36,11 @@ type worker struct {
 	mu           sync.Mutex
 	pod          *corev1.Pod
 	removed      bool
-	volumesDirty bool
+	shown        uint64 // counts what volumes show: changes of the pod or of what it refers to
 	imageWait    bool
 	hurry        bool // what is put off may be tried now
 	expected     map[string]*expectation
+	expectations uint64 // made so far
 	kills        map[string]*killing
 	hooks        map[string]*hook
 	said         map[string]string // last message of an event that would repeat
@@ -49,6 +50,7 @@ type worker struct {
 	observer  observer
 	probes    *prober
 	volumes   volume.Mounts
+	written   uint64 // shown, of what the volumes were last made from
 	refreshAt time.Time
 	retry     map[string]*retry
 	restart   map[string]*backOff
@@ -62,14 +64,15 @@ type worker struct {
 
 // expectation is an exit that CRI has not confirmed yet.
 type expectation struct {
-	until time.Time
-	delay time.Duration
+	number uint64
+	until  time.Time
+	delay  time.Duration
 }
 
 func newWorker(m *Manager, pod *corev1.Pod) *worker {
 	w := &worker{
 		m: m, uid: pod.UID, log: m.log.With("pod", pod.Namespace+"/"+pod.Name, "uid", pod.UID),
-		wake: make(chan struct{}, 1), pod: pod, volumesDirty: true,
+		wake: make(chan struct{}, 1), pod: pod, shown: 1,
 		expected: map[string]*expectation{}, kills: map[string]*killing{}, hooks: map[string]*hook{},
 		observer: observer{runtime: m.cfg.Runtime, uid: pod.UID},
 		retry:    map[string]*retry{}, restart: map[string]*backOff{}, waiting: map[string]waiting{},
@@ -90,8 +93,8 @@ func (w *worker) set(pod *corev1.Pod) {
 	w.mu.Lock()
 	old := w.pod
 	w.pod = pod
-	if !maps.Equal(old.Labels, pod.Labels) || !maps.Equal(old.Annotations, pod.Annotations) {
-		w.volumesDirty = true
+	if !maps.Equal(old.Labels, pod.Labels) || !maps.Equal(old.Annotations, pod.Annotations) || old.Generation != pod.Generation {
+		w.shown++
 	}
 	w.mu.Unlock()
 	w.wakeUp()
@@ -107,7 +110,8 @@ func (w *worker) remove() {
 // refresh makes the worker look again at what the pod refers to.
 func (w *worker) refresh() {
 	w.mu.Lock()
-	w.volumesDirty, w.hurry = true, true
+	w.shown++
+	w.hurry = true
 	w.mu.Unlock()
 	w.wakeUp()
 }
@@ -201,7 +205,8 @@ func envRefersTo(c *corev1.Container, kind, name string) bool {
 func (w *worker) expectExit(id string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.expected[id] = &expectation{until: w.m.cfg.Now().Add(exitPatience), delay: 2 * time.Millisecond}
+	w.expectations++
+	w.expected[id] = &expectation{number: w.expectations, until: w.m.cfg.Now().Add(exitPatience), delay: 2 * time.Millisecond}
 }
 
 // again asks for another look at t, if nothing wakes the worker before.
@@ -242,7 +247,9 @@ func (w *worker) run(ctx context.Context) {
 func (w *worker) sync() bool {
 	for range maxSteps {
 		w.mu.Lock()
-		pod, removed := w.pod, w.removed
+		// A mark is taken together with what it is about: what changes from here on
+		// is the next pass's, which it wakes.
+		pod, removed, shown, expectations := w.pod, w.removed, w.shown, w.expectations
 		if w.hurry {
 			w.hurry = false
 			maps.DeleteFunc(w.retry, func(step string, _ *retry) bool { return !strings.HasPrefix(step, "stop/") })
@@ -258,7 +265,7 @@ func (w *worker) sync() bool {
 			}
 			return false
 		}
-		w.register(obs)
+		w.register(obs, expectations)
 		w.checkDeadline(pod)
 
 		if removed || pod.DeletionTimestamp != nil {
@@ -284,7 +291,7 @@ func (w *worker) sync() bool {
 			return false
 		}
 		w.waiting = map[string]waiting{}
-		acted := w.act(pod, obs, a)
+		acted := w.act(pod, obs, a, shown)
 		if acted && w.ctx.Err() == nil {
 			continue
 		}
@@ -299,7 +306,10 @@ func (w *worker) sync() bool {
 
 // register tells the manager which ids are this pod's, and settles or repeats
 // the wait for exits that CRI has not seen.
-func (w *worker) register(obs *observed) {
+//
+// Expectations beyond the given number were made after obs was seen: it says
+// nothing of them.
+func (w *worker) register(obs *observed, expectations uint64) {
 	running := map[string]bool{}
 	for _, s := range obs.sandboxes {
 		w.m.own(s.id, w.uid)
@@ -315,7 +325,7 @@ func (w *worker) register(obs *observed) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for id, e := range w.expected {
-		if !running[id] || now.After(e.until) {
+		if e.number <= expectations && !running[id] || now.After(e.until) {
 			delete(w.expected, id)
 			continue
 		}

@@ -1,0 +1,158 @@
+package pod
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/volume"
+)
+
+// fakeRuntime has one pod with a ready sandbox and a running container.
+type fakeRuntime struct {
+	runtimev1.RuntimeServiceClient
+	observing func() // called while a worker looks, nil: nothing
+}
+
+func (f *fakeRuntime) ListPodSandbox(context.Context, *runtimev1.ListPodSandboxRequest, ...grpc.CallOption) (*runtimev1.ListPodSandboxResponse, error) {
+	if f.observing != nil {
+		f.observing()
+	}
+	return &runtimev1.ListPodSandboxResponse{Items: []*runtimev1.PodSandbox{{Id: "s1", CreatedAt: 1, State: runtimev1.PodSandboxState_SANDBOX_READY}}}, nil
+}
+
+func (f *fakeRuntime) PodSandboxStatus(context.Context, *runtimev1.PodSandboxStatusRequest, ...grpc.CallOption) (*runtimev1.PodSandboxStatusResponse, error) {
+	return &runtimev1.PodSandboxStatusResponse{Status: &runtimev1.PodSandboxStatus{
+		State: runtimev1.PodSandboxState_SANDBOX_READY, Network: &runtimev1.PodSandboxNetworkStatus{Ip: "10.0.0.9"},
+	}}, nil
+}
+
+func (f *fakeRuntime) ListContainers(context.Context, *runtimev1.ListContainersRequest, ...grpc.CallOption) (*runtimev1.ListContainersResponse, error) {
+	return &runtimev1.ListContainersResponse{Containers: []*runtimev1.Container{{Id: "c1", PodSandboxId: "s1"}}}, nil
+}
+
+func (f *fakeRuntime) ContainerStatus(context.Context, *runtimev1.ContainerStatusRequest, ...grpc.CallOption) (*runtimev1.ContainerStatusResponse, error) {
+	return &runtimev1.ContainerStatusResponse{Status: &runtimev1.ContainerStatus{
+		Id: "c1", State: runtimev1.ContainerState_CONTAINER_RUNNING, Labels: map[string]string{labelContainerName: "app"},
+	}}, nil
+}
+
+type nobody struct{ volume.Objects }
+
+func (nobody) Status(types.UID) (*corev1.PodStatus, bool)             { return nil, false }
+func (nobody) SetStatus(types.UID, *corev1.PodStatus)                 {}
+func (nobody) ForgetStatus(types.UID)                                 {}
+func (nobody) SetPodStatus(pod *corev1.Pod, status *corev1.PodStatus) {}
+func (nobody) PodTerminated(*corev1.Pod)                              {}
+func (nobody) ForgetPod(*corev1.Pod)                                  {}
+func (nobody) Event(*corev1.Event)                                    {}
+
+func testWorker(t *testing.T, rt *fakeRuntime, pod *corev1.Pod) *worker {
+	t.Helper()
+	m := NewManager(Config{
+		Dir: t.TempDir(), Runtime: rt, Objects: nobody{}, Statuses: nobody{}, Reporter: nobody{},
+		HostIPs: func() []string { return nil }, Capacity: func() corev1.ResourceList { return nil },
+		NetworkReady: func() bool { return true }, Logger: slog.New(slog.DiscardHandler),
+	})
+	w := newWorker(m, pod)
+	ctx, cancel := context.WithCancel(context.Background())
+	w.ctx = ctx
+	t.Cleanup(func() { cancel(); w.wg.Wait(); _ = m.volumes.Teardown(pod.UID) })
+	return w
+}
+
+// passes runs the worker for as long as something wakes it.
+func passes(w *worker) {
+	for {
+		select {
+		case <-w.wake:
+			w.sync()
+		default:
+			return
+		}
+	}
+}
+
+func labelled(value string) *corev1.Pod {
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "web", UID: "u1", Labels: map[string]string{"v": value}},
+		Spec: corev1.PodSpec{
+			Containers: []corev1.Container{{Name: "app"}},
+			Volumes: []corev1.Volume{{Name: "info", VolumeSource: corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{
+				Items: []corev1.DownwardAPIVolumeFile{{Path: "labels", FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.labels"}}},
+			}}}},
+		},
+	}
+}
+
+// A change of the pod that comes while a pass works on the copy it took shows in
+// the volumes after the next.
+func TestChangeDuringAPass(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("volumes are made by root")
+	}
+	rt := &fakeRuntime{}
+	w := testWorker(t, rt, labelled("1"))
+	shown := func() string {
+		raw, err := os.ReadFile(filepath.Join(w.volumes["info"], "labels"))
+		require.NoError(t, err)
+		return string(raw)
+	}
+	w.wakeUp()
+	passes(w)
+	require.Equal(t, `v="1"`, shown())
+	rt.observing = func() { rt.observing = nil; w.set(labelled("3")) }
+	w.set(labelled("2"))
+	passes(w)
+	require.Equal(t, `v="3"`, shown())
+	rt.observing = func() { rt.observing = nil; w.set(labelled("4")) }
+	w.wakeUp()
+	passes(w)
+	require.Equal(t, `v="4"`, shown())
+}
+
+// An exit that containerd tells of while a pass looks is not settled by what that
+// pass saw.
+func TestExitDuringAPass(t *testing.T) {
+	t.Parallel()
+	w := testWorker(t, &fakeRuntime{}, labelled("1"))
+	w.expectExit("old")
+	taken := w.expectations
+	w.expectExit("c9") // made after obs was seen
+	w.register(&observed{}, taken)
+	require.NotContains(t, w.expected, "old")
+	require.Contains(t, w.expected, "c9")
+	require.False(t, w.next.IsZero(), "CRI is asked again about it")
+	w.register(&observed{}, w.expectations)
+	require.Empty(t, w.expected)
+}
+
+// A sandbox that ends before CRI has given its id is looked at again.
+func TestExitBeforeItsOwner(t *testing.T) {
+	t.Parallel()
+	w := testWorker(t, &fakeRuntime{}, labelled("1"))
+	w.m.workers[w.uid] = w
+	w.m.TaskChanged("s9", true)
+	w.m.own("s9", w.uid)
+	require.Contains(t, w.expected, "s9")
+	select {
+	case <-w.wake:
+	case <-time.After(time.Minute):
+		t.Fatal("the worker was not woken")
+	}
+	for i := range 3 * straysKept {
+		w.m.TaskChanged(string(rune(i)), true)
+	}
+	require.LessOrEqual(t, len(w.m.strays), straysKept)
+}
