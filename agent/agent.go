@@ -184,7 +184,7 @@ func (a *Agent) wire() {
 		ips = append(ips, ip.String())
 	}
 	a.pods = pod.NewManager(pod.Config{
-		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"),
+		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
 		Runtime: a.runtime, Images: a.runtime.Images, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },

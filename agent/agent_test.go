@@ -271,6 +271,17 @@ func quantities(cpu, memory string) corev1.ResourceList {
 	return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)}
 }
 
+// podCgroups are the folders of a burstable pod's cgroup.
+func podCgroups(n *testNode, p *corev1.Pod) []string {
+	cfg := n.cfg
+	cfg.SetDefaults()
+	path := filepath.Join(cfg.CgroupRoot, "burstable", "pod"+string(p.UID))
+	if cgroup.V2() {
+		return []string{filepath.Join(cgroup.Root, path)}
+	}
+	return []string{filepath.Join(cgroup.Root, "memory", path), filepath.Join(cgroup.Root, "cpu", path), filepath.Join(cgroup.Root, "pids", path)}
+}
+
 // Init containers, environment, volumes, users and limits, as a container sees
 // them.
 func TestWhatAContainerSees(t *testing.T) {
@@ -362,6 +373,12 @@ func TestWhatAContainerSees(t *testing.T) {
 		require.Contains(t, report, want)
 	}
 
+	for _, dir := range podCgroups(n, p) {
+		require.DirExists(t, dir)
+		if raw, err := os.ReadFile(filepath.Join(dir, "pids.max")); err == nil {
+			require.Equal(t, "4096", strings.TrimSpace(string(raw)))
+		}
+	}
 	if !cgroup.V2() {
 		id := strings.TrimPrefix(st.ContainerStatuses[0].ContainerID, "containerd://")
 		cfg := n.cfg
@@ -393,7 +410,9 @@ func TestWhatAContainerSees(t *testing.T) {
 
 	c.delete(p, 5)
 	require.NoDirExists(t, filepath.Join(n.cfg.DataDir, "pods", string(p.UID)))
-	require.NoDirExists(t, filepath.Join(cgroup.Root, "memory", n.cfg.CgroupRoot, "burstable", "pod"+string(p.UID)))
+	for _, dir := range podCgroups(n, p) {
+		require.NoDirExists(t, dir)
+	}
 }
 
 // Containers that fail are started again with back-off, and what they said

@@ -49,8 +49,11 @@ type Config struct {
 	CgroupRoot string
 	// MaxPods is how many pods the node takes. Default 110.
 	MaxPods int64
-	Labels  map[string]string
-	Taints  []corev1.Taint
+	// PodMaxPids is how many processes and threads one pod may have, -1: any
+	// number. Default DefaultPodMaxPids.
+	PodMaxPids int64
+	Labels     map[string]string
+	Taints     []corev1.Taint
 	// GossipAddress is where gossip reaches this node, host:port.
 	GossipAddress string
 	// ClusterDNS, ClusterDomain and KubernetesServiceIP are what containers see.
@@ -71,6 +74,10 @@ const DefaultPauseImage = "docker.io/timonel/pause:latest"
 // DefaultCNIBin is where Debian puts the CNI plugins.
 const DefaultCNIBin = "/usr/lib/cni"
 
+// DefaultPodMaxPids leaves room for large programs and keeps one pod from taking
+// all the process ids of a node.
+const DefaultPodMaxPids = 4096
+
 // SetDefaults fills what is empty and has a default.
 func (c *Config) SetDefaults() {
 	if c.PauseImage == "" {
@@ -88,6 +95,9 @@ func (c *Config) SetDefaults() {
 	if c.MaxPods == 0 {
 		c.MaxPods = 110
 	}
+	if c.PodMaxPids == 0 {
+		c.PodMaxPids = DefaultPodMaxPids
+	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -104,6 +114,8 @@ func (c *Config) Validate() error {
 		return errors.New("agent config: NodeIPs is empty")
 	case c.MaxPods < 0:
 		return fmt.Errorf("agent config: MaxPods %d is negative", c.MaxPods)
+	case c.PodMaxPids < -1:
+		return fmt.Errorf("agent config: PodMaxPids %d: want a number of processes, or -1 for any", c.PodMaxPids)
 	case len(c.Bridge) > 15:
 		return fmt.Errorf("agent config: Bridge %q is longer than 15 characters", c.Bridge)
 	case !path.IsAbs(c.CgroupRoot) || path.Clean(c.CgroupRoot) == "/":

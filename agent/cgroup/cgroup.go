@@ -43,6 +43,7 @@ type Limits struct {
 	CPUShares           int64
 	CPUQuota, CPUPeriod int64 // microseconds
 	Memory              int64 // bytes
+	Pids                int64 // processes and threads
 }
 
 // Apply makes a cgroup and sets its limits.
@@ -50,8 +51,8 @@ func Apply(path string, l Limits) error {
 	if V2() {
 		return applyV2(path, l)
 	}
-	cpu, memory := filepath.Join(Root, "cpu", path), filepath.Join(Root, "memory", path)
-	for _, dir := range []string{cpu, memory} {
+	cpu, memory, pids := filepath.Join(Root, "cpu", path), filepath.Join(Root, "memory", path), filepath.Join(Root, "pids", path)
+	for _, dir := range []string{cpu, memory, pids} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return fmt.Errorf("make cgroup: %w", err)
 		}
@@ -71,6 +72,7 @@ func Apply(path string, l Limits) error {
 		write(cpu, "cpu.shares", max(l.CPUShares, 2)),
 		write(cpu, "cpu.cfs_quota_us", quota),
 		write(memory, "memory.limit_in_bytes", limit),
+		writeText(pids, "pids.max", pidsMax(l)),
 	)
 }
 
@@ -98,7 +100,15 @@ func applyV2(path string, l Limits) error {
 	weight := 1 + (max(l.CPUShares, 2)-2)*9999/262142
 	return errors.Join(
 		write(dir, "cpu.weight", weight), writeText(dir, "cpu.max", quota), writeText(dir, "memory.max", memory),
+		writeText(dir, "pids.max", pidsMax(l)),
 	)
+}
+
+func pidsMax(l Limits) string {
+	if l.Pids <= 0 {
+		return "max"
+	}
+	return strconv.FormatInt(l.Pids, 10)
 }
 
 func write(dir, file string, v int64) error { return writeText(dir, file, strconv.FormatInt(v, 10)) }

@@ -57,6 +57,8 @@ type Config struct {
 	// CgroupRoot is the cgroup below which all pods are.
 	CgroupRoot string
 	SeccompDir string
+	// MaxPids is how many processes and threads one pod may have; 0: any number.
+	MaxPids int64
 
 	Runtime  Runtime
 	Images   runtimev1.ImageServiceClient

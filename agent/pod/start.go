@@ -242,7 +242,7 @@ func (w *worker) startSandbox(pod *corev1.Pod, attempt uint32) bool {
 func (w *worker) applyCgroup(pod *corev1.Pod) error {
 	r := podResources(pod)
 	return cgroup.Apply(cgroupParent(w.m.cfg.CgroupRoot, pod), cgroup.Limits{
-		CPUShares: r.CpuShares, CPUQuota: r.CpuQuota, CPUPeriod: r.CpuPeriod, Memory: r.MemoryLimitInBytes,
+		CPUShares: r.CpuShares, CPUQuota: r.CpuQuota, CPUPeriod: r.CpuPeriod, Memory: r.MemoryLimitInBytes, Pids: w.m.cfg.MaxPids,
 	})
 }
 

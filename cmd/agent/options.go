@@ -37,6 +37,7 @@ type options struct {
 	labels          []string
 	taints          []string
 	maxPods         int64
+	podMaxPids      int64
 	clusterDNS      []string
 	clusterDomain   string
 	kubernetesIP    string
@@ -68,6 +69,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.labels, "labels", nil, "labels of the node, key=value,…")
 	f.StringSliceVar(&o.taints, "taints", nil, "taints of the node when it registers, key=value:effect,…")
 	f.Int64Var(&o.maxPods, "max-pods", 110, "how many pods the node takes")
+	f.Int64Var(&o.podMaxPids, "pod-max-pids", agent.DefaultPodMaxPids, "how many processes and threads one pod may have; -1 for any number")
 	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "the cluster's name servers for pods (default: the node's own)")
 	f.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the cluster's DNS domain")
 	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
@@ -123,6 +125,9 @@ func (o *options) config() (agent.Config, error) {
 	if o.maxPods < 1 {
 		return cfg, fmt.Errorf("--max-pods %d: must be at least 1", o.maxPods)
 	}
+	if o.podMaxPids < 1 && o.podMaxPids != -1 {
+		return cfg, fmt.Errorf("--pod-max-pids %d: must be at least 1, or -1 for any number", o.podMaxPids)
+	}
 	ips, err := nodeIPs(o.nodeIP)
 	if err != nil {
 		return cfg, err
@@ -154,7 +159,7 @@ func (o *options) config() (agent.Config, error) {
 	cfg = agent.Config{
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
-		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, Labels: labels, Taints: taints,
+		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
 		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP,
 		Version: version, Logger: log,
