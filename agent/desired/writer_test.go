@@ -159,8 +159,10 @@ func TestDiskFails(t *testing.T) {
 		}
 		t.Run(fmt.Sprintf("killed at step %d", n), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				s, _, covered := run(t, n, 1<<30)
-				require.ErrorIs(t, s.Close(), errFull)
+				s, d, covered := run(t, n, 1<<30)
+				if err := s.Close(); d.steps > n { // how many there are varies a little with what is written at once
+					require.ErrorIs(t, err, errFull)
+				}
 				again := open(t, s.dir)
 				defer again.Close()
 				_, revision := again.Position()

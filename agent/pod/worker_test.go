@@ -67,7 +67,7 @@ func testWorker(t *testing.T, rt *fakeRuntime, pod *corev1.Pod) *worker {
 	w := newWorker(m, pod)
 	ctx, cancel := context.WithCancel(context.Background())
 	w.ctx = ctx
-	t.Cleanup(func() { cancel(); w.wg.Wait(); _ = m.volumes.Teardown(pod.UID) })
+	t.Cleanup(func() { cancel(); w.wg.Wait(); _ = m.volumes.Teardown(context.Background(), pod.UID) })
 	return w
 }
 
