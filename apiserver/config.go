@@ -85,6 +85,10 @@ type Config struct {
 	// ReadyOnly names the checks of Health that only matter to /readyz, such as
 	// "is there a leader": restarting this replica would not help.
 	ReadyOnly []string
+	// Warnings, by name, say in /readyz?verbose what will be a problem soon, in the
+	// name of a check that passes; "" is none. The words should be few and the same
+	// for as long as the problem is.
+	Warnings map[string]func() string
 	// Paths are handlers of further paths under "/timonel/", behind
 	// authentication and RBAC (nonResourceURLs, whose verb is the method in lower
 	// case). One that ends in "/" serves what is below it too. Requests have no

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	apiextensionsapiserver "k8s.io/apiextensions-apiserver/pkg/apiserver"
@@ -154,7 +155,27 @@ func addHealthChecks(c Config, generic *genericapiserver.Config) {
 		}
 		generic.AddHealthChecks(checker) // livez, readyz and healthz
 	}
+	for name, says := range c.Warnings {
+		generic.AddReadyzChecks(&warning{name: name, says: says})
+	}
 }
+
+// warning is a check that passes and says in its name what will be a problem.
+type warning struct {
+	name    string
+	says    func() string
+	mounted atomic.Bool // its path has been made, of the name alone
+}
+
+func (w *warning) Name() string {
+	if says := w.says(); says != "" && !w.mounted.CompareAndSwap(false, true) {
+		return w.name + " (warning: " + says + ")"
+	}
+	w.mounted.Store(true)
+	return w.name
+}
+
+func (w *warning) Check(*http.Request) error { return nil }
 
 // dropManagedFields keeps what nobody in this process reads out of the
 // informers' memory.

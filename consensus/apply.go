@@ -36,7 +36,7 @@ func TermFrom(ctx context.Context) uint64 {
 // Without a leader, or when one dies, Apply waits for the next one, as long as
 // ctx and Config.ProposeTimeout allow, and tries again only when it is certain
 // that the command was not and will not be applied. Errors: ErrNoLeader,
-// ErrTermChanged, ErrTooLarge and ErrClosed mean that nothing was written,
+// ErrTermChanged, ErrTooLarge, ErrRefused and ErrClosed mean that nothing was written,
 // ErrUnknownOutcome that it may have been. Each wraps ctx's error if that was
 // the reason.
 //
@@ -173,6 +173,15 @@ func (r *Replica) propose(id requestID, e entry) *proposal {
 		p.settle()
 		return p
 	}
+	if r.cfg.Admit != nil && e.kind == kindCommand {
+		settled, err := r.cfg.Admit(e.command)
+		if err != nil {
+			p.err = fmt.Errorf("%w: %w", ErrRefused, err)
+			p.settle()
+			return p
+		}
+		p.then(settled)
+	}
 	e.version = byte(r.cfg.ClusterVersion())
 	data := e.encode()
 	go func() { // ends with Raft's answer, or with the process when Raft shuts down first
@@ -188,7 +197,7 @@ func (r *Replica) propose(id requestID, e entry) *proposal {
 // in any log.
 func certainlyNotAppended(err error) bool {
 	return errors.Is(err, raft.ErrNotLeader) || errors.Is(err, raft.ErrLeadershipTransferInProgress) ||
-		errors.Is(err, raft.ErrEnqueueTimeout)
+		errors.Is(err, raft.ErrEnqueueTimeout) || errors.Is(err, ErrRefused)
 }
 
 // attemptLocal proposes on this replica, which leads. An entry that Raft gave up
@@ -200,6 +209,9 @@ func (r *Replica) attemptLocal(ctx context.Context, w *waiter, e entry) (outcome
 	case o := <-w.done:
 		return o, nil
 	case <-p.failed:
+		if errors.Is(p.err, ErrRefused) {
+			return outcome{}, p.err
+		}
 		return outcome{kind: outcomeDropped}, nil
 	case <-ctx.Done():
 		return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, context.Cause(ctx))
@@ -232,6 +244,11 @@ func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id
 					return outcome{kind: outcomeDropped}, nil
 				}
 				continue // an earlier copy may have been appended: the log will tell
+			case codes.ResourceExhausted: // of this proposal alone too
+				if !sent {
+					return outcome{}, fmt.Errorf("%w: %s", ErrRefused, status.Convert(a.err).Message())
+				}
+				continue
 			case codes.InvalidArgument: // of this proposal alone: what ends the stream leaves it open
 				if !sent {
 					return outcome{}, fmt.Errorf("forward to the leader %s: %w", v.ID, a.err)

@@ -146,6 +146,12 @@ type Config struct {
 	// never.
 	FingerprintInterval time.Duration
 
+	// Admit, if not nil, is asked on the leader for each command, forwarded ones
+	// included, before it is proposed. It returns what to call when it is known what
+	// became of it, or an error, with which Apply then fails ([ErrRefused]). It must
+	// return at once. Default: every command passes.
+	Admit func(command []byte) (settled func(), err error)
+
 	// Version of the program, told to whoever lists the members.
 	Version string
 	// NewestVersion is the newest cluster version that this program can run under, 1

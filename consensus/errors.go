@@ -18,4 +18,7 @@ var (
 	ErrClosed = errors.New("the replica is closed")
 	// ErrTooLarge: the command is longer than Config.MaxCommandBytes.
 	ErrTooLarge = errors.New("the command is too large")
+	// ErrRefused: the leader's Config.Admit did not let the command pass. Nothing was
+	// written.
+	ErrRefused = errors.New("the leader refused the write")
 )

@@ -3,6 +3,7 @@ package consensus
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -94,6 +95,8 @@ func (r *Replica) takeForwarded(ctx context.Context, req *pb.ForwardRequest, ans
 			switch {
 			case proposal.err == nil:
 				done(proposal.index, nil)
+			case errors.Is(proposal.err, ErrRefused):
+				done(0, status.Error(codes.ResourceExhausted, strings.TrimPrefix(proposal.err.Error(), ErrRefused.Error()+": ")))
 			case certainlyNotAppended(proposal.err):
 				done(0, status.Errorf(codes.FailedPrecondition, "not appended: %v", proposal.err))
 			default:

@@ -133,7 +133,7 @@ func TestApplyRefuses(t *testing.T) {
 	results := s.ApplyBatch([]Entry{
 		{Index: 5, Term: 2, Command: good.Marshal()},
 		{Index: 5, Term: 2, Command: good.Marshal()},
-		{Index: 6, Term: 2, Command: []byte("nonsense")},
+		{Index: 6, Term: 2, Command: []byte("\x01nonsense")},
 		{Index: 7, Term: 3, Command: nil},
 	})
 	if r := results[0]; !r.Succeeded || r.Err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -26,6 +27,10 @@ func (b backend) Commit(ctx context.Context, txn *state.Txn) (state.Result, erro
 		txn = &stamped
 	}
 	v, err := b.replica.Apply(ctx, txn.Marshal())
+	if errors.Is(err, consensus.ErrRefused) && !errors.Is(err, state.ErrNoSpace) {
+		// Another controller said so, in words.
+		return state.Result{}, fmt.Errorf("%w (%w)", state.ErrNoSpace, err)
+	}
 	if err != nil {
 		return state.Result{}, err
 	}

@@ -35,6 +35,7 @@ type config struct {
 	heartbeatTimeout, electionTimeout, leaderLease time.Duration
 	snapshotThreshold, trailingLogs                uint64
 	historyAge                                     time.Duration
+	memory, stateLimit                             string // quantities; "" is the default
 	historyRevisions                               int
 	logStore                                       string
 	deadMemberCleanupAfter                         time.Duration
@@ -89,6 +90,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.DurationVar(&c.deadMemberCleanupAfter, "dead-member-cleanup-after", c.deadMemberCleanupAfter, "how long a controller must be dead until the leader removes it from the members, if others have taken its place: at least --bootstrap-expect healthy ones (0: never)")
 	f.DurationVar(&c.historyAge, "history-age", c.historyAge, "for how long after it was the newest a revision can be watched from, and lists be paged over at it, on each controller; may differ between controllers")
 	f.IntVar(&c.historyRevisions, "history-revisions", c.historyRevisions, "the greatest number of revisions kept for that, whatever their age (0: no limit but that of memory); may differ between controllers")
+	f.StringVar(&c.memory, "memory", c.memory, "how much memory this controller divides among its parts, such as 4Gi (default: the machine's, or what its cgroup allows)")
+	f.StringVar(&c.stateLimit, "state-limit", c.stateLimit, "the greatest size of the cluster's state, such as 2Gi: beyond, writes that make it larger are refused with 507 and deletes pass; the leader's counts, so give all controllers the same (default: an eighth of --memory)")
 	c.backups.flags(f)
 	f.StringVar(&c.logLevel, "log-level", c.logLevel, "debug, info, warn or error")
 	f.StringVar(&c.logFormat, "log-format", c.logFormat, "text or json")
@@ -172,6 +175,9 @@ func (c *config) validate() error {
 	}
 	if c.deadMemberCleanupAfter != 0 && c.deadMemberCleanupAfter < 5*time.Second {
 		bad("dead-member-cleanup-after", "%s is under 5s; 0 is never", c.deadMemberCleanupAfter)
+	}
+	if _, err := c.memoryShares(); err != nil {
+		errs = append(errs, err)
 	}
 	if c.historyAge < 10*time.Second {
 		bad("history-age", "%s is under 10s: clients that reconnect would have to list all again", c.historyAge)

@@ -1,221 +1,72 @@
 package main
 
 import (
-	"bufio"
-	"context"
 	"fmt"
-	"os"
-	"runtime"
-	"runtime/debug"
-	"runtime/metrics"
-	"strconv"
-	"strings"
-	"time"
+	"math"
 
 	"github.com/KimMachineGun/automemlimit/memlimit"
-	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/api/resource"
 )
+
+// shares is what a controller's memory is divided into, in bytes. This is the one place
+// that says so; each part keeps its own bound. docs/memory.md explains the table.
+type shares struct {
+	// memory is all there is. The Go runtime is told to collect harder near nine tenths.
+	memory int64
+	// state bounds keys and values. Decoded beside, for the scheduler and the
+	// reconcilers, they take up to four times that.
+	state int64
+	// history bounds what was replaced or deleted and is kept for watches and lists.
+	history int64
+	// objects bounds the API server's decoded objects, by the size of their encodings:
+	// in memory they are four times as large.
+	objects int64
+}
 
 const (
-	// idleGC is the GOGC of a controller that has little to do: its heap may grow
-	// by a quarter between collections.
-	idleGC = 25
-	// A busy one's may grow by busyGrowth, but by no less than Go's default of
-	// what lives and by no more than four times that: with a small state the
-	// collector would otherwise take a tenth of the processor.
-	busyGrowth       = 256 << 20
-	minBusy, maxBusy = 100, 400
-	// busyRate is from how many bytes allocated per second a controller is busy.
-	// At that rate an idle one would collect every four seconds or so.
-	busyRate = 4 << 20
-	// tendEvery is how often to look which it is, quietFor how often in a row it
-	// must have been quiet to be called idle.
-	tendEvery, quietFor = 2 * time.Second, 4
+	// leastMemory is what a controller without any load needs, and some.
+	leastMemory = 256 << 20
+	// leastStateLimit is what a cluster needs for itself many times over.
+	leastStateLimit = 16 << 20
 )
 
-// tendMemory keeps the memory of a controller small while it has little to do,
-// and leaves the collector alone while it is busy, as at the start. It ends with
-// ctx.
-func tendMemory(ctx context.Context) error {
-	if os.Getenv("GOGC") != "" {
-		return nil // the operator decides
-	}
-	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}, {Name: "/gc/heap/live:bytes"}}
-	metrics.Read(sample)
-	last, lastTime := sample[0].Value.Uint64(), time.Now()
-	started, idle, quiet := false, false, 0 // the start is a busy time
-	var stacks stackHint
-	defer stacks.set(0)
-	percent := 100
-	setGC := func(to int) { // a change stops the world, so small ones are not worth it
-		if to < percent*7/8 || to > percent*9/8 {
-			percent = to
-			debug.SetGCPercent(to)
-		}
-	}
-	for pause(ctx, tendEvery) {
-		metrics.Read(sample)
-		allocated, now := sample[0].Value.Uint64(), time.Now()
-		rate := float64(allocated-last) / now.Sub(lastTime).Seconds()
-		last, lastTime = allocated, now
-		if rate >= busyRate {
-			quiet = 0
-		} else {
-			quiet++
-		}
-		switch {
-		case !idle && quiet == quietFor:
-			idle = true
-			stacks.set(0)
-			setGC(idleGC)
-			debug.FreeOSMemory()
-			if !started {
-				started = true
-				_ = releaseProgram() // an economy, nothing depends on it
-			}
-		case quiet == 0:
-			idle = false
-			setGC(busyGC(sample[1].Value.Uint64()))
-			stacks.set(runtime.NumGoroutine())
-		}
-	}
-	return ctx.Err()
-}
-
-// stackHint makes goroutines start with stacks of 16 KiB: a request of the API runs
-// on three new goroutines, each of which would else grow its stack by copying it
-// three or four times, a tenth of what a request costs. The runtime starts
-// goroutines with what stacks use on average (runtime/stack.go,
-// gcComputeStartingStackSize), and the many that wait use little; so one more waits
-// here, with a stack deep enough for all.
-type stackHint struct {
-	depth   int
-	release chan struct{}
-}
-
-// stackFor is the part of each goroutine in that one's stack: with it the average
-// is between 8 and 16 KiB, and is rounded up to a power of two.
-const stackFor = 11 << 10
-
-// set is told how many goroutines there are; 0 ends the hint.
-func (h *stackHint) set(goroutines int) {
-	depth := goroutines * stackFor
-	if depth > h.depth*3/4 && depth < h.depth*5/4 || depth == h.depth {
-		return
-	}
-	if h.release != nil {
-		close(h.release)
-		h.release = nil
-	}
-	if h.depth = depth; depth > 0 {
-		h.release = make(chan struct{})
-		go holdStack(depth, h.release)
-	}
-}
-
-// holdStack waits with a stack of that many bytes.
-//
-//go:noinline
-func holdStack(depth int, release <-chan struct{}) {
-	var frame [16 << 10]byte
-	if depth > len(frame) {
-		holdStack(depth-len(frame), release)
-	} else {
-		<-release
-	}
-	runtime.KeepAlive(&frame)
-}
-
-// cacheShare is what part of the memory the API server's decoded objects may take, by
-// the size of their encodings: in memory they are four times as large, and with what
-// the collector leaves they take about an eighth.
-const cacheShare = 64
-
-// cacheBytes is how much the API server may keep decoded: a share of the memory that
-// there is, or that this process is allowed.
-func cacheBytes() int64 {
+// memoryShares divides the memory. The error names the flag that is wrong.
+func (c *config) memoryShares() (shares, error) {
 	memory, err := memlimit.FromSystem()
 	if err != nil {
-		return 0 // the least there is
+		memory = 2 << 30 // the kernel does not say
 	}
 	if limit, err := memlimit.FromCgroup(); err == nil {
 		memory = min(memory, limit)
 	}
-	return int64(memory / cacheShare)
-}
-
-// historyBytes is how much of what was replaced or deleted is kept for watches that
-// resume and lists in pages.
-func historyBytes() int64 {
-	return min(max(2*cacheBytes(), 64<<20), 1<<30)
-}
-
-// busyGC is the GOGC of a busy controller with so many bytes live.
-func busyGC(live uint64) int {
-	return int(min(max(busyGrowth*100/max(live, 1), minBusy), maxBusy))
-}
-
-func pause(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-t.C:
-		return true
+	s := shares{memory: int64(min(memory, math.MaxInt64))}
+	if c.memory != "" {
+		if s.memory, err = quantity("memory", c.memory, leastMemory); err != nil {
+			return s, err
+		}
 	}
+	s.state = max(s.memory/8, 64<<20)
+	s.history = min(max(s.memory/32, 64<<20), 1<<30)
+	s.objects = max(s.memory/64, 16<<20)
+	if c.stateLimit != "" {
+		if s.state, err = quantity("state-limit", c.stateLimit, leastStateLimit); err != nil {
+			return s, err
+		}
+		if s.state > s.memory {
+			return s, fmt.Errorf("--state-limit: %s is more than the memory, %d MiB", c.stateLimit, s.memory>>20)
+		}
+	}
+	return s, nil
 }
 
-// releaseProgram tells the kernel that the pages of the program's own file need
-// not stay mapped: half of them ran at the start alone. What is needed is mapped
-// again from the page cache when it is next touched. Pages that are written to
-// are left alone.
-func releaseProgram() error {
-	exe, err := os.Readlink("/proc/self/exe")
+// quantity reads a flag that is an amount of memory.
+func quantity(flag, value string, least int64) (int64, error) {
+	q, err := resource.ParseQuantity(value)
 	if err != nil {
-		return err
+		return 0, fmt.Errorf("--%s: %q is not an amount of memory such as 2Gi or 512Mi", flag, value)
 	}
-	f, err := os.Open("/proc/self/maps")
-	if err != nil {
-		return err
+	if q.Value() < least {
+		return 0, fmt.Errorf("--%s: %s is under the least, %d MiB", flag, value, least>>20)
 	}
-	defer f.Close()
-	s := bufio.NewScanner(f)
-	for s.Scan() {
-		// start-end perms offset device inode path
-		fields := strings.Fields(s.Text())
-		if len(fields) < 6 || strings.Join(fields[5:], " ") != exe || strings.Contains(fields[1], "w") {
-			continue
-		}
-		var start, end uintptr
-		if _, err := fmt.Sscanf(fields[0], "%x-%x", &start, &end); err != nil {
-			return err
-		}
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, start, end-start, unix.MADV_DONTNEED); errno != 0 {
-			return fmt.Errorf("madvise %s: %w", fields[0], errno)
-		}
-	}
-	return s.Err()
-}
-
-// residentMemory is how many bytes this process holds in memory, and how many of
-// them are anonymous (not backed by the program's file). Zeros where the kernel
-// does not say.
-func residentMemory() (resident, anonymous int64) {
-	f, err := os.Open("/proc/self/status")
-	if err != nil {
-		return 0, 0
-	}
-	defer f.Close()
-	for s := bufio.NewScanner(f); s.Scan(); {
-		name, value, _ := strings.Cut(s.Text(), ":")
-		kib, _ := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(value), "kB")), 10, 64)
-		switch name {
-		case "VmRSS":
-			resident = kib << 10
-		case "RssAnon":
-			anonymous = kib << 10
-		}
-	}
-	return resident, anonymous
+	return q.Value(), nil
 }

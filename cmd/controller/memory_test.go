@@ -6,19 +6,29 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestReleaseProgram(t *testing.T) {
-	_, before := residentMemory()
-	require.Positive(t, before)
-	require.NoError(t, releaseProgram())
-	// Code and constants are read again where they were.
-	require.Contains(t, command().Long+command().Short, "controllers")
-	require.NoError(t, releaseProgram())
-	resident, anonymous := residentMemory()
-	require.Greater(t, resident, anonymous)
-}
-
-func TestBusyGC(t *testing.T) {
-	for live, want := range map[uint64]int{0: 400, 50 << 20: 400, 128 << 20: 200, 1 << 30: 100, 64 << 30: 100} {
-		require.Equal(t, want, busyGC(live), "%d bytes", live)
+func TestMemoryShares(t *testing.T) {
+	for name, tt := range map[string]struct {
+		memory, limit string
+		want          shares
+		err           string
+	}{
+		"a small machine": {memory: "512Mi", want: shares{memory: 512 << 20, state: 64 << 20, history: 64 << 20, objects: 16 << 20}},
+		"a large one":     {memory: "64Gi", want: shares{memory: 64 << 30, state: 8 << 30, history: 1 << 30, objects: 1 << 30}},
+		"a limit":         {memory: "4Gi", limit: "64Mi", want: shares{memory: 4 << 30, state: 64 << 20, history: 128 << 20, objects: 64 << 20}},
+		"no quantity":     {memory: "much", err: "--memory"},
+		"too little":      {memory: "1Mi", err: "--memory"},
+		"negative":        {memory: "4Gi", limit: "-1", err: "--state-limit"},
+		"beyond memory":   {memory: "4Gi", limit: "5Gi", err: "--state-limit"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := config{memory: tt.memory, stateLimit: tt.limit}
+			got, err := c.memoryShares()
+			if tt.err != "" {
+				require.ErrorContains(t, err, tt.err)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, tt.want, got)
+		})
 	}
 }

@@ -41,6 +41,10 @@ var (
 	descRevision     = desc("state_revision", "The revision of the state.")
 	descKeys         = desc("state_keys", "Keys in the state.")
 	descBytes        = desc("state_bytes", "Bytes of keys and values in the state.")
+	descLimit        = desc("memory_limit_bytes", "The bound of a part of this controller's memory.", "share")
+	descHeld         = desc("memory_held_bytes", "What a part of this controller's memory holds.", "share")
+	descRefused      = desc("state_refused_total", "Writes that this controller refused as leader because the state was full.")
+	descFull         = desc("state_full", "1 while writes that make the state larger are refused.")
 	descCompacted    = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
 	descHistoryAge   = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
 	descHistory      = desc("history_changes", "Changes in the history that watches resume from.")
@@ -56,7 +60,7 @@ const maxPrefixes = 16
 func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
-		descRevision, descKeys, descBytes, descCompacted, descHistoryAge, descHistory, descHistoryBytes,
+		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descRefused, descFull, descHistoryAge, descHistory, descHistoryBytes,
 		descHistoryLimit, descGossip} {
 		to <- d
 	}
@@ -109,6 +113,21 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	gauge(descBytes, float64(view.Bytes()))
 	gauge(descCompacted, float64(k.store.CompactRevision()))
 	history := k.store.History()
+	quota := k.quota.Status()
+	for share, bytes := range map[string][2]int64{
+		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
+		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, -1},
+	} {
+		gauge(descLimit, float64(bytes[0]), share)
+		if share == "all" {
+			bytes[1], _ = residentMemory()
+		}
+		if bytes[1] >= 0 {
+			gauge(descHeld, float64(bytes[1]), share)
+		}
+	}
+	counter(descRefused, float64(quota.Refused))
+	flag(descFull, quota.Full)
 	gauge(descHistoryAge, history.Age.Seconds(), "")
 	for prefix, age := range history.Worst(maxPrefixes) {
 		gauge(descHistoryAge, age.Seconds(), prefix)

@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"time"
 
@@ -36,7 +38,9 @@ type controller struct {
 	config
 	log     *slog.Logger
 	bundle  *pki.Bundle
+	shares  shares
 	store   *state.Store
+	quota   *state.Quota
 	pool    *gossip.Pool
 	peers   *peers
 	replica *consensus.Replica
@@ -73,8 +77,15 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if k.newest, err = newestClusterVersion(); err != nil {
 		return err
 	}
-	k.store = state.New(state.Options{HistoryAge: c.historyAge, HistoryChanges: c.historyRevisions, HistoryBytes: historyBytes(), NewestVersion: k.newest})
+	if k.shares, err = c.memoryShares(); err != nil {
+		return err
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(k.shares.memory / 10 * 9)
+	}
+	k.store = state.New(state.Options{HistoryAge: c.historyAge, HistoryChanges: c.historyRevisions, HistoryBytes: k.shares.history, NewestVersion: k.newest})
 	k.store.Tick(time.Now())
+	k.quota = state.NewQuota(k.store, k.shares.state, objects.Deleting)
 	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
 
 	clusterListener, err := net.Listen("tcp", c.address(c.clusterPort))
@@ -164,7 +175,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Port:             k.apiPort,
 		Certificates:     files,
 		Backend:          k.backend,
-		CacheBytes:       cacheBytes(),
+		CacheBytes:       k.shares.objects,
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,
 		NodeAddress:      k.agents.CheckNodeAddress,
@@ -181,9 +192,21 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 			"member": func(context.Context) error { return k.replica.MemberErr() },
 		},
 		Paths:                        k.paths(),
+		Warnings:                     map[string]func() string{"state-size": k.stateWarning},
 		ReadyOnly:                    []string{"raft-leader", "disk", "member"},
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
+}
+
+// stateWarning says in few words that the state is nearly full.
+func (k *controller) stateWarning() string {
+	switch s := k.quota.Status(); {
+	case s.Full:
+		return "the state is full, writes that make it larger are refused"
+	case s.Near:
+		return "the state is nearly full"
+	}
+	return ""
 }
 
 func (k *controller) isLeader() bool {
@@ -221,6 +244,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		PeerConn: k.peers.conn, Peers: func() []consensus.Server { return raftServers(k.pool) },
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
+		Admit:                  k.quota.Admit,
 		DeadMemberCleanupAfter: k.deadMemberCleanupAfter, Version: version, Logger: k.log,
 		NewestVersion: k.newest, ClusterVersion: func() int { return k.store.View().ClusterVersion() },
 	}, replicated.Machine{Store: k.store})

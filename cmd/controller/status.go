@@ -93,6 +93,9 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 	if problem := k.clusterVersion.problem(k.store); problem != "" {
 		out.Problems = append(out.Problems, problem)
 	}
+	if problem := k.quota.Status().Problem(); problem != "" {
+		out.Problems = append(out.Problems, problem)
+	}
 	if k.scheduler != nil {
 		out.Problems = append(out.Problems, k.scheduler.Problems()...)
 	}

@@ -110,6 +110,12 @@ func (s *Store) unavailable(verb, key string, err error) error {
 	if errors.As(err, &status) {
 		return err
 	}
+	if errors.Is(err, state.ErrNoSpace) { // certainly not written, and asking again does not help
+		return &apierrors.StatusError{ErrStatus: metav1.Status{
+			Status: metav1.StatusFailure, Code: http.StatusInsufficientStorage, Reason: "InsufficientStorage",
+			Message: fmt.Sprintf("%s %s: %v", verb, key, err),
+		}}
+	}
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		return apierrors.NewTimeoutError(fmt.Sprintf("%s %s did not complete in time, its outcome is unknown: %v", verb, key, err), 0)
 	}
