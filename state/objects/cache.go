@@ -234,7 +234,9 @@ func (c *Cache) Run(ctx context.Context) error {
 // follow loads the newest view and applies events until it falls behind.
 func (c *Cache) follow(ctx context.Context) error {
 	view := c.store.View()
-	w, err := c.store.Watch(c.prefix, view.Revision())
+	// All keys, as the snapshot's revision has to follow changes of others too:
+	// whoever waits for a revision knows only the state's.
+	w, err := c.store.Watch("", view.Revision())
 	if err != nil {
 		return err
 	}
@@ -251,6 +253,9 @@ func (c *Cache) follow(ctx context.Context) error {
 		}
 		changed := make([]Changed, 0, len(events))
 		for _, e := range events {
+			if !strings.HasPrefix(e.KV.Key, c.prefix) {
+				continue
+			}
 			if ch := c.apply(e.KV.Key, &e.KV, e.Type == state.Delete); ch.Old != nil || ch.New != nil {
 				ch.Revision = e.Revision
 				changed = append(changed, ch)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"testing"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -105,6 +106,30 @@ func snapshotAt(t testing.TB, c *Cache, revision int64) *Snapshot {
 		t.Fatal(err)
 	}
 	return c.Snapshot()
+}
+
+// Whoever waits for the state's revision waits for changes of keys that are no
+// objects too: the cluster's version, join tokens, members.
+func TestWaitRevisionAfterAChangeOfOtherKeys(t *testing.T) {
+	t.Parallel()
+	s := state.New(state.Options{})
+	first := apply(t, s, putPod(t, pod("a", "p1", "n1")))
+	c := start(t, s)
+	snapshotAt(t, c, first) // what follows comes as events
+	for i := range 3 {
+		revision := apply(t, s, state.Change{Key: "trust/tokens/t1", Value: fmt.Append(nil, i)})
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		err := c.WaitRevision(ctx, revision)
+		cancel()
+		if err != nil {
+			t.Fatalf("wait for revision %d, of a key outside /registry: %v", revision, err)
+		}
+	}
+	snap := c.Snapshot()
+	if got := snap.Metas().Len(); got != 1 {
+		t.Errorf("the cache has %d objects, want the pod alone", got)
+	}
+	wantNames(t, "pods", names(snap.Pods().All()), "p1")
 }
 
 func TestTablesAndIndexes(t *testing.T) {
