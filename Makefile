@@ -34,6 +34,13 @@ build: ## Build the programs into bin/
 	@mkdir -p bin
 	$(GO) build -ldflags '$(LDFLAGS)' -o bin/ $(PROGRAMS:%=./cmd/%)
 
+# A controller that runs under the first cluster version alone, for tests of upgrades.
+.PHONY: older
+older: build
+	@mkdir -p bin/older
+	$(GO) build -ldflags '$(LDFLAGS) -X main.newestVersion=1' -o bin/older/ ./cmd/controller
+	@cp bin/agent bin/machine bin/older/
+
 .PHONY: images
 images: $(IMAGES) ## Build the images that agents import, into bin/images
 
@@ -64,7 +71,7 @@ unit: ## Unit tests
 	$(GO) test $$(.ci/packages heavy)
 
 .PHONY: e2e
-e2e: build images ## A real cluster: deploy, kill the leader, bad input
+e2e: build older images ## A real cluster: deploy, kill the leader, bad input
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -tags e2e -count 1 -timeout 15m -v ./test/e2e
 
 # SEED= or MINUTES= choose the random mix alone: see test/chaos/mix_test.go.

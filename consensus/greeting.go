@@ -61,6 +61,9 @@ const tcpUserTimeout = 18
 // tuneTCP makes the kernel give up on a peer whose machine went away within
 // seconds, so that a healed network is not waited for on old connections.
 func tuneTCP(c net.Conn) {
+	if w, ok := c.(interface{ NetConn() net.Conn }); ok {
+		c = w.NetConn()
+	}
 	tc, ok := c.(*net.TCPConn)
 	if !ok {
 		return

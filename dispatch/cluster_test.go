@@ -51,7 +51,7 @@ type cluster struct {
 type controller struct {
 	*Dispatcher
 	addr    string
-	server  *grpc.Server
+	server  *Port
 	stop    func()
 	barrier func(context.Context) error
 }
@@ -107,8 +107,8 @@ func (c *cluster) start(name string) *controller {
 		Logger:      slog.New(slog.DiscardHandler),
 	})
 	require.NoError(c.t, err)
-	k.server = grpc.NewServer(append(ServerOptions(), grpc.Creds(credentials.NewTLS(identity.ClusterServerTLS())))...)
-	k.Register(k.server)
+	k.server = NewPort(identity.ClusterServerTLS(), ServerOptions(), authorize, k.Expected)
+	k.server.Register(k.Register)
 	var work sync.WaitGroup
 	work.Go(func() { _ = cache.Run(ctx) })
 	work.Go(func() { _ = k.Run(ctx) })

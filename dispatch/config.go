@@ -59,6 +59,9 @@ type Config struct {
 	GossipPort int
 	// Network says what of the Nodes' addresses and pod ranges other nodes are told.
 	Network Network
+	// ReportBytes bounds what all agents here said and is not written yet. Beyond it,
+	// and beyond 4 MiB of one agent, agents wait. Default 64 MiB.
+	ReportBytes int64
 	// Logger defaults to slog.Default().
 	Logger *slog.Logger
 }
@@ -101,6 +104,7 @@ type Dispatcher struct {
 	log     *slog.Logger
 	hub     *hub
 	tunnels *tunnels
+	room    *room // for what agents report
 	joins   *rate.Limiter
 
 	running atomic.Pointer[context.Context] // Run's; nil before
@@ -119,18 +123,26 @@ func New(c Config) (*Dispatcher, error) {
 	if c.GossipPort == 0 {
 		c.GossipPort = gossip.DefaultPort
 	}
+	if c.ReportBytes <= 0 {
+		c.ReportBytes = defaultReports
+	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
 	d := &Dispatcher{
 		config: c, log: c.Logger.With("room", "dispatch"),
 		tunnels: newTunnels(),
+		room:    newRoom(c.ReportBytes),
 		// Agents join once in their life; a hundred at once, then 20 a second.
 		joins: rate.NewLimiter(20, 100),
 	}
 	d.hub = newHub(d)
 	return d, nil
 }
+
+// ReportBytes is how many bytes of what agents said wait to be written, and how many
+// may.
+func (d *Dispatcher) ReportBytes() (held, limit int64) { return d.room.bytes(), d.room.limit }
 
 // Register adds the services Agents and Peers to a server made with
 // [ServerOptions].

@@ -22,6 +22,13 @@ const requestSettle = 2 * time.Second
 // maxEvents bounds the events of one agent that wait to be written.
 const maxEvents = 256
 
+const (
+	// maxEventBytes bounds one event; upstream's have less than 2 KiB.
+	maxEventBytes = 32 << 10
+	// requestBytes is what a request takes beside its message: the answer that waits.
+	requestBytes = 8 << 10
+)
+
 // reports is the newest that the agent said of each thing.
 type reports struct {
 	mu     sync.Mutex
@@ -29,25 +36,65 @@ type reports struct {
 	pods   map[types.UID]*podReport
 	events int // waiting
 	serial uint64
+	room   share // what all of this takes
 }
+
+// waitFor waits until there is room for n bytes that the agent said.
+func (s *session) waitFor(n int) error {
+	if !s.d.room.take(s.ended, &s.reports.room, int64(n)) {
+		return errEnded
+	}
+	return nil
+}
+
+// done gives the room back.
+func (s *session) done(n int64) { s.d.room.give(&s.reports.room, n) }
 
 // podReport is the newest that the agent said of one pod.
 type podReport struct {
 	namespace, name string
 	status          *corev1.PodStatus // nil once written
+	size            int64             // of its encoding
 	terminated      bool              // nothing of it runs any more
 }
 
+// isOurs reports that a pod of this node is meant. An agent hears of its pods from the
+// snapshots of this replica, which it never is ahead of; what it says of others, or of
+// pods that are gone, is of no use, and may be meant to fill our memory.
+func (s *session) isOurs(namespace, name string, uid types.UID) bool {
+	p, ok := s.d.config.Objects.Snapshot().Pods().Get(namespace, name)
+	return ok && p.UID == uid && p.Spec.NodeName == s.node
+}
+
 func (s *session) reportPod(r *pb.PodStatus) error {
+	uid := types.UID(r.GetUid())
+	if !s.isOurs(r.GetNamespace(), r.GetName(), uid) {
+		return nil
+	}
+	size := len(r.GetStatus())
+	if err := s.waitFor(size); err != nil {
+		return err
+	}
 	st := &corev1.PodStatus{}
 	if err := st.Unmarshal(r.GetStatus()); err != nil {
+		s.done(int64(size))
 		return fmt.Errorf("PodStatus of %s/%s: %w", r.GetNamespace(), r.GetName(), err)
 	}
-	s.reportOf(r.GetNamespace(), r.GetName(), types.UID(r.GetUid()), func(p *podReport) { p.status = st })
+	var replaced int64
+	s.reportOf(r.GetNamespace(), r.GetName(), uid, func(p *podReport) {
+		if p.status != nil {
+			replaced = p.size
+		}
+		p.status, p.size = st, int64(size)
+	})
+	s.done(replaced)
 	return nil
 }
 
 func (s *session) reportTerminated(r *pb.PodTerminated) {
+	if !s.isOurs(r.GetNamespace(), r.GetName(), types.UID(r.GetUid())) {
+		return
+	}
 	s.reportOf(r.GetNamespace(), r.GetName(), types.UID(r.GetUid()), func(p *podReport) { p.terminated = true })
 }
 
@@ -82,7 +129,11 @@ func (s *session) writePod(ctx context.Context, uid types.UID) error {
 		err := s.writePodStatus(ctx, report, uid)
 		// A pod that is gone, or that validation refuses, must not keep the node
 		// from letting go of it.
-		if err != nil && (!report.terminated || mayPass(err, settleTime)) {
+		refused := err != nil && !mayPass(err, settleTime)
+		if err != nil && !(report.terminated && refused) {
+			if refused {
+				s.wrote(p, report, uid)
+			}
 			return err
 		}
 	}
@@ -91,15 +142,22 @@ func (s *session) writePod(ctx context.Context, uid types.UID) error {
 			return err
 		}
 	}
+	s.wrote(p, report, uid)
+	return nil
+}
+
+// wrote forgets what was taken as report, and is written or never will be.
+func (s *session) wrote(p *podReport, report podReport, uid types.UID) {
+	var written int64
 	s.reports.mu.Lock()
-	defer s.reports.mu.Unlock()
-	if p.status == report.status {
-		p.status = nil
+	if p.status == report.status && p.status != nil {
+		p.status, written = nil, p.size
 	}
 	if p.status == nil && p.terminated == report.terminated {
 		delete(s.reports.pods, uid)
 	}
-	return nil
+	s.reports.mu.Unlock()
+	s.done(written)
 }
 
 func (s *session) writePodStatus(ctx context.Context, p podReport, uid types.UID) error {
@@ -204,16 +262,19 @@ func (s *session) deletePod(ctx context.Context, p podReport, uid types.UID) err
 
 // reportEvent writes an event. When too many wait, it is dropped: events are a
 // courtesy.
-func (s *session) reportEvent(e *corev1.Event) {
+func (s *session) reportEvent(e *corev1.Event, size int) error {
 	s.reports.mu.Lock()
-	if s.reports.events >= maxEvents {
+	if s.reports.events >= maxEvents || size > maxEventBytes {
 		s.reports.mu.Unlock()
-		return
+		return nil
 	}
 	s.reports.events++
 	s.reports.serial++
 	serial := s.reports.serial
 	s.reports.mu.Unlock()
+	if err := s.waitFor(size); err != nil {
+		return err
+	}
 
 	if e.Namespace == "" {
 		e.Namespace = e.InvolvedObject.Namespace
@@ -231,6 +292,7 @@ func (s *session) reportEvent(e *corev1.Event) {
 			s.reports.mu.Lock()
 			s.reports.events--
 			s.reports.mu.Unlock()
+			s.done(int64(size))
 		})
 	}
 	s.writer.add(fmt.Sprintf("event %d", serial), func(ctx context.Context) error {
@@ -243,11 +305,17 @@ func (s *session) reportEvent(e *corev1.Event) {
 		}
 		return err
 	})
+	return nil
 }
 
 // request answers something that the agent asks for as its node.
-func (s *session) request(r *pb.Request) {
+func (s *session) request(r *pb.Request, size int) error {
 	start := time.Now()
+	size += requestBytes
+	if err := s.waitFor(size); err != nil {
+		return err
+	}
+	var once sync.Once
 	s.writer.add(fmt.Sprintf("request %d", r.GetId()), func(ctx context.Context) error {
 		reply := &pb.Reply{Id: r.GetId()}
 		body, err := s.answer(ctx, r)
@@ -266,9 +334,11 @@ func (s *session) request(r *pb.Request) {
 		} else {
 			reply.Body = body
 		}
+		once.Do(func() { s.done(int64(size)) })
 		_ = s.tell(&pb.ControllerMessage{Message: &pb.ControllerMessage_Reply{Reply: reply}}) // ends the session if it fails
 		return nil
 	})
+	return nil
 }
 
 func (s *session) answer(ctx context.Context, r *pb.Request) ([]byte, error) {

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	coreclient "k8s.io/client-go/kubernetes/typed/core/v1"
@@ -146,6 +147,7 @@ func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) e
 	goodbye := s.goodbye.Load()
 	s.d.hub.remove(s, goodbye)
 	work.Wait()
+	s.d.room.end(&s.reports.room)
 	if goodbye || errors.Is(err, io.EOF) {
 		s.log.Info("agent disconnected", "goodbye", goodbye, "after", time.Since(start).Round(time.Millisecond))
 		return nil
@@ -159,6 +161,7 @@ func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) e
 
 // receive takes what the agent says until the stream ends.
 func (s *session) receive() error {
+	var unknown sync.Once
 	for {
 		m, err := s.stream.Recv()
 		if err != nil {
@@ -172,7 +175,9 @@ func (s *session) receive() error {
 			}
 			s.reportNode(node)
 		case *pb.AgentMessage_PodStatus:
-			if err := s.reportPod(m.PodStatus); err != nil {
+			if err := s.reportPod(m.PodStatus); errors.Is(err, errEnded) {
+				return err
+			} else if err != nil {
 				return status.Error(codes.InvalidArgument, err.Error())
 			}
 		case *pb.AgentMessage_PodTerminated:
@@ -182,13 +187,19 @@ func (s *session) receive() error {
 			if err := event.Unmarshal(m.Event.GetEvent()); err != nil {
 				return status.Errorf(codes.InvalidArgument, "Event of %s: %v", s.node, err)
 			}
-			s.reportEvent(event)
+			if err := s.reportEvent(event, len(m.Event.GetEvent())); err != nil {
+				return err
+			}
 		case *pb.AgentMessage_Request:
-			s.request(m.Request)
+			if err := s.request(m.Request, proto.Size(m.Request)); err != nil {
+				return err
+			}
 		case *pb.AgentMessage_Goodbye:
 			s.goodbye.Store(true)
 		default:
-			s.log.Warn("unknown message of an agent; it may be newer than this controller", "type", fmt.Sprintf("%T", m))
+			unknown.Do(func() {
+				s.log.Warn("unknown message of an agent; it may be newer than this controller", "type", fmt.Sprintf("%T", m))
+			})
 		}
 	}
 }

@@ -62,6 +62,20 @@ func (t *tunnels) take(id, node string) (chan *streamConn, bool) {
 	return p.conn, true
 }
 
+// waits reports that node was asked for the tunnel.
+func (t *tunnels) waits(id, node string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	p, ok := t.waiting[id]
+	return ok && p.node == node
+}
+
+// Expected reports that node was asked for the tunnel that ctx' metadata names. It is
+// what [NewPort] wants to know.
+func (d *Dispatcher) Expected(ctx context.Context, node string) bool {
+	return d.tunnels.waits(header(ctx, pb.TunnelIDKey), node)
+}
+
 func (t *tunnels) drop(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -30,6 +30,7 @@ type Options struct {
 	Sample              bool
 	ControllerFlags     []string
 	AgentFlags          []string
+	Bin                 string // folder of other programs than bin/; empty: that
 }
 
 // Cluster is a cluster that is taken down when the test ends.
@@ -77,6 +78,9 @@ func Up(t testing.TB, o Options) *Cluster {
 	name := fmt.Sprintf("t%x", h.Sum32())
 	args := []string{"up", "--run", run, "--name", name, "--sample=" + strconv.FormatBool(o.Sample),
 		"--controllers", strconv.Itoa(o.Controllers), "--agents", strconv.Itoa(o.Agents)}
+	if o.Bin != "" {
+		args = append(args, "--bin", o.Bin, "--images", filepath.Join(filepath.Dir(c.program), "images"))
+	}
 	for _, flag := range o.ControllerFlags {
 		args = append(args, "--controller-flag="+flag)
 	}
