@@ -32,10 +32,10 @@ const (
 	strangerWindow  = 64 << 10         // the least that gRPC takes
 	strangerStreams = 4                // calls at once on a connection
 	strangerAge     = 15 * time.Second // of a connection
-	nodeConns       = 4                // of one node
+	nodeConns       = 8                // of one node, which may come again before the last is known to be gone
 	nodeStreams     = 512              // at once on a connection
-	nodeConnects    = 2                // streams of one agent: the one it has and the one that replaces it
-	nodeMessage     = 4 << 20          // a Hello, a Node, a PodStatus
+	nodeConnects    = 8                // streams of one agent, likewise
+	nodeMessage     = 8 << 20          // a Hello, a Node, a PodStatus
 	nodeStreamBytes = 1 << 20          // on their way, of a stream
 	nodeConnBytes   = 4 << 20          // and of a connection
 	headerBytes     = 16 << 10

@@ -21,6 +21,10 @@ type shares struct {
 	// objects bounds the API server's decoded objects, by the size of their encodings:
 	// in memory they are four times as large.
 	objects int64
+	// reports bounds what agents said and is not written yet, all agents together.
+	reports int64
+	// connections bounds what the connections of strangers take: see dividePorts.
+	connections int64
 }
 
 const (
@@ -48,6 +52,8 @@ func (c *config) memoryShares() (shares, error) {
 	s.state = max(s.memory/8, 64<<20)
 	s.history = min(max(s.memory/32, 64<<20), 1<<30)
 	s.objects = max(s.memory/64, 16<<20)
+	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
+	s.connections = max(s.memory/32, 24<<20)
 	if c.stateLimit != "" {
 		if s.state, err = quantity("state-limit", c.stateLimit, leastStateLimit); err != nil {
 			return s, err

@@ -42,6 +42,9 @@ var (
 	descKeys         = desc("state_keys", "Keys in the state.")
 	descBytes        = desc("state_bytes", "Bytes of keys and values in the state.")
 	descLimit        = desc("memory_limit_bytes", "The bound of a part of this controller's memory.", "share")
+	descConns        = desc("port_connections", "Open connections of a port.", "port")
+	descConnsLimit   = desc("port_connections_limit", "How many connections a port may have.", "port")
+	descConnsEnded   = desc("port_connections_closed_total", "Connections closed to keep a port within its limits: whose handshake was not finished, that gave way to others, that found no room.", "port", "reason")
 	descHeld         = desc("memory_held_bytes", "What a part of this controller's memory holds.", "share")
 	descRefused      = desc("state_refused_total", "Writes that this controller refused as leader because the state was full.")
 	descFull         = desc("state_full", "1 while writes that make the state larger are refused.")
@@ -60,7 +63,7 @@ const maxPrefixes = 16
 func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
-		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descRefused, descFull, descHistoryAge, descHistory, descHistoryBytes,
+		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descHistoryAge, descHistory, descHistoryBytes,
 		descHistoryLimit, descGossip} {
 		to <- d
 	}
@@ -114,9 +117,21 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	gauge(descCompacted, float64(k.store.CompactRevision()))
 	history := k.store.History()
 	quota := k.quota.Status()
+	reports, _ := k.agents.ReportBytes()
+	connections := int64(0)
+	for _, l := range k.listeners {
+		stats := l.Stats()
+		connections += int64(stats.Open) * connectionCost
+		gauge(descConns, float64(stats.Open), l.Name())
+		gauge(descConnsLimit, float64(l.Capacity()), l.Name())
+		for reason, n := range map[string]uint64{"unfinished": stats.Unfinished, "evicted": stats.Evicted, "refused": stats.Refused} {
+			to <- metrics.NewLazyConstMetric(descConnsEnded, metrics.CounterValue, float64(n), l.Name(), reason)
+		}
+	}
 	for share, bytes := range map[string][2]int64{
 		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
 		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, -1},
+		"reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)
 		if share == "all" {

@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/rest"
 
@@ -23,6 +21,7 @@ import (
 	"timonel/consensus"
 	"timonel/dispatch"
 	"timonel/gossip"
+	"timonel/internal/ports"
 	"timonel/internal/replicated"
 	"timonel/pki"
 	"timonel/state"
@@ -52,6 +51,10 @@ type controller struct {
 	// newest is the newest cluster version that this program runs under.
 	newest         int
 	clusterVersion clusterVersion
+	limits         portLimits
+	listeners      []*ports.Listener
+	apiListener    *ports.Listener
+	port           *dispatch.Port
 	// scheduler takes scheduled snapshots on the leader; nil if none are wanted.
 	scheduler *backup.Scheduler
 }
@@ -88,9 +91,10 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	k.quota = state.NewQuota(k.store, k.shares.state, objects.Deleting)
 	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
 
-	clusterListener, err := net.Listen("tcp", c.address(c.clusterPort))
+	k.limits = limitsOfPorts(k.shares.connections)
+	clusterListener, err := k.listen("cluster-port", c.clusterPort, k.limits.cluster)
 	if err != nil {
-		return portError("cluster-port", err)
+		return err
 	}
 	defer clusterListener.Close()
 	if k.pool, err = k.openGossip(); err != nil {
@@ -117,17 +121,21 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	// Peers must be able to call before there is a leader: they bootstrap so.
-	server := grpc.NewServer(append(dispatch.ServerOptions(), grpc.Creds(credentials.NewTLS(identity.ClusterServerTLS())))...)
-	k.replica.Register(server)
-	k.agents.Register(server)
+	if k.apiListener, err = k.listen("api-port", k.apiPort, k.limits.api); err != nil {
+		return err
+	}
+	defer k.apiListener.Close()
+	k.port = dispatch.NewPort(identity.ClusterServerTLS(), dispatch.ServerOptions(), dispatch.Authorize, k.agents.Expected)
+	k.port.Register(k.replica.Register)
+	k.port.Register(k.agents.Register)
 
 	// Everything below ends when ctx does or when one of them fails.
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return server.Serve(clusterListener) })
+	group.Go(func() error { return k.port.Serve(clusterListener) })
 	group.Go(func() error {
 		<-ctx.Done()
 		k.stepDown()
-		server.Stop()
+		k.port.Stop()
 		return nil
 	})
 	group.Go(func() error {
@@ -140,12 +148,10 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	})
 	group.Go(func() error { return ended(k.cache.Run(ctx)) })
 	group.Go(func() error { return ended(tendMemory(ctx)) })
+	group.Go(func() error { return ended(k.watchPorts(ctx)) })
 	group.Go(func() error { return ended(tick(ctx, k.store)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
 	err = group.Wait()
-	if errors.Is(err, grpc.ErrServerStopped) {
-		err = nil
-	}
 	if leaveErr := k.pool.Leave(leaveTimeout); leaveErr != nil {
 		log.Debug("left without telling the others", "error", leaveErr)
 	}
@@ -173,6 +179,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		BindAddress:      net.ParseIP(k.bindIP),
 		AdvertiseAddress: net.ParseIP(k.advertiseIP),
 		Port:             k.apiPort,
+		Listener:         k.apiListener,
 		Certificates:     files,
 		Backend:          k.backend,
 		CacheBytes:       k.shares.objects,
@@ -190,10 +197,11 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 			},
 			"disk":   func(context.Context) error { return k.replica.DiskErr() },
 			"member": func(context.Context) error { return k.replica.MemberErr() },
+			"accept": func(context.Context) error { return k.acceptErr() },
 		},
 		Paths:                        k.paths(),
 		Warnings:                     map[string]func() string{"state-size": k.stateWarning},
-		ReadyOnly:                    []string{"raft-leader", "disk", "member"},
+		ReadyOnly:                    []string{"raft-leader", "disk", "member", "accept"},
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
 }
@@ -234,9 +242,9 @@ func (k *controller) openGossip() (*gossip.Pool, error) {
 }
 
 func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) (*consensus.Replica, error) {
-	listener, err := net.Listen("tcp", k.address(k.raftPort))
+	listener, err := k.listen("raft-port", k.raftPort, k.limits.raft)
 	if err != nil {
-		return nil, portError("raft-port", err)
+		return nil, err
 	}
 	replica, err := consensus.Open(ctx, consensus.Config{
 		ID: k.name, ClusterID: k.bundle.ClusterID(), DataDir: filepath.Join(k.dataDir, "raft"), LogStore: k.logStore,

@@ -31,6 +31,7 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 		PeerConn:    k.peers.conn,
 		Controllers: func() []string { return clusterPorts(k.pool) },
 		Status:      k.status,
+		ReportBytes: k.shares.reports,
 		GossipPort:  k.gossipPort,
 		Network:     k.network(),
 		Logger:      k.log,
