@@ -2,12 +2,14 @@ package pod
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/kubernetes/pkg/security/apparmor"
 	"k8s.io/kubernetes/pkg/securitycontext"
 )
 
@@ -81,9 +83,27 @@ func selinux(o *corev1.SELinuxOptions) *runtimev1.SELinuxOption {
 // containerSecurity merges the pod's and the container's security context, and
 // holds runAsNonRoot against what the image says.
 func (w *worker) containerSecurity(pod *corev1.Pod, c *corev1.Container, imageID string) (*runtimev1.LinuxContainerSecurityContext, error) {
+	user, name, err := w.imageUser(imageID)
+	if err != nil {
+		return nil, err
+	}
+	return securityContext(pod, c, user, name, w.m.cfg.SeccompDir)
+}
+
+// securityContext is what CRI is told of a container's security. user or name
+// is whom the image runs as, nil and "" when it does not say.
+func securityContext(pod *corev1.Pod, c *corev1.Container, user *int64, name, seccompDir string) (*runtimev1.LinuxContainerSecurityContext, error) {
 	sc := securitycontext.DetermineEffectiveSecurityContext(pod, c)
 	if sc == nil {
 		sc = &corev1.SecurityContext{}
+	}
+	seccomp, err := seccompProfile(pod, c, seccompDir)
+	if err != nil {
+		return nil, err
+	}
+	appArmor, err := appArmorProfile(pod, c)
+	if err != nil {
+		return nil, err
 	}
 	out := &runtimev1.LinuxContainerSecurityContext{
 		NamespaceOptions:   namespaces(pod),
@@ -93,13 +113,10 @@ func (w *worker) containerSecurity(pod *corev1.Pod, c *corev1.Container, imageID
 		NoNewPrivs:         securitycontext.AddNoNewPrivileges(sc),
 		MaskedPaths:        securitycontext.ConvertToRuntimeMaskedPaths(sc.ProcMount),
 		ReadonlyPaths:      securitycontext.ConvertToRuntimeReadonlyPaths(sc.ProcMount),
-		Seccomp:            w.seccomp(pod, sc),
-	}
-	if sc.Privileged != nil {
-		out.Privileged = *sc.Privileged
-	}
-	if sc.ReadOnlyRootFilesystem != nil {
-		out.ReadonlyRootfs = *sc.ReadOnlyRootFilesystem
+		Privileged:         isTrue(sc.Privileged),
+		ReadonlyRootfs:     isTrue(sc.ReadOnlyRootFilesystem),
+		Seccomp:            seccomp,
+		Apparmor:           appArmor,
 	}
 	if sc.Capabilities != nil {
 		out.Capabilities = &runtimev1.Capability{}
@@ -110,22 +127,7 @@ func (w *worker) containerSecurity(pod *corev1.Pod, c *corev1.Container, imageID
 			out.Capabilities.DropCapabilities = append(out.Capabilities.DropCapabilities, string(v))
 		}
 	}
-	if p := sc.AppArmorProfile; p != nil {
-		switch p.Type {
-		case corev1.AppArmorProfileTypeUnconfined:
-			out.Apparmor = &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Unconfined}
-		case corev1.AppArmorProfileTypeRuntimeDefault:
-			out.Apparmor = runtimeDefault()
-		case corev1.AppArmorProfileTypeLocalhost:
-			out.Apparmor = &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Localhost, LocalhostRef: *p.LocalhostProfile}
-		}
-	}
-
-	user, name, err := w.imageUser(imageID)
-	if err != nil {
-		return nil, err
-	}
-	if sc.RunAsNonRoot != nil && *sc.RunAsNonRoot {
+	if isTrue(sc.RunAsNonRoot) {
 		switch {
 		case sc.RunAsUser != nil && *sc.RunAsUser == 0:
 			return nil, fmt.Errorf("container's runAsUser breaks non-root policy (pod: %q, container: %s)", pod.Name, c.Name)
@@ -170,26 +172,58 @@ func (w *worker) imageUser(imageID string) (*int64, string, error) {
 	return nil, resp.Image.Username, nil
 }
 
-// seccomp is the profile of a container; without one in the spec it is the
-// runtime's default, not unconfined.
-func (w *worker) seccomp(pod *corev1.Pod, sc *corev1.SecurityContext) *runtimev1.SecurityProfile {
-	profile := sc.SeccompProfile
+// seccompProfile is a container's own profile, else its pod's; without one in
+// the spec it is the runtime's default, not unconfined. The effective security
+// context does not have it: that leaves profiles out.
+func seccompProfile(pod *corev1.Pod, c *corev1.Container, dir string) (*runtimev1.SecurityProfile, error) {
+	var profile *corev1.SeccompProfile
+	if c.SecurityContext != nil {
+		profile = c.SecurityContext.SeccompProfile
+	}
 	if profile == nil && pod.Spec.SecurityContext != nil {
 		profile = pod.Spec.SecurityContext.SeccompProfile
 	}
 	if profile == nil {
-		return runtimeDefault()
+		return runtimeDefault(), nil
 	}
 	switch profile.Type {
+	case corev1.SeccompProfileTypeRuntimeDefault:
+		return runtimeDefault(), nil
 	case corev1.SeccompProfileTypeUnconfined:
-		return &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Unconfined}
+		return &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Unconfined}, nil
 	case corev1.SeccompProfileTypeLocalhost:
-		if profile.LocalhostProfile != nil {
-			return &runtimev1.SecurityProfile{
-				ProfileType:  runtimev1.SecurityProfile_Localhost,
-				LocalhostRef: filepath.Join(w.m.cfg.SeccompDir, *profile.LocalhostProfile),
-			}
+		if profile.LocalhostProfile == nil || *profile.LocalhostProfile == "" {
+			return nil, errors.New("localhostProfile must be set if seccompProfile type is Localhost.")
 		}
+		if !filepath.IsLocal(*profile.LocalhostProfile) {
+			return nil, fmt.Errorf("seccompProfile.localhostProfile %q must be a path below the node's folder of profiles", *profile.LocalhostProfile)
+		}
+		return &runtimev1.SecurityProfile{
+			ProfileType:  runtimev1.SecurityProfile_Localhost,
+			LocalhostRef: filepath.Join(dir, *profile.LocalhostProfile),
+		}, nil
 	}
-	return runtimeDefault()
+	return nil, fmt.Errorf("seccompProfile.type %q is not known to this node", profile.Type)
+}
+
+// appArmorProfile is a container's own profile, else what the deprecated
+// annotation says, else its pod's. Whether the kernel can enforce it was asked
+// when the pod was accepted.
+func appArmorProfile(pod *corev1.Pod, c *corev1.Container) (*runtimev1.SecurityProfile, error) {
+	profile := apparmor.GetProfile(pod, c)
+	if profile == nil {
+		return nil, nil
+	}
+	switch profile.Type {
+	case corev1.AppArmorProfileTypeRuntimeDefault:
+		return runtimeDefault(), nil
+	case corev1.AppArmorProfileTypeUnconfined:
+		return &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Unconfined}, nil
+	case corev1.AppArmorProfileTypeLocalhost:
+		if profile.LocalhostProfile == nil || *profile.LocalhostProfile == "" {
+			return nil, errors.New("localhostProfile must be set if appArmorProfile type is Localhost")
+		}
+		return &runtimev1.SecurityProfile{ProfileType: runtimev1.SecurityProfile_Localhost, LocalhostRef: *profile.LocalhostProfile}, nil
+	}
+	return nil, fmt.Errorf("appArmorProfile.type %q is not known to this node", profile.Type)
 }
