@@ -47,6 +47,7 @@ type Agent struct {
 	kubelet *kubelet.Server
 	images  *containerd.Importer // nil: no folder
 	facts   node.Facts
+	kernel  kernelFacts
 
 	nodeChanged chan struct{}
 	synced      chan struct{}
@@ -54,6 +55,7 @@ type Agent struct {
 
 	mu         sync.Mutex
 	node       *corev1.Node
+	live       *corev1.Node // as the API has it; nil until a controller said so
 	capacity   corev1.ResourceList
 	networkBad string // why the pod network does not work
 	runtimeBad string // why containerd does not
@@ -146,6 +148,7 @@ func (a *Agent) describe(ctx context.Context) error {
 	if a.capacity, err = node.Resources(&a.facts); err != nil {
 		return err
 	}
+	a.kernel = readKernel(a.log)
 	if !a.network.Ready() {
 		a.networkBad = "this node has no pod CIDR yet"
 	}
@@ -175,7 +178,7 @@ func (a *Agent) updateNode() error {
 func (a *Agent) wire() {
 	a.stream = stream.New(stream.Config{
 		NodeName: a.cfg.Name, Version: a.cfg.Version, TLS: a.cfg.TLS, Controllers: a.controllers(),
-		Desired: a.store, Logger: a.log, Cluster: a.cluster,
+		Desired: a.store, Logger: a.log, Cluster: a.cluster, Node: a.setLive,
 		Tunnel: func(_ string, conn net.Conn) { a.kubelet.Serve(conn) },
 	})
 	a.stream.SetNode(a.node)
@@ -188,6 +191,7 @@ func (a *Agent) wire() {
 		Runtime: a.runtime, Images: a.runtime.Images, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
+		Node:     a.admissionNode,
 		NetworkReady: func() bool {
 			a.mu.Lock()
 			defer a.mu.Unlock()

@@ -550,11 +550,6 @@ func TestPullImages(t *testing.T) {
 	bad := newPod("bad", corev1.Container{Name: "app", Image: "UPPER/:", ImagePullPolicy: corev1.PullNever})
 	c.set(bad)
 	c.until(bad, "refused", 20*time.Second, waitingFor("InvalidImageName"))
-	claim := newPod("claim", shell("app", "true"))
-	claim.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "data"}}}}
-	c.set(claim)
-	st = c.until(claim, "refused", 20*time.Second, waitingFor("UnsupportedVolume"))
-	require.Contains(t, st.ContainerStatuses[0].State.Waiting.Message, "persistentVolumeClaim")
 }
 
 func serveRegistry(t *testing.T, user, password string) string {

@@ -83,6 +83,7 @@ func (h *hub) wakeFor(changes []objects.Changed, routes chan<- struct{}) {
 				notify(routes)
 				if s := h.sessions[o.Name]; s != nil && m == c.New {
 					s.nodeChanged(o)
+					notify(s.wake) // sends nothing when no pod is held against what changed
 				}
 			case *corev1.ConfigMap:
 				h.wakeUsers(objKey{kindConfigMap, o.Namespace, o.Name})

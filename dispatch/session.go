@@ -46,6 +46,8 @@ type session struct {
 	full    bool             // a full list follows, as Welcome says
 	first   bool             // nothing was synced on this stream yet
 	cluster *pb.Cluster
+	// sentNode is the last NodeSet.
+	sentNode []byte
 
 	reports reports // what the agent said and is to be written
 }

@@ -60,6 +60,9 @@ func (s *session) sendCluster() error {
 // their own revisions.
 func (s *session) sync() error {
 	snapshot := s.d.config.Objects.Snapshot()
+	if err := s.sendNode(snapshot); err != nil {
+		return err
+	}
 	pods := slices.Collect(snapshot.PodsOnNode(s.node))
 	refs := make(map[objKey]struct{})
 	for _, pod := range pods {

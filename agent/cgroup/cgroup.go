@@ -49,7 +49,7 @@ type Limits struct {
 // Apply makes a cgroup and sets its limits.
 func Apply(path string, l Limits) error {
 	if V2() {
-		return applyV2(path, l)
+		return applyV2(Root, path, l)
 	}
 	cpu, memory, pids := filepath.Join(Root, "cpu", path), filepath.Join(Root, "memory", path), filepath.Join(Root, "pids", path)
 	for _, dir := range []string{cpu, memory, pids} {
@@ -76,17 +76,10 @@ func Apply(path string, l Limits) error {
 	)
 }
 
-func applyV2(path string, l Limits) error {
-	// Controllers have to be handed down at every level.
-	dir := Root
-	for _, part := range strings.Split(strings.Trim(path, "/"), "/") {
-		for _, c := range []string{"+cpuset", "+cpu", "+io", "+memory", "+pids"} {
-			_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(c), 0o644) // some may be absent
-		}
-		dir = filepath.Join(dir, part)
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("make cgroup: %w", err)
-		}
+func applyV2(root, path string, l Limits) error {
+	dir, err := makeV2(root, path)
+	if err != nil {
+		return err
 	}
 	quota := "max 100000"
 	if l.CPUQuota > 0 {
@@ -96,10 +89,8 @@ func applyV2(path string, l Limits) error {
 	if l.Memory > 0 {
 		memory = strconv.FormatInt(l.Memory, 10)
 	}
-	// The kernel's own mapping of 2..262144 shares to a weight of 1..10000.
-	weight := 1 + (max(l.CPUShares, 2)-2)*9999/262142
 	return errors.Join(
-		write(dir, "cpu.weight", weight), writeText(dir, "cpu.max", quota), writeText(dir, "memory.max", memory),
+		write(dir, "cpu.weight", weight(l.CPUShares)), writeText(dir, "cpu.max", quota), writeText(dir, "memory.max", memory),
 		writeText(dir, "pids.max", pidsMax(l)),
 	)
 }
@@ -118,6 +109,46 @@ func writeText(dir, file, text string) error {
 		return fmt.Errorf("set cgroup limit: %w", err)
 	}
 	return nil
+}
+
+// Weigh makes a cgroup and sets how much CPU time it gets beside its siblings,
+// as shares of cgroup v1.
+func Weigh(path string, shares int64) error {
+	if V2() {
+		return weighV2(Root, path, shares)
+	}
+	dir := filepath.Join(Root, "cpu", path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("make cgroup: %w", err)
+	}
+	return write(dir, "cpu.shares", max(shares, 2))
+}
+
+func weighV2(root, path string, shares int64) error {
+	dir, err := makeV2(root, path)
+	if err != nil {
+		return err
+	}
+	return write(dir, "cpu.weight", weight(shares))
+}
+
+// weight is the kernel's own mapping of 2..262144 shares to 1..10000.
+func weight(shares int64) int64 { return 1 + (max(shares, 2)-2)*9999/262142 }
+
+// makeV2 makes a cgroup of the unified hierarchy. Controllers have to be handed
+// down at every level.
+func makeV2(root, path string) (string, error) {
+	dir := root
+	for _, part := range strings.Split(strings.Trim(path, "/"), "/") {
+		for _, c := range []string{"+cpuset", "+cpu", "+io", "+memory", "+pids"} {
+			_ = os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(c), 0o644) // some may be absent
+		}
+		dir = filepath.Join(dir, part)
+		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return "", fmt.Errorf("make cgroup: %w", err)
+		}
+	}
+	return dir, nil
 }
 
 // hierarchies are the folders that a cgroup path has to be looked for in.

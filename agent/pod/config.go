@@ -12,6 +12,8 @@ import (
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
 	"k8s.io/kubernetes/third_party/forked/golang/expansion"
+
+	"timonel/agent/admission"
 )
 
 // LogDirName is the name of a pod's folder of container logs.
@@ -85,20 +87,38 @@ func (w *worker) sandboxConfig(pod *corev1.Pod, attempt uint32) (*runtimev1.PodS
 	if sc := pod.Spec.SecurityContext; sc != nil && len(sc.Sysctls) > 0 {
 		cfg.Linux.Sysctls = map[string]string{}
 		for _, s := range sc.Sysctls {
-			cfg.Linux.Sysctls[strings.ReplaceAll(s.Name, "/", ".")] = s.Value
+			cfg.Linux.Sysctls[admission.SysctlName(s.Name)] = s.Value
 		}
 	}
-	for _, c := range pod.Spec.Containers {
-		for _, p := range c.Ports {
-			if pod.Spec.HostNetwork || p.HostPort == 0 {
-				continue
-			}
-			cfg.PortMappings = append(cfg.PortMappings, &runtimev1.PortMapping{
-				Protocol: protocol(p.Protocol), ContainerPort: p.ContainerPort, HostPort: p.HostPort, HostIp: p.HostIP,
-			})
-		}
-	}
+	cfg.PortMappings = portMappings(pod)
 	return cfg, nil
+}
+
+// portMappings are the host ports of what runs together: containers and
+// sidecars. On the host's network a container's port is the host's already.
+func portMappings(pod *corev1.Pod) []*runtimev1.PortMapping {
+	if pod.Spec.HostNetwork {
+		return nil
+	}
+	var out []*runtimev1.PortMapping
+	add := func(c *corev1.Container) {
+		for _, p := range c.Ports {
+			if p.HostPort != 0 {
+				out = append(out, &runtimev1.PortMapping{
+					Protocol: protocol(p.Protocol), ContainerPort: p.ContainerPort, HostPort: p.HostPort, HostIp: p.HostIP,
+				})
+			}
+		}
+	}
+	for i := range pod.Spec.InitContainers {
+		if c := &pod.Spec.InitContainers[i]; sidecar(c) {
+			add(c)
+		}
+	}
+	for i := range pod.Spec.Containers {
+		add(&pod.Spec.Containers[i])
+	}
+	return out
 }
 
 func protocol(p corev1.Protocol) runtimev1.Protocol {
@@ -169,11 +189,6 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 	}
 	if messageFile != "" {
 		cfg.Mounts = append(cfg.Mounts, &runtimev1.Mount{HostPath: messageFile, ContainerPath: c.TerminationMessagePath})
-	}
-	if l := c.Lifecycle; l != nil && l.StopSignal != nil {
-		if sig, ok := runtimev1.Signal_value[string(*l.StopSignal)]; ok {
-			cfg.StopSignal = runtimev1.Signal(sig)
-		}
 	}
 	return cfg, nil
 }

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"timonel/agent/admission"
 	"timonel/agent/image"
 	"timonel/agent/volume"
 )
@@ -69,6 +70,8 @@ type Config struct {
 
 	HostIPs  func() []string
 	Capacity func() corev1.ResourceList
+	// Node is what new pods are held against, without the pods that are there.
+	Node func() admission.Node
 	// NetworkReady says whether sandboxes on the pod network can be made.
 	NetworkReady func() bool
 
@@ -90,6 +93,9 @@ type Manager struct {
 	log     *slog.Logger
 	volumes *volume.Manager
 	images  *image.Manager
+
+	admission sync.Mutex // one pod is admitted at a time; taken before mu
+	weights   weights    // last set; admission guards it
 
 	mu      sync.Mutex
 	ctx     context.Context // of Run; nil before

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
+	resourceapi "k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/component-helpers/resource"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
@@ -27,19 +28,28 @@ func cpuQuota(milli int64) int64 {
 	return max(milli*cpuPeriod/1000, minQuota)
 }
 
+// limitOf is a container's limit or, where it has none, its pod's.
+func limitOf(pod *corev1.Pod, c *corev1.Container, name corev1.ResourceName) resourceapi.Quantity {
+	limit := c.Resources.Limits[name]
+	if limit.IsZero() && pod.Spec.Resources != nil {
+		limit = pod.Spec.Resources.Limits[name]
+	}
+	return limit
+}
+
 // containerResources are one container's limits for its cgroup.
 func containerResources(pod *corev1.Pod, c *corev1.Container, capacity corev1.ResourceList) *runtimev1.LinuxContainerResources {
-	request, limit := c.Resources.Requests.Cpu(), c.Resources.Limits.Cpu()
-	milli := request.MilliValue()
-	if _, has := c.Resources.Requests[corev1.ResourceCPU]; !has && !limit.IsZero() {
-		milli = limit.MilliValue()
+	cpu, memory := limitOf(pod, c, corev1.ResourceCPU), limitOf(pod, c, corev1.ResourceMemory)
+	milli := c.Resources.Requests.Cpu().MilliValue()
+	if _, has := c.Resources.Requests[corev1.ResourceCPU]; !has && !cpu.IsZero() {
+		milli = cpu.MilliValue()
 	}
 	out := &runtimev1.LinuxContainerResources{
 		CpuShares:          cpuShares(milli),
-		MemoryLimitInBytes: c.Resources.Limits.Memory().Value(),
+		MemoryLimitInBytes: memory.Value(),
 		OomScoreAdj:        oomScore(pod, c, capacity),
 	}
-	if quota := cpuQuota(limit.MilliValue()); quota > 0 {
+	if quota := cpuQuota(cpu.MilliValue()); quota > 0 {
 		out.CpuPeriod, out.CpuQuota = cpuPeriod, quota
 	}
 	for name, q := range c.Resources.Limits {
@@ -52,9 +62,14 @@ func containerResources(pod *corev1.Pod, c *corev1.Container, capacity corev1.Re
 }
 
 // oomScore is how willingly the kernel kills a container for want of memory:
-// what asked for more memory is killed later.
+// what asked for more memory is killed later. What the pod requests beyond its
+// containers counts for each of them in equal parts, and a sidecar is not killed
+// before those that it serves.
 func oomScore(pod *corev1.Pod, c *corev1.Container, capacity corev1.ResourceList) int64 {
 	const guaranteed, bestEffort = -997, 1000
+	if pod.Spec.PriorityClassName == nodeCritical {
+		return guaranteed
+	}
 	switch qos.GetPodQOS(pod) {
 	case corev1.PodQOSGuaranteed:
 		return guaranteed
@@ -65,12 +80,46 @@ func oomScore(pod *corev1.Pod, c *corev1.Container, capacity corev1.ResourceList
 	if total == 0 {
 		return bestEffort - 1
 	}
-	score := bestEffort - bestEffort*c.Resources.Requests.Memory().Value()/total
+	asked := c.Resources.Requests.Memory().Value()
+	if sidecar(c) && len(pod.Spec.Containers) > 0 {
+		least := pod.Spec.Containers[0].Resources.Requests.Memory().Value()
+		for i := range pod.Spec.Containers {
+			least = min(least, pod.Spec.Containers[i].Resources.Requests.Memory().Value())
+		}
+		asked = max(asked, least)
+	}
+	score := bestEffort - bestEffort*(asked+sharedMemory(pod))/total
 	return min(max(score, bestEffort+guaranteed), bestEffort-1)
 }
 
-// podResources are the limits of the whole pod, as its cgroup has them: of what
-// all containers have a limit of, the sum; of cpu requests, the sum.
+// nodeCritical is the priority class of what a node cannot do without.
+const nodeCritical = "system-node-critical"
+
+// sharedMemory is each container's part of what a pod's own memory request has
+// beyond those of its containers.
+func sharedMemory(pod *corev1.Pod) int64 {
+	if pod.Spec.Resources == nil || pod.Spec.Resources.Requests.Memory().IsZero() {
+		return 0
+	}
+	rest, n := pod.Spec.Resources.Requests.Memory().Value(), int64(0)
+	add := func(c *corev1.Container) {
+		rest -= c.Resources.Requests.Memory().Value()
+		n++
+	}
+	for i := range pod.Spec.InitContainers {
+		if c := &pod.Spec.InitContainers[i]; sidecar(c) {
+			add(c)
+		}
+	}
+	for i := range pod.Spec.Containers {
+		add(&pod.Spec.Containers[i])
+	}
+	return max(rest, 0) / max(n, 1)
+}
+
+// podResources are the limits of the whole pod, as its cgroup has them: the
+// pod's own, else of what all containers have a limit of, the sum; of cpu
+// requests, the sum.
 func podResources(pod *corev1.Pod) *runtimev1.LinuxContainerResources {
 	requests := resource.PodRequests(pod, resource.PodResourcesOptions{})
 	limits := resource.PodLimits(pod, resource.PodResourcesOptions{})
@@ -85,6 +134,10 @@ func podResources(pod *corev1.Pod) *runtimev1.LinuxContainerResources {
 				memory = false
 			}
 		}
+	}
+	if own := pod.Spec.Resources; own != nil {
+		cpu = cpu || !own.Limits.Cpu().IsZero()
+		memory = memory || !own.Limits.Memory().IsZero()
 	}
 	if cpu {
 		out.CpuPeriod, out.CpuQuota = cpuPeriod, cpuQuota(limits.Cpu().MilliValue())

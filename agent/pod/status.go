@@ -16,7 +16,10 @@ import (
 type waiting struct{ reason, message string }
 
 // verdict ends a pod for a reason of the node's own.
-type verdict struct{ reason, message string }
+type verdict struct {
+	reason, message string
+	rejected        bool // the node never took the pod
+}
 
 // statusInput is all that a pod's status is made from.
 type statusInput struct {
@@ -28,6 +31,8 @@ type statusInput struct {
 	facts   facts
 	hostIPs []string
 	verdict *verdict
+	// resized: the pod asks for other resources than it has.
+	resized bool
 	// ending: the pod is being stopped, or has been.
 	ending bool
 	// stopped: nothing of the pod runs any more, and nothing will.
@@ -65,13 +70,25 @@ func makeStatus(in statusInput) corev1.PodStatus {
 	if len(st.PodIPs) > 0 {
 		st.PodIP = st.PodIPs[0].IP
 	}
+	if rejected(in) {
+		// As upstream's, it says nothing of containers: there never were any.
+		st.Phase = corev1.PodFailed
+		if in.verdict != nil {
+			st.Reason, st.Message = in.verdict.reason, in.verdict.message
+		}
+		st.Conditions = conditions(in, &st)
+		return st
+	}
+	if spec.Resources != nil {
+		st.Resources, st.AllocatedResources = spec.Resources, spec.Resources.Requests
+	}
 	for i := range spec.InitContainers {
 		st.InitContainerStatuses = append(st.InitContainerStatuses, containerStatus(in, &spec.InitContainers[i], true))
 	}
 	for i := range spec.Containers {
 		st.ContainerStatuses = append(st.ContainerStatuses, containerStatus(in, &spec.Containers[i], false))
 	}
-	st.EphemeralContainerStatuses = in.old.EphemeralContainerStatuses
+	st.EphemeralContainerStatuses = ephemeralStatuses(in)
 
 	st.Phase = phase(spec, &st, in.stopped)
 	if in.verdict != nil {
@@ -92,6 +109,14 @@ func makeStatus(in statusInput) corev1.PodStatus {
 	return st
 }
 
+// rejected says whether this pod was not taken, by this agent or one before it.
+func rejected(in statusInput) bool {
+	if in.verdict != nil {
+		return in.verdict.rejected
+	}
+	return in.old.Phase == corev1.PodFailed && len(in.old.ContainerStatuses) == 0 && len(in.obs.containers) == 0 && len(in.obs.sandboxes) == 0
+}
+
 func podIPs(in statusInput) []string {
 	if s := in.obs.current(); s != nil {
 		if s.hostNet {
@@ -110,6 +135,8 @@ func podIPs(in statusInput) []string {
 	}
 	return out
 }
+
+func stamp(t time.Time) metav1.Time { return metav1.NewTime(t).Rfc3339Copy() }
 
 func terminated(c *container) *corev1.ContainerStateTerminated {
 	return &corev1.ContainerStateTerminated{
@@ -134,7 +161,10 @@ func oldStatus(st *corev1.PodStatus, name string) *corev1.ContainerStatus {
 }
 
 func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.ContainerStatus {
-	st := corev1.ContainerStatus{Name: spec.Name, Image: spec.Image}
+	st := corev1.ContainerStatus{
+		Name: spec.Name, Image: spec.Image, AllocatedResources: spec.Resources.Requests,
+		Resources: &corev1.ResourceRequirements{Limits: spec.Resources.Limits, Requests: spec.Resources.Requests},
+	}
 	started := false
 	st.Started = &started
 	c := in.obs.latest(spec.Name)
@@ -301,6 +331,7 @@ func phase(spec *corev1.PodSpec, st *corev1.PodStatus, stopped bool) corev1.PodP
 // owned are the conditions that the node sets; all others are kept.
 var owned = []corev1.PodConditionType{
 	corev1.PodReadyToStartContainers, corev1.PodInitialized, corev1.PodReady, corev1.ContainersReady, corev1.PodScheduled,
+	corev1.PodResizePending,
 }
 
 func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
@@ -310,6 +341,9 @@ func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
 	containers := containersReady(in, st)
 	set = append(set, readyCondition(in, st, containers), containers,
 		corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue})
+	if in.resized && !in.stopped {
+		set = append(set, resizeCondition(in.pod))
+	}
 	for _, c := range in.pod.Status.Conditions {
 		if !slices.Contains(owned, c.Type) {
 			set = append(set, c)

@@ -34,7 +34,12 @@ type worker struct {
 	wg     sync.WaitGroup
 
 	mu           sync.Mutex
-	pod          *corev1.Pod
+	latest       *corev1.Pod // as the API has it
+	pod          *corev1.Pod // latest, with the resources that were allocated
+	accepted     bool        // it holds a part of the node
+	allocated    *allocation // nil until it is accepted
+	resized      bool        // latest asks for other resources
+	over         bool        // nothing of it runs any more
 	removed      bool
 	shown        uint64 // counts what volumes show: changes of the pod or of what it refers to
 	imageWait    bool
@@ -57,6 +62,7 @@ type worker struct {
 	waiting   map[string]waiting
 	reported  []byte
 	verdict   *verdict
+	asked     bool            // whether this node takes it
 	stopped   map[string]bool // sandboxes that were stopped
 	cleaned   bool
 	next      time.Time // when to look again without being woken
@@ -72,13 +78,18 @@ type expectation struct {
 func newWorker(m *Manager, pod *corev1.Pod) *worker {
 	w := &worker{
 		m: m, uid: pod.UID, log: m.log.With("pod", pod.Namespace+"/"+pod.Name, "uid", pod.UID),
-		wake: make(chan struct{}, 1), pod: pod, shown: 1,
+		wake: make(chan struct{}, 1), latest: pod, pod: pod, shown: 1,
 		expected: map[string]*expectation{}, kills: map[string]*killing{}, hooks: map[string]*hook{},
 		observer: observer{runtime: m.cfg.Runtime, uid: pod.UID},
 		retry:    map[string]*retry{}, restart: map[string]*backOff{}, waiting: map[string]waiting{},
 		stopped: map[string]bool{}, said: map[string]string{},
 	}
 	w.probes = newProber(w)
+	if st, ok := m.cfg.Statuses.Status(pod.UID); ok && wasStarted(st) {
+		w.accepted, w.over = true, terminal(st.Phase)
+		w.allocated = allocate(pod, st)
+		w.pod, w.resized = w.allocated.apply(pod)
+	}
 	return w
 }
 
@@ -92,7 +103,8 @@ func (w *worker) wakeUp() {
 func (w *worker) set(pod *corev1.Pod) {
 	w.mu.Lock()
 	old := w.pod
-	w.pod = pod
+	w.latest = pod
+	w.pod, w.resized = w.allocated.apply(pod)
 	if !maps.Equal(old.Labels, pod.Labels) || !maps.Equal(old.Annotations, pod.Annotations) || old.Generation != pod.Generation {
 		w.shown++
 	}
@@ -278,15 +290,20 @@ func (w *worker) sync() bool {
 			if !ended {
 				return false
 			}
+			w.hasEnded()
 			if !w.clean(pod, obs) {
 				return false
 			}
 			w.cleaned = true
 			continue
 		}
+		w.admit(pod, obs)
 		a := plan(pod, obs, w)
-		if w.verdict != nil || a.finished {
+		if w.verdict != nil || a.finished || terminal(w.oldStatus(pod).Phase) {
 			ended := w.end(pod, obs)
+			if ended {
+				w.hasEnded()
+			}
 			w.report(pod, obs, true, ended)
 			return false
 		}
@@ -302,6 +319,17 @@ func (w *worker) sync() bool {
 	}
 	w.again(w.m.cfg.Now().Add(100 * time.Millisecond))
 	return false
+}
+
+// hasEnded gives back what the pod had of the node.
+func (w *worker) hasEnded() {
+	w.mu.Lock()
+	was := w.over
+	w.over = true
+	w.mu.Unlock()
+	if !was {
+		w.m.ended()
+	}
 }
 
 // register tells the manager which ids are this pod's, and settles or repeats
@@ -349,7 +377,7 @@ func (w *worker) checkDeadline(pod *corev1.Pod) {
 		return
 	}
 	const message = "Pod was active on the node longer than the specified deadline"
-	w.verdict = &verdict{"DeadlineExceeded", message}
+	w.verdict = &verdict{reason: "DeadlineExceeded", message: message}
 	w.event(pod, corev1.EventTypeWarning, "DeadlineExceeded", message, "")
 }
 
@@ -373,8 +401,16 @@ func (w *worker) report(pod *corev1.Pod, obs *observed, ending, stopped bool) {
 	if w.orphan {
 		return
 	}
+	w.mu.Lock()
+	resized := w.resized
+	w.mu.Unlock()
+	old := w.oldStatus(pod)
+	if resized {
+		w.sayResize(pod, old)
+	}
+	w.sayEphemeral(pod, old)
 	st := makeStatus(statusInput{
-		pod: pod, obs: obs, old: w.oldStatus(pod), waiting: w.waiting, ready: w.probes.readiness(), facts: w,
+		pod: pod, obs: obs, old: old, resized: resized, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
 		hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
 	})
 	w.mu.Lock()
@@ -416,6 +452,11 @@ func (w *worker) event(pod *corev1.Pod, kind, reason, message, container string)
 		for i := range pod.Spec.InitContainers {
 			if pod.Spec.InitContainers[i].Name == container {
 				field = "spec.initContainers"
+			}
+		}
+		for i := range pod.Spec.EphemeralContainers {
+			if pod.Spec.EphemeralContainers[i].Name == container {
+				field = "spec.ephemeralContainers"
 			}
 		}
 		ref.FieldPath = field + "{" + container + "}"

@@ -36,6 +36,8 @@ type Config struct {
 	Tunnel func(target string, conn net.Conn)
 	// Cluster hears where controllers and other nodes are.
 	Cluster func(*pb.Cluster)
+	// Node hears what the API says of this node: labels, taints, allocatable.
+	Node func(*corev1.Node)
 	// DialTimeout bounds the attempt on one controller, up to its Welcome.
 	// Default 2 s.
 	DialTimeout time.Duration

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc"
 	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -177,6 +178,11 @@ func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[p
 			s.client.setControllers(m.Cluster.Controllers)
 			if cfg.Cluster != nil {
 				cfg.Cluster(m.Cluster)
+			}
+		case *pb.ControllerMessage_NodeSet:
+			node := &corev1.Node{}
+			if err = node.Unmarshal(m.NodeSet.Node); err == nil && cfg.Node != nil {
+				cfg.Node(node)
 			}
 		default:
 			s.client.log.Warn("unknown message from the controller; is it newer than this agent?", "type", fmt.Sprintf("%T", m))

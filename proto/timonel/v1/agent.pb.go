@@ -1045,6 +1045,7 @@ type ControllerMessage struct {
 	//	*ControllerMessage_TunnelOpen
 	//	*ControllerMessage_Reply
 	//	*ControllerMessage_Cluster
+	//	*ControllerMessage_NodeSet
 	Message       isControllerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1168,6 +1169,15 @@ func (x *ControllerMessage) GetCluster() *Cluster {
 	return nil
 }
 
+func (x *ControllerMessage) GetNodeSet() *NodeSet {
+	if x != nil {
+		if x, ok := x.Message.(*ControllerMessage_NodeSet); ok {
+			return x.NodeSet
+		}
+	}
+	return nil
+}
+
 type isControllerMessage_Message interface {
 	isControllerMessage_Message()
 }
@@ -1208,6 +1218,10 @@ type ControllerMessage_Cluster struct {
 	Cluster *Cluster `protobuf:"bytes,9,opt,name=cluster,proto3,oneof"`
 }
 
+type ControllerMessage_NodeSet struct {
+	NodeSet *NodeSet `protobuf:"bytes,10,opt,name=node_set,json=nodeSet,proto3,oneof"`
+}
+
 func (*ControllerMessage_Welcome) isControllerMessage_Message() {}
 
 func (*ControllerMessage_PodSet) isControllerMessage_Message() {}
@@ -1225,6 +1239,8 @@ func (*ControllerMessage_TunnelOpen) isControllerMessage_Message() {}
 func (*ControllerMessage_Reply) isControllerMessage_Message() {}
 
 func (*ControllerMessage_Cluster) isControllerMessage_Message() {}
+
+func (*ControllerMessage_NodeSet) isControllerMessage_Message() {}
 
 type Welcome struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1286,6 +1302,52 @@ func (x *Welcome) GetFull() bool {
 	return false
 }
 
+// NodeSet is the agent's own Node as the API has it, sent before the pods that
+// are held against it and when what pods are held against has changed.
+type NodeSet struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          []byte                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // v1.Node: name, labels, taints and allocatable
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NodeSet) Reset() {
+	*x = NodeSet{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NodeSet) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NodeSet) ProtoMessage() {}
+
+func (x *NodeSet) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NodeSet.ProtoReflect.Descriptor instead.
+func (*NodeSet) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *NodeSet) GetNode() []byte {
+	if x != nil {
+		return x.Node
+	}
+	return nil
+}
+
 // PodSet is a pod bound to this node, new or changed. A pod being deleted comes
 // with its deletionTimestamp until the agent has sent PodTerminated.
 type PodSet struct {
@@ -1298,7 +1360,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1310,7 +1372,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1323,7 +1385,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -1352,7 +1414,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1364,7 +1426,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1377,7 +1439,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -1421,7 +1483,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1495,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1508,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -1482,7 +1544,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1494,7 +1556,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1507,7 +1569,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -1547,7 +1609,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1621,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1634,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -1592,7 +1654,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1604,7 +1666,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1617,7 +1679,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -1645,7 +1707,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1719,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1732,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -1709,7 +1771,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +1783,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +1796,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -1783,7 +1845,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1795,7 +1857,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1808,7 +1870,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -1841,7 +1903,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1853,7 +1915,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1866,7 +1928,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -1952,7 +2014,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x0fservice_account\x18\x02 \x01(\tR\x0eserviceAccount\x12#\n" +
 	"\rtoken_request\x18\x03 \x01(\fR\ftokenRequest\"!\n" +
 	"\aGoodbye\x12\x16\n" +
-	"\x06reason\x18\x01 \x01(\tR\x06reason\"\xf4\x03\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"\xa6\x04\n" +
 	"\x11ControllerMessage\x12/\n" +
 	"\awelcome\x18\x01 \x01(\v2\x13.timonel.v1.WelcomeH\x00R\awelcome\x12-\n" +
 	"\apod_set\x18\x02 \x01(\v2\x12.timonel.v1.PodSetH\x00R\x06podSet\x126\n" +
@@ -1965,14 +2027,18 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\vtunnel_open\x18\a \x01(\v2\x16.timonel.v1.TunnelOpenH\x00R\n" +
 	"tunnelOpen\x12)\n" +
 	"\x05reply\x18\b \x01(\v2\x11.timonel.v1.ReplyH\x00R\x05reply\x12/\n" +
-	"\acluster\x18\t \x01(\v2\x13.timonel.v1.ClusterH\x00R\aclusterB\t\n" +
+	"\acluster\x18\t \x01(\v2\x13.timonel.v1.ClusterH\x00R\acluster\x120\n" +
+	"\bnode_set\x18\n" +
+	" \x01(\v2\x13.timonel.v1.NodeSetH\x00R\anodeSetB\t\n" +
 	"\amessage\"S\n" +
 	"\aWelcome\x12\x1e\n" +
 	"\n" +
 	"controller\x18\x01 \x01(\tR\n" +
 	"controller\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x12\n" +
-	"\x04full\x18\x03 \x01(\bR\x04full\"6\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\"\x1d\n" +
+	"\aNodeSet\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\fR\x04node\"6\n" +
 	"\x06PodSet\x12\x10\n" +
 	"\x03pod\x18\x01 \x01(\fR\x03pod\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x03R\brevision\"k\n" +
@@ -2030,7 +2096,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_agent_proto_rawDescData
 }
 
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),       // 0: timonel.v1.JoinRequest
 	(*JoinResponse)(nil),      // 1: timonel.v1.JoinResponse
@@ -2048,16 +2114,17 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*Goodbye)(nil),           // 13: timonel.v1.Goodbye
 	(*ControllerMessage)(nil), // 14: timonel.v1.ControllerMessage
 	(*Welcome)(nil),           // 15: timonel.v1.Welcome
-	(*PodSet)(nil),            // 16: timonel.v1.PodSet
-	(*PodRemove)(nil),         // 17: timonel.v1.PodRemove
-	(*ObjectSet)(nil),         // 18: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),      // 19: timonel.v1.ObjectRemove
-	(*Synced)(nil),            // 20: timonel.v1.Synced
-	(*TunnelOpen)(nil),        // 21: timonel.v1.TunnelOpen
-	(*Reply)(nil),             // 22: timonel.v1.Reply
-	(*Cluster)(nil),           // 23: timonel.v1.Cluster
-	(*NodeRoute)(nil),         // 24: timonel.v1.NodeRoute
-	(*Chunk)(nil),             // 25: timonel.v1.Chunk
+	(*NodeSet)(nil),           // 16: timonel.v1.NodeSet
+	(*PodSet)(nil),            // 17: timonel.v1.PodSet
+	(*PodRemove)(nil),         // 18: timonel.v1.PodRemove
+	(*ObjectSet)(nil),         // 19: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),      // 20: timonel.v1.ObjectRemove
+	(*Synced)(nil),            // 21: timonel.v1.Synced
+	(*TunnelOpen)(nil),        // 22: timonel.v1.TunnelOpen
+	(*Reply)(nil),             // 23: timonel.v1.Reply
+	(*Cluster)(nil),           // 24: timonel.v1.Cluster
+	(*NodeRoute)(nil),         // 25: timonel.v1.NodeRoute
+	(*Chunk)(nil),             // 26: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
 	3,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
@@ -2072,26 +2139,27 @@ var file_timonel_v1_agent_proto_depIdxs = []int32{
 	6,  // 9: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
 	12, // 10: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
 	15, // 11: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	16, // 12: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	17, // 13: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	18, // 14: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	19, // 15: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	20, // 16: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	21, // 17: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	22, // 18: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	23, // 19: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	24, // 20: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	0,  // 21: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	2,  // 22: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	25, // 23: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	1,  // 24: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	14, // 25: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	25, // 26: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	24, // [24:27] is the sub-list for method output_type
-	21, // [21:24] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	17, // 12: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	18, // 13: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	19, // 14: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	20, // 15: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	21, // 16: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	22, // 17: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	23, // 18: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	24, // 19: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	16, // 20: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	25, // 21: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	0,  // 22: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	2,  // 23: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	26, // 24: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	1,  // 25: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	14, // 26: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	26, // 27: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	25, // [25:28] is the sub-list for method output_type
+	22, // [22:25] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -2121,6 +2189,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_TunnelOpen)(nil),
 		(*ControllerMessage_Reply)(nil),
 		(*ControllerMessage_Cluster)(nil),
+		(*ControllerMessage_NodeSet)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2128,7 +2197,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,59 @@
+package agent
+
+import (
+	"log/slog"
+	"maps"
+	"os"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/version"
+	"k8s.io/kubernetes/pkg/security/apparmor"
+	"k8s.io/kubernetes/pkg/util/kernel"
+
+	"timonel/agent/admission"
+)
+
+// kernelFacts are what this machine's kernel can do for pods.
+type kernelFacts struct {
+	version  *version.Version
+	appArmor error // why profiles cannot be enforced
+	seLinux  bool
+}
+
+func readKernel(log *slog.Logger) kernelFacts {
+	k := kernelFacts{appArmor: apparmor.NewValidator().ValidateHost()}
+	var err error
+	if k.version, err = kernel.GetVersion(); err != nil {
+		log.Warn("the kernel's version is not known: sysctls that depend on it are refused", "error", err)
+	}
+	_, err = os.Stat("/sys/fs/selinux/enforce")
+	k.seLinux = err == nil
+	return k
+}
+
+// setLive takes this node's object as the API has it.
+func (a *Agent) setLive(n *corev1.Node) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.live = n
+}
+
+// admissionNode is what new pods are held against. What the machine has is what
+// the agent sees; resources of others' making are as the API has them.
+func (a *Agent) admissionNode() admission.Node {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	allocatable := maps.Clone(a.node.Status.Allocatable)
+	if a.live != nil {
+		for name, q := range a.live.Status.Allocatable {
+			if strings.Contains(string(name), "/") {
+				allocatable[name] = q
+			}
+		}
+	}
+	return admission.Node{
+		Name: a.cfg.Name, Allocatable: allocatable, Object: a.live,
+		AppArmor: a.kernel.appArmor, SELinux: a.kernel.seLinux, Kernel: a.kernel.version,
+	}
+}

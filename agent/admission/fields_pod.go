@@ -1,0 +1,90 @@
+package admission
+
+var podSpec = []Field{
+	{"volumes", Done, "volume", ""},
+	{"initContainers", Done, "pod", "sidecars included"},
+	{"containers", Done, "pod", ""},
+	{"ephemeralContainers", Refused, "", "the pod goes on; the container's status says terminated, PodFeatureUnsupported, and so does an event"},
+	{"restartPolicy", Done, "pod", ""},
+	{"terminationGracePeriodSeconds", Done, "pod", ""},
+	{"activeDeadlineSeconds", Done, "pod", ""},
+	{"dnsPolicy", Done, "pod", ""},
+	{"nodeSelector", Done, "admission", "when the pod is accepted: NodeAffinity"},
+	{"serviceAccountName", Done, "pod", ""},
+	{"serviceAccount", Meaningless, "", "the old name of serviceAccountName"},
+	{"automountServiceAccountToken", Meaningless, "", "the API adds the volume"},
+	{"nodeName", Done, "admission", ""},
+	{"hostNetwork", Done, "pod", ""},
+	{"hostPID", Done, "pod", ""},
+	{"hostIPC", Done, "pod", ""},
+	{"shareProcessNamespace", Done, "pod", ""},
+	{"securityContext", Done, "pod", ""},
+	{"imagePullSecrets", Done, "pod", ""},
+	{"hostname", Done, "pod", ""},
+	{"subdomain", Done, "pod", ""},
+	{"affinity", Done, "admission", ""},
+	{"schedulerName", Meaningless, "", "for the scheduler"},
+	{"tolerations", Done, "admission", ""},
+	{"hostAliases", Done, "pod", ""},
+	{"priorityClassName", Done, "pod", "system-node-critical is killed last for want of memory; a critical pod does not make room for itself on the node as the kubelet does"},
+	{"priority", Meaningless, "", "for the scheduler"},
+	{"dnsConfig", Done, "pod", ""},
+	{"readinessGates", Done, "pod", ""},
+	{"runtimeClassName", Refused, "", "there is one runtime: a class that names another would run in it unsaid"},
+	{"enableServiceLinks", Missing, "", "containers have the variables of the Service kubernetes alone"},
+	{"preemptionPolicy", Meaningless, "", "for the scheduler"},
+	{"overhead", Done, "pod", "in the pod's cgroup"},
+	{"topologySpreadConstraints", Meaningless, "", "for the scheduler"},
+	{"setHostnameAsFQDN", Done, "pod", ""},
+	{"os", Partly, "admission", ""},
+	{"hostUsers", Partly, "admission", "false is refused: containerd 1.6 has no user namespaces"},
+	{"schedulingGates", Meaningless, "", "a pod that is bound has none"},
+	{"resourceClaims", Refused, "", "dynamic resource allocation"},
+	{"resources", Done, "pod", "in the pod's cgroup"},
+	{"hostnameOverride", Done, "pod", ""},
+	{"schedulingGroup", Meaningless, "", "for the scheduler"},
+	{"evictionResponders", Meaningless, "", "for controllers"},
+}
+
+var podSecurityContext = []Field{
+	{"seLinuxOptions", Partly, "pod", "refused where the kernel enforces SELinux; meaningless elsewhere, as upstream's"},
+	{"windowsOptions", Refused, "", ""},
+	{"runAsUser", Done, "pod", ""},
+	{"runAsGroup", Done, "pod", ""},
+	{"runAsNonRoot", Done, "pod", ""},
+	{"supplementalGroups", Done, "pod", ""},
+	{"supplementalGroupsPolicy", Partly, "admission", "Strict is refused: SupplementalGroupsPolicyNotSupported"},
+	{"fsGroup", Done, "volume", ""},
+	{"sysctls", Partly, "pod", "the safe ones; others: SysctlForbidden"},
+	{"fsGroupChangePolicy", Meaningless, "", "it is about volumes that outlive their pods"},
+	{"seccompProfile", Done, "pod", ""},
+	{"appArmorProfile", Partly, "pod", "where the kernel has AppArmor; else refused: AppArmor"},
+	{"seLinuxChangePolicy", Meaningless, "", "it is about volumes that outlive their pods"},
+}
+
+var affinityFields = []Field{
+	{"nodeAffinity", Done, "admission", ""},
+	{"podAffinity", Meaningless, "", "for the scheduler"},
+	{"podAntiAffinity", Meaningless, "", "for the scheduler"},
+}
+
+var nodeAffinityFields = []Field{
+	{"requiredDuringSchedulingIgnoredDuringExecution", Done, "admission", "when the pod is accepted: NodeAffinity"},
+	{"preferredDuringSchedulingIgnoredDuringExecution", Meaningless, "", "for the scheduler"},
+}
+
+var nodeSelectorTerm = []Field{{"matchExpressions", Done, "admission", ""}, {"matchFields", Done, "admission", ""}}
+
+var nodeSelectorRequirement = []Field{{"key", Done, "admission", ""}, {"operator", Done, "admission", ""}, {"values", Done, "admission", ""}}
+
+var toleration = []Field{
+	{"key", Done, "admission", "of NoExecute taints, when the pod is accepted"},
+	{"operator", Done, "admission", ""},
+	{"value", Done, "admission", ""},
+	{"effect", Done, "admission", ""},
+	{"tolerationSeconds", Meaningless, "", "for the node lifecycle controller"},
+}
+
+var hostAlias = []Field{{"ip", Done, "pod", ""}, {"hostnames", Done, "pod", ""}}
+
+var dnsConfig = []Field{{"nameservers", Done, "pod", ""}, {"searches", Done, "pod", ""}, {"options", Done, "pod", ""}}

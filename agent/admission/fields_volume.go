@@ -1,0 +1,75 @@
+package admission
+
+var volume = []Field{
+	{"name", Done, "volume", ""},
+	{"hostPath", Done, "volume", ""},
+	{"emptyDir", Done, "volume", ""},
+	{"gcePersistentDisk", Refused, "", ""},
+	{"awsElasticBlockStore", Refused, "", ""},
+	{"gitRepo", Refused, "", ""},
+	{"secret", Done, "volume", ""},
+	{"nfs", Refused, "", ""},
+	{"iscsi", Refused, "", ""},
+	{"glusterfs", Refused, "", ""},
+	{"persistentVolumeClaim", Refused, "", ""},
+	{"rbd", Refused, "", ""},
+	{"flexVolume", Refused, "", ""},
+	{"cinder", Refused, "", ""},
+	{"cephfs", Refused, "", ""},
+	{"flocker", Refused, "", ""},
+	{"downwardAPI", Done, "volume", ""},
+	{"fc", Refused, "", ""},
+	{"azureFile", Refused, "", ""},
+	{"configMap", Done, "volume", ""},
+	{"vsphereVolume", Refused, "", ""},
+	{"quobyte", Refused, "", ""},
+	{"azureDisk", Refused, "", ""},
+	{"photonPersistentDisk", Refused, "", ""},
+	{"projected", Done, "volume", ""},
+	{"portworxVolume", Refused, "", ""},
+	{"scaleIO", Refused, "", ""},
+	{"storageos", Refused, "", ""},
+	{"csi", Refused, "", ""},
+	{"ephemeral", Refused, "", ""},
+	{"image", Refused, "", ""},
+}
+
+var hostPathSource = []Field{{"path", Done, "volume", ""}, {"type", Done, "volume", ""}}
+
+var emptyDirSource = []Field{
+	{"medium", Partly, "volume", "Memory or the node's disk; others are refused"},
+	{"sizeLimit", Done, "volume", ""},
+	{"mode", Refused, "", ""},
+}
+
+var secretSource = []Field{
+	{"secretName", Done, "volume", ""}, {"items", Done, "volume", ""}, {"defaultMode", Done, "volume", ""},
+	{"optional", Done, "volume", ""}, {"defaultUser", Refused, "", ""},
+}
+
+var configMapSource = []Field{
+	{"name", Done, "volume", ""}, {"items", Done, "volume", ""}, {"defaultMode", Done, "volume", ""},
+	{"optional", Done, "volume", ""}, {"defaultUser", Refused, "", ""},
+}
+
+var keyToPath = []Field{{"key", Done, "volume", ""}, {"path", Done, "volume", ""}, {"mode", Done, "volume", ""}, {"user", Refused, "", ""}}
+
+var downwardSource = []Field{{"items", Done, "volume", ""}, {"defaultMode", Done, "volume", ""}, {"defaultUser", Refused, "", ""}}
+
+var downwardFile = []Field{
+	{"path", Done, "volume", ""}, {"fieldRef", Done, "volume", ""}, {"resourceFieldRef", Done, "volume", ""},
+	{"mode", Done, "volume", ""}, {"user", Refused, "", ""},
+}
+
+var projectedSource = []Field{{"sources", Done, "volume", ""}, {"defaultMode", Done, "volume", ""}, {"defaultUser", Refused, "", ""}}
+
+var projection = []Field{
+	{"secret", Done, "volume", ""}, {"downwardAPI", Done, "volume", ""}, {"configMap", Done, "volume", ""},
+	{"serviceAccountToken", Done, "volume", ""}, {"clusterTrustBundle", Refused, "", ""}, {"podCertificate", Refused, "", ""},
+}
+
+var projectedItems = []Field{{"name", Done, "volume", ""}, {"items", Done, "volume", ""}, {"optional", Done, "volume", ""}}
+
+var tokenProjection = []Field{
+	{"audience", Done, "volume", ""}, {"expirationSeconds", Done, "volume", ""}, {"path", Done, "volume", ""}, {"user", Refused, "", ""},
+}

@@ -1,0 +1,66 @@
+package cgroup
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func content(t *testing.T, parts ...string) string {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(parts...))
+	require.NoError(t, err)
+	return strings.TrimSpace(string(raw))
+}
+
+// On the unified hierarchy, by the files that are written.
+func TestV2Files(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	require.NoError(t, weighV2(root, "/timonel/a1/besteffort", 2))
+	require.NoError(t, weighV2(root, "/timonel/a1/burstable", 1024))
+	require.NoError(t, applyV2(root, "/timonel/a1/podu", Limits{CPUShares: 2048, CPUQuota: 200000, CPUPeriod: 100000, Memory: 1 << 20}))
+	require.Equal(t, "1", content(t, root, "timonel/a1/besteffort/cpu.weight"), "less than any request, and than the default of 100")
+	require.Equal(t, "39", content(t, root, "timonel/a1/burstable/cpu.weight"))
+	require.Equal(t, "79", content(t, root, "timonel/a1/podu/cpu.weight"))
+	require.Equal(t, "200000 100000", content(t, root, "timonel/a1/podu/cpu.max"))
+	require.Equal(t, "1048576", content(t, root, "timonel/a1/podu/memory.max"))
+	for _, dir := range []string{"", "timonel", "timonel/a1"} {
+		require.FileExists(t, filepath.Join(root, dir, "cgroup.subtree_control"), "controllers are handed down")
+	}
+	require.NoFileExists(t, filepath.Join(root, "timonel/a1/burstable/cpu.max"), "a class has a weight and no limits")
+
+	require.NoError(t, applyV2(root, "/timonel/a1/podu", Limits{CPUShares: 2}))
+	require.Equal(t, "max 100000", content(t, root, "timonel/a1/podu/cpu.max"))
+	require.Equal(t, "max", content(t, root, "timonel/a1/podu/memory.max"))
+}
+
+func TestWeight(t *testing.T) {
+	t.Parallel()
+	for shares, want := range map[int64]int64{0: 1, 2: 1, 1024: 39, 262144: 10000} {
+		require.Equal(t, want, weight(shares), shares)
+	}
+}
+
+// On this machine's own hierarchy, whichever it is.
+func TestWeigh(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("makes cgroups: needs root")
+	}
+	path := "/timonel-test-" + filepath.Base(t.TempDir())
+	t.Cleanup(func() { require.NoError(t, Remove(path)) })
+	require.NoError(t, Check())
+	require.NoError(t, Weigh(path+"/besteffort", 2))
+	require.NoError(t, Weigh(path+"/burstable", 512))
+	require.NoError(t, Weigh(path+"/burstable", 1500))
+	if V2() {
+		require.Equal(t, "1", content(t, Root, path, "besteffort/cpu.weight"))
+		require.Equal(t, "58", content(t, Root, path, "burstable/cpu.weight"))
+		return
+	}
+	require.Equal(t, "2", content(t, Root, "cpu", path, "besteffort/cpu.shares"))
+	require.Equal(t, "1500", content(t, Root, "cpu", path, "burstable/cpu.shares"))
+}
