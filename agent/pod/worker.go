@@ -63,6 +63,7 @@ type worker struct {
 	reported  []byte
 	verdict   *verdict
 	asked     bool            // whether this node takes it
+	resizing  bool            // this pass's copy of the pod asks for other resources
 	stopped   map[string]bool // sandboxes that were stopped
 	cleaned   bool
 	next      time.Time // when to look again without being woken
@@ -262,6 +263,7 @@ func (w *worker) sync() bool {
 		// A mark is taken together with what it is about: what changes from here on
 		// is the next pass's, which it wakes.
 		pod, removed, shown, expectations := w.pod, w.removed, w.shown, w.expectations
+		w.resizing = w.resized
 		if w.hurry {
 			w.hurry = false
 			maps.DeleteFunc(w.retry, func(step string, _ *retry) bool { return !strings.HasPrefix(step, "stop/") })
@@ -401,16 +403,13 @@ func (w *worker) report(pod *corev1.Pod, obs *observed, ending, stopped bool) {
 	if w.orphan {
 		return
 	}
-	w.mu.Lock()
-	resized := w.resized
-	w.mu.Unlock()
 	old := w.oldStatus(pod)
-	if resized {
+	if w.resizing {
 		w.sayResize(pod, old)
 	}
 	w.sayEphemeral(pod, old)
 	st := makeStatus(statusInput{
-		pod: pod, obs: obs, old: old, resized: resized, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
+		pod: pod, obs: obs, old: old, resized: w.resizing, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
 		hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
 	})
 	w.mu.Lock()
