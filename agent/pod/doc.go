@@ -9,6 +9,9 @@
 //	observe.go    what CRI says of a pod
 //	plan.go       what to do next, a pure function
 //	status.go     what to report, a pure function
+//	accept.go     whether the node takes the pod, asked once (package admission)
+//	resize.go     what a running pod asks for and does not get
+//	classes.go    the CPU weights of classes of pods
 //	start.go      sandboxes and containers: starting them
 //	stop.go       killing containers, ending pods, cleaning up
 //	message.go    what containers left to say
