@@ -3,7 +3,6 @@ package agent
 import (
 	"log/slog"
 	"maps"
-	"os"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -12,6 +11,7 @@ import (
 	"k8s.io/kubernetes/pkg/util/kernel"
 
 	"timonel/agent/admission"
+	"timonel/agent/hostile"
 )
 
 // kernelFacts are what this machine's kernel can do for pods.
@@ -27,7 +27,7 @@ func readKernel(log *slog.Logger) kernelFacts {
 	if k.version, err = kernel.GetVersion(); err != nil {
 		log.Warn("the kernel's version is not known: sysctls that depend on it are refused", "error", err)
 	}
-	_, err = os.Stat("/sys/fs/selinux/enforce")
+	_, err = hostile.Stat("/sys/fs/selinux/enforce")
 	k.seLinux = err == nil
 	return k
 }

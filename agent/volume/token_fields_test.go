@@ -27,7 +27,7 @@ func TestTokenIsAskedForAsTheVolumeSays(t *testing.T) {
 	pod := newPod(corev1.Volume{Name: "v", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
 		{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Path: "token", Audience: "vault", ExpirationSeconds: ptr.To[int64](1234)}},
 	}}}})
-	t.Cleanup(func() { require.NoError(t, m.Teardown(pod.UID)) })
+	t.Cleanup(func() { require.NoError(t, m.Teardown(context.Background(), pod.UID)) })
 	_, _, err := m.Setup(t.Context(), pod, nil)
 	require.NoError(t, err)
 	require.Equal(t, []string{"vault"}, asked.Audiences)
