@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"timonel/agent/admission"
 	"timonel/agent/volume"
 )
 
@@ -62,8 +63,10 @@ func testWorker(t *testing.T, rt *fakeRuntime, pod *corev1.Pod) *worker {
 	m := NewManager(Config{
 		Dir: t.TempDir(), Runtime: rt, Objects: nobody{}, Statuses: nobody{}, Reporter: nobody{},
 		HostIPs: func() []string { return nil }, Capacity: func() corev1.ResourceList { return nil },
+		Node:         func() admission.Node { return admission.Node{} },
 		NetworkReady: func() bool { return true }, Logger: slog.New(slog.DiscardHandler),
 	})
+	m.weights = classWeights(nil, nil) // pods that request nothing change no cgroup
 	w := newWorker(m, pod)
 	ctx, cancel := context.WithCancel(context.Background())
 	w.ctx = ctx
