@@ -22,15 +22,26 @@ import (
 	pb "timonel/proto/timonel/v1"
 )
 
-// processOf finds the first process of a container or sandbox by its cgroup.
+// processOf finds the first process of a container or sandbox: of those in its
+// cgroup, the one that is number 1 to itself. Others are its children, whose end
+// is nothing to the agent.
 func processOf(t *testing.T, n *testNode, id string) int {
 	t.Helper()
 	cfg := n.cfg
 	cfg.SetDefaults()
 	for _, pid := range cgroup.Processes(cfg.CgroupRoot) {
 		raw, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cgroup"))
-		if err == nil && strings.Contains(string(raw), id) {
-			return pid
+		if err != nil || !strings.Contains(string(raw), id) {
+			continue
+		}
+		status, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
+		if err != nil {
+			continue // a child that has ended since
+		}
+		for line := range strings.Lines(string(status)) {
+			if numbers, ok := strings.CutPrefix(line, "NSpid:"); ok && strings.HasSuffix(strings.TrimSpace(numbers), "\t1") {
+				return pid
+			}
 		}
 	}
 	t.Fatalf("no process of %s", id)
