@@ -120,9 +120,13 @@ func (r ReplicaSet) manage(in Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, 
 	missing := int(replicasOf(rs)) - len(pods)
 	switch {
 	case missing > 0:
+		if held, until := holdBack(in, rs); held > 0 {
+			missing = max(missing-held, 0)
+			result.at(until)
+		}
 		missing = min(missing, burst)
 		if in.failed(Create, podsResource) != nil {
-			missing = 1 // see whether one goes through before trying them all again
+			missing = min(missing, 1) // see whether one goes through before trying them all again
 		}
 		names := newNames(in, rs)
 		for range missing {
