@@ -16,10 +16,11 @@ import (
 type lifecycle struct {
 	discovered chan struct{} // closed when all paths are installed
 	stopping   chan struct{} // closed when the server stops
+	inTouch    func() (lost <-chan struct{}, err error)
 }
 
-func newLifecycle() lifecycle {
-	return lifecycle{discovered: make(chan struct{}), stopping: make(chan struct{})}
+func newLifecycle(inTouch func() (<-chan struct{}, error)) lifecycle {
+	return lifecycle{inTouch: inTouch, discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -42,6 +43,7 @@ func (l lifecycle) follow(signals map[string]<-chan struct{}, stop <-chan struct
 // those that only measure the filters between them and those that trace, as no
 // tracing is set up: together they cost a twentieth of a small request.
 func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.Handler {
+	touch := touchFilter{inTouch: l.inTouch, serializer: c.Serializer}
 	h := genericapifilters.WithAuthorization(api, c.Authorization.Authorizer, c.Serializer)
 	if c.FlowControl != nil {
 		estimator := flowcontrolrequest.NewWorkEstimator(c.StorageObjectCountTracker.Get, c.FlowControl.GetInterestedWatchCount,
@@ -57,6 +59,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	}
 	h = genericapifilters.WithAudit(h, c.AuditBackend, c.AuditPolicyRuleEvaluator, c.LongRunningFunc)
 
+	h = touch.after(h)
 	unauthorized := genericapifilters.WithFailedAuthenticationAudit(genericapifilters.Unauthorized(c.Serializer), c.AuditBackend, c.AuditPolicyRuleEvaluator)
 	h = genericapifilters.WithAuthentication(h, c.Authentication.Authenticator, unauthorized, c.Authentication.APIAudiences, c.Authentication.RequestHeaderConfig)
 	h = genericfilters.WithCORS(h, c.CorsAllowedOriginList, nil, nil, nil, "true")
@@ -80,6 +83,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	if c.FeatureGate.Enabled(genericfeatures.APIServingWithRoutine) {
 		h = routine.WithRoutine(h, c.LongRunningFunc)
 	}
+	h = touch.before(h)
 	h = genericapifilters.WithRequestInfo(h, c.RequestInfoResolver)
 	h = genericapifilters.WithRequestReceivedTimestamp(h)
 	h = genericapifilters.WithMuxAndDiscoveryComplete(h, l.discovered)

@@ -14,6 +14,8 @@ import (
 	"k8s.io/apiserver/pkg/authentication/authenticator"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/rest"
+
+	"timonel/state/storage"
 )
 
 // streamBuffer is how much of an answer waits for its reader before the
@@ -96,6 +98,9 @@ func (t transportAs) RoundTrip(r *http.Request) (*http.Response, error) {
 		return nil, r.Context().Err()
 	}
 	ctx, cancel := context.WithCancel(context.WithValue(r.Context(), userKey{}, t.user))
+	if t.user.GetName() == user.APIServerUser { // this server's informers
+		ctx = storage.WithOwn(ctx)
+	}
 	in := r.Clone(ctx)
 	if in.Body == nil {
 		in.Body = http.NoBody

@@ -13,6 +13,7 @@ import (
 	genericapiserver "k8s.io/apiserver/pkg/server"
 
 	"timonel/state"
+	"timonel/state/storage"
 	"timonel/state/storage/storagetest"
 )
 
@@ -59,7 +60,7 @@ type lonely struct {
 
 func (l lonely) Commit(ctx context.Context, txn *state.Txn) (state.Result, error) {
 	if time.Now().Before(l.found) {
-		return state.Result{}, errors.New("no leader")
+		return state.Result{}, &storage.CommitError{Outcome: storage.NotDone, Err: errors.New("no leader")}
 	}
 	return l.LocalBackend.Commit(ctx, txn)
 }

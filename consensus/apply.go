@@ -251,7 +251,7 @@ func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id
 				continue
 			case codes.InvalidArgument: // of this proposal alone: what ends the stream leaves it open
 				if !sent {
-					return outcome{}, fmt.Errorf("forward to the leader %s: %w", v.ID, a.err)
+					return outcome{}, fmt.Errorf("%w: the leader %s refuses it: %w", ErrTooLarge, v.ID, a.err)
 				}
 			}
 			sent = sent || !a.unsent

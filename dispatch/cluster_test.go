@@ -54,6 +54,24 @@ type controller struct {
 	server  *Port
 	stop    func()
 	barrier func(context.Context) error
+
+	touch sync.Mutex
+	lost  chan struct{}
+	out   error // why it is out of touch
+}
+
+// cutOff makes a controller lose touch with the others.
+func (k *controller) cutOff() {
+	k.touch.Lock()
+	defer k.touch.Unlock()
+	k.out = errors.New("out of touch with the cluster")
+	close(k.lost)
+}
+
+func (k *controller) inTouch() (<-chan struct{}, error) {
+	k.touch.Lock()
+	defer k.touch.Unlock()
+	return k.lost, k.out
 }
 
 func newCluster(t *testing.T, names ...string) *cluster {
@@ -78,12 +96,13 @@ func (c *cluster) start(name string) *controller {
 	require.NoError(c.t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	cache := objects.NewCache(c.store)
-	k := &controller{addr: listener.Addr().String(), barrier: func(context.Context) error { return nil }}
+	k := &controller{addr: listener.Addr().String(), barrier: func(context.Context) error { return nil }, lost: make(chan struct{})}
 	conns := make(map[string]*grpc.ClientConn)
 	var connsMu sync.Mutex
 	k.Dispatcher, err = New(Config{
 		Name: name, ClusterID: c.bundle.ClusterID(), Store: c.store, Objects: cache,
 		Barrier: func(ctx context.Context) error { return k.barrier(ctx) },
+		InTouch: k.inTouch,
 		API:     func(node string) *rest.Config { return c.api.config(node) },
 		Bundle:  c.bundle, Gossip: c.gossip,
 		PeerConn: func(_ context.Context, peer string) (grpc.ClientConnInterface, error) {

@@ -40,6 +40,9 @@ type Config struct {
 	// Barrier returns when this replica has applied all that was committed when
 	// it was called.
 	Barrier func(ctx context.Context) error
+	// InTouch says whether Store is what the cluster has, but for a moment. lost is
+	// closed when it is not any more: agents' streams end then, so that they go elsewhere.
+	InTouch func() (lost <-chan struct{}, err error)
 	// API is the API in memory as user system:node:NAME of group system:nodes. It
 	// is called after Run was.
 	API    func(node string) *rest.Config
@@ -73,7 +76,7 @@ func (c *Config) Validate() error {
 		missing bool
 	}{
 		{"Name", c.Name == ""}, {"ClusterID", c.ClusterID == ""}, {"Store", c.Store == nil}, {"Objects", c.Objects == nil},
-		{"Barrier", c.Barrier == nil}, {"API", c.API == nil}, {"Bundle", c.Bundle == nil}, {"Gossip", c.Gossip == nil},
+		{"Barrier", c.Barrier == nil}, {"InTouch", c.InTouch == nil}, {"API", c.API == nil}, {"Bundle", c.Bundle == nil}, {"Gossip", c.Gossip == nil},
 		{"PeerConn", c.PeerConn == nil}, {"Controllers", c.Controllers == nil}, {"Status", c.Status == nil},
 	} {
 		if f.missing {

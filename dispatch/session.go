@@ -58,6 +58,9 @@ type podKey struct {
 	uid             types.UID
 }
 
+// errLost ends a stream so that the agent opens another elsewhere.
+var errLost = errors.New("this controller is out of touch with the others")
+
 // controlQueue bounds replies and tunnel requests that wait for a slow agent.
 const controlQueue = 256
 
@@ -71,6 +74,10 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	first, err := stream.Recv()
 	if err != nil {
 		return err
+	}
+	lost, err := d.config.InTouch()
+	if err != nil {
+		return status.Error(codes.Unavailable, err.Error())
 	}
 	hello := first.GetHello()
 	if hello == nil {
@@ -103,6 +110,13 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	if err := s.catchUp(ctx, hello); err != nil {
 		return err
 	}
+	s.d.active.Go(func() {
+		select {
+		case <-lost:
+			cancel(errLost)
+		case <-ctx.Done():
+		}
+	})
 	return s.run(ctx, hello, node)
 }
 
@@ -155,7 +169,7 @@ func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) e
 		return nil
 	}
 	s.log.Warn("agent's stream broke", "after", time.Since(start).Round(time.Millisecond), "err", err)
-	if errors.Is(err, errReplaced) || errors.Is(err, errEnded) {
+	if errors.Is(err, errReplaced) || errors.Is(err, errEnded) || errors.Is(err, errLost) {
 		return status.Error(codes.Unavailable, err.Error())
 	}
 	return err

@@ -53,9 +53,9 @@ type Client struct {
 
 	mu          sync.Mutex
 	controllers []string
-	session     *session  // nil while disconnected
-	since       time.Time // when session was set or lost
-	lastUsed    string
+	session     *session        // nil while disconnected
+	since       time.Time       // when session was set or lost
+	tried       map[string]bool // in this round
 }
 
 // New returns a client that is not connected yet.
@@ -68,7 +68,7 @@ func New(cfg Config) *Client {
 	}
 	return &Client{
 		cfg: cfg, log: cfg.Logger.With("component", "stream"), out: newOutbox(),
-		controllers: slices.Clone(cfg.Controllers), since: time.Now(),
+		controllers: slices.Clone(cfg.Controllers), since: time.Now(), tried: map[string]bool{},
 	}
 }
 
@@ -88,7 +88,7 @@ func (c *Client) Run(ctx context.Context) error {
 	failures := 0
 	lastError := ""
 	for ctx.Err() == nil {
-		addr := c.pick(failures)
+		addr := c.pick()
 		if addr == "" {
 			return errors.New("no controller is known: give --controllers host:port,…")
 		}
@@ -98,6 +98,9 @@ func (c *Client) Run(ctx context.Context) error {
 		}
 		if connected {
 			failures, lastError = 0, ""
+			c.mu.Lock()
+			c.tried = map[string]bool{addr: true}
+			c.mu.Unlock()
 			c.log.Warn("the stream to the controller broke; trying another", "address", addr, "error", short(err))
 		} else {
 			failures++
@@ -113,9 +116,7 @@ func (c *Client) Run(ctx context.Context) error {
 
 // delay is nothing for the first round over all controllers, then grows.
 func (c *Client) delay(failures int) time.Duration {
-	c.mu.Lock()
-	n := len(c.controllers)
-	c.mu.Unlock()
+	n := c.known()
 	jitter := time.Duration(rand.Int64N(int64(50 * time.Millisecond)))
 	if failures < n {
 		return jitter
@@ -124,21 +125,38 @@ func (c *Client) delay(failures int) time.Duration {
 	return time.Duration(round)*200*time.Millisecond + 2*jitter
 }
 
-// pick chooses the controller to try: a random one first, then any but the one
-// that was used last, in turn.
-func (c *Client) pick(failures int) string {
+// pick chooses the controller to try: each that was last heard of once, in random
+// order, then those that were given at the start, then anew. So one that is in touch is
+// found in one round, and one that was cut off and knows of itself alone cannot keep an
+// agent.
+func (c *Client) pick() string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	others := slices.DeleteFunc(slices.Clone(c.controllers), func(a string) bool { return a == c.lastUsed })
-	if len(others) == 0 {
-		others = c.controllers
+	untried := func(addrs []string) []string {
+		return slices.DeleteFunc(slices.Clone(addrs), func(a string) bool { return c.tried[a] })
 	}
-	if len(others) == 0 {
-		return ""
+	left := untried(c.controllers)
+	if len(left) == 0 {
+		left = untried(c.cfg.Controllers)
 	}
-	addr := others[rand.IntN(len(others))]
-	c.lastUsed = addr
+	if len(left) == 0 {
+		if left = c.controllers; len(left) == 0 {
+			return ""
+		}
+		c.tried = map[string]bool{}
+	}
+	addr := left[rand.IntN(len(left))]
+	c.tried[addr] = true
 	return addr
+}
+
+// known is how many controllers there are to try.
+func (c *Client) known() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := slices.Concat(c.controllers, c.cfg.Controllers)
+	slices.Sort(all)
+	return len(slices.Compact(all))
 }
 
 // setControllers takes the list that a controller sent.

@@ -8,6 +8,7 @@ import (
 
 	"timonel/consensus"
 	"timonel/state"
+	"timonel/state/storage"
 )
 
 // backend is the API server's storage: transactions through Raft, reads from
@@ -27,12 +28,14 @@ func (b backend) Commit(ctx context.Context, txn *state.Txn) (state.Result, erro
 		txn = &stamped
 	}
 	v, err := b.replica.Apply(ctx, txn.Marshal())
-	if errors.Is(err, consensus.ErrRefused) && !errors.Is(err, state.ErrNoSpace) {
-		// Another controller said so, in words.
-		return state.Result{}, fmt.Errorf("%w (%w)", state.ErrNoSpace, err)
+	if errors.Is(err, consensus.ErrRefused) {
+		if !errors.Is(err, state.ErrNoSpace) { // another controller said so, in words
+			err = fmt.Errorf("%w (%w)", state.ErrNoSpace, err)
+		}
+		return state.Result{}, &storage.CommitError{Outcome: storage.NoSpace, Err: err}
 	}
 	if err != nil {
-		return state.Result{}, err
+		return state.Result{}, known(err)
 	}
 	result, ok := v.(state.Result)
 	if !ok {
@@ -42,3 +45,18 @@ func (b backend) Commit(ctx context.Context, txn *state.Txn) (state.Result, erro
 }
 
 func (b backend) ReadBarrier(ctx context.Context) error { return b.replica.ReadBarrier(ctx) }
+
+func (b backend) InTouch() (lost <-chan struct{}, err error) { return b.replica.InTouch() }
+
+// outcomes are the log's in the storage's terms.
+var outcomes = map[consensus.WriteOutcome]storage.Outcome{
+	consensus.WriteUnknown:  storage.Unknown,
+	consensus.WriteNotDone:  storage.NotDone,
+	consensus.WriteFenced:   storage.Fenced,
+	consensus.WriteTooLarge: storage.TooLarge,
+}
+
+// known says of an error of the log what became of the write.
+func known(err error) error {
+	return &storage.CommitError{Outcome: outcomes[consensus.OutcomeOf(err)], Err: err}
+}

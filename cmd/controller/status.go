@@ -23,6 +23,7 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 		Store:     k.store,
 		Objects:   k.cache,
 		Barrier:   k.replica.ReadBarrier,
+		InTouch:   k.replica.InTouch,
 		API: func(node string) *rest.Config {
 			return k.apiAs("system:node:"+node, "system:nodes")
 		},

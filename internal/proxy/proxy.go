@@ -66,7 +66,9 @@ func Run(ctx context.Context, c Config) error {
 	for _, address := range c.Backends {
 		b := newBackend(address, c, roots)
 		p.backends = append(p.backends, b)
-		group.Go(func() error { return b.watch(ctx) })
+	}
+	for _, b := range p.backends { // which watch one another
+		group.Go(func() error { return b.watch(ctx, p.othersReady) })
 	}
 	group.Go(func() error { return p.accept(ctx, group, listener) })
 	group.Go(func() error {
@@ -131,6 +133,16 @@ func (p *proxy) forward(ctx context.Context, client *net.TCPConn) {
 	}
 }
 
+// othersReady says whether another backend than b is ready.
+func (p *proxy) othersReady(b *backend) bool {
+	for _, other := range p.backends {
+		if other != b && other.ready.Load() {
+			return true
+		}
+	}
+	return false
+}
+
 // backend is one controller's API.
 type backend struct {
 	address string
@@ -152,12 +164,12 @@ func newBackend(address string, c Config, roots *x509.CertPool) *backend {
 }
 
 // watch looks at the backend again and again, and ends its connections when it
-// has not answered twice in a row. One that answers that it is not ready keeps
-// its connections: it may be waiting for an election.
-func (b *backend) watch(ctx context.Context) error {
+// has not answered twice in a row, or has said twice that it is not ready while
+// another is: a watch that stays on a controller that is cut off hears nothing.
+func (b *backend) watch(ctx context.Context, othersReady func(*backend) bool) error {
 	ticker := time.NewTicker(b.config.Interval)
 	defer ticker.Stop()
-	failed := 0
+	failed, notReady := 0, 0
 	for {
 		answered, err := b.look(ctx)
 		if answered {
@@ -165,11 +177,18 @@ func (b *backend) watch(ctx context.Context) error {
 		} else {
 			failed++
 		}
+		if err == nil {
+			notReady = 0
+		} else {
+			notReady++
+		}
 		if ready := err == nil; b.ready.Swap(ready) != ready {
 			b.config.Log.Info("backend changed", "backend", b.address, "ready", ready, "reason", err)
 		}
 		if failed == 2 {
 			b.client.CloseIdleConnections()
+			b.closeAll()
+		} else if notReady >= 2 && othersReady(b) {
 			b.closeAll()
 		}
 		select {

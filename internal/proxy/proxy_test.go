@@ -31,6 +31,10 @@ func newController(t *testing.T, name string) *controller {
 			return
 		}
 		io.WriteString(w, name)
+		if r.URL.Path == "/watch" {
+			w.(http.Flusher).Flush()
+			<-r.Context().Done()
+		}
 	}))
 	t.Cleanup(c.Close)
 	return c
@@ -104,6 +108,57 @@ func TestConnectionsGoToReadyControllers(t *testing.T) {
 		"better one that is not ready than none")
 }
 
+// A controller that is cut off from the others answers, and a watch on it hears
+// nothing. One that nobody can take the place of keeps its connections.
+func TestConnectionsLeaveAControllerThatIsNotReady(t *testing.T) {
+	t.Parallel()
+	c1, c2 := newController(t, "c1"), newController(t, "c2")
+	address := start(t, c1, c2)
+	transport := c1.Client().Transport.(*http.Transport).Clone()
+	ends := map[string]chan error{}
+	for i := 0; len(ends) < 2; i++ {
+		require.Less(t, i, 1000)
+		response, err := (&http.Client{Transport: transport.Clone()}).Get("https://" + address + "/watch")
+		if err != nil {
+			continue // before the first look
+		}
+		name := make([]byte, 2)
+		_, err = io.ReadFull(response.Body, name)
+		require.NoError(t, err)
+		if ends[string(name)] != nil {
+			response.Body.Close()
+			continue
+		}
+		ended := make(chan error, 1)
+		ends[string(name)] = ended
+		go func() {
+			_, err := io.Copy(io.Discard, response.Body)
+			ended <- err
+		}()
+	}
+	require.Eventually(t, func() bool { return ask(newClient(c1), address) != "" }, 10*time.Second, time.Millisecond)
+	c1.notReady.Store(true)
+	select {
+	case err := <-ends["c1"]:
+		require.Error(t, err)
+	case <-time.After(10 * time.Second):
+		t.Fatal("the watch stays")
+	}
+	select {
+	case err := <-ends["c2"]:
+		t.Fatalf("the other's ended: %v", err)
+	default:
+	}
+	c2.notReady.Store(true)
+	select {
+	case err := <-ends["c2"]:
+		t.Fatalf("ended, with none to go to: %v", err)
+	case <-time.After(300 * time.Millisecond): // 30 looks
+	}
+	c1.notReady.Store(false)
+	require.Error(t, <-ends["c2"])
+}
+
 // A controller whose machine lost power answers nothing and resets nothing;
 // its clients' connections must not hang until they time out by themselves.
 func TestConnectionsToASilentControllerEnd(t *testing.T) {
@@ -133,7 +188,7 @@ func TestConnectionsToASilentControllerEnd(t *testing.T) {
 
 	ctx, cancel := context.WithCancel(t.Context())
 	watched := make(chan error, 1)
-	go func() { watched <- b.watch(ctx) }()
+	go func() { watched <- b.watch(ctx, func(*backend) bool { return false }) }()
 	require.NoError(t, client.SetReadDeadline(time.Now().Add(10*time.Second)))
 	_, err = client.Read(make([]byte, 1))
 	require.Error(t, err)

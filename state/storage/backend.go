@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"sync"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apiserver/pkg/features"
 	"k8s.io/apiserver/pkg/registry/generic"
@@ -24,12 +22,15 @@ import (
 // Backend is a replica of the state.
 type Backend interface {
 	// Commit commits a transaction and returns its result when this replica has
-	// applied it. An error means that it is not known to be committed; it may
-	// have been.
+	// applied it. An error that is no [CommitError] leaves open whether it was
+	// committed, or will be.
 	Commit(ctx context.Context, txn *state.Txn) (state.Result, error)
 	// ReadBarrier returns when this replica has applied everything that was
 	// committed anywhere before the call.
 	ReadBarrier(ctx context.Context) error
+	// InTouch says whether Store is what the cluster has, but for a moment. lost is
+	// closed when it is not any more; the error says why it is not.
+	InTouch() (lost <-chan struct{}, err error)
 	// Store is this replica's state.
 	Store() *state.Store
 }
@@ -82,6 +83,9 @@ func (s *Store) commit(ctx context.Context, verb string, condition state.Conditi
 		Changes:    []state.Change{change},
 		Time:       s.now().Unix(),
 	}
+	if _, err := s.inTouch(ctx); err != nil {
+		return state.Result{}, err // it would wait for a leader first
+	}
 	result, err := s.backend.Commit(ctx, txn)
 	if err == nil {
 		err = result.Err
@@ -98,34 +102,18 @@ func (s *Store) commit(ctx context.Context, verb string, condition state.Conditi
 // barrier waits until what is read next is linearizable.
 func (s *Store) barrier(ctx context.Context, key string) error {
 	if err := s.backend.ReadBarrier(ctx); err != nil {
-		return s.unavailable("get", key, err)
+		return s.unavailable("get", key, notRead(ctx, err))
 	}
 	return nil
 }
 
-// unavailable maps an error of the backend to a status that makes clients try
-// again. It never claims that nothing happened.
+// unavailable maps an error of the backend to what clients understand: see answers.
 func (s *Store) unavailable(verb, key string, err error) error {
 	var status apierrors.APIStatus
 	if errors.As(err, &status) {
 		return err
 	}
-	if errors.Is(err, state.ErrNoSpace) { // certainly not written, and asking again does not help
-		return &apierrors.StatusError{ErrStatus: metav1.Status{
-			Status: metav1.StatusFailure, Code: http.StatusInsufficientStorage, Reason: "InsufficientStorage",
-			Message: fmt.Sprintf("%s %s: %v", verb, key, err),
-		}}
-	}
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
-		return apierrors.NewTimeoutError(fmt.Sprintf("%s %s did not complete in time, its outcome is unknown: %v", verb, key, err), 0)
-	}
-	return &apierrors.StatusError{ErrStatus: metav1.Status{
-		Status:  metav1.StatusFailure,
-		Code:    http.StatusInternalServerError,
-		Reason:  metav1.StatusReasonServerTimeout,
-		Message: fmt.Sprintf("%s %s could not be completed at this time, please try again: %v", verb, key, err),
-		Details: &metav1.StatusDetails{
-			Group: s.config.GroupResource.Group, Kind: s.config.GroupResource.Resource, Name: key, RetryAfterSeconds: 1,
-		},
-	}}
+	answer := Answer(err, verb, key)
+	answer.ErrStatus.Details.Group, answer.ErrStatus.Details.Kind = s.config.GroupResource.Group, s.config.GroupResource.Resource
+	return answer
 }

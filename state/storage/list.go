@@ -95,6 +95,9 @@ func (s *Store) listView(ctx context.Context, key, start string, revision int64,
 	if revision == 0 {
 		return s.view(ctx, key, opts.ResourceVersion)
 	}
+	if _, err := s.inTouch(ctx); err != nil {
+		return state.View{}, err
+	}
 	if err := s.wait(ctx, revision); err != nil {
 		return state.View{}, err
 	}

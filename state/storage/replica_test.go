@@ -51,6 +51,8 @@ type replica struct {
 
 func (r replica) Store() *state.Store { return r.r.stores[r.i] }
 
+func (r replica) InTouch() (<-chan struct{}, error) { return nil, nil }
+
 func (r replica) ReadBarrier(ctx context.Context) error {
 	r.r.mu.Lock()
 	defer r.r.mu.Unlock()
@@ -283,7 +285,7 @@ func TestUnknownOutcome(t *testing.T) {
 		fail  error
 		check func(error) bool
 	}{
-		{"leader died", errors.New("leader lost while the entry was under way"), apierrors.IsServerTimeout},
+		{"leader died", errors.New("leader lost while the entry was under way"), apierrors.IsTimeout},
 		{"deadline", fmt.Errorf("apply: %w", context.DeadlineExceeded), apierrors.IsTimeout},
 		{"status kept", apierrors.NewTooManyRequests("slow down", 1), apierrors.IsTooManyRequests},
 	}

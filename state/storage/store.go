@@ -246,6 +246,9 @@ func (s *Store) Get(ctx context.Context, key string, opts storage.GetOptions, ou
 // resourceVersion: "" is linearizable, "0" is whatever is here.
 func (s *Store) view(ctx context.Context, key, resourceVersion string) (state.View, error) {
 	store := s.backend.Store()
+	if _, err := s.inTouch(ctx); err != nil {
+		return state.View{}, err
+	}
 	switch resourceVersion {
 	case "":
 		if err := s.barrier(ctx, key); err != nil {

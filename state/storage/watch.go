@@ -40,12 +40,20 @@ type watch struct {
 	selection selection
 	bookmarks bool
 	results   chan apiwatch.Event
-	progress  chan struct{} // asks for a bookmark now
-	last      int64         // revision of the last bookmark
+	progress  chan struct{}   // asks for a bookmark now
+	last      int64           // revision of the last bookmark
+	lost      <-chan struct{} // closed when this replica is out of touch
 }
 
 // Watch implements storage.Interface.
 func (s *Store) Watch(ctx context.Context, key string, opts storage.ListOptions) (apiwatch.Interface, error) {
+	var lost <-chan struct{}
+	if !IsOwn(ctx) {
+		var err error
+		if lost, err = s.backend.InTouch(); err != nil {
+			return nil, OutOfTouch(err, true)
+		}
+	}
 	fullKey, err := s.key(key, opts.Recursive)
 	if err != nil {
 		return nil, err
@@ -74,6 +82,7 @@ func (s *Store) Watch(ctx context.Context, key string, opts storage.ListOptions)
 		s: s, key: fullKey, recursive: opts.Recursive, selection: newSelection(opts.Predicate),
 		bookmarks: (opts.Predicate.AllowWatchBookmarks || opts.ProgressNotify) && s.config.NewFunc != nil,
 		results:   make(chan apiwatch.Event, watchBuffer), progress: make(chan struct{}, 1),
+		lost: lost,
 	}
 	w.ctx, w.cancel = context.WithCancel(ctx)
 	s.mu.Lock()
@@ -117,10 +126,15 @@ func (w *watch) run(revision int64, initial, endBookmark bool) {
 		delete(w.s.watches, w)
 		w.s.mu.Unlock()
 	}()
-	if err := w.follow(revision, initial, endBookmark); err != nil && w.ctx.Err() == nil {
+	if err := w.follow(revision, initial, endBookmark); err != nil && w.ctx.Err() == nil && !errors.Is(err, errLost) {
 		w.fail(err)
 	}
 }
+
+// errLost ends a watch of a replica that is out of touch, without a word: so clients go
+// on from the last event that they have, on the next replica that takes the watch. An
+// error would make many of them list all again.
+var errLost = errors.New("this replica is out of touch")
 
 func (w *watch) follow(revision int64, initial, endBookmark bool) error {
 	store := w.s.backend.Store()
@@ -168,6 +182,8 @@ func (w *watch) follow(revision int64, initial, endBookmark bool) error {
 		select {
 		case <-w.ctx.Done():
 			return nil
+		case <-w.lost:
+			return errLost
 		case <-events.Ready():
 			continue
 		case <-timer.C:
@@ -293,6 +309,8 @@ func (w *watch) send(e apiwatch.Event) error {
 		return nil
 	case <-w.ctx.Done():
 		return w.ctx.Err()
+	case <-w.lost:
+		return errLost
 	}
 }
 

@@ -38,5 +38,8 @@ func (b *LocalBackend) Commit(ctx context.Context, txn *state.Txn) (state.Result
 // ReadBarrier returns at once: everything committed is applied.
 func (b *LocalBackend) ReadBarrier(ctx context.Context) error { return ctx.Err() }
 
+// InTouch returns a channel that is never closed.
+func (b *LocalBackend) InTouch() (lost <-chan struct{}, err error) { return nil, nil }
+
 // Store is the state.
 func (b *LocalBackend) Store() *state.Store { return b.store }
