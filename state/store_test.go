@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -230,8 +231,8 @@ func TestExpired(t *testing.T) {
 	expiring := func(key string, at int64) Change { return Change{Key: key, Value: []byte{}, ExpiresAt: at} }
 	apply(t, s, changes(expiring("a", 300), expiring("b", 100), expiring("c", 200), put("d", ""), expiring("e", 150), expiring("f", 100)))
 	apply(t, s, changes(put("c", ""), del("e"), expiring("f", 400)))
-	keys := func(kvs []KV) (out []string) {
-		for _, kv := range kvs {
+	keys := func(kvs iter.Seq[KV]) (out []string) {
+		for kv := range kvs {
 			out = append(out, kv.Key)
 		}
 		return out
@@ -240,6 +241,12 @@ func TestExpired(t *testing.T) {
 		if got := keys(s.View().Expired(now)); !slices.Equal(got, want) {
 			t.Errorf("Expired(%d) is %v, want %v", now, got, want)
 		}
+	}
+	for kv := range s.View().Expired(400) {
+		if kv.Key != "b" {
+			t.Errorf("the first that expired is %s, want b, and no other was asked for", kv.Key)
+		}
+		break
 	}
 	if at, ok := s.View().NextExpiry(); !ok || at != 100 {
 		t.Errorf("next expiry is %d, %v, want 100", at, ok)

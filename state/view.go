@@ -118,26 +118,19 @@ func prefixEnd(prefix string) (string, bool) {
 }
 
 // Expired returns the keys whose time to live ended at or before now, in Unix
-// seconds, in order of their times. It costs only what it returns.
-func (v View) Expired(now int64) []KV {
-	var out []KV
-	if v.v.expiry == nil { // a view of the past has no index
-		v.v.root.Scan(func(_ string, kv *KV) bool {
-			if kv.ExpiresAt != 0 && kv.ExpiresAt <= now {
-				out = append(out, *kv)
-			}
-			return true
-		})
-		return out
-	}
-	v.v.expiry.Scan(func(_ string, kv *KV) bool {
-		if kv.ExpiresAt > now {
-			return false
+// seconds, in order of their times. It costs only what is taken of it.
+func (v View) Expired(now int64) iter.Seq[KV] {
+	return func(yield func(KV) bool) {
+		if v.v.expiry == nil { // a view of the past has no index
+			v.v.root.Scan(func(_ string, kv *KV) bool {
+				return kv.ExpiresAt == 0 || kv.ExpiresAt > now || yield(*kv)
+			})
+			return
 		}
-		out = append(out, *kv)
-		return true
-	})
-	return out
+		v.v.expiry.Scan(func(_ string, kv *KV) bool {
+			return kv.ExpiresAt <= now && yield(*kv)
+		})
+	}
 }
 
 // NextExpiry returns the earliest time at which a key expires, in Unix seconds,
