@@ -110,6 +110,12 @@ type Config struct {
 	// MaxCommandBytes is the longest command that Apply takes. The default fits
 	// into gRPC's default limit of 4 MiB for a message. Default 3.5 MiB.
 	MaxCommandBytes int
+	// LogCacheBytes is how much of the newest entries stays in memory, for followers
+	// and for the state machine. Default 32 MiB.
+	LogCacheBytes int64
+	// QueueBytes is from how many bytes on that a leader has appended and that are not
+	// on its disk yet it appends no more until they are: see Replica.Held. Default 64 MiB.
+	QueueBytes int64
 	// SnapshotInterval is how often to look whether a snapshot is due; each
 	// time is drawn between this and its double. Default 60 s.
 	SnapshotInterval time.Duration
@@ -171,6 +177,8 @@ type Config struct {
 	Parts *Parts
 }
 
+const defaultQueueBytes = 64 << 20
+
 // withDefaults returns the config with its zero fields filled in.
 func (c Config) withDefaults() Config {
 	def := func(d *time.Duration, v time.Duration) {
@@ -204,6 +212,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.MaxCommandBytes == 0 {
 		c.MaxCommandBytes = 7 << 19
+	}
+	if c.LogCacheBytes == 0 {
+		c.LogCacheBytes = 32 << 20
+	}
+	if c.QueueBytes == 0 {
+		c.QueueBytes = defaultQueueBytes
 	}
 	if c.SnapshotThreshold == 0 {
 		c.SnapshotThreshold = 10000
@@ -282,6 +296,10 @@ func (c Config) Validate() error {
 		return bad("MaxAppendEntries", "%d: 1 to 1024", c.MaxAppendEntries)
 	case c.MaxCommandBytes < 1:
 		return bad("MaxCommandBytes", "%d: must be positive", c.MaxCommandBytes)
+	case c.LogCacheBytes < 0:
+		return bad("LogCacheBytes", "%d: must not be negative", c.LogCacheBytes)
+	case c.QueueBytes < 0:
+		return bad("QueueBytes", "%d: must not be negative", c.QueueBytes)
 	case c.SnapshotInterval < 5*time.Millisecond:
 		return bad("SnapshotInterval", "%v: at least 5ms", c.SnapshotInterval)
 	case c.SnapshotRetain < 1:

@@ -22,7 +22,7 @@ import (
 type disk struct {
 	store     LogStore
 	logs      raft.LogStore // the store, or a cache above it
-	below     *checked      // between the two
+	newest    *logCache     // that cache, nil if there is none
 	snapshots raft.SnapshotStore
 	log       *slog.Logger
 	stop      <-chan struct{} // the replica closes
@@ -77,14 +77,10 @@ func newDisk(store LogStore, snapshots raft.SnapshotStore, log *slog.Logger, sto
 	}
 }
 
-// cache keeps the newest entries in memory.
-func (d *disk) cache(entries int) {
-	below := &checked{LogStore: d.store, damaged: d.meetDamage}
-	cache, err := raft.NewLogCache(entries, below)
-	if err != nil {
-		return // entries is not positive: no cache is wanted
-	}
-	d.logs, d.below = cache, below
+// cache keeps the newest entries in memory: so many, and so many bytes of them.
+func (d *disk) cache(entries int, bytes int64) {
+	d.newest = newLogCache(&checked{LogStore: d.store, damaged: d.meetDamage}, entries, bytes)
+	d.logs = d.newest
 }
 
 // meetDamage is told that a running replica's log is damaged, and the replica ends.
@@ -114,12 +110,10 @@ func calledBy(name string) bool {
 }
 
 // checked is a log store whose entries are verified when they are read, and that
-// turns what reading a damaged file may do into an error and a call of damaged. It remembers the last error of StoreLogs, which Raft's cache gives on as
-// text.
+// turns what reading a damaged file may do into an error and a call of damaged.
 type checked struct {
 	raft.LogStore
 	damaged func(error)
-	last    atomic.Pointer[error]
 }
 
 // GetLog implements raft.LogStore.
@@ -136,9 +130,7 @@ func (c *checked) GetLog(index uint64, l *raft.Log) error {
 
 // StoreLogs implements raft.LogStore.
 func (c *checked) StoreLogs(logs []*raft.Log) error {
-	err := c.write(func() error { return c.LogStore.StoreLogs(logs) })
-	c.last.Store(&err)
-	return err
+	return c.write(func() error { return c.LogStore.StoreLogs(logs) })
 }
 
 // DeleteRange implements raft.LogStore.
@@ -150,17 +142,6 @@ func (c *checked) write(f func() error) error {
 	err := guard(f)
 	if errors.Is(err, errDamaged) {
 		c.damaged(err)
-	}
-	return err
-}
-
-// storeLogs is StoreLogs of the cache, with the error of the store.
-func (d *disk) storeLogs(logs []*raft.Log) error {
-	err := d.logs.StoreLogs(logs)
-	if err != nil && d.below != nil {
-		if plain := d.below.last.Load(); plain != nil && *plain != nil {
-			return *plain
-		}
 	}
 	return err
 }
@@ -344,7 +325,7 @@ func (d *disk) appendNow(logs []*raft.Log) error {
 		if err := d.dropUnsure(); err != nil {
 			return err
 		}
-		return d.storeLogs(logs)
+		return d.logs.StoreLogs(logs)
 	})
 	if err != nil {
 		d.unsure.Store(logs[0].Index)

@@ -22,7 +22,7 @@ func TestAppendAfterATruncationWaitsForRoom(t *testing.T) {
 			stop := make(chan struct{})
 			store := raft.NewInmemStore()
 			d := newDisk(memoryStore{store}, raft.NewInmemSnapshotStore(), slog.New(slog.DiscardHandler), stop)
-			d.cache(64)
+			d.cache(64, 1<<20)
 			must(t, d.StoreLogs(entriesOf(1, 5, 10)))
 			full := errors.New("no space left on device")
 			fault := func(what string) error {
@@ -80,7 +80,7 @@ func TestFailedAppendLeavesNothing(t *testing.T) {
 	t.Parallel()
 	store := &unsyncedStore{memoryStore: memoryStore{raft.NewInmemStore()}}
 	d := newDisk(store, raft.NewInmemSnapshotStore(), slog.New(slog.DiscardHandler), nil)
-	d.cache(64)
+	d.cache(64, 1<<20)
 	must(t, d.StoreLogs(entriesOf(1, 1, 5)))
 	store.fails = true
 	if err := d.StoreLogs(entriesOf(1, 6, 9)); err == nil {

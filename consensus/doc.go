@@ -78,6 +78,12 @@
 // it could not append (disk.StoreLogs), and a snapshot within the log whose
 // installation forgets such a change (Replica.holdsSnapshot).
 //
+// # What it holds in memory
+//
+// Every buffer has a bound in bytes, and Replica.Held tells what is held: the newest
+// entries (Config.LogCacheBytes, cache.go), and what a leader has appended and not on its
+// disk yet (QueueBytes, queue.go).
+//
 // # How a replica finds its cluster
 //
 // See join.go: a replica without data asks its peers, through Membership.Hello,

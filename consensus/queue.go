@@ -9,7 +9,8 @@ import (
 )
 
 // maxQueued is from how many entries on an append to the queue waits for the disk,
-// maxWrite how many of them share one write.
+// maxWrite how many of them share one write. So do a quarter of its bytes at most, or one
+// entry.
 const (
 	maxQueued = 4096
 	maxWrite  = 1024
@@ -18,19 +19,21 @@ const (
 // queue is the end of a leader's log that is not on disk yet. One goroutine adds and
 // flushes, Raft's; another writes; all may read.
 type queue struct {
-	stop <-chan struct{} // the replica closes
+	stop  <-chan struct{} // the replica closes
+	limit int64           // from how many bytes on an append waits
 
 	// first is the index of the first entry, 0 when there is none.
 	first atomic.Uint64
 
 	mu      sync.Mutex
 	logs    []*raft.Log   // consecutive
+	bytes   int64         // of them
 	err     error         // of the last write, nil when it succeeded
 	changed chan struct{} // closed and renewed with every change
 }
 
 func newQueue(stop <-chan struct{}) queue {
-	return queue{stop: stop, changed: make(chan struct{})}
+	return queue{stop: stop, limit: defaultQueueBytes, changed: make(chan struct{})}
 }
 
 // update changes the queue and wakes all who wait.
@@ -70,12 +73,17 @@ func (q *queue) add(logs []*raft.Log) error {
 	var err error
 	if !q.await(func() bool {
 		err = q.err
-		return err != nil || len(q.logs) < maxQueued
+		return err != nil || len(q.logs) < maxQueued && q.bytes < q.limit
 	}) {
 		return ErrClosed
 	}
 	if err == nil {
-		q.update(func() { q.logs = append(q.logs, logs...) })
+		q.update(func() {
+			q.logs = append(q.logs, logs...)
+			for _, l := range logs {
+				q.bytes += inMemory(l)
+			}
+		})
 	}
 	return err
 }
@@ -101,8 +109,14 @@ func (q *queue) flush() error {
 // next waits for entries to write; nil when the replica closes.
 func (q *queue) next() (logs []*raft.Log) {
 	if !q.await(func() bool {
-		logs = q.logs[:min(len(q.logs), maxWrite)]
-		return len(logs) > 0
+		n, bytes := 0, int64(0)
+		for ; n < min(len(q.logs), maxWrite); n++ {
+			if bytes += inMemory(q.logs[n]); n > 0 && bytes > q.limit/4 {
+				break
+			}
+		}
+		logs = q.logs[:n]
+		return n > 0
 	}) {
 		return nil
 	}
@@ -113,9 +127,20 @@ func (q *queue) next() (logs []*raft.Log) {
 func (q *queue) wrote(logs []*raft.Log, err error) {
 	q.update(func() {
 		if q.err = err; err == nil {
+			for i, l := range logs {
+				q.bytes -= inMemory(l)
+				q.logs[i] = nil // the array stays until append needs a larger one
+			}
 			q.logs = q.logs[len(logs):]
 		}
 	})
+}
+
+// held is how many bytes are in the queue.
+func (q *queue) held() int64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.bytes
 }
 
 // failure is the error of the last write while entries wait for another.

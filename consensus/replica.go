@@ -234,7 +234,8 @@ func (r *Replica) damage(file string, err error) error {
 // useDisk puts the store and the snapshots under what Raft sees of them.
 func (r *Replica) useDisk() {
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
-	r.disk.cache(4 * r.cfg.MaxAppendEntries)
+	r.disk.cache(4*r.cfg.MaxAppendEntries, r.cfg.LogCacheBytes)
+	r.disk.queue.limit = r.cfg.QueueBytes
 	r.disk.leads = func() bool {
 		node := r.node.Load()
 		return node != nil && node.State() == raft.Leader

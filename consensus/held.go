@@ -1,0 +1,14 @@
+package consensus
+
+// Held is how many bytes the buffers of a replica hold, each of which has a bound.
+type Held struct {
+	// LogCache are the newest entries of the log: see Config.LogCacheBytes.
+	LogCache int64
+	// Queue is the end of a leader's log that is not on disk yet: see Config.QueueBytes.
+	Queue int64
+}
+
+// Held says what the replica's buffers hold now.
+func (r *Replica) Held() Held {
+	return Held{LogCache: r.disk.newest.held(), Queue: r.disk.queue.held()}
+}
