@@ -32,6 +32,7 @@ const (
 type logExtent struct {
 	first, last uint64 // indexes of the entries, 0 if there are none
 	used, size  int64  // bytes of entries, and of the file
+	weights     weights
 }
 
 // inspectLog reads all of the log file, which must exist when started is true,
@@ -86,6 +87,7 @@ func (x *logExtent) read(store raft.LogStore) (err error) {
 			return fmt.Errorf("entry %d: %w", i, err)
 		}
 		x.used += int64(len(l.Data)) + 64
+		x.weights.add(&l)
 	}
 	return nil
 }
@@ -100,6 +102,7 @@ func (x *logExtent) add(logs []*raft.Log) error {
 			x.first = l.Index
 		}
 		x.last = l.Index
+		x.weights.add(l)
 	}
 	return nil
 }

@@ -121,9 +121,14 @@ type Config struct {
 	SnapshotInterval time.Duration
 	// SnapshotThreshold is after how many new entries one is due. Default 10000.
 	SnapshotThreshold uint64
+	// SnapshotBytes is after how many bytes of new entries one is due, however few they
+	// are, if they are as many as the last snapshot has. Default 256 MiB.
+	SnapshotBytes int64
 	// TrailingLogs is how many entries stay in the log after a snapshot, for
 	// followers that were away shortly. Default 10000.
 	TrailingLogs uint64
+	// TrailingBytes is how many bytes these take at most. Default 128 MiB.
+	TrailingBytes int64
 	// SnapshotRetain is how many snapshots to keep. Default 2.
 	SnapshotRetain int
 
@@ -219,6 +224,12 @@ func (c Config) withDefaults() Config {
 	if c.QueueBytes == 0 {
 		c.QueueBytes = defaultQueueBytes
 	}
+	if c.SnapshotBytes == 0 {
+		c.SnapshotBytes = 256 << 20
+	}
+	if c.TrailingBytes == 0 {
+		c.TrailingBytes = 128 << 20
+	}
 	if c.SnapshotThreshold == 0 {
 		c.SnapshotThreshold = 10000
 	}
@@ -300,6 +311,10 @@ func (c Config) Validate() error {
 		return bad("LogCacheBytes", "%d: must not be negative", c.LogCacheBytes)
 	case c.QueueBytes < 0:
 		return bad("QueueBytes", "%d: must not be negative", c.QueueBytes)
+	case c.SnapshotBytes < 1:
+		return bad("SnapshotBytes", "%d: must be positive", c.SnapshotBytes)
+	case c.TrailingBytes < 1:
+		return bad("TrailingBytes", "%d: must be positive", c.TrailingBytes)
 	case c.SnapshotInterval < 5*time.Millisecond:
 		return bad("SnapshotInterval", "%v: at least 5ms", c.SnapshotInterval)
 	case c.SnapshotRetain < 1:

@@ -50,6 +50,9 @@ type disk struct {
 	// on may be in the store, and Raft does not know of them.
 	unsure atomic.Uint64
 
+	weighing sync.Mutex
+	weights  weights // of the entries in the log and, until they are on disk, none of the queue's
+
 	// fault, if set by a test, runs before each write and may delay or fail it.
 	fault atomic.Pointer[func(what string) error]
 
@@ -333,6 +336,7 @@ func (d *disk) appendNow(logs []*raft.Log) error {
 	}
 	d.unsure.Store(0)
 	d.overwrite.Store(0)
+	d.weigh(func(w *weights) { w.add(logs...) })
 	return nil
 }
 
@@ -469,6 +473,7 @@ func (d *disk) DeleteRange(first, last uint64) error {
 		if err := d.timed("shorten", 0, func() error { return d.logs.DeleteRange(first, to) }); err != nil {
 			return err
 		}
+		d.weigh(func(w *weights) { w.shorten(to) })
 	}
 	return nil
 }
@@ -481,9 +486,13 @@ func (d *disk) truncate(first, last uint64, end bool) error {
 		err := d.timed("truncate", 0, func() error { return d.logs.DeleteRange(first, last) })
 		switch {
 		case err == nil && end:
+			d.weigh(func(w *weights) { w.cut(first) })
 			d.cut.Store(true)
 			return nil
-		case !end || err == nil:
+		case err == nil:
+			d.weigh(func(w *weights) { w.shorten(last) })
+			return nil
+		case !end:
 			return err
 		}
 		select {

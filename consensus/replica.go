@@ -127,6 +127,7 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.goFunc(r.deathwatch)
 	r.goFunc(r.freeCandidate)
 	r.goFunc(r.upkeep)
+	r.goFunc(r.keepLogShort)
 	r.goFunc(r.watchTouch)
 	r.goFunc(r.prove)
 	r.goFunc(r.compareFingerprints)
@@ -223,6 +224,7 @@ func (r *Replica) openData() (started bool, err error) {
 	}
 	r.snapshots = &snapshotStore{SnapshotStore: fss, damaged: damaged}
 	r.useDisk()
+	r.disk.weights = held.weights
 	return r.hasData(held.last == 0 && newest == 0)
 }
 
@@ -250,7 +252,10 @@ func (r *Replica) useDisk() {
 		index, _ := strconv.ParseUint(node.Stats()["last_snapshot_index"], 10, 64) // it says it nowhere else
 		return index
 	}
-	r.snapshots.taken = r.disk.dropStale
+	r.snapshots.taken = func(index, term uint64) error {
+		r.boundTrailing()
+		return r.disk.dropStale(index, term)
+	}
 }
 
 // hasData reports whether the disk shows that this replica was a member before.
