@@ -21,8 +21,13 @@ import (
 // wait for it, so that under load many changes share one.
 const publishRate, publishBurst = rate.Limit(200), 32
 
-// changesKept is how many changes Changes can look back.
-const changesKept = 16384
+// changesKept is how many changes Changes can look back, changesBytes how much of
+// what they replaced, by the size of its encoding: decoded it takes some four times
+// that. Who knows an older snapshot is answered with Reset.
+const (
+	changesKept  = 16384
+	changesBytes = 16 << 20
+)
 
 // Cache follows a store and decodes what is in it.
 type Cache struct {
@@ -40,6 +45,7 @@ type Cache struct {
 	snapshot *Snapshot
 	moved    chan struct{} // closed when there is a newer snapshot
 	changes  []Changed     // the last changes, ascending revisions
+	replaced int64         // bytes of what changes replaced
 	since    int64         // revision after which changes holds all
 	gaps     []gap         // where they do not, ascending
 }
@@ -128,6 +134,14 @@ type Changed struct {
 	Revision int64
 }
 
+// replaced is the size of what only the change still holds.
+func (c Changed) replaced() int64 {
+	if c.Old == nil {
+		return 0
+	}
+	return int64(c.Old.size)
+}
+
 // Meta is the object as it is, or as it was if it is deleted.
 func (c Changed) Meta() *Meta {
 	if c.New != nil {
@@ -193,13 +207,21 @@ func (c *Cache) publish(revision int64, changed []Changed, whole bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if revision < c.snapshot.revision { // an older state was installed
-		c.changes, c.since, c.gaps = nil, revision, nil
+		c.changes, c.replaced, c.since, c.gaps = nil, 0, revision, nil
 	} else {
 		if whole && revision > c.snapshot.revision+1 {
 			c.gaps = append(c.gaps, gap{c.snapshot.revision, revision})
 		}
 		c.changes = append(c.changes, changed...)
-		if over := len(c.changes) - changesKept; over > 0 {
+		for i := range changed {
+			c.replaced += changed[i].replaced()
+		}
+		over := 0
+		for len(c.changes)-over > changesKept || c.replaced > changesBytes {
+			c.replaced -= c.changes[over].replaced()
+			over++
+		}
+		if over > 0 {
 			c.since = c.changes[over-1].Revision
 			clear(c.changes[:over])
 			c.changes = c.changes[over:]

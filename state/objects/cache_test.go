@@ -251,6 +251,70 @@ func TestChangesForgotten(t *testing.T) {
 	}
 }
 
+// TestChangesAreBoundedInBytes replaces objects of several sizes: what was replaced is
+// held up to a bound, and beyond it who asks is told to read everything.
+func TestChangesAreBoundedInBytes(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{0, 10 << 10, 300 << 10, 1 << 20} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			t.Parallel()
+			s := state.New(state.Options{HistoryBytes: 1 << 30, HistoryLargeBytes: 1 << 30})
+			p := pod("a", "p", "")
+			p.Annotations = map[string]string{"big": string(make([]byte, size))}
+			value := encode(t, p)
+			put := state.Change{Key: podKey("a", "p"), Value: value}
+			c := start(t, s)
+			first := apply(t, s, put)
+			snapshotAt(t, c, first)
+			const n = 200
+			for range n / 10 {
+				changes := make([]state.Change, 10)
+				for i := range changes {
+					changes[i] = put
+				}
+				snapshotAt(t, c, apply(t, s, changes...))
+			}
+			last := c.Snapshot().Revision()
+			c.mu.Lock()
+			kept, counted := len(c.changes), c.replaced
+			var held int64
+			for _, ch := range c.changes {
+				held += ch.replaced()
+			}
+			c.mu.Unlock()
+			if held != counted || held > changesBytes {
+				t.Errorf("%d bytes of what was replaced are held, counted %d, at most %d", held, counted, changesBytes)
+			}
+			if want := min(n, changesBytes/len(value)); kept < want {
+				t.Errorf("%d changes are kept, want %d at least", kept, want)
+			}
+			got, err := c.Changes(t.Context(), first)
+			if fits := n*len(value) <= changesBytes; err != nil || got.Reset == fits {
+				t.Errorf("all changes: reset=%v, %v; %d bytes of at most %d were replaced", got.Reset, err, n*len(value), changesBytes)
+			}
+			got, err = c.Changes(t.Context(), last-5)
+			if err != nil || got.Reset || len(got.Changed) != 5 {
+				t.Errorf("the last changes are %d, reset=%v, %v, want 5", len(got.Changed), got.Reset, err)
+			}
+		})
+	}
+	t.Run("of what is not decoded", func(t *testing.T) {
+		t.Parallel()
+		s := state.New(state.Options{HistoryBytes: 1 << 30, HistoryLargeBytes: 1 << 30})
+		m := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "m"}, BinaryData: map[string][]byte{"big": make([]byte, 1<<20)}}
+		put := state.Change{Key: "/registry/things/a/m", Value: encode(t, m)}
+		c := start(t, s)
+		first := apply(t, s, put)
+		snapshotAt(t, c, first)
+		for range 40 { // more than changesBytes of values, of which the metadata alone is held
+			snapshotAt(t, c, apply(t, s, put))
+		}
+		if got, err := c.Changes(t.Context(), first); err != nil || got.Reset || len(got.Changed) != 40 {
+			t.Errorf("changes are %d, reset=%v, %v, want 40", len(got.Changed), got.Reset, err)
+		}
+	})
+}
+
 // TestChangesBeforeTheCache asks for what changed after revisions that the cache
 // never had a snapshot of: what was deleted since is not known to it.
 func TestChangesBeforeTheCache(t *testing.T) {

@@ -27,6 +27,8 @@ type Meta struct {
 	Object runtime.Object
 	// Revision is the object's resourceVersion as a number.
 	Revision int64
+
+	size int // of the encoding of what is decoded
 }
 
 var protobufPrefix = []byte{'k', '8', 's', 0}
@@ -50,7 +52,10 @@ func decode(kv *state.KV, k kind) (*Meta, error) {
 	m.Key, m.Revision = kv.Key, kv.ModRevision
 	m.ResourceVersion = strconv.FormatInt(kv.ModRevision, 10)
 	m.ManagedFields = nil
-	if m.Object != nil {
+	if m.Object == nil {
+		m.size = m.ObjectMeta.Size()
+	} else {
+		m.size = len(kv.Value)
 		m.Object.GetObjectKind().SetGroupVersionKind(m.GVK)
 	}
 	return m, nil

@@ -283,6 +283,63 @@ func TestKeepTwice(t *testing.T) {
 	c.check(t, b.Store().View())
 }
 
+// TestSharedEventsAreBounded varies how large the events' values are.
+func TestSharedEventsAreBounded(t *testing.T) {
+	t.Parallel()
+	_, s, _ := setup(t)
+	_, other, _ := setup(t)
+	for _, size := range []int{0, 100, 4 << 10, 100 << 10, 1 << 20, 3 << 20, sharedEventBytes + 1} {
+		c := newCaches(0).events
+		for i := range 3 * sharedEvents {
+			store := s
+			if i%5 == 0 {
+				store = other
+			}
+			var value []byte
+			if i%2 == 0 || size > 1<<20 { // sizes alternate, as large objects are among small ones
+				value = bigValue(size)
+			}
+			key := eventKey{store, &state.Event{KV: state.KV{Value: value}, Prev: state.KV{Value: value}}}
+			e := c.get(key)
+			if c.get(key) != e {
+				t.Fatalf("with values of %d bytes, the newest event is not kept", size)
+			}
+			if i == 2*sharedEvents {
+				c.forgetStore(other)
+			}
+			var bytes int64
+			kept := 0
+			if i%100 == 0 {
+				for _, e := range c.ring {
+					if e != nil {
+						kept++
+						bytes += e.key.size()
+					}
+				}
+				if bytes != c.bytes || kept != len(c.byEvent) {
+					t.Fatalf("with values of %d bytes, %d events of %d bytes are kept, counted %d of %d", size, kept, bytes, len(c.byEvent), c.bytes)
+				}
+			}
+			if c.bytes > sharedEventBytes && len(c.byEvent) > 1 {
+				t.Fatalf("%d events of %d bytes are kept, at most %d", len(c.byEvent), c.bytes, sharedEventBytes)
+			}
+		}
+		if size <= 100 && len(c.byEvent) != sharedEvents {
+			t.Errorf("with values of %d bytes, %d events are kept, want %d", size, len(c.byEvent), sharedEvents)
+		}
+		c.forgetStore(s)
+		c.forgetStore(other)
+		if c.bytes != 0 || len(c.byEvent) != 0 {
+			t.Errorf("%d events of %d bytes are kept for storages that were destroyed", len(c.byEvent), c.bytes)
+		}
+	}
+}
+
+// bigValue is a value of that size, the same memory for all.
+func bigValue(size int) []byte { return bigBytes[:size] }
+
+var bigBytes [sharedEventBytes + 1]byte
+
 // TestFailureIsNotKept reads what could not be read before.
 func TestFailureIsNotKept(t *testing.T) {
 	t.Parallel()

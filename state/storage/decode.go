@@ -17,8 +17,11 @@ const (
 	// leastCacheBytes is the least bound of the decoded objects kept, by the size of
 	// their encodings; they are some four times as large in memory.
 	leastCacheBytes = 16 << 20
-	// sharedEvents is how many recent events are kept for their watchers.
-	sharedEvents = 1024
+	// sharedEvents is how many recent events are kept for their watchers, and
+	// sharedEventBytes how much of values they may be of, before and after each: decoded
+	// and encoded for watchers they take several times that.
+	sharedEvents     = 1024
+	sharedEventBytes = 8 << 20
 )
 
 // transformError is from the transformer, as opposed to the codec.
@@ -162,12 +165,18 @@ type eventKey struct {
 	event *state.Event
 }
 
-// eventCache keeps the last events used.
+// size is that of the values that the event's objects are made of.
+func (k eventKey) size() int64 { return int64(len(k.event.KV.Value) + len(k.event.Prev.Value)) }
+
+// eventCache keeps the last events used, as many as its bounds allow, but always the
+// last one.
 type eventCache struct {
 	mu      sync.Mutex
 	byEvent map[eventKey]*sharedEvent
 	ring    [sharedEvents]*sharedEvent
-	next    int
+	first   int // the oldest
+	n       int // from first on; those of a storage that was forgotten are nil
+	bytes   int64
 }
 
 func (c *eventCache) get(key eventKey) *sharedEvent {
@@ -177,13 +186,25 @@ func (c *eventCache) get(key eventKey) *sharedEvent {
 		return e
 	}
 	e := &sharedEvent{key: key}
-	if out := c.ring[c.next]; out != nil {
-		delete(c.byEvent, out.key)
+	for c.n == sharedEvents || c.n > 0 && c.bytes+key.size() > sharedEventBytes {
+		c.drop(c.first)
+		c.first = (c.first + 1) % sharedEvents
+		c.n--
 	}
-	c.ring[c.next] = e
-	c.next = (c.next + 1) % sharedEvents
+	c.ring[(c.first+c.n)%sharedEvents] = e
+	c.n++
+	c.bytes += key.size()
 	c.byEvent[key] = e
 	return e
+}
+
+// drop empties a place. c.mu is held.
+func (c *eventCache) drop(place int) {
+	if e := c.ring[place]; e != nil {
+		delete(c.byEvent, e.key)
+		c.bytes -= e.key.size()
+		c.ring[place] = nil
+	}
 }
 
 func (c *eventCache) forgetStore(s *Store) {
@@ -191,8 +212,7 @@ func (c *eventCache) forgetStore(s *Store) {
 	defer c.mu.Unlock()
 	for i, e := range c.ring {
 		if e != nil && e.key.store == s {
-			delete(c.byEvent, e.key)
-			c.ring[i] = nil
+			c.drop(i)
 		}
 	}
 }
