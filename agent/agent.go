@@ -216,6 +216,11 @@ func (a *Agent) wire() {
 	})
 }
 
+// Certify asks the connected controller for a new certificate of this node.
+func (a *Agent) Certify(ctx context.Context, r *pb.JoinRequest) (*pb.JoinResponse, error) {
+	return a.stream.Certify(ctx, r)
+}
+
 func (a *Agent) join(clusterID string) {
 	if clusterID != "" && a.cfg.Joined != nil {
 		a.joined.Do(func() { a.cfg.Joined(clusterID) })

@@ -14,6 +14,7 @@ import (
 
 	"timonel/pki"
 	"timonel/state/storage"
+	"timonel/trust"
 )
 
 // Defaults of [Config].
@@ -54,6 +55,9 @@ type Config struct {
 
 	// Backend is the replicated state. Required.
 	Backend storage.Backend
+	// Trust says of whom certificates and tokens are good no more. Default: of
+	// nobody.
+	Trust *trust.Registry
 
 	// ServiceCIDR is the network of Services. Default: 10.96.0.0/16.
 	ServiceCIDR net.IPNet

@@ -122,7 +122,7 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 		return nil, fmt.Errorf("set up authorization: %w", err)
 	}
 	genericapiserver.AuthorizeClientBearerToken(s.network, &generic.Authentication, &generic.Authorization)
-	generic.Authentication.Authenticator = inProcessAuthenticator{newCertificateCache(generic.Authentication.Authenticator)}
+	generic.Authentication.Authenticator = inProcessAuthenticator{trusted(c.Trust, newCertificateCache(generic.Authentication.Authenticator))}
 
 	if err := o.Audit.ApplyTo(generic); err != nil {
 		return nil, fmt.Errorf("set up audit: %w", err)

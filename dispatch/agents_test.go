@@ -20,7 +20,6 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"timonel/gossip"
-	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -223,53 +222,6 @@ func TestEventsAndRequests(t *testing.T) {
 	st := &metav1.Status{}
 	require.NoError(t, st.Unmarshal(reply.Status))
 	require.Contains(t, st.Message, "no pod of it runs here")
-}
-
-func TestJoin(t *testing.T) {
-	t.Parallel()
-	c := newCluster(t, "c1")
-	token, err := pki.ParseToken(c.bundle.Token())
-	require.NoError(t, err)
-	request, err := pki.NewNodeRequest("a1")
-	require.NoError(t, err)
-	agents := pb.NewAgentsClient(c.dial("c1", token.ClientTLS(c.addr("c1"))))
-
-	_, err = agents.Join(t.Context(), &pb.JoinRequest{Token: "wrong", NodeName: "a1", Csr: request.CSR})
-	require.Equal(t, codes.PermissionDenied, status.Code(err))
-	require.ErrorContains(t, err, "secret is wrong")
-	_, err = agents.Join(t.Context(), &pb.JoinRequest{Token: token.Secret, NodeName: "a2", Csr: request.CSR})
-	require.Equal(t, codes.InvalidArgument, status.Code(err))
-
-	answer, err := agents.Join(t.Context(), &pb.JoinRequest{Token: token.Secret, NodeName: "a1", Csr: request.CSR})
-	require.NoError(t, err)
-	require.NoError(t, token.VerifyCA(answer.Ca))
-	require.Equal(t, c.addrs(), answer.Controllers)
-	require.Equal(t, []string{"127.0.0.1:7946"}, answer.GossipPeers)
-	require.Equal(t, c.bundle.GossipKey(), answer.GossipKey)
-	node := pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: request.Key}, GossipKey: answer.GossipKey}
-	require.NoError(t, node.Save(t.TempDir()+"/node"))
-
-	// With its certificate a node may renew it, and ask nothing of controllers.
-	config, err := node.ClientTLS()
-	require.NoError(t, err)
-	conn := c.dial("c1", config)
-	_, err = pb.NewAgentsClient(conn).Join(t.Context(), &pb.JoinRequest{NodeName: "a1", Csr: request.CSR})
-	require.NoError(t, err)
-	_, err = pb.NewPeersClient(conn).Status(t.Context(), &pb.StatusRequest{})
-	require.Equal(t, codes.PermissionDenied, status.Code(err))
-	require.ErrorContains(t, err, "node a1")
-
-	a := c.connect("c1", &pb.Hello{NodeName: "a1"})
-	a.batch()
-	_, err = agents.Join(t.Context(), &pb.JoinRequest{Token: token.Secret, NodeName: "a1", Csr: request.CSR})
-	require.ErrorContains(t, err, "connected already")
-
-	other, err := pki.CreateBundle(t.TempDir() + "/other")
-	require.NoError(t, err)
-	wrong, err := pki.ParseToken(other.Token())
-	require.NoError(t, err)
-	_, err = pb.NewAgentsClient(c.dial("c1", wrong.ClientTLS(c.addr("c1")))).Join(t.Context(), &pb.JoinRequest{Token: wrong.Secret, NodeName: "a1", Csr: request.CSR})
-	require.ErrorContains(t, err, "belongs to another cluster")
 }
 
 func TestTunnels(t *testing.T) {

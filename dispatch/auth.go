@@ -14,12 +14,13 @@ import (
 )
 
 // ServerOptions are those of a cluster port's server, TLS credentials aside:
-// keepalive that finds a dead client in 2 s, and who may call what, for all
-// services of package timonel.v1.
-func ServerOptions() []grpc.ServerOption {
+// keepalive that finds a dead client in 2 s, who may call what, for all services of
+// package timonel.v1, and that nobody may whom the state has revoked; a stream of
+// such a one ends while it is open.
+func (d *Dispatcher) ServerOptions() []grpc.ServerOption {
 	return append(pb.ServerOptions(),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-			if err := authorize(ctx, info.FullMethod); err != nil {
+			if err := d.Authorize(ctx, info.FullMethod); err != nil {
 				return nil, err
 			}
 			return handle(ctx, req)
@@ -28,7 +29,7 @@ func ServerOptions() []grpc.ServerOption {
 			if err := authorize(stream.Context(), info.FullMethod); err != nil {
 				return err
 			}
-			return handle(srv, stream)
+			return d.guardStream(srv, stream, handle)
 		}))
 }
 
@@ -43,8 +44,14 @@ var callers = map[string][]pki.Role{
 	pb.Peers_Status_FullMethodName:   {pki.RoleController, pki.RoleAdmin},
 }
 
-// Authorize says why the caller of a context may not call a method; nil if it may.
-func Authorize(ctx context.Context, method string) error { return authorize(ctx, method) }
+// Authorize says why the caller of a context may not call a method, by what it is and
+// by what the state has revoked; nil if it may.
+func (d *Dispatcher) Authorize(ctx context.Context, method string) error {
+	if err := authorize(ctx, method); err != nil {
+		return err
+	}
+	return d.checkCall(ctx)
+}
 
 func authorize(ctx context.Context, method string) error {
 	allowed, listed := callers[method]

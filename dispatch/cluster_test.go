@@ -29,6 +29,7 @@ import (
 	pb "timonel/proto/timonel/v1"
 	"timonel/state"
 	"timonel/state/objects"
+	"timonel/trust"
 )
 
 const patience = 20 * time.Second
@@ -41,8 +42,10 @@ type cluster struct {
 	store  *state.Store
 	api    *fakeAPI
 	gossip *fakeGossip
+	trust  *trust.Registry
 
 	mu          sync.Mutex
+	nodes       map[string]pki.Node // who has a certificate
 	index       uint64
 	controllers map[string]*controller
 	known       map[string][]string // the controllers that each real agent was told of
@@ -80,6 +83,8 @@ func newCluster(t *testing.T, names ...string) *cluster {
 	require.NoError(t, err)
 	c := &cluster{t: t, bundle: bundle, store: state.New(state.Options{}), gossip: newFakeGossip(), controllers: make(map[string]*controller),
 		known: make(map[string][]string)}
+	c.nodes = make(map[string]pki.Node)
+	c.trust = trust.New(trust.Config{State: committer{c}})
 	c.api = &fakeAPI{c: c}
 	for _, name := range names {
 		c.start(name)
@@ -104,7 +109,7 @@ func (c *cluster) start(name string) *controller {
 		Barrier: func(ctx context.Context) error { return k.barrier(ctx) },
 		InTouch: k.inTouch,
 		API:     func(node string) *rest.Config { return c.api.config(node) },
-		Bundle:  c.bundle, Gossip: c.gossip,
+		Bundle:  c.bundle, Trust: c.trust, Gossip: c.gossip,
 		PeerConn: func(_ context.Context, peer string) (grpc.ClientConnInterface, error) {
 			connsMu.Lock()
 			defer connsMu.Unlock()
@@ -126,7 +131,7 @@ func (c *cluster) start(name string) *controller {
 		Logger:      slog.New(slog.DiscardHandler),
 	})
 	require.NoError(c.t, err)
-	k.server = NewPort(identity.ClusterServerTLS(), ServerOptions(), authorize, k.Expected)
+	k.server = NewPort(identity.ClusterServerTLS(), k.ServerOptions(), k.Authorize, k.Expected)
 	k.server.Register(k.Register)
 	var work sync.WaitGroup
 	work.Go(func() { _ = cache.Run(ctx) })
@@ -259,15 +264,50 @@ func nodeObject(name string) *corev1.Node {
 	}
 }
 
-func (c *cluster) nodeTLS(name string) *tls.Config {
+// committer is the state as the registry changes it.
+type committer struct{ c *cluster }
+
+func (s committer) Store() *state.Store               { return s.c.store }
+func (s committer) ReadBarrier(context.Context) error { return nil }
+
+func (s committer) Commit(_ context.Context, txn *state.Txn) (state.Result, error) {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.c.index++
+	return s.c.store.ApplyBatch([]state.Entry{{Index: s.c.index, Term: 1, Command: txn.Marshal()}})[0], nil
+}
+
+// credentials are those of a node, made at the first call as if it had joined
+// before names were bound.
+func (c *cluster) credentials(name string) pki.Node {
+	c.t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if node, ok := c.nodes[name]; ok {
+		return node
+	}
+	c.nodes[name] = c.newCredentials(name)
+	return c.nodes[name]
+}
+
+func (c *cluster) newCredentials(name string) pki.Node {
 	c.t.Helper()
 	request, err := pki.NewNodeRequest(name)
 	require.NoError(c.t, err)
 	cert, err := c.bundle.SignNode(request.CSR, name)
 	require.NoError(c.t, err)
-	node := pki.Node{CA: c.bundle.CA(), Pair: pki.KeyPair{Cert: cert, Key: request.Key}, GossipKey: c.bundle.GossipKey()}
+	return pki.Node{CA: c.bundle.CA(), Pair: pki.KeyPair{Cert: cert, Key: request.Key}, GossipKey: c.bundle.GossipKey()}
+}
+
+func (c *cluster) nodeTLS(name string) *tls.Config {
+	c.t.Helper()
+	return tlsOf(c.t, c.credentials(name))
+}
+
+func tlsOf(t *testing.T, node pki.Node) *tls.Config {
+	t.Helper()
 	config, err := node.ClientTLS()
-	require.NoError(c.t, err)
+	require.NoError(t, err)
 	return config
 }
 
@@ -282,13 +322,19 @@ func (c *cluster) dial(controller string, config *tls.Config) *grpc.ClientConn {
 // connect opens an agent's stream to a controller with the given Hello.
 func (c *cluster) connect(controller string, hello *pb.Hello) *agent {
 	c.t.Helper()
+	return c.connectAs(controller, hello, c.nodeTLS(hello.NodeName))
+}
+
+// connectAs opens an agent's stream with the given certificate.
+func (c *cluster) connectAs(controller string, hello *pb.Hello, config *tls.Config) *agent {
+	c.t.Helper()
 	if hello.Node == nil {
 		raw, err := nodeObject(hello.NodeName).Marshal()
 		require.NoError(c.t, err)
 		hello.Node = raw
 	}
 	a := &agent{t: c.t, name: hello.NodeName, got: make(chan *pb.ControllerMessage, 1024), pods: map[string]*pb.HavePod{}, objs: map[string]*pb.HaveObject{}}
-	a.conn = c.dial(controller, c.nodeTLS(hello.NodeName))
+	a.conn = c.dial(controller, config)
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
 	c.t.Cleanup(cancel)

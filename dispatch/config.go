@@ -9,7 +9,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"k8s.io/client-go/rest"
 
@@ -18,6 +17,7 @@ import (
 	pb "timonel/proto/timonel/v1"
 	"timonel/state"
 	"timonel/state/objects"
+	"timonel/trust"
 )
 
 // Gossip is what of the gossip pool is needed. [gossip.Pool] has it.
@@ -47,6 +47,8 @@ type Config struct {
 	// is called after Run was.
 	API    func(node string) *rest.Config
 	Bundle *pki.Bundle
+	// Trust says who is who, of the same state.
+	Trust  *trust.Registry
 	Gossip Gossip
 	// PeerConn connects to another controller's cluster port. The connection is
 	// shared and not closed here.
@@ -65,6 +67,9 @@ type Config struct {
 	// ReportBytes bounds what all agents here said and is not written yet. Beyond it,
 	// and beyond 4 MiB of one agent, agents wait. Default 64 MiB.
 	ReportBytes int64
+	// NodeLifetime is how long nodes' certificates are valid. Default
+	// [pki.NodeLifetime].
+	NodeLifetime time.Duration
 	// Logger defaults to slog.Default().
 	Logger *slog.Logger
 }
@@ -76,7 +81,7 @@ func (c *Config) Validate() error {
 		missing bool
 	}{
 		{"Name", c.Name == ""}, {"ClusterID", c.ClusterID == ""}, {"Store", c.Store == nil}, {"Objects", c.Objects == nil},
-		{"Barrier", c.Barrier == nil}, {"InTouch", c.InTouch == nil}, {"API", c.API == nil}, {"Bundle", c.Bundle == nil}, {"Gossip", c.Gossip == nil},
+		{"Barrier", c.Barrier == nil}, {"InTouch", c.InTouch == nil}, {"API", c.API == nil}, {"Bundle", c.Bundle == nil}, {"Trust", c.Trust == nil}, {"Gossip", c.Gossip == nil},
 		{"PeerConn", c.PeerConn == nil}, {"Controllers", c.Controllers == nil}, {"Status", c.Status == nil},
 	} {
 		if f.missing {
@@ -89,6 +94,7 @@ func (c *Config) Validate() error {
 // Times that are the same for all.
 const (
 	barrierTimeout = 1500 * time.Millisecond // an agent waits 2 s for its Welcome before it tries another controller
+	claimTimeout   = 700 * time.Millisecond  // for another controller to say whether it serves the same node
 	tunnelTimeout  = 10 * time.Second        // for an agent to dial back
 	peerTimeout    = 3 * time.Second         // for another controller to open a tunnel
 	heartbeat      = 500 * time.Millisecond  // of Peers.Sessions when there is nothing to say
@@ -108,7 +114,8 @@ type Dispatcher struct {
 	hub     *hub
 	tunnels *tunnels
 	room    *room // for what agents report
-	joins   *rate.Limiter
+	joins   *attempts
+	guard   *trust.Guard
 
 	running atomic.Pointer[context.Context] // Run's; nil before
 	active  sync.WaitGroup                  // calls that hold on to what Run ends
@@ -129,6 +136,9 @@ func New(c Config) (*Dispatcher, error) {
 	if c.ReportBytes <= 0 {
 		c.ReportBytes = defaultReports
 	}
+	if c.NodeLifetime == 0 {
+		c.NodeLifetime = pki.NodeLifetime
+	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -136,8 +146,8 @@ func New(c Config) (*Dispatcher, error) {
 		config: c, log: c.Logger.With("room", "dispatch"),
 		tunnels: newTunnels(),
 		room:    newRoom(c.ReportBytes),
-		// Agents join once in their life; a hundred at once, then 20 a second.
-		joins: rate.NewLimiter(20, 100),
+		joins:   newAttempts(time.Now),
+		guard:   trust.NewGuard(c.Trust),
 	}
 	d.hub = newHub(d)
 	return d, nil
@@ -159,11 +169,18 @@ func (d *Dispatcher) Register(r grpc.ServiceRegistrar) {
 func (d *Dispatcher) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	d.running.Store(&ctx)
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		if err := d.watchTrust(ctx); err != nil && ctx.Err() == nil {
+			cancel(err)
+		}
+	})
 	err := d.hub.run(ctx)
 	d.mu.Lock()
 	d.ended = true
 	d.mu.Unlock()
 	cancel(errEnded)
+	wait.Wait()
 	d.active.Wait()
 	return err
 }

@@ -200,6 +200,7 @@ func (h *hub) add(s *session) {
 	}
 	h.sessions[s.node] = s
 	h.publish(s.node, up)
+	h.checkAdmitted(s) // another may have been admitted since
 }
 
 // remove forgets s. It is told to the others unless a newer stream is here.

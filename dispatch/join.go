@@ -3,6 +3,9 @@ package dispatch
 import (
 	"context"
 	"errors"
+	"net"
+	"net/netip"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
@@ -11,27 +14,60 @@ import (
 	"timonel/gossip"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
+	"timonel/trust"
 )
 
-// Join gives a node its certificate for the join token's secret, or a new one
-// for the one it has.
+// joinTimeout bounds what a join waits for the log.
+const joinTimeout = 8 * time.Second
+
+// Join gives a node its certificate for a join token, or a new one of the same key
+// for the one it has. Who may is for the replicated state to say, so it is the same
+// on every controller.
 func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinResponse, error) {
-	if !d.joins.Allow() {
-		return nil, status.Error(codes.ResourceExhausted, "too many nodes join at once: try again in a moment")
-	}
-	from := "?"
-	if p, ok := peer.FromContext(ctx); ok {
-		from = p.Addr.String()
-	}
-	if err := d.mayJoin(ctx, r); err != nil {
-		d.log.Warn("refused a node that wants to join", "node", r.GetNodeName(), "from", from, "err", err)
-		return nil, status.Error(codes.PermissionDenied, err.Error())
-	}
-	cert, err := d.config.Bundle.SignNode(r.GetCsr(), r.GetNodeName())
+	ctx, cancel, done, err := d.serve(ctx)
 	if err != nil {
+		return nil, status.Error(codes.Unavailable, err.Error())
+	}
+	defer done()
+	defer time.AfterFunc(joinTimeout, func() { cancel(context.DeadlineExceeded) }).Stop()
+	var from net.Addr
+	if p, ok := peer.FromContext(ctx); ok {
+		from = p.Addr
+	}
+	source := sourceOf(from)
+	if wait, ok := d.joins.allowed(source); !ok {
+		return nil, status.Errorf(codes.ResourceExhausted, "too many joins from your address were refused: try again in %s", wait.Round(time.Second))
+	}
+	request, err := pki.ParseNodeCSR(r.GetCsr(), r.GetNodeName())
+	if err != nil {
+		d.refused(source, r, err)
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	d.log.Info("a node joined", "node", r.GetNodeName(), "from", from)
+	key, expires := trust.KeyOfInfo(request.PublicKeyInfo), time.Now().Add(d.config.NodeLifetime)
+	if r.GetToken() == "" {
+		err = d.mayRenew(ctx, r.GetNodeName(), key, expires)
+	} else {
+		_, err = d.config.Trust.Join(ctx, trust.Join{Secret: r.GetToken(), Node: r.GetNodeName(), Key: key, Expires: expires})
+	}
+	var refused *trust.RefusedError
+	switch {
+	case errors.As(err, &refused), errors.Is(err, trust.ErrToken):
+		d.refused(source, r, err)
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	case status.Code(err) != codes.Unknown && err != nil:
+		return nil, err
+	case err != nil:
+		return nil, status.Errorf(codes.Unavailable, "the cluster could not record the join: %v", err)
+	}
+	cert, err := d.config.Bundle.SignNodeUntil(request, expires)
+	if err != nil {
+		return nil, status.Error(codes.Internal, err.Error())
+	}
+	if r.GetToken() == "" {
+		d.log.Info("a node's certificate was renewed", "node", r.GetNodeName(), "expires", expires.Round(time.Second))
+	} else {
+		d.log.Info("a node joined", "node", r.GetNodeName(), "from", source)
+	}
 	out := &pb.JoinResponse{
 		Certificate: cert,
 		Ca:          d.config.Bundle.CA(),
@@ -46,15 +82,44 @@ func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinRespo
 	return out, nil
 }
 
-func (d *Dispatcher) mayJoin(ctx context.Context, r *pb.JoinRequest) error {
-	if id, err := pki.PeerIdentity(ctx); err == nil && id == (pki.Identity{Role: pki.RoleNode, Name: r.GetNodeName()}) {
-		return nil // renewal
+// refused counts and logs a refusal.
+func (d *Dispatcher) refused(source netip.Addr, r *pb.JoinRequest, err error) {
+	name := r.GetNodeName()
+	if len(name) > 64 {
+		name = name[:64] + "…"
 	}
-	if !d.config.Bundle.CheckSecret(r.GetToken()) {
-		return errors.New("the join token's secret is wrong: take the token of this cluster (`timonel token` on a controller)")
+	if log, unlogged := d.joins.failed(source); log {
+		d.log.Warn("refused a node that wants to join", "node", name, "from", source, "unlogged", unlogged, "err", err)
 	}
-	if d.hub.session(r.GetNodeName()) != nil {
-		return errors.New("a node called " + r.GetNodeName() + " is connected already: give this one another name, or stop that one")
+}
+
+// mayRenew says whether the caller may have a new certificate instead of the one
+// that he shows: for the same name and key, while the name is bound to that key and
+// its Node exists.
+func (d *Dispatcher) mayRenew(ctx context.Context, name, key string, expires time.Time) error {
+	cert, err := pki.PeerCertificate(ctx)
+	if err != nil {
+		return status.Error(codes.Unauthenticated, err.Error())
 	}
-	return nil
+	if cert == nil {
+		return trust.ErrToken
+	}
+	if id := pki.IdentityOf(cert); id != (pki.Identity{Role: pki.RoleNode, Name: name}) {
+		return &trust.RefusedError{Reason: "the certificate is that of " + id.String() + ", the request is for node " + name}
+	}
+	if trust.KeyOf(cert) != key {
+		return &trust.RefusedError{Reason: "a certificate is renewed for the key it is of: this request is for another"}
+	}
+	ctx, cancel := context.WithTimeout(ctx, barrierTimeout)
+	defer cancel()
+	if err := d.config.Barrier(ctx); err != nil {
+		return err
+	}
+	if err := d.config.Objects.WaitRevision(ctx, d.config.Store.View().Revision()); err != nil {
+		return err
+	}
+	if _, ok := d.config.Objects.Snapshot().Nodes().Get("", name); !ok {
+		return &trust.RefusedError{Reason: "there is no Node " + name + " any more: its certificate is not renewed"}
+	}
+	return d.config.Trust.Renew(ctx, name, key, expires)
 }

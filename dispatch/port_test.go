@@ -31,7 +31,7 @@ func TestStrangersMaySayLittle(t *testing.T) {
 
 	_, err := agents.Join(t.Context(), &pb.JoinRequest{Token: strings.Repeat("x", strangerMessage)})
 	require.Equal(t, codes.ResourceExhausted, status.Code(err), err)
-	_, err = agents.Join(t.Context(), &pb.JoinRequest{Token: "wrong", NodeName: "a1"})
+	_, err = agents.Join(t.Context(), &pb.JoinRequest{Token: "wrong", NodeName: "a1", Csr: newCSR(t, "a1").CSR})
 	require.Equal(t, codes.PermissionDenied, status.Code(err), err)
 
 	// What is not theirs to call is refused before it has a message.

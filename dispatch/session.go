@@ -24,14 +24,16 @@ import (
 
 // session is one agent's stream here, from Hello to its end.
 type session struct {
-	d      *Dispatcher
-	node   string
-	log    *slog.Logger
-	stream grpc.BidiStreamingServer[pb.AgentMessage, pb.ControllerMessage]
-	cancel context.CancelCauseFunc
-	client coreclient.CoreV1Interface
-	writer *writer
-	ended  <-chan struct{}
+	d    *Dispatcher
+	node string
+	// instance names the agent's process.
+	instance string
+	log      *slog.Logger
+	stream   grpc.BidiStreamingServer[pb.AgentMessage, pb.ControllerMessage]
+	cancel   context.CancelCauseFunc
+	client   coreclient.CoreV1Interface
+	writer   *writer
+	ended    <-chan struct{}
 
 	wake    chan struct{}              // what the agent should have may have changed
 	refs    map[objKey]struct{}        // hub.mu guards it
@@ -90,6 +92,13 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	if id != (pki.Identity{Role: pki.RoleNode, Name: hello.GetNodeName()}) {
 		return status.Errorf(codes.PermissionDenied, "the certificate is that of %s, the agent calls itself node %s", id, hello.GetNodeName())
 	}
+	if len(hello.GetInstance()) > instanceMax {
+		return status.Errorf(codes.InvalidArgument, "Hello of node %s: its instance has more than %d bytes", id.Name, instanceMax)
+	}
+	expires, key, err := peerLeaf(ctx)
+	if err != nil {
+		return status.Error(codes.Unauthenticated, err.Error())
+	}
 	node := &corev1.Node{}
 	if err := node.Unmarshal(hello.GetNode()); err != nil {
 		return status.Errorf(codes.InvalidArgument, "Hello of node %s: decode its Node: %v", id.Name, err)
@@ -102,12 +111,15 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 		return status.Errorf(codes.Internal, "API client of node %s: %v", id.Name, err)
 	}
 	s := &session{
-		d: d, node: id.Name, log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
+		d: d, node: id.Name, instance: hello.GetInstance(), log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
 		ended: ctx.Done(), wake: make(chan struct{}, 1), control: make(chan *pb.ControllerMessage, controlQueue),
 		first: true,
 	}
 	s.writer = newWriter(s.log)
 	if err := s.catchUp(ctx, hello); err != nil {
+		return err
+	}
+	if err := s.claim(ctx, expires, key); err != nil {
 		return err
 	}
 	s.d.active.Go(func() {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/rand"
-	"crypto/subtle"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
@@ -244,7 +243,8 @@ func (b *Bundle) ClusterID() string { return b.clusterID }
 // GossipKey is the AES-256 key of the gossip pool.
 func (b *Bundle) GossipKey() []byte { return bytes.Clone(b.gossipKey) }
 
-// Token is what an agent joins with, as text.
+// Token is the join token that comes with the bundle, as text: agents of a new
+// cluster join with it on its first day.
 func (b *Bundle) Token() string { return b.token.String() }
 
 // CA is the cluster's certificate authority, PEM.
@@ -269,10 +269,18 @@ func (b *Bundle) ServiceAccountPublic() ([]byte, error) {
 	return pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}), nil
 }
 
-// CheckSecret reports whether secret is that of the join token, in a time that
-// does not depend on where they differ.
-func (b *Bundle) CheckSecret(secret string) bool {
-	return subtle.ConstantTimeCompare([]byte(secret), []byte(b.token.Secret)) == 1
+// BootstrapSecret is the secret of the token that comes with the bundle. It admits
+// nobody by itself: the cluster's state says whether and until when it does.
+func (b *Bundle) BootstrapSecret() string { return b.token.Secret }
+
+// JoinToken is the text of the join token with a secret.
+func (b *Bundle) JoinToken(secret string) string {
+	return Token{CAHash: b.token.CAHash, Secret: secret}.String()
+}
+
+// CAExpires is when the authorities do.
+func (b *Bundle) CAExpires() (ca, frontProxy time.Time) {
+	return b.ca.cert.NotAfter, b.frontProxy.cert.NotAfter
 }
 
 // ClientCert issues a client certificate for the API, as for a kubeconfig. The

@@ -76,16 +76,26 @@ func IdentityOf(cert *x509.Certificate) Identity {
 // PeerIdentity reads who called a gRPC method. A caller without a certificate
 // has RoleNone and no error; an error means that the call came without TLS.
 func PeerIdentity(ctx context.Context) (Identity, error) {
+	cert, err := PeerCertificate(ctx)
+	if cert == nil {
+		return Identity{}, err
+	}
+	return IdentityOf(cert), nil
+}
+
+// PeerCertificate is the verified certificate of who called a gRPC method, nil for
+// a caller without one; an error means that the call came without TLS.
+func PeerCertificate(ctx context.Context) (*x509.Certificate, error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return Identity{}, errors.New("the call has no peer")
+		return nil, errors.New("the call has no peer")
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok {
-		return Identity{}, fmt.Errorf("the call from %s did not come over TLS", p.Addr)
+		return nil, fmt.Errorf("the call from %s did not come over TLS", p.Addr)
 	}
 	if len(info.State.VerifiedChains) == 0 || len(info.State.VerifiedChains[0]) == 0 {
-		return Identity{}, nil
+		return nil, nil
 	}
-	return IdentityOf(info.State.VerifiedChains[0][0]), nil
+	return info.State.VerifiedChains[0][0], nil
 }

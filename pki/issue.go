@@ -90,6 +90,8 @@ type leaf struct {
 	ips     []net.IP
 	names   []string
 	chain   bool // append the authority, so that who only knows its hash can check
+	// notAfter is when the certificate ends; zero: after leafLifetime.
+	notAfter time.Time
 }
 
 // issue makes a key and a certificate for it.
@@ -115,7 +117,10 @@ func (a *authority) sign(l leaf, public crypto.PublicKey, now time.Time) ([]byte
 	if err != nil {
 		return nil, err
 	}
-	notAfter := now.Add(leafLifetime)
+	notAfter := l.notAfter
+	if notAfter.IsZero() {
+		notAfter = now.Add(leafLifetime)
+	}
 	if notAfter.After(a.cert.NotAfter) {
 		notAfter = a.cert.NotAfter
 	}

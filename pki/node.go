@@ -1,6 +1,7 @@
 package pki
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -37,39 +38,83 @@ func CheckName(name string) error {
 	return nil
 }
 
-// SignNode issues the certificate of the node called name for a certificate
-// request (DER), as a PEM chain, leaf first. The request must be signed, ask
-// for that node and nothing else.
-func (b *Bundle) SignNode(csr []byte, name string) ([]byte, error) {
+// NodeLifetime is how long a node's certificate is valid by default. A running
+// agent renews it when two thirds of that are over.
+const NodeLifetime = 7 * 24 * time.Hour
+
+// maxCSR bounds a certificate request; the biggest that is accepted, of an RSA key
+// of 4096 bits, has some 1,200 bytes.
+const maxCSR = 8 << 10
+
+// NodeCSR is a node's certificate request that was checked.
+type NodeCSR struct {
+	Name      string
+	PublicKey any
+	// PublicKeyInfo is the key's SubjectPublicKeyInfo, DER.
+	PublicKeyInfo []byte
+}
+
+// ParseNodeCSR checks a certificate request (DER) of the node called name: it must
+// be signed with its key, ask for that node and for nothing else.
+func ParseNodeCSR(csr []byte, name string) (NodeCSR, error) {
 	if err := CheckName(name); err != nil {
-		return nil, fmt.Errorf("sign node certificate: %w", err)
+		return NodeCSR{}, fmt.Errorf("sign node certificate: %w", err)
+	}
+	fail := func(format string, args ...any) (NodeCSR, error) {
+		return NodeCSR{}, fmt.Errorf("sign certificate of node %s: %w", name, fmt.Errorf(format, args...))
+	}
+	if len(csr) > maxCSR {
+		return fail("the request has %d bytes, %d are allowed", len(csr), maxCSR)
 	}
 	request, err := x509.ParseCertificateRequest(csr)
 	if err != nil {
-		return nil, fmt.Errorf("sign certificate of node %s: parse request: %w", name, err)
+		return fail("parse request: %w", err)
 	}
-	if err := request.CheckSignature(); err != nil {
-		return nil, fmt.Errorf("sign certificate of node %s: signature of the request: %w", name, err)
-	}
-	if got, want := request.Subject.CommonName, NodePrefix+name; got != want {
-		return nil, fmt.Errorf("sign certificate of node %s: the request is for %q instead of %q", name, got, want)
-	}
-	if !slices.Equal(request.Subject.Organization, []string{NodeGroup}) {
-		return nil, fmt.Errorf("sign certificate of node %s: the request's organisation is %q instead of %q",
-			name, strings.Join(request.Subject.Organization, ","), NodeGroup)
-	}
+	// The key first: checking the signature of a huge one takes long.
 	switch key := request.PublicKey.(type) {
 	case *ecdsa.PublicKey, ed25519.PublicKey:
 	case *rsa.PublicKey:
-		if key.N.BitLen() < 2048 {
-			return nil, fmt.Errorf("sign certificate of node %s: its RSA key has %d bits, 2048 are needed", name, key.N.BitLen())
+		if bits := key.N.BitLen(); bits < 2048 || bits > 4096 {
+			return fail("its RSA key has %d bits, 2048 to 4096 are accepted", bits)
 		}
 	default:
-		return nil, fmt.Errorf("sign certificate of node %s: keys of type %T are not accepted", name, key)
+		return fail("keys of type %T are not accepted", key)
 	}
+	if err := request.CheckSignature(); err != nil {
+		return fail("signature of the request: %w", err)
+	}
+	if got, want := request.Subject.CommonName, NodePrefix+name; got != want {
+		return fail("the request is for %q instead of %q", got, want)
+	}
+	if !slices.Equal(request.Subject.Organization, []string{NodeGroup}) {
+		return fail("the request's organisation is %q instead of %q", strings.Join(request.Subject.Organization, ","), NodeGroup)
+	}
+	if len(request.Subject.Names) != 2 {
+		return fail("the request's subject has more than a name and an organisation")
+	}
+	if len(request.Extensions) > 0 || len(request.DNSNames)+len(request.IPAddresses)+len(request.EmailAddresses)+len(request.URIs) > 0 {
+		return fail("the request asks for extensions or further names, which a node has none of")
+	}
+	return NodeCSR{Name: name, PublicKey: request.PublicKey, PublicKeyInfo: request.RawSubjectPublicKeyInfo}, nil
+}
+
+// SignNode issues the certificate for a certificate request (DER) of the node
+// called name, valid for [NodeLifetime], as a PEM chain, leaf first. The request
+// must be signed, ask for that node and nothing else.
+func (b *Bundle) SignNode(csr []byte, name string) ([]byte, error) {
+	request, err := ParseNodeCSR(csr, name)
+	if err != nil {
+		return nil, err
+	}
+	return b.SignNodeUntil(request, b.now().Add(NodeLifetime))
+}
+
+// SignNodeUntil issues the certificate for a request that was checked.
+func (b *Bundle) SignNodeUntil(request NodeCSR, notAfter time.Time) ([]byte, error) {
 	return b.ca.sign(leaf{
-		subject: pkix.Name{CommonName: NodePrefix + name, Organization: []string{NodeGroup}},
-		usages:  []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		subject:  pkix.Name{CommonName: NodePrefix + request.Name, Organization: []string{NodeGroup}},
+		usages:   []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+		notAfter: notAfter,
 	}, request.PublicKey, b.now())
 }
 
@@ -88,6 +133,20 @@ func NewNodeRequest(name string) (NodeRequest, error) {
 	if err != nil {
 		return NodeRequest{}, err
 	}
+	return nodeRequest(name, key)
+}
+
+// NewNodeRequestFor makes the request of the node called name for the key (PEM)
+// that it has.
+func NewNodeRequestFor(name string, keyPEM []byte) (NodeRequest, error) {
+	key, err := parseKey(keyPEM)
+	if err != nil {
+		return NodeRequest{}, fmt.Errorf("request certificate of node %s: its private key: %w", name, err)
+	}
+	return nodeRequest(name, key)
+}
+
+func nodeRequest(name string, key crypto.Signer) (NodeRequest, error) {
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
 		Subject: pkix.Name{CommonName: NodePrefix + name, Organization: []string{NodeGroup}},
 	}, key)
@@ -137,7 +196,8 @@ func (n *Node) Save(dir string) error {
 
 // LoadNode reads what [Node.Save] wrote and checks that it is complete, of one
 // cluster, of the node called name and not expired. An agent that has not
-// joined gets an error that is [fs.ErrNotExist].
+// joined gets an error that is [fs.ErrNotExist]; one whose certificate has expired
+// gets it and an error that is [ErrNodeExpired].
 func LoadNode(dir, name string) (*Node, error) { return loadNode(dir, name, time.Now()) }
 
 func loadNode(dir, name string, now time.Time) (*Node, error) {
@@ -167,9 +227,6 @@ func loadNode(dir, name string, now time.Time) (*Node, error) {
 	if err != nil {
 		return fail(nodeCertFile, err)
 	}
-	if err := checkValidity(pair.Leaf, now); err != nil {
-		return fail(nodeCertFile, fmt.Errorf("%w: join again", err))
-	}
 	if id := IdentityOf(pair.Leaf); id != (Identity{RoleNode, name}) {
 		return fail(nodeCertFile, fmt.Errorf("it belongs to %q, not to node %s: use that name or another data folder", pair.Leaf.Subject.CommonName, name))
 	}
@@ -180,8 +237,16 @@ func loadNode(dir, name string, now time.Time) (*Node, error) {
 	if err := pair.Leaf.CheckSignatureFrom(ca); err != nil {
 		return fail(nodeCertFile, fmt.Errorf("not signed by %s: %w", CAFile, err))
 	}
+	if err := checkValidity(pair.Leaf, now); err != nil {
+		_, why := fail(nodeCertFile, fmt.Errorf("%w: join again, with a new token", err))
+		return n, errors.Join(ErrNodeExpired, why)
+	}
 	return n, nil
 }
+
+// ErrNodeExpired is wrapped when a node's certificate is not valid now. All else
+// is good: its key may be certified anew.
+var ErrNodeExpired = errors.New("the node's certificate is not valid now")
 
 // ClientTLS is for the agent's calls to controllers' cluster ports.
 func (n *Node) ClientTLS() (*tls.Config, error) {
@@ -196,11 +261,11 @@ func (n *Node) ClientTLS() (*tls.Config, error) {
 	return clientTLS(pool, &cert), nil
 }
 
-// Expires says until when the node's certificate is valid.
-func (n *Node) Expires() (time.Time, error) {
+// Validity says from when until when the node's certificate is valid.
+func (n *Node) Validity() (from, until time.Time, err error) {
 	cert, err := parseCert(n.Pair.Cert)
 	if err != nil {
-		return time.Time{}, fmt.Errorf("the node's certificate: %w", err)
+		return time.Time{}, time.Time{}, fmt.Errorf("the node's certificate: %w", err)
 	}
-	return cert.NotAfter, nil
+	return cert.NotBefore, cert.NotAfter, nil
 }

@@ -157,9 +157,9 @@ func TestSecretAndCA(t *testing.T) {
 	b, other := newBundle(t), newBundle(t)
 	token, err := ParseToken(b.Token())
 	require.NoError(t, err)
-	require.True(t, b.CheckSecret(token.Secret))
-	require.False(t, other.CheckSecret(token.Secret))
-	require.False(t, b.CheckSecret(""))
+	require.Equal(t, token.Secret, b.BootstrapSecret())
+	require.Equal(t, b.Token(), b.JoinToken(token.Secret))
+	require.NotEqual(t, token.Secret, other.BootstrapSecret())
 	require.NoError(t, token.VerifyCA(b.CA()))
 	require.ErrorContains(t, token.VerifyCA(other.CA()), "does not match the token")
 }

@@ -188,6 +188,101 @@ func (r *Registry) checkNode(view state.View, name, key string) error {
 	return nil
 }
 
+// Admission is an agent that opens a stream with a certificate that was verified.
+type Admission struct {
+	Node, Key string
+	Expires   time.Time // of the certificate
+	Instance  string    // names the agent's process, empty for one of before there were instances
+}
+
+// Admit makes an agent's process the one of its node: from when it returns, the
+// record names no other. A name without record, of a certificate from before names
+// were bound, is bound to the certificate's key. Nothing is committed for a process
+// that was admitted already. A refusal is a [RefusedError].
+func (r *Registry) Admit(ctx context.Context, a Admission) error {
+	admitted := func(view state.View) (bool, error) {
+		if err := r.checkNode(view, a.Node, a.Key); err != nil {
+			return false, err
+		}
+		node, _, found, err := get[Node](view, nodePrefix+a.Node)
+		return found && node.Instance == a.Instance, err
+	}
+	if ok, err := admitted(r.state.Store().View()); ok || err != nil {
+		return err
+	}
+	return r.change(ctx, func(view state.View, now time.Time) (*state.Txn, error) {
+		if ok, err := admitted(view); ok || err != nil {
+			return nil, err
+		}
+		node, revision, found, err := get[Node](view, nodePrefix+a.Node)
+		if err != nil {
+			return nil, err
+		}
+		if !found {
+			if why := r.reserved(a.Node); why != "" {
+				return nil, refuse("the name %s is %s", a.Node, why)
+			}
+			node = Node{Name: a.Node, Key: a.Key, Bound: now.UTC().Truncate(time.Second), Expires: a.Expires.UTC().Truncate(time.Second)}
+		}
+		node.Instance = a.Instance
+		return &state.Txn{
+			Conditions: []state.Condition{{Key: nodePrefix + a.Node, ModRevision: revision}, {Key: revokedPrefix + a.Key}},
+			Changes:    []state.Change{put(nodePrefix+a.Node, node, time.Time{})},
+		}, nil
+	})
+}
+
+// Instance is the agent process that was admitted last under a name.
+func (r *Registry) Instance(node string) string {
+	n, _, _ := r.Node(node) // one that cannot be read admits nobody
+	return n.Instance
+}
+
+// Renew records that a node's certificate is replaced by one that is valid until
+// expires. It is refused, with a [RefusedError], to whoever [Registry.CheckNode]
+// refuses, and to a name without record.
+func (r *Registry) Renew(ctx context.Context, name, key string, expires time.Time) error {
+	return r.change(ctx, func(view state.View, _ time.Time) (*state.Txn, error) {
+		if err := r.checkNode(view, name, key); err != nil {
+			return nil, err
+		}
+		node, revision, found, err := get[Node](view, nodePrefix+name)
+		if err != nil {
+			return nil, err
+		}
+		if !found {
+			return nil, refuse("node %s has never connected with this certificate: it connects first", name)
+		}
+		node.Expires = expires.UTC().Truncate(time.Second)
+		return &state.Txn{
+			Conditions: []state.Condition{{Key: nodePrefix + name, ModRevision: revision}, {Key: revokedPrefix + key}},
+			Changes:    []state.Change{put(nodePrefix+name, node, time.Time{})},
+		}, nil
+	})
+}
+
+// CheckNodeToken says whether a token that was issued for something on a node is
+// good: nil, or a [RefusedError] after the node was revoked, or for a token of
+// before it was reset.
+func (r *Registry) CheckNodeToken(name string, issued time.Time) error {
+	return r.checkNodeToken(r.state.Store().View(), name, issued)
+}
+
+func (r *Registry) checkNodeToken(view state.View, name string, issued time.Time) error {
+	node, _, found, err := get[Node](view, nodePrefix+name)
+	switch {
+	case err != nil:
+		return err
+	case !found:
+		return nil
+	case !node.Revoked.IsZero():
+		return refuse("the token is of node %s, which was revoked at %s", name, node.Revoked.Format(time.RFC3339))
+	case !node.Reset.IsZero() && !issued.After(node.Reset):
+		return refuse("the token is of node %s as it was before it was reset at %s", name, node.Reset.Format(time.RFC3339))
+	}
+	return nil
+}
+
 // ResetNode forgets the key that a name is bound to, and revokes that key: a
 // machine of this name may join again with a token. It ends a revocation too.
 func (r *Registry) ResetNode(ctx context.Context, name string, by By) (Node, error) {

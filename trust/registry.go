@@ -91,9 +91,10 @@ var ErrNotFound = errors.New("not found")
 
 // KeyOf identifies a certificate's public key: the SHA-256 of its
 // SubjectPublicKeyInfo in hexadecimal digits.
-func KeyOf(cert *x509.Certificate) string { return keyOf(cert.RawSubjectPublicKeyInfo) }
+func KeyOf(cert *x509.Certificate) string { return KeyOfInfo(cert.RawSubjectPublicKeyInfo) }
 
-func keyOf(publicKeyInfo []byte) string {
+// KeyOfInfo is [KeyOf] for a SubjectPublicKeyInfo, DER.
+func KeyOfInfo(publicKeyInfo []byte) string {
 	sum := sha256.Sum256(publicKeyInfo)
 	return hex.EncodeToString(sum[:])
 }

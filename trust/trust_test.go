@@ -68,7 +68,7 @@ func newRegistry(t *testing.T) (*Registry, *replica, *clock) {
 	}}), s, c
 }
 
-func key(n int) string { return keyOf(fmt.Appendf(nil, "key %d", n)) }
+func key(n int) string { return KeyOfInfo(fmt.Appendf(nil, "key %d", n)) }
 
 func newToken(t *testing.T, r *Registry, spec TokenSpec) (Token, string) {
 	t.Helper()

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/uuid"
 
 	"timonel/agent/desired"
 	pb "timonel/proto/timonel/v1"
@@ -50,6 +51,8 @@ type Client struct {
 	cfg Config
 	log *slog.Logger
 	out *outbox
+	// instance names this process to the controllers, which serve one of a node.
+	instance string
 
 	mu          sync.Mutex
 	controllers []string
@@ -67,7 +70,7 @@ func New(cfg Config) *Client {
 		cfg.Logger = slog.Default()
 	}
 	return &Client{
-		cfg: cfg, log: cfg.Logger.With("component", "stream"), out: newOutbox(),
+		cfg: cfg, log: cfg.Logger.With("component", "stream"), out: newOutbox(), instance: string(uuid.NewUUID()),
 		controllers: slices.Clone(cfg.Controllers), since: time.Now(), tried: map[string]bool{},
 	}
 }

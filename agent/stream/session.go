@@ -101,7 +101,7 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	}
 	epoch, _ := cfg.Desired.Position()
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
-		NodeName: cfg.NodeName, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
+		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
 	}}}, nil
 }
 
@@ -262,4 +262,16 @@ func (c *Client) Token(ctx context.Context, namespace, serviceAccount string, tr
 		return nil, fmt.Errorf("decode the answer to a token request: %w", err)
 	}
 	return out, nil
+}
+
+// Certify asks for a new certificate of this node, over the connection there is. It
+// fails with ErrDisconnected while no controller is connected.
+func (c *Client) Certify(ctx context.Context, r *pb.JoinRequest) (*pb.JoinResponse, error) {
+	c.mu.Lock()
+	s := c.session
+	c.mu.Unlock()
+	if s == nil {
+		return nil, ErrDisconnected
+	}
+	return s.agents.Join(ctx, r)
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -40,19 +41,39 @@ type peers struct {
 func credentialsDir(dataDir string) string { return filepath.Join(dataDir, "pki") }
 func peersFile(dataDir string) string      { return filepath.Join(dataDir, "pki", "peers.json") }
 
-// readToken returns the token given with --token, from a file for @FILE. ok is
-// false when none was given.
+// tokenVariable may hold the token: arguments can be read by everybody on a machine.
+const tokenVariable = "TIMONEL_JOIN_TOKEN"
+
+// maxToken bounds what is read as a token.
+const maxToken = 4096
+
+// readToken returns the token given with --token, from a file for @FILE and from
+// standard input for -, or in the environment. ok is false when none was given.
 func (o *options) readToken() (token pki.Token, ok bool, err error) {
 	text := o.token
 	if text == "" {
+		text = os.Getenv(tokenVariable)
+	}
+	if text == "" {
 		return pki.Token{}, false, nil
 	}
-	if file, isFile := strings.CutPrefix(text, "@"); isFile {
-		raw, err := os.ReadFile(file)
+	if file, isFile := strings.CutPrefix(text, "@"); isFile || text == "-" {
+		var in io.Reader = os.Stdin
+		if isFile {
+			f, err := os.Open(file)
+			if err != nil {
+				return pki.Token{}, false, fmt.Errorf("--token: %w", err)
+			}
+			defer f.Close()
+			in = f
+		}
+		raw, err := io.ReadAll(io.LimitReader(in, maxToken))
 		if err != nil {
 			return pki.Token{}, false, fmt.Errorf("--token: %w", err)
 		}
-		text = strings.TrimSpace(string(raw))
+		if text = strings.TrimSpace(string(raw)); text == "" {
+			return pki.Token{}, false, nil
+		}
 	}
 	token, err = pki.ParseToken(text)
 	if err != nil {
@@ -85,23 +106,54 @@ func (o *options) membership(ctx context.Context, log *slog.Logger) (*membership
 			log.Warn("read the known controllers", "error", err)
 		}
 		return m, nil
+	case errors.Is(err, pki.ErrNodeExpired) && hasToken && len(o.controllers) > 0:
+		if err := token.VerifyCA(n.CA); err != nil {
+			return nil, fmt.Errorf("--data-dir %s belongs to another cluster than --token: %w", o.dataDir, err)
+		}
+		request, err := pki.NewNodeRequestFor(o.name, n.Pair.Key)
+		if err != nil {
+			return nil, err
+		}
+		return o.join(ctx, log, token, dir, request)
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("--data-dir: %w", err)
 	case !hasToken:
-		return nil, fmt.Errorf("--token is needed to join a cluster: get it with timonel token (no credentials in %s)", dir)
+		return nil, fmt.Errorf("--token is needed to join a cluster: make one with `timonel token create` (no credentials in %s)", dir)
 	case len(o.controllers) == 0:
 		return nil, errors.New("--controllers is needed to join a cluster: give host:port of the controllers' cluster ports")
 	}
-	return o.join(ctx, log, token, dir)
+	request, err := o.newRequest()
+	if err != nil {
+		return nil, err
+	}
+	return o.join(ctx, log, token, dir, request)
+}
+
+// newRequest makes the node's key and request. The key is kept until the node has
+// joined, as its name is bound to the key before the answer comes.
+func (o *options) newRequest() (pki.NodeRequest, error) {
+	file := filepath.Join(o.dataDir, "join.key")
+	if key, err := os.ReadFile(file); err == nil {
+		if request, err := pki.NewNodeRequestFor(o.name, key); err == nil {
+			return request, nil
+		}
+	}
+	request, err := pki.NewNodeRequest(o.name)
+	if err != nil {
+		return request, err
+	}
+	if err := os.MkdirAll(o.dataDir, 0o711); err != nil {
+		return request, fmt.Errorf("--data-dir: %w", err)
+	}
+	if err := os.WriteFile(file, request.Key, 0o600); err != nil {
+		return request, fmt.Errorf("--data-dir: %w", err)
+	}
+	return request, nil
 }
 
 // join asks the controllers in turn for a certificate. A refusal is final; a
 // controller that is not there yet is asked again for a while.
-func (o *options) join(ctx context.Context, log *slog.Logger, token pki.Token, dir string) (*membership, error) {
-	request, err := pki.NewNodeRequest(o.name)
-	if err != nil {
-		return nil, err
-	}
+func (o *options) join(ctx context.Context, log *slog.Logger, token pki.Token, dir string, request pki.NodeRequest) (*membership, error) {
 	deadline := time.Now().Add(joinPatience)
 	var last error
 	for round := 0; ; round++ {
@@ -162,6 +214,7 @@ func (o *options) accept(token pki.Token, dir string, request pki.NodeRequest, r
 	if err := m.node.Save(dir); err != nil {
 		return nil, fmt.Errorf("--data-dir: %w", err)
 	}
+	_ = os.Remove(filepath.Join(o.dataDir, "join.key")) // it is in dir now
 	return m, nil
 }
 

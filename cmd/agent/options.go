@@ -58,7 +58,7 @@ func (o *options) common(f *pflag.FlagSet) {
 
 func (o *options) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.controllers, "controllers", nil, "host:port of the controllers' cluster ports; after joining, those known are used too")
-	f.StringVar(&o.token, "token", "", "join token, or @FILE; needed once")
+	f.StringVar(&o.token, "token", "", "join token: @FILE, or - for standard input, or in the environment as TIMONEL_JOIN_TOKEN; needed once")
 	f.StringVar(&o.nodeIP, "node-ip", "", "this node's own address or addresses (default: that of the default route)")
 	f.StringVar(&o.images, "images", "", "folder of image archives (*.tar) to import, now and when they appear")
 	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run (default: from PATH)")

@@ -48,12 +48,11 @@ func run(ctx context.Context, o *options) error {
 	if err != nil {
 		return err
 	}
-	if expires, err := m.node.Expires(); err == nil && time.Until(expires) < 30*24*time.Hour {
-		cfg.Logger.Warn("the node's certificate expires soon: remove the folder pki of --data-dir and start the agent with --token", "expires", expires)
-	}
-	if cfg.TLS, err = m.node.ClientTLS(); err != nil {
+	identity, err := newIdentity(m.node, credentialsDir(o.dataDir), o.name, cfg.Logger)
+	if err != nil {
 		return err
 	}
+	cfg.TLS = identity.tls
 	for _, addr := range m.peers.Controllers {
 		if !slices.Contains(cfg.Controllers, addr) {
 			cfg.Controllers = append(cfg.Controllers, addr)
@@ -70,6 +69,11 @@ func run(ctx context.Context, o *options) error {
 		return err
 	}
 	cfg.Logger.Info("the agent runs", "node", o.name, "data", o.dataDir, "version", version)
+	renewing, stop := context.WithCancel(ctx)
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	defer stop()
+	wait.Go(func() { identity.renew(renewing, a.Certify) })
 	return a.Run(ctx)
 }
 

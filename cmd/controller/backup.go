@@ -97,6 +97,10 @@ func (k *controller) paths() map[string]http.Handler {
 		"/timonel/v1/snapshots": http.HandlerFunc(k.serveSnapshots),
 		membersPath:             http.HandlerFunc(k.serveMembers),
 	}
+	paths[tokensPath] = http.HandlerFunc(k.serveTokens)
+	paths[tokensPath+"/"] = http.HandlerFunc(k.serveToken)
+	paths[nodesPath] = http.HandlerFunc(k.serveNodes)
+	paths[nodesPath+"/"] = http.HandlerFunc(k.serveNodeChange)
 	for name, kind := range memberChanges {
 		paths[membersPath+"/"+name] = k.serveMemberChange(kind)
 	}

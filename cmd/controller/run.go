@@ -26,6 +26,7 @@ import (
 	"timonel/pki"
 	"timonel/state"
 	"timonel/state/objects"
+	"timonel/trust"
 )
 
 // leaveTimeout is how long a controller that stops waits for gossip to tell the
@@ -44,6 +45,7 @@ type controller struct {
 	peers   *peers
 	replica *consensus.Replica
 	backend backend
+	trust   *trust.Registry
 	cache   *objects.Cache
 	api     *apiserver.Server
 	agents  *dispatch.Dispatcher
@@ -109,6 +111,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	}
 	defer k.replica.Close()
 	k.backend = backend{store: k.store, replica: k.replica}
+	k.trust = trust.New(trust.Config{State: k.backend, Reserved: k.reservedName})
 	if k.scheduler, err = k.newScheduler(); err != nil {
 		return err
 	}
@@ -125,7 +128,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer k.apiListener.Close()
-	k.port = dispatch.NewPort(identity.ClusterServerTLS(), dispatch.ServerOptions(), dispatch.Authorize, k.agents.Expected)
+	k.port = dispatch.NewPort(identity.ClusterServerTLS(), k.agents.ServerOptions(), k.agents.Authorize, k.agents.Expected)
 	k.port.Register(k.replica.Register)
 	k.port.Register(k.agents.Register)
 
@@ -182,6 +185,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Listener:         k.apiListener,
 		Certificates:     files,
 		Backend:          k.backend,
+		Trust:            k.trust,
 		CacheBytes:       k.shares.objects,
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,

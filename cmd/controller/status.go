@@ -28,6 +28,7 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 			return k.apiAs("system:node:"+node, "system:nodes")
 		},
 		Bundle:      k.bundle,
+		Trust:       k.trust,
 		Gossip:      k.pool,
 		PeerConn:    k.peers.conn,
 		Controllers: func() []string { return clusterPorts(k.pool) },

@@ -129,24 +129,6 @@ What could not be removed is listed, and the exit status is 1.`,
 	}
 }
 
-func (t *tool) tokenCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "token", Short: "Print the token that an agent joins with", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := t.load()
-			if err != nil {
-				return err
-			}
-			bundle, err := pki.LoadBundle(s.BundleDir())
-			if err != nil {
-				return err
-			}
-			fmt.Fprintln(cmd.OutOrStdout(), bundle.Token())
-			return nil
-		},
-	}
-}
-
 func (t *tool) initCommand() *cobra.Command {
 	var dir string
 	cmd := &cobra.Command{
@@ -162,7 +144,7 @@ with --bundle. 'timonel up' does this by itself.`,
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "Cluster %s: its secrets are in %s. Agents join with the token in %s.\n",
+			fmt.Fprintf(cmd.OutOrStdout(), "Cluster %s: its secrets are in %s. On the cluster's first day agents join with the token in %s; later `timonel token create` makes others.\n",
 				bundle.ClusterID(), dir, filepath.Join(dir, pki.TokenFile))
 			return nil
 		},

@@ -17,7 +17,7 @@ variable "controllers" {
 }
 
 variable "join_token" {
-  description = "The token that agents join with, as `timonel token` prints it."
+  description = "The token that agents join with, as `timonel token create` prints it."
   type        = string
   sensitive   = true
 }

@@ -10,7 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"timonel/internal/machines"
-	"timonel/pki"
 )
 
 // Kill cuts a machine's power: the controller or agent and, on an agent's
@@ -43,14 +42,15 @@ func (s *Spec) Start(ctx context.Context, name string) error {
 	if err := s.Check(name); err != nil {
 		return err
 	}
-	bundle, err := pki.LoadBundle(s.BundleDir())
-	if err != nil {
-		return err
+	if RoleOf(name) == Agent {
+		if err := s.admit(ctx, name); err != nil {
+			return err
+		}
 	}
 	if err := s.Machine(name).Boot(ctx, s.program("machine")); err != nil {
 		return err
 	}
-	return s.Machine(name).Start(ctx, s.process(name, bundle.Token()))
+	return s.Machine(name).Start(ctx, s.process(name))
 }
 
 // Pause stops every process of a machine where it stands, or the controller or

@@ -196,7 +196,7 @@ func (s *Spec) addresses(port uint16) string {
 
 // process is the main process of a machine: a controller or an agent with the
 // flags that an operator would give it.
-func (s *Spec) process(name, token string) machines.Process {
+func (s *Spec) process(name string) machines.Process {
 	address := s.Address(name).String()
 	p := machines.Process{Log: s.LogFile(name), Env: processEnv()}
 	if RoleOf(name) == Controller {
@@ -209,7 +209,7 @@ func (s *Spec) process(name, token string) machines.Process {
 		return p
 	}
 	p.Argv = []string{s.program("agent"), "--name", name,
-		"--data-dir", s.DataDir(name), "--controllers", s.addresses(ClusterPort), "--token", token,
+		"--data-dir", s.DataDir(name), "--controllers", s.addresses(ClusterPort), "--token", "@" + s.tokenFile(name),
 		"--node-ip", address, "--images", s.Images, "--cgroup-root", s.CgroupRoot(name)}
 	p.Argv = append(p.Argv, s.AgentFlags...)
 	return p

@@ -296,7 +296,12 @@ func (u *up) startAll(ctx context.Context, names []string) (started []string, be
 		if running {
 			continue
 		}
-		if err := u.Machine(name).Start(ctx, u.process(name, u.bundle.Token())); err != nil {
+		if RoleOf(name) == Agent {
+			if err := u.admit(ctx, name); err != nil {
+				return started, begin, err
+			}
+		}
+		if err := u.Machine(name).Start(ctx, u.process(name)); err != nil {
 			return started, begin, err
 		}
 		started = append(started, name)

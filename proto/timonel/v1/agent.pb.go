@@ -27,7 +27,7 @@ const (
 
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`                       // the secret part of the join token
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`                       // the secret part of the join token, ID-SECRET; empty to renew
 	NodeName      string                 `protobuf:"bytes,2,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"` // the name the agent wants
 	Csr           []byte                 `protobuf:"bytes,3,opt,name=csr,proto3" json:"csr,omitempty"`                           // DER, CN system:node:NAME, O system:nodes
 	unknownFields protoimpl.UnknownFields
@@ -336,7 +336,10 @@ type Hello struct {
 	// All that the agent has, which the controller compares with what the node
 	// should have. Without it a full list follows: from agents that know no lists,
 	// after the start of an agent, and when the list would be too long.
-	Have          *Have `protobuf:"bytes,6,opt,name=have,proto3" json:"have,omitempty"`
+	Have *Have `protobuf:"bytes,6,opt,name=have,proto3" json:"have,omitempty"`
+	// Names this process of the agent, drawn at its start. Of two processes with one
+	// node's certificate, one is served.
+	Instance      string `protobuf:"bytes,15,opt,name=instance,proto3" json:"instance,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -411,6 +414,13 @@ func (x *Hello) GetHave() *Have {
 		return x.Have
 	}
 	return nil
+}
+
+func (x *Hello) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
 }
 
 // Have is all that an agent has. It is bounded by MaxHave.
@@ -1965,14 +1975,15 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05event\x18\x05 \x01(\v2\x11.timonel.v1.EventH\x00R\x05event\x12/\n" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbyeB\t\n" +
-	"\amessage\"\xb7\x01\n" +
+	"\amessage\"\xd3\x01\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
 	"\x04node\x18\x03 \x01(\fR\x04node\x12'\n" +
 	"\x0fresume_revision\x18\x04 \x01(\x03R\x0eresumeRevision\x12\x14\n" +
 	"\x05epoch\x18\x05 \x01(\tR\x05epoch\x12$\n" +
-	"\x04have\x18\x06 \x01(\v2\x10.timonel.v1.HaveR\x04have\"}\n" +
+	"\x04have\x18\x06 \x01(\v2\x10.timonel.v1.HaveR\x04have\x12\x1a\n" +
+	"\binstance\x18\x0f \x01(\tR\binstance\"}\n" +
 	"\x04Have\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +

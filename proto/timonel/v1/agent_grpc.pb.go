@@ -34,8 +34,9 @@ const (
 //
 // Agents is served by every controller on its cluster port.
 type AgentsClient interface {
-	// Join exchanges a join token for a node certificate. It is the only call
-	// that needs no client certificate.
+	// Join exchanges a join token for a node certificate, or a node's certificate
+	// for a new one of the same key. It is the only call that needs no client
+	// certificate.
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
 	// Connect is the agent's one long-lived stream: desired pods down, status up.
 	Connect(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AgentMessage, ControllerMessage], error)
@@ -96,8 +97,9 @@ type Agents_TunnelClient = grpc.BidiStreamingClient[Chunk, Chunk]
 //
 // Agents is served by every controller on its cluster port.
 type AgentsServer interface {
-	// Join exchanges a join token for a node certificate. It is the only call
-	// that needs no client certificate.
+	// Join exchanges a join token for a node certificate, or a node's certificate
+	// for a new one of the same key. It is the only call that needs no client
+	// certificate.
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
 	// Connect is the agent's one long-lived stream: desired pods down, status up.
 	Connect(grpc.BidiStreamingServer[AgentMessage, ControllerMessage]) error

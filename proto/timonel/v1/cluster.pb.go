@@ -566,6 +566,102 @@ func (x *ProbeResponse) GetRttMicroseconds() int64 {
 	return 0
 }
 
+type ClaimRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeName      string                 `protobuf:"bytes,1,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
+	Instance      string                 `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClaimRequest) Reset() {
+	*x = ClaimRequest{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClaimRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClaimRequest) ProtoMessage() {}
+
+func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClaimRequest.ProtoReflect.Descriptor instead.
+func (*ClaimRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ClaimRequest) GetNodeName() string {
+	if x != nil {
+		return x.NodeName
+	}
+	return ""
+}
+
+func (x *ClaimRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+type ClaimResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Held          bool                   `protobuf:"varint,1,opt,name=held,proto3" json:"held,omitempty"` // another process of this node is connected to the callee
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClaimResponse) Reset() {
+	*x = ClaimResponse{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClaimResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClaimResponse) ProtoMessage() {}
+
+func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClaimResponse.ProtoReflect.Descriptor instead.
+func (*ClaimResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ClaimResponse) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -574,7 +670,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +682,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +695,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{9}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
 }
 
 type StatusResponse struct {
@@ -622,13 +718,14 @@ type StatusResponse struct {
 	Problems          []string               `protobuf:"bytes,16,rep,name=problems,proto3" json:"problems,omitempty"`
 	ClusterVersion    uint32                 `protobuf:"varint,17,opt,name=cluster_version,json=clusterVersion,proto3" json:"cluster_version,omitempty"` // which formats are written: the least that all members' programs can run under
 	NewestVersion     uint32                 `protobuf:"varint,18,opt,name=newest_version,json=newestVersion,proto3" json:"newest_version,omitempty"`    // the newest that this controller's program can run under
+	Expiries          []*Expiry              `protobuf:"bytes,30,rep,name=expiries,proto3" json:"expiries,omitempty"`
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -640,7 +737,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -653,7 +750,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{10}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *StatusResponse) GetName() string {
@@ -782,6 +879,13 @@ func (x *StatusResponse) GetNewestVersion() uint32 {
 	return 0
 }
 
+func (x *StatusResponse) GetExpiries() []*Expiry {
+	if x != nil {
+		return x.Expiries
+	}
+	return nil
+}
+
 type Member struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -794,7 +898,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -806,7 +910,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -819,7 +923,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Member) GetName() string {
@@ -848,6 +952,59 @@ func (x *Member) GetState() string {
 		return x.State
 	}
 	return ""
+}
+
+// Expiry is when something that the cluster's trust rests on ends.
+type Expiry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"` // as people name it: "CA", "node a1", "join token 1f2e3d4c5b"
+	UnixSeconds   int64                  `protobuf:"varint,2,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Expiry) Reset() {
+	*x = Expiry{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Expiry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Expiry) ProtoMessage() {}
+
+func (x *Expiry) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Expiry.ProtoReflect.Descriptor instead.
+func (*Expiry) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Expiry) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Expiry) GetUnixSeconds() int64 {
+	if x != nil {
+		return x.UnixSeconds
+	}
+	return 0
 }
 
 var File_timonel_v1_cluster_proto protoreflect.FileDescriptor
@@ -892,8 +1049,13 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\"P\n" +
 	"\rProbeResponse\x12\x14\n" +
 	"\x05alive\x18\x01 \x01(\bR\x05alive\x12)\n" +
-	"\x10rtt_microseconds\x18\x02 \x01(\x03R\x0frttMicroseconds\"\x0f\n" +
-	"\rStatusRequest\"\xd1\x04\n" +
+	"\x10rtt_microseconds\x18\x02 \x01(\x03R\x0frttMicroseconds\"G\n" +
+	"\fClaimRequest\x12\x1b\n" +
+	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1a\n" +
+	"\binstance\x18\x02 \x01(\tR\binstance\"#\n" +
+	"\rClaimResponse\x12\x12\n" +
+	"\x04held\x18\x01 \x01(\bR\x04held\"\x0f\n" +
+	"\rStatusRequest\"\x81\x05\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -915,18 +1077,23 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\x12fsync_microseconds\x18\x0f \x01(\x04R\x11fsyncMicroseconds\x12\x1a\n" +
 	"\bproblems\x18\x10 \x03(\tR\bproblems\x12'\n" +
 	"\x0fcluster_version\x18\x11 \x01(\rR\x0eclusterVersion\x12%\n" +
-	"\x0enewest_version\x18\x12 \x01(\rR\rnewestVersion\"`\n" +
+	"\x0enewest_version\x18\x12 \x01(\rR\rnewestVersion\x12.\n" +
+	"\bexpiries\x18\x1e \x03(\v2\x12.timonel.v1.ExpiryR\bexpiries\"`\n" +
 	"\x06Member\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x14\n" +
-	"\x05state\x18\x04 \x01(\tR\x05state2S\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\"?\n" +
+	"\x06Expiry\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x12!\n" +
+	"\funix_seconds\x18\x02 \x01(\x03R\vunixSeconds2S\n" +
 	"\tConsensus\x12F\n" +
-	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\x81\x02\n" +
+	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\xbf\x02\n" +
 	"\x05Peers\x12G\n" +
 	"\bSessions\x12\x1b.timonel.v1.SessionsRequest\x1a\x1c.timonel.v1.SessionsResponse0\x01\x12<\n" +
 	"\x05Probe\x12\x18.timonel.v1.ProbeRequest\x1a\x19.timonel.v1.ProbeResponse\x120\n" +
-	"\x04Dial\x12\x11.timonel.v1.Chunk\x1a\x11.timonel.v1.Chunk(\x010\x01\x12?\n" +
+	"\x04Dial\x12\x11.timonel.v1.Chunk\x1a\x11.timonel.v1.Chunk(\x010\x01\x12<\n" +
+	"\x05Claim\x12\x18.timonel.v1.ClaimRequest\x1a\x19.timonel.v1.ClaimResponse\x12?\n" +
 	"\x06Status\x12\x19.timonel.v1.StatusRequest\x1a\x1a.timonel.v1.StatusResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
 
 var (
@@ -941,7 +1108,7 @@ func file_timonel_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_cluster_proto_rawDescData
 }
 
-var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_timonel_v1_cluster_proto_goTypes = []any{
 	(*ForwardRequest)(nil),   // 0: timonel.v1.ForwardRequest
 	(*Proposal)(nil),         // 1: timonel.v1.Proposal
@@ -952,31 +1119,37 @@ var file_timonel_v1_cluster_proto_goTypes = []any{
 	(*SessionsResponse)(nil), // 6: timonel.v1.SessionsResponse
 	(*ProbeRequest)(nil),     // 7: timonel.v1.ProbeRequest
 	(*ProbeResponse)(nil),    // 8: timonel.v1.ProbeResponse
-	(*StatusRequest)(nil),    // 9: timonel.v1.StatusRequest
-	(*StatusResponse)(nil),   // 10: timonel.v1.StatusResponse
-	(*Member)(nil),           // 11: timonel.v1.Member
-	(*Chunk)(nil),            // 12: timonel.v1.Chunk
+	(*ClaimRequest)(nil),     // 9: timonel.v1.ClaimRequest
+	(*ClaimResponse)(nil),    // 10: timonel.v1.ClaimResponse
+	(*StatusRequest)(nil),    // 11: timonel.v1.StatusRequest
+	(*StatusResponse)(nil),   // 12: timonel.v1.StatusResponse
+	(*Member)(nil),           // 13: timonel.v1.Member
+	(*Expiry)(nil),           // 14: timonel.v1.Expiry
+	(*Chunk)(nil),            // 15: timonel.v1.Chunk
 }
 var file_timonel_v1_cluster_proto_depIdxs = []int32{
 	1,  // 0: timonel.v1.ForwardRequest.proposals:type_name -> timonel.v1.Proposal
 	3,  // 1: timonel.v1.ForwardResponse.proposed:type_name -> timonel.v1.Proposed
 	4,  // 2: timonel.v1.ForwardResponse.reads:type_name -> timonel.v1.ReadIndex
-	11, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
-	0,  // 4: timonel.v1.Consensus.Forward:input_type -> timonel.v1.ForwardRequest
-	5,  // 5: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
-	7,  // 6: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
-	12, // 7: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
-	9,  // 8: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
-	2,  // 9: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
-	6,  // 10: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
-	8,  // 11: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
-	12, // 12: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
-	10, // 13: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
-	9,  // [9:14] is the sub-list for method output_type
-	4,  // [4:9] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	13, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
+	14, // 4: timonel.v1.StatusResponse.expiries:type_name -> timonel.v1.Expiry
+	0,  // 5: timonel.v1.Consensus.Forward:input_type -> timonel.v1.ForwardRequest
+	5,  // 6: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
+	7,  // 7: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
+	15, // 8: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
+	9,  // 9: timonel.v1.Peers.Claim:input_type -> timonel.v1.ClaimRequest
+	11, // 10: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
+	2,  // 11: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
+	6,  // 12: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
+	8,  // 13: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
+	15, // 14: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
+	10, // 15: timonel.v1.Peers.Claim:output_type -> timonel.v1.ClaimResponse
+	12, // 16: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
+	11, // [11:17] is the sub-list for method output_type
+	5,  // [5:11] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_cluster_proto_init() }
@@ -991,7 +1164,7 @@ func file_timonel_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_cluster_proto_rawDesc), len(file_timonel_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

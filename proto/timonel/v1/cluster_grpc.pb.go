@@ -131,6 +131,7 @@ const (
 	Peers_Sessions_FullMethodName = "/timonel.v1.Peers/Sessions"
 	Peers_Probe_FullMethodName    = "/timonel.v1.Peers/Probe"
 	Peers_Dial_FullMethodName     = "/timonel.v1.Peers/Dial"
+	Peers_Claim_FullMethodName    = "/timonel.v1.Peers/Claim"
 	Peers_Status_FullMethodName   = "/timonel.v1.Peers/Status"
 )
 
@@ -149,6 +150,9 @@ type PeersClient interface {
 	// Dial opens a tunnel to an agent that is connected to this controller.
 	// Node name in metadata key "timonel-node". NOT_FOUND: not connected here.
 	Dial(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Chunk, Chunk], error)
+	// Claim says that an agent's process wants to be its node's one. A stream of
+	// another process to the callee stays, and is answered with.
+	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
 	// Status is what `timonel status` shows of one controller.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 }
@@ -203,6 +207,16 @@ func (c *peersClient) Dial(ctx context.Context, opts ...grpc.CallOption) (grpc.B
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peers_DialClient = grpc.BidiStreamingClient[Chunk, Chunk]
 
+func (c *peersClient) Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ClaimResponse)
+	err := c.cc.Invoke(ctx, Peers_Claim_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *peersClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StatusResponse)
@@ -228,6 +242,9 @@ type PeersServer interface {
 	// Dial opens a tunnel to an agent that is connected to this controller.
 	// Node name in metadata key "timonel-node". NOT_FOUND: not connected here.
 	Dial(grpc.BidiStreamingServer[Chunk, Chunk]) error
+	// Claim says that an agent's process wants to be its node's one. A stream of
+	// another process to the callee stays, and is answered with.
+	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
 	// Status is what `timonel status` shows of one controller.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	mustEmbedUnimplementedPeersServer()
@@ -248,6 +265,9 @@ func (UnimplementedPeersServer) Probe(context.Context, *ProbeRequest) (*ProbeRes
 }
 func (UnimplementedPeersServer) Dial(grpc.BidiStreamingServer[Chunk, Chunk]) error {
 	return status.Error(codes.Unimplemented, "method Dial not implemented")
+}
+func (UnimplementedPeersServer) Claim(context.Context, *ClaimRequest) (*ClaimResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Claim not implemented")
 }
 func (UnimplementedPeersServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
@@ -309,6 +329,24 @@ func _Peers_Dial_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Peers_DialServer = grpc.BidiStreamingServer[Chunk, Chunk]
 
+func _Peers_Claim_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ClaimRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeersServer).Claim(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peers_Claim_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeersServer).Claim(ctx, req.(*ClaimRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Peers_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StatusRequest)
 	if err := dec(in); err != nil {
@@ -337,6 +375,10 @@ var Peers_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Probe",
 			Handler:    _Peers_Probe_Handler,
+		},
+		{
+			MethodName: "Claim",
+			Handler:    _Peers_Claim_Handler,
 		},
 		{
 			MethodName: "Status",

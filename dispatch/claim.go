@@ -1,0 +1,141 @@
+package dispatch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"timonel/pki"
+	pb "timonel/proto/timonel/v1"
+	"timonel/trust"
+)
+
+// A node's certificate may be on two machines: a disk was cloned, or stolen. One of
+// their agents is served, and it is the one that was first, for as long as it has a
+// stream to any controller:
+//
+//   - Each process of an agent draws an instance at its start. The state has that of
+//     the process that is served ([trust.Registry.Admit]); a stream of another ends,
+//     on whichever controller it is. So never two are served.
+//   - Before a process takes the place of another, the controllers are asked whether
+//     one of them serves that. An agent that was restarted finds that none does.
+//   - Of one process, the newest stream to a controller counts.
+
+const instanceMax = 64
+
+var errSuperseded = status.Error(codes.FailedPrecondition, "another process with this node's certificate took over: if that was not to be, `timonel node revoke` the node, and join again under another name")
+
+// claim makes a session the one of its node in the cluster, or says why not.
+func (s *session) claim(ctx context.Context, expires time.Time, key string) error {
+	d := s.d
+	ctx, cancel := context.WithTimeout(ctx, barrierTimeout)
+	defer cancel()
+	if err := d.config.Trust.CheckNode(s.node, key); err != nil {
+		return refusal(err)
+	}
+	if d.config.Trust.Instance(s.node) != s.instance {
+		if by, held := d.heldElsewhere(ctx, s.node, s.instance); held {
+			s.log.Warn("refused a second agent with the certificate of a node that is connected", "to", by)
+			return status.Errorf(codes.FailedPrecondition, "another agent with the certificate of node %s is connected to controller %s: stop one of them, or `timonel node revoke` the node if its key was stolen", s.node, by)
+		}
+	}
+	err := d.config.Trust.Admit(ctx, trust.Admission{Node: s.node, Key: key, Expires: expires, Instance: s.instance})
+	if err != nil {
+		return refusal(err)
+	}
+	return nil
+}
+
+// heldElsewhere asks all controllers, this one included, whether they serve another
+// process of a node. One that does not answer in time does not count: should it
+// serve one, that stream ends when it hears from the log who was admitted.
+func (d *Dispatcher) heldElsewhere(ctx context.Context, node, instance string) (controller string, held bool) {
+	if d.hub.holds(node, instance) {
+		return d.config.Name, true
+	}
+	ctx, cancel := context.WithTimeout(ctx, claimTimeout)
+	defer cancel()
+	peers := d.peers()
+	answers := make(chan string, len(peers))
+	for _, peer := range peers {
+		go func() {
+			answer := ""
+			if cc, err := d.config.PeerConn(ctx, peer); err == nil {
+				r, err := pb.NewPeersClient(cc).Claim(ctx, &pb.ClaimRequest{NodeName: node, Instance: instance})
+				if err == nil && r.GetHeld() {
+					answer = peer
+				}
+			}
+			answers <- answer
+		}()
+	}
+	for range peers {
+		if peer := <-answers; peer != "" {
+			return peer, true
+		}
+	}
+	return "", false
+}
+
+// Claim is another controller that is about to serve a process of a node.
+func (d *Dispatcher) Claim(_ context.Context, r *pb.ClaimRequest) (*pb.ClaimResponse, error) {
+	return &pb.ClaimResponse{Held: d.hub.holds(r.GetNodeName(), r.GetInstance())}, nil
+}
+
+// holds says whether another process of a node is served here.
+func (h *hub) holds(node, instance string) bool {
+	s := h.session(node)
+	return s != nil && s.instance != instance
+}
+
+// watchTrust ends what the replicated state does not let go on.
+func (d *Dispatcher) watchTrust(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return d.guard.Run(ctx) })
+	group.Go(func() error { return d.config.Trust.Follow(ctx, d.hub.admitted) })
+	err := group.Wait()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// admitted ends the sessions of processes that are not their nodes' any more.
+func (h *hub) admitted(c trust.Changes) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c.Reset {
+		for _, s := range h.sessions {
+			h.checkAdmitted(s)
+		}
+		return
+	}
+	for _, node := range c.Nodes {
+		if s := h.sessions[node]; s != nil {
+			h.checkAdmitted(s)
+		}
+	}
+}
+
+func (h *hub) checkAdmitted(s *session) {
+	if h.d.config.Trust.Instance(s.node) != s.instance {
+		s.cancel(errSuperseded)
+	}
+}
+
+// peerLeaf is the certificate's end and key of a node that was authorized.
+func peerLeaf(ctx context.Context) (expires time.Time, key string, err error) {
+	cert, err := pki.PeerCertificate(ctx)
+	if err != nil {
+		return time.Time{}, "", err
+	}
+	if cert == nil {
+		return time.Time{}, "", fmt.Errorf("the caller has no certificate")
+	}
+	return cert.NotAfter, trust.KeyOf(cert), nil
+}
