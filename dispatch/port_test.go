@@ -91,11 +91,14 @@ func TestANodeHasFewConnections(t *testing.T) {
 	config := c.nodeTLS("a1")
 	config.NextProtos = []string{"h2"}
 	var conns []*tls.Conn
-	for range nodeConns + 3 {
+	server := c.controllers["c1"].server
+	for i := range nodeConns + 3 {
 		conn, err := tls.Dial("tcp", c.addr("c1"), config)
 		require.NoError(t, err)
 		defer conn.Close()
 		conns = append(conns, conn)
+		// A client's handshake ends first: the server takes them in this order only so.
+		require.Eventually(t, func() bool { _, n := server.Connections(); return n >= min(i+1, nodeConns) }, patience, time.Millisecond)
 	}
 	for i, conn := range conns[:3] {
 		require.NoError(t, conn.SetReadDeadline(time.Now().Add(patience)))
@@ -103,7 +106,7 @@ func TestANodeHasFewConnections(t *testing.T) {
 		var timeout net.Error
 		require.False(t, errors.As(err, &timeout) && timeout.Timeout(), "connection %d is open still", i)
 	}
-	_, ofNodes := c.controllers["c1"].server.Connections()
+	_, ofNodes := server.Connections()
 	require.Equal(t, nodeConns, ofNodes)
 }
 
