@@ -54,3 +54,15 @@ func (h atLeast) WithAttrs(attrs []slog.Attr) slog.Handler {
 func (h atLeast) WithGroup(name string) slog.Handler {
 	return atLeast{h.Handler.WithGroup(name), h.level}
 }
+
+// exitUnlessEnding lets klog.Fatal end the process for as long as ctx lasts. A start-up
+// step of the API server fails when this controller ends, and would end the process
+// before it has said why it ends, and left in order.
+func exitUnlessEnding(ctx context.Context) {
+	klog.OsExit = func(code int) {
+		if ctx.Err() != nil {
+			select {} // the process ends when run returns
+		}
+		os.Exit(code)
+	}
+}

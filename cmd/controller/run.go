@@ -134,6 +134,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 
 	// Everything below ends when ctx does or when one of them fails.
 	group, ctx := errgroup.WithContext(ctx)
+	exitUnlessEnding(ctx)
 	group.Go(func() error { return k.port.Serve(clusterListener) })
 	group.Go(func() error {
 		<-ctx.Done()

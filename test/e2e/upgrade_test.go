@@ -3,9 +3,11 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -112,17 +114,19 @@ func TestUpgrade(t *testing.T) {
 	require.NoError(t, c.Spec.Stop(t.Context(), "c2"))
 	c.Spec.Bin = older
 	require.NoError(t, c.Spec.Start(t.Context(), "c2"))
-	harness.Eventually(t, time.Minute, "the older program ends", func() error {
+	said := regexp.MustCompile(`(?m)^controller: .*run (that|a newer) one`)
+	harness.Eventually(t, time.Minute, "the older program ends and says why", func() error {
+		log, err := os.ReadFile(c.Spec.LogFile("c2"))
+		require.NoError(t, err)
+		if !said.Match(log) {
+			return errors.New("it has not said")
+		}
 		state, err := c.Spec.Machine("c2").State(t.Context())
-		if err != nil || state.Up() {
+		if err != nil || state.Up() || state.Exited == "" { // the last: init has seen it
 			return fmt.Errorf("it runs (%v)", err)
 		}
 		return nil
 	})
-	log, err := os.ReadFile(c.Spec.LogFile("c2"))
-	require.NoError(t, err)
-	lines := strings.Split(strings.TrimSpace(string(log)), "\n")
-	require.Regexp(t, `run (that|a newer) one`, lines[len(lines)-1])
 	c.Spec.Bin = newer
 	c.Start(t, "c2")
 	write()
