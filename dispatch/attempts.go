@@ -12,9 +12,10 @@ import (
 const (
 	failureBurst = 10
 	failureEvery = 10 * time.Second
-	// sourcesMax bounds how many sources are remembered, some 100 bytes each; the
-	// one that failed longest ago is forgotten for a new one.
-	sourcesMax = 8192
+	// sourcesMax bounds how many sources are remembered, some 100 bytes each. Of
+	// sourcesLook of them, the one that may try soonest is forgotten for a new one.
+	sourcesMax  = 8192
+	sourcesLook = 16
 	// Refusals that are logged, of all sources together.
 	logBurst = 20
 	logEvery = time.Second
@@ -109,12 +110,17 @@ func (a *attempts) failed(source netip.Addr) (log bool, unlogged int) {
 	return true, unlogged
 }
 
-// forget drops the sources that may try as if they had never failed, or else the
-// one that is nearest to that.
+// forget looks at some sources, as looking at all for each stranger would be dear, and
+// drops those that may try as if they had never failed, or else the one that is nearest
+// to that.
 func (a *attempts) forget(now time.Time) {
 	var oldest netip.Addr
 	var at time.Time
+	looked := 0
 	for source, b := range a.sources {
+		if looked++; looked > sourcesLook {
+			break
+		}
 		if !b.full.After(now) {
 			delete(a.sources, source)
 			continue

@@ -113,6 +113,8 @@ func TestComesBack(t *testing.T) {
 			go func() { w.CloseWithError(c.store.Save(w)) }()
 			restored := state.New(state.Options{})
 			require.NoError(c.t, restored.Restore(r))
+			c.controllers["c1"].stop()
+			c.controllers["c2"].stop()
 			c.mu.Lock()
 			c.store = restored
 			c.mu.Unlock()
