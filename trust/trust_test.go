@@ -51,12 +51,6 @@ func (c *clock) now() time.Time {
 	return c.t
 }
 
-func (c *clock) add(d time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.t = c.t.Add(d)
-}
-
 func newRegistry(t *testing.T) (*Registry, *replica, *clock) {
 	t.Helper()
 	s, c := newReplica(), newClock()
