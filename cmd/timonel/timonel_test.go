@@ -101,7 +101,7 @@ func TestProgressOnAPipeIsPlain(t *testing.T) {
 func TestStatusTable(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
-	s := &cluster.Status{Cluster: "timonel", Leader: "c2", Term: 3, API: "https://10.77.0.1:6443", Kubeconfig: "run/kubeconfig",
+	s := &cluster.Status{Version: 2, Cluster: "timonel", Leader: "c2", Term: 3, API: "https://10.77.0.1:6443", Kubeconfig: "run/kubeconfig",
 		Controllers: []cluster.ControllerStatus{
 			{MachineStatus: cluster.MachineStatus{Name: "c1", Address: "10.77.0.11", State: "ended", Exited: "killed by SIGKILL"}},
 			{MachineStatus: cluster.MachineStatus{Name: "c2", Address: "10.77.0.12", State: "running", Started: now.Add(-time.Minute)},
@@ -114,7 +114,7 @@ func TestStatusTable(t *testing.T) {
 		Pods: cluster.PodCounts{Total: 3, Ready: 2, Pending: 1}, Cuts: []string{"c1 -> c2"}, Problems: []string{"c1 does not answer"}}
 	var out bytes.Buffer
 	require.NoError(t, printStatus(&out, s, now))
-	want := `Cluster timonel: c2 leads in term 3. 3 pods, 2 ready, 1 pending.
+	want := `Cluster timonel (version 2): c2 leads in term 3. 3 pods, 2 ready, 1 pending.
 API https://10.77.0.1:6443, kubeconfig run/kubeconfig
 
 CONTROLLER  ADDRESS     STATE                      ROLE    TERM  APPLIED   REVISION  AGENTS  MEMORY  FSYNC  FOR
