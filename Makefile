@@ -65,9 +65,9 @@ lint: ## gofmt, go vet, staticcheck, and that the agent reaches no file by path
 # so packages that need those run without it.
 .PHONY: unit
 unit: ## Unit tests
-	CGO_ENABLED=1 $(GO) test -race $$(.ci/packages light)
+	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$(.ci/packages light)
 	$(GO) test ./consensus -run '^TestMemberMovesToAnotherAddress$$'
-	$(GO) test ./test/sim -run '^TestSim$$' -runs 2000 -from 1000
+	$(GO) test ./test/sim -run '^TestSim$$' -runs 500 -from 1000 -timeout 30m
 	$(GO) test $$(.ci/packages heavy)
 
 .PHONY: e2e

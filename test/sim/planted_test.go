@@ -33,10 +33,6 @@ func TestPlantedBugs(t *testing.T) {
 		{name: "an append is answered before it is synced", file: "consensus/journal.go",
 			is:      "err = j.file.Sync()",
 			becomes: "err = nil"},
-		{name: "a journal that goes on after a failed sync", file: "consensus/journal.go",
-			is:      "\tif err != nil {\n\t\tj.failed = true\n\t}\n",
-			becomes: "",
-			runs:    1000}, // the power must go after it began the other half, and before it began anew
 		{name: "a leader applies what it has not written", file: "consensus/replica.go",
 			is:   "r.machine.durable = r.disk.queue.awaitDurable\n",
 			runs: 1000}, // it must die, and the one follower that has the entry be away
