@@ -55,7 +55,7 @@ func journalLife(t *testing.T, seed uint64, life int, random *rand.Rand, device 
 	defer bolt.Remove()
 	store, err := OpenLog(LogFiles{
 		Bolt: bolt.Path, Attach: bolt.Attach, Half: half, Journal: device.Open("journal", 2*half),
-		Stall: func() { time.Sleep(time.Duration(random.IntN(3)) * time.Millisecond) },
+		Stall: func() { time.Sleep(time.Duration(rand.IntN(3)) * time.Millisecond) }, // not random, which is not for many goroutines
 	})
 	if err != nil {
 		fail("%v", err)

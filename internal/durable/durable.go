@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 // WriteFile makes a file of b, or replaces one: it is there whole, or as before. What
@@ -68,7 +69,11 @@ func SyncDir(path string) error {
 // MkdirAll makes a folder, and those that it is in, if they are not there.
 func MkdirAll(path string, perm fs.FileMode) error {
 	path = filepath.Clean(path)
-	if info, err := os.Stat(path); err == nil && info.IsDir() {
+	info, err := os.Stat(path)
+	if err == nil && !info.IsDir() {
+		return &fs.PathError{Op: "mkdir", Path: path, Err: syscall.ENOTDIR}
+	}
+	if err == nil {
 		// Whoever made it may have been killed before its name was on the disk.
 		return SyncParents(path)
 	}
