@@ -66,7 +66,7 @@ lint: ## gofmt, go vet, staticcheck, and that the agent reaches no file by path
 .PHONY: unit
 unit: ## Unit tests
 	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$(.ci/packages light)
-	$(GO) test ./consensus -run '^TestMemberMovesToAnotherAddress$$'
+	$(GO) test ./consensus -run '^(TestMemberMovesToAnotherAddress|TestBoltGoesOnAfterAFailedCommit)$$'
 	$(GO) test ./test/sim -run '^TestSim$$' -runs 500 -from 1000 -timeout 30m
 	$(GO) test $$(.ci/packages heavy)
 

@@ -1,3 +1,5 @@
+//go:build !race
+
 package consensus
 
 import (
@@ -14,7 +16,7 @@ import (
 // The log file goes on after a commit that failed, wherever it did, and the power is cut
 // in one of the commits that follow. All that was written before is there. (bbolt alone
 // goes on from a meta page that the disk may not have, and overwrites what the one before
-// refers to.)
+// refers to.) It starts no goroutine, and the race detector would make four minutes of it.
 func TestBoltGoesOnAfterAFailedCommit(t *testing.T) {
 	t.Parallel()
 	// A commit here is some six writes and syncs: each of them fails, and each of those of

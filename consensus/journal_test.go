@@ -35,7 +35,7 @@ func TestJournalPowerCut(t *testing.T) {
 
 func journalLives(t *testing.T, seed uint64) {
 	random := rand.New(rand.NewPCG(seed, 0))
-	device := medium.New(random)
+	device := medium.New(rand.New(rand.NewPCG(seed, 1))) // of its own: the journal writes from other goroutines
 	device.Off = errPowerCut
 	possible := [][]*raft.Log{nil} // what the log may be
 	for life := range 12 {
@@ -55,7 +55,7 @@ func journalLife(t *testing.T, seed uint64, life int, random *rand.Rand, device 
 	defer bolt.Remove()
 	store, err := OpenLog(LogFiles{
 		Bolt: bolt.Path, Attach: bolt.Attach, Half: half, Journal: device.Open("journal", 2*half),
-		Stall: func() { time.Sleep(time.Duration(rand.IntN(3)) * time.Millisecond) }, // not random, which is not for many goroutines
+		Stall: func() { time.Sleep(time.Duration(rand.IntN(3)) * time.Millisecond) }, // not random, likewise
 	})
 	if err != nil {
 		fail("%v", err)

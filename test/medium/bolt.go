@@ -14,7 +14,8 @@ import (
 // BoltFile is a file of bbolt as one process sees it. Since bbolt maps it into memory,
 // it is a real one; what of it a power cut leaves is simulated.
 type BoltFile struct {
-	// Path is where to open it. Its folder goes with Remove.
+	// Path is where to open it. Its folder goes with Attach, so that a process that is
+	// killed leaves nothing behind; or with Remove.
 	Path string
 
 	d    *Disk
@@ -56,9 +57,13 @@ func (f *BoltFile) Attach(store *raftboltdb.BoltStore) (settle func() error) {
 	writeAt := (*func([]byte, int64) (int, error))(unsafe.Pointer(reflect.ValueOf(db).Elem().FieldByName("ops").FieldByName("writeAt").UnsafeAddr()))
 	f.d.mu.Lock()
 	defer f.d.mu.Unlock()
-	if b, err := os.ReadFile(f.Path); err == nil && f.life == f.d.life {
-		f.c.certain = b
+	if info, err := f.file.Stat(); err == nil && f.life == f.d.life {
+		b := make([]byte, info.Size())
+		if _, err := f.file.ReadAt(b, 0); err == nil {
+			f.c.certain = b
+		}
 	}
+	_ = os.RemoveAll(filepath.Dir(f.Path)) // Remove tries again, and says why it cannot
 	f.size = 2 * int64(db.Info().PageSize)
 	db.NoSync = true
 	*writeAt = f.write
