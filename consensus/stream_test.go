@@ -117,6 +117,10 @@ func TestStrangersDoNotDisturb(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, 1).startAll(1)
 	leader := c.leader()
+	eventually(t, "the replica to be in touch", func() error { // a leader of a moment ago has yet to prove it
+		_, err := leader.InTouch()
+		return err
+	})
 	before := leader.Status()
 	for _, first := range []string{"", "GET / HTTP/1.0\r\n\r\n", strings.Repeat("\x00", 4096)} {
 		conn, err := net.Dial("tcp", c.leader().raft)

@@ -13,26 +13,6 @@ import (
 	pb "timonel/proto/timonel/v1"
 )
 
-// ServerOptions are those of a cluster port's server, TLS credentials aside:
-// keepalive that finds a dead client in 2 s, who may call what, for all services of
-// package timonel.v1, and that nobody may whom the state has revoked; a stream of
-// such a one ends while it is open.
-func (d *Dispatcher) ServerOptions() []grpc.ServerOption {
-	return append(pb.ServerOptions(),
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-			if err := d.Authorize(ctx, info.FullMethod); err != nil {
-				return nil, err
-			}
-			return handle(ctx, req)
-		}),
-		grpc.ChainStreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
-			if err := authorize(stream.Context(), info.FullMethod); err != nil {
-				return err
-			}
-			return d.guardStream(srv, stream, handle)
-		}))
-}
-
 // DialOptions are those of a client of a cluster port, TLS credentials aside.
 func DialOptions() []grpc.DialOption { return pb.DialOptions() }
 
@@ -44,9 +24,9 @@ var callers = map[string][]pki.Role{
 	pb.Peers_Status_FullMethodName:   {pki.RoleController, pki.RoleAdmin},
 }
 
-// Authorize says why the caller of a context may not call a method, by what it is and
+// mayCall says why the caller of a context may not call a method, by what it is and
 // by what the state has revoked; nil if it may.
-func (d *Dispatcher) Authorize(ctx context.Context, method string) error {
+func (d *Dispatcher) mayCall(ctx context.Context, method string) error {
 	if err := authorize(ctx, method); err != nil {
 		return err
 	}

@@ -153,12 +153,11 @@ func New(c Config) (*Dispatcher, error) {
 	return d, nil
 }
 
-// ReportBytes is how many bytes of what agents said wait to be written, and how many
-// may.
-func (d *Dispatcher) ReportBytes() (held, limit int64) { return d.room.bytes(), d.room.limit }
+// ReportBytes is how many bytes of what agents said wait to be written.
+func (d *Dispatcher) ReportBytes() int64 { return d.room.bytes() }
 
 // Register adds the services Agents and Peers to a server made with
-// [ServerOptions].
+// [Dispatcher.NewPort].
 func (d *Dispatcher) Register(r grpc.ServiceRegistrar) {
 	pb.RegisterAgentsServer(r, d)
 	pb.RegisterPeersServer(r, d)

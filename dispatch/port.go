@@ -66,6 +66,7 @@ func classOf(id pki.Identity) class {
 // message is never as large as a controller's, and a call that is not its to make is
 // refused before it has a message.
 type Port struct {
+	d       *Dispatcher
 	tls     *tls.Config
 	servers [3]*grpc.Server
 	lanes   [3]*lane
@@ -85,21 +86,22 @@ type connOwner struct {
 	name  string
 }
 
-// NewPort makes a cluster port. options are those of all its servers, transport
-// credentials and sizes aside; authorize says whether the caller of a context may
-// call a method, or why not; expected whether a controller asked this node for the
-// tunnel that it opens.
-func NewPort(config *tls.Config, options []grpc.ServerOption, authorize func(ctx context.Context, method string) error, expected func(ctx context.Context, node string) bool) *Port {
-	p := &Port{tls: config.Clone(), conns: map[connOwner][]*portConn{}, streams: map[string]int{}}
+// NewPort makes the cluster port, whose servers serve nobody whom the state has
+// revoked; a stream of such a one ends while it is open.
+func (d *Dispatcher) NewPort(config *tls.Config) *Port {
+	p := &Port{d: d, tls: config.Clone(), conns: map[connOwner][]*portConn{}, streams: map[string]int{}}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if !slices.Contains(p.tls.NextProtos, "h2") {
 		p.tls.NextProtos = append(slices.Clone(p.tls.NextProtos), "h2")
 	}
-	common := append(slices.Clone(options),
+	common := append(pb.ServerOptions(),
+		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+			return d.guardStream(srv, stream, handle)
+		}),
 		grpc.Creds(handshaken{}),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxHeaderListSize(headerBytes),
-		grpc.InTapHandle(p.tap(authorize, expected)))
+		grpc.InTapHandle(p.tap))
 	p.servers[controllers] = grpc.NewServer(common...)
 	p.servers[nodes] = grpc.NewServer(append(slices.Clone(common),
 		grpc.MaxRecvMsgSize(nodeMessage), grpc.MaxConcurrentStreams(nodeStreams),
@@ -261,27 +263,25 @@ func (p *Port) Connections() (ofStrangers, ofNodes int) {
 }
 
 // tap decides on a call when its headers have come, before any message is read.
-func (p *Port) tap(authorize func(context.Context, string) error, expected func(context.Context, string) bool) tap.ServerInHandle {
-	return func(ctx context.Context, info *tap.Info) (context.Context, error) {
-		if err := authorize(ctx, info.FullMethodName); err != nil {
-			return nil, err
-		}
-		id, err := pki.PeerIdentity(ctx)
-		if err != nil || id.Role != pki.RoleNode {
-			return ctx, nil // authorize has looked
-		}
-		switch info.FullMethodName {
-		case pb.Agents_Tunnel_FullMethodName:
-			if !expected(ctx, id.Name) {
-				return nil, status.Errorf(codes.NotFound, "no controller waits for this tunnel of node %s", id.Name)
-			}
-		case pb.Agents_Connect_FullMethodName:
-			if !p.begin(ctx, id.Name) {
-				return nil, status.Errorf(codes.ResourceExhausted, "node %s has %d streams to this controller: only one process may run as a node", id.Name, nodeConnects)
-			}
-		}
-		return ctx, nil
+func (p *Port) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
+	if err := p.d.mayCall(ctx, info.FullMethodName); err != nil {
+		return nil, err
 	}
+	id, err := pki.PeerIdentity(ctx)
+	if err != nil || id.Role != pki.RoleNode {
+		return ctx, nil // mayCall has looked
+	}
+	switch info.FullMethodName {
+	case pb.Agents_Tunnel_FullMethodName:
+		if !p.d.tunnels.waits(header(ctx, pb.TunnelIDKey), id.Name) {
+			return nil, status.Errorf(codes.NotFound, "no controller waits for this tunnel of node %s", id.Name)
+		}
+	case pb.Agents_Connect_FullMethodName:
+		if !p.begin(ctx, id.Name) {
+			return nil, status.Errorf(codes.ResourceExhausted, "node %s has %d streams to this controller: only one process may run as a node", id.Name, nodeConnects)
+		}
+	}
+	return ctx, nil
 }
 
 // begin counts a node's stream for as long as its context lasts.

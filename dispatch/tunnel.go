@@ -70,12 +70,6 @@ func (t *tunnels) waits(id, node string) bool {
 	return ok && p.node == node
 }
 
-// Expected reports that node was asked for the tunnel that ctx' metadata names. It is
-// what [NewPort] wants to know.
-func (d *Dispatcher) Expected(ctx context.Context, node string) bool {
-	return d.tunnels.waits(header(ctx, pb.TunnelIDKey), node)
-}
-
 func (t *tunnels) drop(id string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -21,6 +21,9 @@ type shares struct {
 	// objects bounds the API server's decoded objects, by the size of their encodings:
 	// in memory they are four times as large.
 	objects int64
+	// logCache bounds the log's newest entries, kept for followers that lack them, and
+	// queue what a leader has appended and not on disk.
+	logCache, queue int64
 	// reports bounds what agents said and is not written yet, all agents together.
 	reports int64
 	// connections bounds what the connections of strangers take: see dividePorts.
@@ -52,6 +55,8 @@ func (c *config) memoryShares() (shares, error) {
 	s.state = max(s.memory/8, 64<<20)
 	s.history = min(max(s.memory/32, 64<<20), 1<<30)
 	s.objects = max(s.memory/64, 16<<20)
+	s.logCache = min(max(s.memory/128, 16<<20), 128<<20)
+	s.queue = min(max(s.memory/64, 32<<20), 256<<20)
 	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
 	s.connections = max(s.memory/32, 24<<20)
 	if c.stateLimit != "" {

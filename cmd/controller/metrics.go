@@ -117,7 +117,8 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	gauge(descCompacted, float64(k.store.CompactRevision()))
 	history := k.store.History()
 	quota := k.quota.Status()
-	reports, _ := k.agents.ReportBytes()
+	log := k.replica.Held()
+	reports := k.agents.ReportBytes()
 	connections := int64(0)
 	for _, l := range k.listeners {
 		stats := l.Stats()
@@ -131,6 +132,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	for share, bytes := range map[string][2]int64{
 		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
 		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, -1},
+		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)

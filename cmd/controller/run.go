@@ -123,12 +123,12 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if k.agents, k.tracker, err = k.newDispatch(); err != nil {
 		return err
 	}
-	// Peers must be able to call before there is a leader: they bootstrap so.
 	if k.apiListener, err = k.listen("api-port", k.apiPort, k.limits.api); err != nil {
 		return err
 	}
 	defer k.apiListener.Close()
-	k.port = dispatch.NewPort(identity.ClusterServerTLS(), k.agents.ServerOptions(), k.agents.Authorize, k.agents.Expected)
+	// Peers must be able to call before there is a leader: they bootstrap so.
+	k.port = k.agents.NewPort(identity.ClusterServerTLS())
 	k.port.Register(k.replica.Register)
 	k.port.Register(k.agents.Register)
 
@@ -258,6 +258,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
 		Admit:                  k.quota.Admit,
 		DeadMemberCleanupAfter: k.deadMemberCleanupAfter, Version: version, Logger: k.log,
+		LogCacheBytes: k.shares.logCache, QueueBytes: k.shares.queue,
 		NewestVersion: k.newest, ClusterVersion: func() int { return k.store.View().ClusterVersion() },
 	}, replicated.Machine{Store: k.store})
 	if err != nil {
