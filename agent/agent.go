@@ -22,6 +22,7 @@ import (
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
 	"timonel/agent/desired"
+	"timonel/agent/eviction"
 	"timonel/agent/hostile"
 	"timonel/agent/kubelet"
 	"timonel/agent/node"
@@ -46,6 +47,7 @@ type Agent struct {
 	stream  *stream.Client
 	kubelet *kubelet.Server
 	images  *containerd.Importer // nil: no folder
+	evict   *eviction.Manager
 	facts   node.Facts
 	kernel  kernelFacts
 
@@ -188,7 +190,7 @@ func (a *Agent) wire() {
 	}
 	a.pods = pod.NewManager(pod.Config{
 		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
-		Runtime: a.runtime, Images: a.runtime.Images, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
+		Runtime: a.runtime, Images: a.runtime.Images, Layers: a.runtime.Layer, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
 		Node:     a.admissionNode,
@@ -200,6 +202,7 @@ func (a *Agent) wire() {
 		ClusterDNS: a.cfg.ClusterDNS, ClusterDomain: a.cfg.ClusterDomain, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
 		Logger: a.log,
 	})
+	a.evict = eviction.New(eviction.Config{Pods: a.pods, Interval: a.cfg.EvictionInterval, Logger: a.log})
 	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Healthy: a.healthy, Logger: a.log})
 	a.store.Observe(desired.Observer{
 		PodSet:        a.pods.Set,
@@ -252,6 +255,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		g.Go(func() error { return a.images.Run(ctx) })
 	}
 	g.Go(func() error { return a.pods.Run(ctx) })
+	g.Go(func() error { return a.evict.Run(ctx) })
 	g.Go(func() error { return a.runtime.Run(ctx, a.handleEvent) })
 	g.Go(func() error { return a.kubelet.Run(ctx) })
 	g.Go(func() error { return a.stream.Run(ctx) })

@@ -10,6 +10,7 @@ import (
 	"net"
 	"path"
 	"path/filepath"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -52,8 +53,12 @@ type Config struct {
 	// PodMaxPids is how many processes and threads one pod may have, -1: any
 	// number. Default DefaultPodMaxPids.
 	PodMaxPids int64
-	Labels     map[string]string
-	Taints     []corev1.Taint
+	// EvictionInterval is how often pods' limits of disk and what the node has left
+	// are looked at. Default eviction.Interval.
+	EvictionInterval time.Duration
+
+	Labels map[string]string
+	Taints []corev1.Taint
 	// GossipAddress is where gossip reaches this node, host:port.
 	GossipAddress string
 	// ClusterDNS, ClusterDomain and KubernetesServiceIP are what containers see.

@@ -14,6 +14,8 @@
 //	classes.go    the CPU weights of classes of pods
 //	start.go      sandboxes and containers: starting them
 //	stop.go       killing containers, ending pods, cleaning up
+//	evict.go      ending pods for what they take of the node
+//	usage.go      what a pod takes of the node
 //	message.go    what containers left to say
 //	config.go, security.go, env.go, mounts.go, resources.go
 //	              from a v1.Pod to CRI's configuration

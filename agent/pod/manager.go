@@ -63,6 +63,7 @@ type Config struct {
 
 	Runtime  Runtime
 	Images   runtimev1.ImageServiceClient
+	Layers   Layers
 	Objects  Objects
 	Statuses Statuses
 	Reporter Reporter

@@ -19,6 +19,9 @@ type waiting struct{ reason, message string }
 type verdict struct {
 	reason, message string
 	rejected        bool // the node never took the pod
+	disruption      bool // through no fault of the pod's own
+	// grace is what the pod gets of its grace period; 0: all.
+	grace time.Duration
 }
 
 // statusInput is all that a pod's status is made from.
@@ -344,8 +347,14 @@ func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
 	if in.resized && !in.stopped {
 		set = append(set, resizeCondition(in.pod))
 	}
+	if in.verdict != nil && in.verdict.disruption {
+		set = append(set, corev1.PodCondition{
+			Type: corev1.DisruptionTarget, Status: corev1.ConditionTrue, ObservedGeneration: in.pod.Generation,
+			Reason: corev1.PodReasonTerminationByKubelet, Message: in.verdict.message,
+		})
+	}
 	for _, c := range in.pod.Status.Conditions {
-		if !slices.Contains(owned, c.Type) {
+		if !slices.Contains(owned, c.Type) && findCondition(set, c.Type) == nil {
 			set = append(set, c)
 		}
 	}

@@ -155,6 +155,9 @@ func (w *worker) endGrace(pod *corev1.Pod) time.Duration {
 			grace = 0
 		}
 	}
+	if w.verdict != nil && w.verdict.grace > 0 { // it is evicted
+		grace = min(grace, w.verdict.grace)
+	}
 	return grace
 }
 

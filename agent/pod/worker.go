@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent/desired"
+	"timonel/agent/eviction"
 	"timonel/agent/volume"
 )
 
@@ -49,6 +50,8 @@ type worker struct {
 	kills        map[string]*killing
 	hooks        map[string]*hook
 	said         map[string]string // last message of an event that would repeat
+	evicted      *eviction.Eviction
+	swept        bool              // it has ended, and what it had on the node was removed
 	status       *corev1.PodStatus // last computed
 
 	ctx       context.Context
@@ -281,6 +284,7 @@ func (w *worker) sync() bool {
 		}
 		w.register(obs, expectations)
 		w.checkDeadline(pod)
+		w.checkEvicted(pod)
 
 		if removed || pod.DeletionTimestamp != nil {
 			if w.cleaned {
@@ -307,6 +311,9 @@ func (w *worker) sync() bool {
 				w.hasEnded()
 			}
 			w.report(pod, obs, true, ended)
+			if ended {
+				w.sweep(pod, obs)
+			}
 			return false
 		}
 		w.waiting = map[string]waiting{}
@@ -408,10 +415,13 @@ func (w *worker) report(pod *corev1.Pod, obs *observed, ending, stopped bool) {
 		w.sayResize(pod, old)
 	}
 	w.sayEphemeral(pod, old)
-	st := makeStatus(statusInput{
-		pod: pod, obs: obs, old: old, resized: w.resizing, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
-		hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
-	})
+	st := *old
+	if !terminal(old.Phase) || len(old.ContainerStatuses) == 0 || len(obs.containers) > 0 || len(obs.sandboxes) > 0 {
+		st = makeStatus(statusInput{
+			pod: pod, obs: obs, old: old, resized: w.resizing, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
+			hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
+		})
+	} // else what ended was removed: its last status tells more than is left
 	w.mu.Lock()
 	w.status = &st
 	w.mu.Unlock()
@@ -440,6 +450,10 @@ func (w *worker) finalReport(pod *corev1.Pod, removed bool) {
 
 // event tells the cluster about the pod; container may be empty.
 func (w *worker) event(pod *corev1.Pod, kind, reason, message, container string) {
+	w.annotatedEvent(pod, kind, reason, message, container, nil)
+}
+
+func (w *worker) annotatedEvent(pod *corev1.Pod, kind, reason, message, container string, annotations map[string]string) {
 	if w.orphan {
 		return
 	}
@@ -462,7 +476,7 @@ func (w *worker) event(pod *corev1.Pod, kind, reason, message, container string)
 	}
 	now := metav1.NewTime(w.m.cfg.Now())
 	w.m.cfg.Reporter.Event(&corev1.Event{
-		ObjectMeta:     metav1.ObjectMeta{Namespace: pod.Namespace},
+		ObjectMeta:     metav1.ObjectMeta{Namespace: pod.Namespace, Annotations: annotations},
 		InvolvedObject: ref, Type: kind, Reason: reason, Message: strings.TrimSpace(message),
 		Source: corev1.EventSource{Component: "timonel-agent", Host: w.m.cfg.NodeName}, ReportingController: "timonel-agent", ReportingInstance: w.m.cfg.NodeName,
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,

@@ -116,10 +116,12 @@ func mountTmpfs(path string, flags uintptr, options string) error {
 	return nil
 }
 
+const emptyDirPlugin = "empty-dir"
+
 // emptyDir makes the folder, on memory when asked for, and gives it to fsGroup.
 // Once it is there it is the containers' and is not touched.
 func (m *Manager) emptyDir(ctx context.Context, pod *corev1.Pod, v *corev1.Volume) (string, error) {
-	const plugin = "empty-dir"
+	const plugin = emptyDirPlugin
 	parent, err := m.pluginDir(pod.UID, plugin)
 	if err != nil {
 		return "", err

@@ -159,6 +159,49 @@ func ReadOnly(v *corev1.Volume) bool {
 	return v.ConfigMap != nil || v.Secret != nil || v.DownwardAPI != nil || v.Projected != nil
 }
 
+// OnDisk says whether a volume takes its room on the node's disk: what containers
+// write to it does.
+func OnDisk(v *corev1.Volume) bool {
+	return v.EmptyDir != nil && v.EmptyDir.Medium == corev1.StorageMediumDefault
+}
+
+// Measure measures a volume that is on the node's disk.
+func (m *Manager) Measure(ctx context.Context, uid types.UID, name string, how hostile.Measure) (hostile.Size, error) {
+	dir, err := hostile.OpenRoot(m.PodDir(uid))
+	if errors.Is(err, fs.ErrNotExist) {
+		return hostile.Size{Whole: true}, nil
+	}
+	if err != nil {
+		return hostile.Size{}, err
+	}
+	defer dir.Close()
+	return dir.Usage(ctx, filepath.Join("volumes", "kubernetes.io~"+emptyDirPlugin, name), how)
+}
+
+// MeasureOther measures what a pod has on the node's disk beside its volumes.
+func (m *Manager) MeasureOther(ctx context.Context, uid types.UID, how hostile.Measure) (hostile.Size, error) {
+	dir, err := hostile.OpenRoot(m.PodDir(uid))
+	if errors.Is(err, fs.ErrNotExist) {
+		return hostile.Size{Whole: true}, nil
+	}
+	if err != nil {
+		return hostile.Size{}, err
+	}
+	defer dir.Close()
+	sum := hostile.Size{Whole: true}
+	var failed error
+	err = dir.Names(func(name string) bool {
+		if name == "volumes" || name == "subpaths" {
+			return true
+		}
+		var one hostile.Size
+		one, failed = dir.Usage(ctx, name, how)
+		sum.Bytes, sum.Inodes, sum.Whole = sum.Bytes+one.Bytes, sum.Inodes+one.Inodes, sum.Whole && one.Whole
+		return failed == nil
+	})
+	return sum, errors.Join(err, failed)
+}
+
 // Pods returns the uids that have a folder.
 func (m *Manager) Pods() ([]types.UID, error) {
 	dir, err := hostile.OpenRoot(m.cfg.Dir)
@@ -175,6 +218,29 @@ func (m *Manager) Pods() ([]types.UID, error) {
 		return true
 	})
 	return out, err
+}
+
+// Release unmounts and removes a pod's volumes, and leaves what else the pod has
+// on this node's disk: what its containers had to say. For the rest it is as
+// Teardown.
+func (m *Manager) Release(ctx context.Context, uid types.UID) error {
+	dir, err := hostile.OpenRoot(m.PodDir(uid))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
+	defer dir.Close()
+	if err := hostile.Unmount(m.PodDir(uid)); err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
+	for _, name := range []string{"subpaths", "volumes", "tokens"} {
+		if err := dir.RemoveAll(ctx, name); err != nil {
+			return fmt.Errorf("volumes of pod %s: %w", uid, err)
+		}
+	}
+	return nil
 }
 
 // Teardown unmounts and removes all that a pod has on this node's disk. Nothing

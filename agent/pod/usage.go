@@ -1,0 +1,134 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/eviction"
+	"timonel/agent/hostile"
+)
+
+// Layers finds the folder of a container's writable layer, "" where the runtime
+// keeps it otherwise.
+type Layers func(ctx context.Context, containerID string) (string, error)
+
+// Running are the containers that run, by pod.
+func (m *Manager) Running(ctx context.Context) (eviction.Running, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	list, err := m.cfg.Runtime.ListContainers(ctx, &runtimev1.ListContainersRequest{Filter: &runtimev1.ContainerFilter{
+		State: &runtimev1.ContainerStateValue{State: runtimev1.ContainerState_CONTAINER_RUNNING},
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("list containers: %w", err)
+	}
+	out := eviction.Running{}
+	for _, c := range list.Containers {
+		uid := types.UID(c.Labels[labelPodUID])
+		out[uid] = append(out[uid], eviction.Container{ID: c.Id, Name: c.Labels[labelContainerName]})
+	}
+	return out, nil
+}
+
+// MeasureDisk measures what a pod takes of the node's disk. Containers are those
+// of it that run. Where stop says that so much of something is enough to know,
+// it may be more.
+func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers []eviction.Container, stop eviction.Stop) (eviction.Usage, error) {
+	u := eviction.Usage{UID: pod.UID, Volumes: map[string]eviction.Disk{}}
+	total := int64(0) // so far, of what may be measured up to stop.Pod only
+	measure := func(limit int64, how func(hostile.Measure) (hostile.Size, error)) (eviction.Disk, error) {
+		if stop.Pod > 0 {
+			if total > stop.Pod {
+				return eviction.Disk{}, nil
+			}
+			if left := stop.Pod - total + 1; limit == 0 || left < limit {
+				limit = left
+			}
+		}
+		size, err := how(hostile.Measure{Stop: limit, Pause: stop.Pause})
+		total += size.Bytes
+		return eviction.Disk{Bytes: size.Bytes, Inodes: size.Inodes}, err
+	}
+	var errs []error
+	for i := range pod.Spec.Volumes {
+		v := &pod.Spec.Volumes[i]
+		if v.EmptyDir == nil || v.EmptyDir.Medium != corev1.StorageMediumDefault {
+			continue
+		}
+		d, err := measure(stop.Volumes[v.Name], func(how hostile.Measure) (hostile.Size, error) {
+			return m.volumes.Measure(ctx, pod.UID, v.Name, how)
+		})
+		errs = append(errs, err)
+		u.Volumes[v.Name] = d
+	}
+	other, err := measure(0, func(how hostile.Measure) (hostile.Size, error) { return m.volumes.MeasureOther(ctx, pod.UID, how) })
+	errs = append(errs, err)
+	u.Other = other
+	seen := map[string]bool{}
+	for _, c := range containers {
+		if seen[c.Name] {
+			continue
+		}
+		seen[c.Name] = true
+		cu := eviction.ContainerUsage{Name: c.Name}
+		cu.Logs, err = measure(0, func(how hostile.Measure) (hostile.Size, error) { return m.measureLogs(ctx, pod, c.Name, how) })
+		errs = append(errs, err)
+		cu.Rootfs, err = measure(stop.Containers[c.Name], func(how hostile.Measure) (hostile.Size, error) { return m.measureLayer(ctx, c.ID, how) })
+		errs = append(errs, err)
+		u.Containers = append(u.Containers, cu)
+	}
+	return u, errors.Join(errs...)
+}
+
+func (m *Manager) measureLogs(ctx context.Context, pod *corev1.Pod, container string, how hostile.Measure) (hostile.Size, error) {
+	return measureFolder(ctx, m.LogDir(pod), container, how)
+}
+
+func (m *Manager) measureLayer(ctx context.Context, id string, how hostile.Measure) (hostile.Size, error) {
+	if m.cfg.Layers == nil {
+		return hostile.Size{Whole: true}, nil
+	}
+	path, err := m.cfg.Layers(ctx, id)
+	if err != nil {
+		return hostile.Size{}, fmt.Errorf("find the layer of container %s: %w", id, err)
+	}
+	if path == "" {
+		return m.layerByCRI(ctx, id)
+	}
+	return measureFolder(ctx, filepath.Dir(path), filepath.Base(path), how)
+}
+
+// layerByCRI is the runtime's own figure.
+func (m *Manager) layerByCRI(ctx context.Context, id string) (hostile.Size, error) {
+	resp, err := m.cfg.Runtime.ContainerStats(ctx, &runtimev1.ContainerStatsRequest{ContainerId: id})
+	if notFound(err) {
+		return hostile.Size{Whole: true}, nil
+	}
+	if err != nil {
+		return hostile.Size{}, fmt.Errorf("statistics of container %s: %w", id, err)
+	}
+	layer := resp.GetStats().GetWritableLayer()
+	return hostile.Size{
+		Bytes: int64(layer.GetUsedBytes().GetValue()), Inodes: int64(layer.GetInodesUsed().GetValue()), Whole: true,
+	}, nil
+}
+
+// measureFolder measures what is in a folder of the agent's own or the runtime's.
+func measureFolder(ctx context.Context, dir, name string, how hostile.Measure) (hostile.Size, error) {
+	root, err := hostile.OpenRoot(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return hostile.Size{Whole: true}, nil
+	}
+	if err != nil {
+		return hostile.Size{}, err
+	}
+	defer root.Close()
+	return root.Usage(ctx, name, how)
+}
