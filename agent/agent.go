@@ -24,6 +24,7 @@ import (
 	"timonel/agent/desired"
 	"timonel/agent/eviction"
 	"timonel/agent/hostile"
+	"timonel/agent/imagegc"
 	"timonel/agent/kubelet"
 	"timonel/agent/node"
 	"timonel/agent/pod"
@@ -46,7 +47,8 @@ type Agent struct {
 	pods    *pod.Manager
 	stream  *stream.Client
 	kubelet *kubelet.Server
-	images  *containerd.Importer // nil: no folder
+	images  *containerd.Importer
+	imageGC *imagegc.Collector
 	evict   *eviction.Manager
 	facts   node.Facts
 	kernel  kernelFacts
@@ -117,8 +119,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 // importImages brings the folder's images in and says when the sandbox image,
 // without which no pod starts, is nowhere.
 func (a *Agent) importImages(ctx context.Context) error {
+	// Without a folder, what was imported before is still known as such.
+	a.images = containerd.NewImporter(a.runtime, a.cfg.ImagesDir, a.cfg.dir("imported.json"), a.log)
 	if a.cfg.ImagesDir != "" {
-		a.images = containerd.NewImporter(a.runtime, a.cfg.ImagesDir, a.cfg.dir("imported.json"), a.log)
 		if err := a.images.ImportAll(ctx); err != nil {
 			return err
 		}
@@ -202,6 +205,7 @@ func (a *Agent) wire() {
 		ClusterDNS: a.cfg.ClusterDNS, ClusterDomain: a.cfg.ClusterDomain, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
 		Logger: a.log,
 	})
+	a.imageGC = a.newImageGC()
 	a.evict = eviction.New(eviction.Config{Pods: a.pods, Interval: a.cfg.EvictionInterval, Logger: a.log})
 	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Healthy: a.healthy, Logger: a.log})
 	a.store.Observe(desired.Observer{
@@ -251,11 +255,12 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.daemon != nil {
 		g.Go(func() error { return a.daemon.Run(ctx) })
 	}
-	if a.images != nil {
+	if a.cfg.ImagesDir != "" {
 		g.Go(func() error { return a.images.Run(ctx) })
 	}
 	g.Go(func() error { return a.pods.Run(ctx) })
 	g.Go(func() error { return a.evict.Run(ctx) })
+	g.Go(func() error { return a.imageGC.Run(ctx) })
 	g.Go(func() error { return a.runtime.Run(ctx, a.handleEvent) })
 	g.Go(func() error { return a.kubelet.Run(ctx) })
 	g.Go(func() error { return a.stream.Run(ctx) })

@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/agent/containerd"
+	"timonel/agent/imagegc"
 	"timonel/agent/podnet"
 )
 
@@ -56,6 +57,12 @@ type Config struct {
 	// EvictionInterval is how often pods' limits of disk and what the node has left
 	// are looked at. Default eviction.Interval.
 	EvictionInterval time.Duration
+	// ImageGC says when images that no pod uses are removed. Default
+	// imagegc.Default().
+	ImageGC *imagegc.Policy
+	// ImageGCInterval is how often the images' file system is looked at. Default
+	// imagegc.Interval.
+	ImageGCInterval time.Duration
 
 	Labels map[string]string
 	Taints []corev1.Taint
@@ -103,6 +110,10 @@ func (c *Config) SetDefaults() {
 	if c.PodMaxPids == 0 {
 		c.PodMaxPids = DefaultPodMaxPids
 	}
+	if c.ImageGC == nil {
+		policy := imagegc.Default()
+		c.ImageGC = &policy
+	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -125,6 +136,9 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("agent config: Bridge %q is longer than 15 characters", c.Bridge)
 	case !path.IsAbs(c.CgroupRoot) || path.Clean(c.CgroupRoot) == "/":
 		return fmt.Errorf("agent config: CgroupRoot %q must be an absolute cgroup path below the root", c.CgroupRoot)
+	}
+	if err := c.ImageGC.Validate(); err != nil {
+		return fmt.Errorf("agent config: ImageGC: %w", err)
 	}
 	return nil
 }

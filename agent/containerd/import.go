@@ -7,9 +7,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -18,6 +19,7 @@ import (
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/hostile"
+	"timonel/internal/durable"
 )
 
 // Importer keeps the image archives (*.tar: OCI layout or docker save) of a
@@ -27,7 +29,9 @@ type Importer struct {
 	dir     string
 	record  string
 	log     *slog.Logger
-	seen    map[string]stamp // by path
+
+	mu   sync.Mutex
+	seen map[string]stamp // by path
 }
 
 // stamp tells whether a file is the one that was imported already.
@@ -49,9 +53,24 @@ func NewImporter(r *Runtime, dir, record string, log *slog.Logger) *Importer {
 	return im
 }
 
+// Imported says whether an image of that name came from the folder, by this
+// importer or one before it: it may be nowhere else.
+func (im *Importer) Imported(name string) bool {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	for _, s := range im.seen {
+		if slices.Contains(s.Images, name) {
+			return true
+		}
+	}
+	return false
+}
+
 // done says whether a file is imported and its images are still there.
 func (im *Importer) done(ctx context.Context, path string, info fs.FileInfo) bool {
+	im.mu.Lock()
 	old, ok := im.seen[path]
+	im.mu.Unlock()
 	if !ok || old.Size != info.Size() || !old.ModTime.Equal(info.ModTime()) {
 		return false
 	}
@@ -89,9 +108,12 @@ func (im *Importer) ImportAll(ctx context.Context) error {
 			errs = append(errs, err)
 			continue
 		}
+		im.mu.Lock()
 		im.seen[path] = stamp{Size: info.Size(), ModTime: info.ModTime(), Images: names}
-		if raw, err := json.Marshal(im.seen); err == nil {
-			if err := os.WriteFile(im.record, raw, 0o600); err != nil {
+		raw, err := json.Marshal(im.seen)
+		im.mu.Unlock()
+		if err == nil {
+			if err := durable.WriteFile(im.record, raw, 0o600); err != nil {
 				errs = append(errs, fmt.Errorf("keep a record of imported images: %w", err))
 			}
 		}

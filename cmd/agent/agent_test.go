@@ -11,12 +11,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
+	"timonel/agent/imagegc"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 )
@@ -95,6 +97,8 @@ func TestErrorsNameTheFlagAndChangeNothing(t *testing.T) {
 		{"a label", []string{"--labels", "a"}, "--labels"},
 		{"a taint", []string{"--taints", "a=b:Never"}, "--taints"},
 		{"too few pods", []string{"--max-pods", "0"}, "--max-pods"},
+		{"images removed at more than all", []string{"--image-gc-high-threshold", "101"}, "--image-gc-high-threshold"},
+		{"images removed to more than from", []string{"--image-gc-low-threshold", "90"}, "--image-gc-low-threshold"},
 		{"a port that is none", []string{"--gossip-port", "70000"}, "--gossip-port"},
 		{"a port in use", []string{"--gossip-port", port}, "in use"},
 		{"no such images folder", []string{"--images", "/does/not/exist"}, "--images"},
@@ -165,4 +169,21 @@ func TestOneAgentPerFolder(t *testing.T) {
 	unlock, err = lock(dir)
 	require.NoError(t, err)
 	unlock()
+}
+
+// On a disk that is not the node's alone no image goes for want of room, unless a
+// flag says so.
+func TestSharedDisk(t *testing.T) {
+	parse := func(args ...string) *options {
+		o := &options{}
+		f := pflag.NewFlagSet("agent", pflag.ContinueOnError)
+		o.flags(f)
+		require.NoError(t, f.Parse(args))
+		return o
+	}
+	t.Setenv("TIMONEL_SHARED_DISK", "")
+	require.Equal(t, imagegc.Default(), parse().imageGC)
+	t.Setenv("TIMONEL_SHARED_DISK", "1")
+	require.Equal(t, 100, parse().imageGC.High)
+	require.Equal(t, 90, parse("--image-gc-high-threshold=90").imageGC.High)
 }

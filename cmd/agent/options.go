@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/agent"
+	"timonel/agent/imagegc"
 	"timonel/pki"
 )
 
@@ -38,6 +39,7 @@ type options struct {
 	taints          []string
 	maxPods         int64
 	podMaxPids      int64
+	imageGC         imagegc.Policy
 	clusterDNS      []string
 	clusterDomain   string
 	kubernetesIP    string
@@ -70,11 +72,22 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.taints, "taints", nil, "taints of the node when it registers, key=value:effect,…")
 	f.Int64Var(&o.maxPods, "max-pods", 110, "how many pods the node takes")
 	f.Int64Var(&o.podMaxPids, "pod-max-pids", agent.DefaultPodMaxPids, "how many processes and threads one pod may have; -1 for any number")
+	d := imagegc.Default()
+	if sharesDisk() {
+		d.High = 100
+	}
+	f.IntVar(&o.imageGC.High, "image-gc-high-threshold", d.High, "percent of use of the images' file system from which images that no pod uses are removed; 100 for never")
+	f.IntVar(&o.imageGC.Low, "image-gc-low-threshold", d.Low, "percent of use of the images' file system that removing images stops at")
+	f.DurationVar(&o.imageGC.MinAge, "minimum-image-ttl-duration", d.MinAge, "how long an unused image is kept at least")
 	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "the cluster's name servers for pods (default: the node's own)")
 	f.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the cluster's DNS domain")
 	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
 	f.BoolVar(&o.purge, "purge", false, "the same as the command cleanup")
 }
+
+// sharesDisk says that the disk is not this node's alone, as when several agents
+// run on a developer's machine: how full it is says nothing about the node.
+func sharesDisk() bool { return os.Getenv("TIMONEL_SHARED_DISK") != "" }
 
 // checkCommon validates what every command needs and makes paths absolute.
 func (o *options) checkCommon() error {
@@ -128,6 +141,9 @@ func (o *options) config() (agent.Config, error) {
 	if o.podMaxPids < 1 && o.podMaxPids != -1 {
 		return cfg, fmt.Errorf("--pod-max-pids %d: must be at least 1, or -1 for any number", o.podMaxPids)
 	}
+	if err := o.imageGC.Validate(); err != nil {
+		return cfg, err
+	}
 	ips, err := nodeIPs(o.nodeIP)
 	if err != nil {
 		return cfg, err
@@ -159,7 +175,7 @@ func (o *options) config() (agent.Config, error) {
 	cfg = agent.Config{
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
-		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, Labels: labels, Taints: taints,
+		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
 		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP,
 		Version: version, Logger: log,

@@ -42,6 +42,7 @@ func TestFlagsOfProcesses(t *testing.T) {
 	require.Subset(t, agent, []string{"/bin/agent", "--name", "a1", "--node-ip", "10.77.3.101", "--token", "@" + s.tokenFile("a1"), "--images", "/images",
 		"--controllers", "10.77.3.11:7443,10.77.3.12:7443,10.77.3.13:7443", "--cgroup-root", "/timonel-test-a1"})
 	require.NotContains(t, agent, "--log-level=debug")
+	require.Contains(t, s.process("a1").Env, "TIMONEL_SHARED_DISK=1", "a full disk of the machine is no matter of the cluster's")
 }
 
 func TestSpecIsSavedAndLoaded(t *testing.T) {

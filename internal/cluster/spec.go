@@ -212,6 +212,9 @@ func (s *Spec) process(name string) machines.Process {
 		"--data-dir", s.DataDir(name), "--controllers", s.addresses(ClusterPort), "--token", "@" + s.tokenFile(name),
 		"--node-ip", address, "--images", s.Images, "--cgroup-root", s.CgroupRoot(name)}
 	p.Argv = append(p.Argv, s.AgentFlags...)
+	// All agents share the disk of this machine with whatever else is on it. Not a
+	// flag: an older program would refuse one that it does not know.
+	p.Env = append(p.Env, "TIMONEL_SHARED_DISK=1")
 	return p
 }
 

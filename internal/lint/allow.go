@@ -12,7 +12,6 @@ var allowed = []allowance{
 	{"agent/containerd/config.go", "os.MkdirAll os.WriteFile os.Rename", "containerd's own folder and configuration; /proc/self/oom_score_adj"},
 	{"agent/containerd/daemon.go", "os.OpenFile os.WriteFile", "containerd's log and pid file, in its own folder"},
 	{"agent/containerd/import.go", "filepath.Glob", "the names in the administrator's folder of images"},
-	{"agent/containerd/import.go", "os.WriteFile", "the record of imported images, in the data folder"},
 	{"agent/desired/store.go", "os.MkdirAll filepath.WalkDir", "the store's own folder, 0700; it follows no links"},
 	{"agent/desired/writer.go", "os.MkdirAll os.Open os.OpenFile os.Remove os.RemoveAll os.Rename", "the store's own folder, 0700; folders are opened to be synced"},
 	{"agent/kubelet/logs.go", "logs.ReadLogs", "of what hostile.Root has found to be a regular file, in a folder of the agent's and the runtime's"},

@@ -1,0 +1,78 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/image"
+	"timonel/agent/imagegc"
+	"timonel/agent/node"
+)
+
+// imageFileSystem is where containerd keeps images and containers' layers.
+func (a *Agent) imageFileSystem(ctx context.Context) (node.FileSystem, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	resp, err := a.runtime.Images.ImageFsInfo(ctx, &runtimev1.ImageFsInfoRequest{})
+	if err != nil {
+		return node.FileSystem{}, fmt.Errorf("ask containerd where its images are: %w", err)
+	}
+	for _, f := range resp.ImageFilesystems {
+		if at := f.GetFsId().GetMountpoint(); at != "" {
+			return node.FileSystemOf(at)
+		}
+	}
+	return node.FileSystem{}, errors.New("containerd does not say where its images are")
+}
+
+// newImageGC makes what removes images that no pod uses.
+func (a *Agent) newImageGC() *imagegc.Collector {
+	pause, err := image.Normalize(a.cfg.PauseImage)
+	if err != nil {
+		pause = a.cfg.PauseImage
+	}
+	return imagegc.New(imagegc.Config{
+		Images: a.runtime.Images, Runtime: a.runtime, Policy: *a.cfg.ImageGC, Interval: a.cfg.ImageGCInterval,
+		FileSystem: func(ctx context.Context) (imagegc.FileSystem, error) {
+			fs, err := a.imageFileSystem(ctx)
+			return imagegc.FileSystem{Capacity: fs.Capacity, Available: fs.Available}, err
+		},
+		Wanted: a.wantedImages,
+		Keep:   func(name string) bool { return name == pause || a.images.Imported(name) },
+		Event:  a.nodeEvent, Logger: a.log,
+	})
+}
+
+// wantedImages are those that pods of this node name, by their full names.
+func (a *Agent) wantedImages() map[string]bool {
+	out := map[string]bool{}
+	for _, pod := range a.pods.Active() {
+		for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+			for i := range list {
+				if name, err := image.Normalize(list[i].Image); err == nil {
+					out[name] = true
+				}
+			}
+		}
+	}
+	return out
+}
+
+// nodeEvent tells the cluster about this node.
+func (a *Agent) nodeEvent(eventType, reason, message string) {
+	now := metav1.Now()
+	a.stream.Event(&corev1.Event{
+		ObjectMeta:     metav1.ObjectMeta{Namespace: metav1.NamespaceDefault},
+		InvolvedObject: corev1.ObjectReference{Kind: "Node", APIVersion: "v1", Name: a.cfg.Name, UID: types.UID(a.cfg.Name)},
+		Type:           eventType, Reason: reason, Message: message,
+		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
+		FirstTimestamp: now, LastTimestamp: now, Count: 1,
+	})
+}
