@@ -21,7 +21,7 @@ func TestHeldIsBoundedInBytes(t *testing.T) {
 	c.tune = func(cfg *Config) { cfg.LogCacheBytes = limit }
 	c.startAll(3)
 	value := strings.Repeat("v", 1<<20)
-	for i := range 60 {
+	for i := range lessRaced(60) {
 		c.leader().put(t, "k", fmt.Sprintf("%d%s", i, value))
 	}
 	for _, n := range append(c.followers(), c.leader()) {

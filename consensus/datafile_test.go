@@ -34,7 +34,7 @@ func TestDataFile(t *testing.T) {
 				skipUnlessCI(t, "the file system does not let us write past the page cache")
 			}
 			off := 0
-			for i := range 2000 {
+			for i := range lessRaced(2000) {
 				b := make([]byte, 1+random.IntN(1<<random.IntN(17)))
 				for j := range b {
 					b[j] = byte(random.Uint32())

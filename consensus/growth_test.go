@@ -1,9 +1,10 @@
+//go:build !race
+
 package consensus
 
 import (
 	"context"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 // The log stays bounded under constant load, however much goes through it: by
 // twice (wal) or three times (boltdb) what must be kept, the entries since the last
 // snapshot and TrailingLogs, and two of the pieces in which a store grows.
+// The race detector makes five minutes of it.
 //
 // With TIMONEL_GROWTH=1 it is an hour of 1,000 writes a second at the default
 // settings, as fast as the disk takes them, and prints size and rate over time.
@@ -132,20 +134,4 @@ func mean(v []float64) (sum float64) {
 		sum += x
 	}
 	return sum / float64(max(1, len(v)))
-}
-
-// sizeOf is how many bytes a file has, or all files below a folder.
-func sizeOf(t *testing.T, path string) (n int64) {
-	t.Helper()
-	must(t, filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		info, err := d.Info()
-		if err == nil {
-			n += info.Size()
-		}
-		return nil // a segment may go meanwhile
-	}))
-	return n
 }

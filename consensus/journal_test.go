@@ -26,9 +26,9 @@ var errPowerCut = errors.New("the power is off")
 // writes and syncs fail now and then, goes on after each failure as Raft's disk does, and
 // cuts the power at any write. What was acknowledged is there afterwards, what was removed
 // is not; of what failed or was under way all or nothing is.
-// It is not parallel: it takes a processor for a minute, and others have elections.
+// It is not parallel: it takes a processor, and others have elections.
 func TestJournalPowerCut(t *testing.T) {
-	for seed := range uint64(60) {
+	for seed := range uint64(lessRaced(60)) {
 		synctest.Test(t, func(t *testing.T) { journalLives(t, seed) })
 	}
 }

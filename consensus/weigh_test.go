@@ -3,6 +3,7 @@ package consensus
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"path/filepath"
 	"strings"
@@ -109,4 +110,20 @@ func TestWeights(t *testing.T) {
 			t.Fatalf("step %d: %d marks for %d bytes", step, len(w.marks), sum)
 		}
 	}
+}
+
+// sizeOf is how many bytes a file has, or all files below a folder.
+func sizeOf(t *testing.T, path string) (n int64) {
+	t.Helper()
+	must(t, filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		info, err := d.Info()
+		if err == nil {
+			n += info.Size()
+		}
+		return nil // a segment may go meanwhile
+	}))
+	return n
 }

@@ -57,6 +57,7 @@ func (f *BoltFile) Attach(store *raftboltdb.BoltStore) (settle func() error) {
 	writeAt := (*func([]byte, int64) (int, error))(unsafe.Pointer(reflect.ValueOf(db).Elem().FieldByName("ops").FieldByName("writeAt").UnsafeAddr()))
 	f.d.mu.Lock()
 	defer f.d.mu.Unlock()
+	f.trim(db)
 	if info, err := f.file.Stat(); err == nil && f.life == f.d.life {
 		b := make([]byte, info.Size())
 		if _, err := f.file.ReadAt(b, 0); err == nil {
@@ -68,6 +69,15 @@ func (f *BoltFile) Attach(store *raftboltdb.BoltStore) (settle func() error) {
 	db.NoSync = true
 	*writeAt = f.write
 	return f.settle
+}
+
+// growth is in what steps the file grows, instead of 16 MiB: it is copied at each start.
+const growth = 64 << 10
+
+// trim cuts off what bbolt has made the file larger by and not used yet.
+func (f *BoltFile) trim(db *bbolt.DB) {
+	db.AllocSize = growth
+	_ = db.View(func(tx *bbolt.Tx) error { return f.file.Truncate(tx.Size()) })
 }
 
 func (f *BoltFile) write(b []byte, off int64) (int, error) {

@@ -33,6 +33,7 @@ type Client struct {
 	Timeout time.Duration // of an operation
 	KeyLife time.Duration // then other keys are used, so that porcupine's parts stay small
 	Pause   time.Duration // the longest between two operations
+	Reads   bool          // it does nothing but read
 
 	known map[string]int64 // the revision it last saw of a key
 }
@@ -61,7 +62,11 @@ func (c *Client) Operate(r Replica, life context.Context, epoch, value string) {
 	at := c.known[key]
 	o := history.Operation{Key: key}
 	var do func() history.Outcome
-	switch p := c.Random.IntN(100); {
+	kinds := 100
+	if c.Reads {
+		kinds = 45
+	}
+	switch p := c.Random.IntN(kinds); {
 	case p < 35:
 		o.Kind = history.Get
 		do = func() history.Outcome { return c.get(ctx, r, key) }

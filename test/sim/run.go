@@ -50,6 +50,12 @@ func Run(seed uint64, log *slog.Logger) Result {
 		k := c.client(i, rand.New(rand.NewPCG(seed, 100+uint64(i))))
 		clients.Go(func() { k.Use(deadline) })
 	}
+	if c.slow != "" {
+		for i := range 2 {
+			k := c.reader(20+i, c.slow, rand.New(rand.NewPCG(seed, 300+uint64(i))))
+			clients.Go(func() { k.Use(deadline) })
+		}
+	}
 	for i := range 2 {
 		k := c.client(10+i, rand.New(rand.NewPCG(seed, 200+uint64(i))))
 		watchers.Go(func() { k.Watch(watching, 1) })
@@ -79,6 +85,23 @@ func (c *cluster) client(id int, random *rand.Rand) *replica.Client {
 	return &replica.Client{Cluster: c, Recorder: &c.recorder, ID: id, Random: random,
 		Timeout: 2 * time.Second, KeyLife: 1500 * time.Millisecond, Pause: 60 * time.Millisecond}
 }
+
+// reader returns a client that reads on one replica, and is not long satisfied with no
+// answer: when it gets one, it has not asked long before.
+func (c *cluster) reader(id int, of string, random *rand.Rand) *replica.Client {
+	k := c.client(id, random)
+	k.Cluster, k.Reads, k.Timeout = only{c, of}, true, 150*time.Millisecond
+	return k
+}
+
+// only is a cluster of which clients know one replica.
+type only struct {
+	*cluster
+	name string
+}
+
+// Names implements [replica.Cluster].
+func (o only) Names() []string { return []string{o.name} }
 
 // last writes once more, and waits until all watchers have seen it.
 func (c *cluster) last(ctx context.Context) {
@@ -149,7 +172,7 @@ func (f *faults) run() {
 
 func (f *faults) strike() {
 	c := f.c
-	if leader := c.leader(); c.slow != "" && leader != nil && f.random.IntN(3) == 0 {
+	if leader := c.leader(); c.slow != "" && leader != nil && f.random.IntN(2) == 0 {
 		if leader.node.name != c.slow { // whom the others are ahead of in elections
 			f.say("%s hands leadership over to %s, whose clock is slow", leader.node.name, c.slow)
 			f.mending.Go(func() { _ = leader.replica.TransferLeadership(c.slow) })
@@ -273,7 +296,7 @@ func (f *faults) tellLate(name string) {
 	var longest time.Duration
 	for _, other := range f.c.names {
 		if other != name {
-			late := 300*time.Millisecond + f.some(900*time.Millisecond)
+			late := 600*time.Millisecond + f.some(1000*time.Millisecond)
 			longest = max(longest, late)
 			by = append(by, fmt.Sprintf("%s by %v", other, late.Round(time.Millisecond)))
 			f.c.network.delay(other, name, late)
@@ -281,7 +304,12 @@ func (f *faults) tellLate(name string) {
 	}
 	f.say("%s, whose clock is slow, hears late: %s; and then is not heard", name, strings.Join(by, ", "))
 	before, after := 150*time.Millisecond+f.some(200*time.Millisecond), longest+f.some(time.Second)
+	over := make(chan struct{})
+	if f.random.IntN(3) > 0 {
+		defer func() { <-over }() // nothing else happens meanwhile
+	}
 	f.mending.Go(func() {
+		defer close(over)
 		time.Sleep(before)
 		for _, other := range f.c.names {
 			f.c.network.block(name, other, other != name)

@@ -13,7 +13,7 @@ import (
 )
 
 var (
-	runs = flag.Int("runs", 150, "how many seeds to run")
+	runs = flag.Int("runs", lives, "how many seeds to run")
 	from = flag.Uint64("from", 1, "the first of them")
 	seed = flag.Uint64("seed", 0, "run this seed alone, and print what was done; with -log, what replicas say")
 	logs = flag.Bool("log", false, "with -seed: print the replicas' logs")
@@ -25,9 +25,13 @@ func TestSim(t *testing.T) {
 	if *seed != 0 {
 		first, last = *seed, *seed+1
 	}
+	failFast := flag.Lookup("test.failfast").Value.String() == "true"
 	for s := first; s < last; s++ {
 		t.Run(fmt.Sprintf("seed=%d", s), func(t *testing.T) {
 			t.Parallel()
+			if failFast && failed.Load() {
+				t.SkipNow() // go test would begin them all the same, being parallel
+			}
 			defer forgive()
 			synctest.Test(t, func(t *testing.T) { one(t, s) })
 		})
@@ -41,7 +45,10 @@ func TestSim(t *testing.T) {
 	})
 }
 
-var stuck atomic.Int64
+var (
+	stuck  atomic.Int64 // how many clusters needed a restart
+	failed atomic.Bool  // a life had violations
+)
 
 // forgive recovers from goroutines left behind at the end of a bubble: some of
 // Raft's futures are never answered when it is shut down.
@@ -67,6 +74,7 @@ func one(t *testing.T, s uint64) {
 	if len(r.Violations) == 0 {
 		return
 	}
+	failed.Store(true)
 	dir, err := os.MkdirTemp("", "timonel-sim-")
 	if err == nil {
 		err = r.History.Save(filepath.Join(dir, "history.json"))

@@ -1,0 +1,6 @@
+//go:build !race
+
+package sim
+
+// lives is how many seeds are run by default.
+const lives = 150
