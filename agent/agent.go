@@ -26,6 +26,7 @@ import (
 	"timonel/agent/hostile"
 	"timonel/agent/imagegc"
 	"timonel/agent/kubelet"
+	"timonel/agent/logs"
 	"timonel/agent/node"
 	"timonel/agent/pod"
 	"timonel/agent/podnet"
@@ -49,6 +50,7 @@ type Agent struct {
 	kubelet *kubelet.Server
 	images  *containerd.Importer
 	imageGC *imagegc.Collector
+	logs    *logs.Logs
 	evict   *eviction.Manager
 	facts   node.Facts
 	kernel  kernelFacts
@@ -110,6 +112,12 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 		return nil, err
 	}
 	if err := a.describe(ctx); err != nil {
+		return nil, err
+	}
+	a.logs, err = logs.New(logs.Config{
+		Dir: cfg.dir("logs"), MaxSize: cfg.ContainerLogMaxSize, MaxFiles: cfg.ContainerLogMaxFiles, Runtime: a.runtime, Logger: cfg.Logger,
+	})
+	if err != nil {
 		return nil, err
 	}
 	a.wire()
@@ -263,6 +271,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.imageGC.Run(ctx) })
 	g.Go(func() error { return a.runtime.Run(ctx, a.handleEvent) })
 	g.Go(func() error { return a.kubelet.Run(ctx) })
+	g.Go(func() error { return a.logs.Run(ctx) })
 	g.Go(func() error { return a.stream.Run(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.collect(ctx) })
@@ -275,12 +284,17 @@ func (a *Agent) handleEvent(e containerd.Event) {
 	switch e.Type {
 	case containerd.TaskExited:
 		a.pods.TaskChanged(e.ID, true)
-	case containerd.TaskStarted, containerd.TaskOOM:
+		a.logs.Ended(e.ID)
+	case containerd.TaskStarted:
+		a.pods.TaskChanged(e.ID, false)
+		a.logs.Started(e.ID)
+	case containerd.TaskOOM:
 		a.pods.TaskChanged(e.ID, false)
 	case containerd.ImageCreated:
 		a.pods.ImageAppeared(e.ID)
 	case containerd.Resubscribed:
 		a.pods.WakeAll()
+		a.logs.Resync()
 		a.kick()
 	}
 }

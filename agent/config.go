@@ -16,6 +16,7 @@ import (
 
 	"timonel/agent/containerd"
 	"timonel/agent/imagegc"
+	"timonel/agent/logs"
 	"timonel/agent/podnet"
 )
 
@@ -63,6 +64,12 @@ type Config struct {
 	// ImageGCInterval is how often the images' file system is looked at. Default
 	// imagegc.Interval.
 	ImageGCInterval time.Duration
+	// ContainerLogMaxSize is at how many bytes a container's log is rotated;
+	// negative: never. Default 10 MiB.
+	ContainerLogMaxSize int64
+	// ContainerLogMaxFiles is how many files a container's log is at most.
+	// Default 5.
+	ContainerLogMaxFiles int
 
 	Labels map[string]string
 	Taints []corev1.Taint
@@ -114,6 +121,12 @@ func (c *Config) SetDefaults() {
 		policy := imagegc.Default()
 		c.ImageGC = &policy
 	}
+	if c.ContainerLogMaxSize == 0 {
+		c.ContainerLogMaxSize = logs.DefaultMaxSize
+	}
+	if c.ContainerLogMaxFiles == 0 {
+		c.ContainerLogMaxFiles = logs.DefaultMaxFiles
+	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -132,6 +145,10 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("agent config: MaxPods %d is negative", c.MaxPods)
 	case c.PodMaxPids < -1:
 		return fmt.Errorf("agent config: PodMaxPids %d: want a number of processes, or -1 for any", c.PodMaxPids)
+	case c.ContainerLogMaxSize >= 0 && c.ContainerLogMaxSize < logs.MinMaxSize:
+		return fmt.Errorf("agent config: ContainerLogMaxSize %d: want at least %d bytes, or a negative number for no rotation", c.ContainerLogMaxSize, logs.MinMaxSize)
+	case c.ContainerLogMaxFiles < 2 || c.ContainerLogMaxFiles > logs.MaxMaxFiles:
+		return fmt.Errorf("agent config: ContainerLogMaxFiles %d: want 2 to %d", c.ContainerLogMaxFiles, logs.MaxMaxFiles)
 	case len(c.Bridge) > 15:
 		return fmt.Errorf("agent config: Bridge %q is longer than 15 characters", c.Bridge)
 	case !path.IsAbs(c.CgroupRoot) || path.Clean(c.CgroupRoot) == "/":

@@ -8,8 +8,8 @@
 // The subpackages each have one job: stream talks to controllers, desired
 // keeps what they want, pod runs it, eviction ends what takes too much of the
 // node, volume, image and podnet serve pod, containerd owns the runtime, node
-// describes the machine, kubelet serves logs and exec through tunnels. This
-// package wires them together.
+// describes the machine, logs rotates what containers say, kubelet serves logs and
+// exec through tunnels. This package wires them together.
 //
 //	a, err := agent.New(ctx, agent.Config{Name: "a1", DataDir: dir, ...})
 //	if err != nil { ... }

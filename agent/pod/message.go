@@ -2,6 +2,7 @@ package pod
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/agent/hostile"
+	"timonel/agent/logs"
 )
 
 // How much of what containers leave to say is reported, as upstream.
@@ -65,6 +67,14 @@ func removeFile(path string, depth int) error {
 	}
 	defer dir.Close()
 	return dir.Remove(rel)
+}
+
+// removeLog removes all files of the log of a container that is gone.
+func removeLog(ctx context.Context, path string) error {
+	if path == "" {
+		return nil
+	}
+	return logs.Remove(ctx, path)
 }
 
 // messageFile makes the file that a container writes its last words to.

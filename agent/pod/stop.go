@@ -196,7 +196,7 @@ func (w *worker) removeContainer(c *container) bool {
 	w.mu.Lock()
 	delete(w.hooks, c.id)
 	w.mu.Unlock()
-	if err := errors.Join(removeFile(c.logPath, logDepth), removeFile(c.messageFile, messageDepth)); err != nil {
+	if err := errors.Join(removeLog(w.ctx, c.logPath), removeFile(c.messageFile, messageDepth)); err != nil {
 		w.log.Warn("remove the files of a container; they go with the pod", "container", c.name, "id", c.id, "error", err)
 	}
 	return true

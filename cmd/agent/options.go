@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -11,10 +12,12 @@ import (
 
 	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/agent"
 	"timonel/agent/imagegc"
+	"timonel/agent/logs"
 	"timonel/pki"
 )
 
@@ -40,6 +43,8 @@ type options struct {
 	maxPods         int64
 	podMaxPids      int64
 	imageGC         imagegc.Policy
+	logMaxSize      string
+	logMaxFiles     int
 	clusterDNS      []string
 	clusterDomain   string
 	kubernetesIP    string
@@ -79,6 +84,8 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.IntVar(&o.imageGC.High, "image-gc-high-threshold", d.High, "percent of use of the images' file system from which images that no pod uses are removed; 100 for never")
 	f.IntVar(&o.imageGC.Low, "image-gc-low-threshold", d.Low, "percent of use of the images' file system that removing images stops at")
 	f.DurationVar(&o.imageGC.MinAge, "minimum-image-ttl-duration", d.MinAge, "how long an unused image is kept at least")
+	f.StringVar(&o.logMaxSize, "container-log-max-size", "10Mi", "size at which a container's log is rotated; negative for never")
+	f.IntVar(&o.logMaxFiles, "container-log-max-files", logs.DefaultMaxFiles, "how many files a container's log is at most, at least 2; older ones are removed")
 	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "the cluster's name servers for pods (default: the node's own)")
 	f.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the cluster's DNS domain")
 	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
@@ -144,6 +151,13 @@ func (o *options) config() (agent.Config, error) {
 	if err := o.imageGC.Validate(); err != nil {
 		return cfg, err
 	}
+	logMaxSize, err := parseLogMaxSize(o.logMaxSize)
+	if err != nil {
+		return cfg, err
+	}
+	if o.logMaxFiles < 2 || o.logMaxFiles > logs.MaxMaxFiles {
+		return cfg, fmt.Errorf("--container-log-max-files %d: must be 2 to %d", o.logMaxFiles, logs.MaxMaxFiles)
+	}
 	ips, err := nodeIPs(o.nodeIP)
 	if err != nil {
 		return cfg, err
@@ -175,13 +189,27 @@ func (o *options) config() (agent.Config, error) {
 	cfg = agent.Config{
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
-		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC, Labels: labels, Taints: taints,
+		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,
+		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
 		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP,
 		Version: version, Logger: log,
 	}
 	cfg.SetDefaults()
 	return cfg, cfg.Validate()
+}
+
+// parseLogMaxSize reads a quantity as the kubelet does.
+func parseLogMaxSize(text string) (int64, error) {
+	q, err := resource.ParseQuantity(text)
+	if err != nil {
+		return 0, fmt.Errorf("--container-log-max-size %q: %w", text, err)
+	}
+	n, ok := q.AsInt64()
+	if !ok || n >= 0 && n < logs.MinMaxSize || n > math.MaxInt64/logs.MaxMaxFiles/2 {
+		return 0, fmt.Errorf("--container-log-max-size %q: must be a number of bytes, at least %d, or negative for no rotation", text, logs.MinMaxSize)
+	}
+	return n, nil
 }
 
 // nodeIPs are the given addresses, or the one that the machine would reach

@@ -1,0 +1,138 @@
+package hostile
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// RenameNew gives from the name to, which nothing may have yet.
+func (r *Root) RenameNew(from, to string) error {
+	a, fromBase, err := r.parent("rename", from)
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	b, toBase, err := r.parent("rename", to)
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	if err := unix.Renameat2(a.fd(), fromBase, b.fd(), toBase, unix.RENAME_NOREPLACE); err != nil {
+		return r.fail("rename", from, err)
+	}
+	return nil
+}
+
+// CreateNew makes a file, which must not be there yet, to be written to. mode is
+// the whole of it.
+func (r *Root) CreateNew(name string, mode uint32) (*os.File, error) {
+	fd, err := r.openat2("make file", name, unix.OpenHow{
+		Flags: unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW, Mode: 0o600, Resolve: beneath,
+	})
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), r.path+"/"+name)
+	if err := unix.Fchmod(fd, mode); err != nil {
+		f.Close()
+		return nil, r.fail("change the mode of", name, err)
+	}
+	return f, nil
+}
+
+// HasWriter says whether somebody has this file, which was opened for reading,
+// open for writing. Asked before the end is read, an answer of false makes that
+// end the last. Some file systems do not tell: that is an error.
+func HasWriter(f *os.File) (bool, error) {
+	// A read lease is given on a file that nobody has open for writing. It is
+	// given back at once: who opens the file meanwhile waits that long.
+	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_RDLCK)
+	if errors.Is(err, unix.EAGAIN) {
+		return true, nil
+	}
+	if err != nil {
+		return false, &fs.PathError{Op: "ask for writers of", Path: f.Name(), Err: err}
+	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
+		return false, &fs.PathError{Op: "ask for writers of", Path: f.Name(), Err: err}
+	}
+	return false, nil
+}
+
+// tailChunk is within how many bytes KeepTail looks for the end of a line.
+const tailChunk = 64 << 10
+
+// KeepTail cuts a regular file with one name to its last keep bytes, from where
+// a line begins. It is another file then: who has the old one open keeps it. The
+// room of what is cut is free before any is needed for what stays. tmp is a name
+// beside it for the time being, and is replaced.
+func (r *Root) KeepTail(name, tmp string, keep int64) error {
+	src, err := r.Open(name)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
+		return r.fail("stat", name, err)
+	}
+	cut := st.Size - keep
+	if cut <= 0 {
+		return nil
+	}
+	if cut, err = lineAfter(src, cut, st.Size); err != nil {
+		return r.fail("read", name, err)
+	}
+	if st.Nlink == 1 {
+		punch(src, cut)
+	}
+	if err := r.Remove(tmp); err != nil {
+		return err
+	}
+	dst, err := r.CreateNew(tmp, st.Mode&0o777)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(dst, io.NewSectionReader(src, cut, st.Size-cut))
+	if closed := dst.Close(); err == nil {
+		err = closed
+	}
+	if err == nil {
+		err = r.Rename(tmp, name)
+	}
+	if err != nil {
+		return errors.Join(r.fail("shorten", name, err), r.Remove(tmp))
+	}
+	return nil
+}
+
+// lineAfter is where the first line begins at or after at, or at if none begins
+// within tailChunk.
+func lineAfter(f io.ReaderAt, at, size int64) (int64, error) {
+	buf := make([]byte, min(tailChunk, size-at+1))
+	n, err := f.ReadAt(buf, at-1)
+	if err != nil && !isEOF(err) {
+		return at, err
+	}
+	if i := bytes.IndexByte(buf[:n], '\n'); i >= 0 {
+		return at + int64(i), nil
+	}
+	return at, nil
+}
+
+// punch frees what a file has before cut. Where that cannot be done its room is
+// free only when the file is gone.
+func punch(f *os.File, cut int64) {
+	fd, err := unix.Open("/proc/self/fd/"+strconv.Itoa(int(f.Fd())), unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	_ = unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, cut)
+}
