@@ -103,9 +103,8 @@ type Config struct {
 	// bound to a node that is not ready or unreachable. Default: 30 (upstream:
 	// 300).
 	UnreachableTolerationSeconds int64
-	// CacheBytes bounds the decoded objects that are kept to serve reads, by the size
-	// of their encodings; they take about four times that. It is 16 MiB at least.
-	CacheBytes int64
+	// Caches keeps decoded objects to serve reads. Default: one of 16 MiB.
+	Caches *storage.Caches
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration
 	// DrainTimeout is how long Run waits for requests in flight after its
@@ -136,6 +135,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.UnreachableTolerationSeconds == 0 {
 		c.UnreachableTolerationSeconds = DefaultUnreachableTolerationSeconds
+	}
+	if c.Caches == nil {
+		c.Caches = storage.NewCaches(0)
 	}
 	if c.EventTTL == 0 {
 		c.EventTTL = DefaultEventTTL

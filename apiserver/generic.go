@@ -69,7 +69,7 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 	if err != nil {
 		return nil, fmt.Errorf("find the loopback address: %w", err)
 	}
-	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend, c.CacheBytes), options: o, generic: generic,
+	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend, c.Caches), options: o, generic: generic,
 		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch)}
 	generic.BuildHandlerChainFunc = s.life.handlers
 	generic.LoopbackClientConfig = transport.loopback(s.network.Host)

@@ -114,6 +114,15 @@ func (c *logCache) DeleteRange(first, last uint64) error {
 	return c.LogStore.DeleteRange(first, last)
 }
 
+// trim forgets the oldest entries until that many bytes are left at most.
+func (c *logCache) trim(bytes int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.bytes > bytes {
+		c.drop(c.first, c.first)
+	}
+}
+
 // held is how many bytes the cache holds.
 func (c *logCache) held() int64 {
 	c.mu.RLock()

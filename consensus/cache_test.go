@@ -24,11 +24,26 @@ func TestHeldIsBoundedInBytes(t *testing.T) {
 	for i := range lessRaced(60) {
 		c.leader().put(t, "k", fmt.Sprintf("%d%s", i, value))
 	}
-	for _, n := range append(c.followers(), c.leader()) {
+	all := append(c.followers(), c.leader())
+	for _, n := range all {
 		must(t, n.ReadBarrier(context.Background()))
 		if held := n.Held(); held.LogCache > limit || held.LogCache < limit/2 || held.Queue > 0 {
 			t.Errorf("%s holds %d bytes of the log and %d that are not on disk, of at most %d", n.cfg.ID, held.LogCache, held.Queue, limit)
 		}
+	}
+	for _, n := range all {
+		n.Trim(limit / 4)
+		if held := n.Held().LogCache; held > limit/4 || held < limit/8 {
+			t.Errorf("%s holds %d bytes of the log when it is to hold %d", n.cfg.ID, held, limit/4)
+		}
+		n.Trim(0)
+		if held := n.Held().LogCache; held != 0 {
+			t.Errorf("%s holds %d bytes of the log when it is to hold nothing", n.cfg.ID, held)
+		}
+	}
+	c.leader().put(t, "k", "v")
+	for _, n := range all {
+		must(t, n.ReadBarrier(context.Background()))
 	}
 }
 

@@ -12,3 +12,7 @@ type Held struct {
 func (r *Replica) Held() Held {
 	return Held{LogCache: r.disk.newest.held(), Queue: r.disk.queue.held()}
 }
+
+// Trim lets go of what the log's cache holds beyond that many bytes. A follower that
+// lacks those entries is sent them from the disk.
+func (r *Replica) Trim(logCache int64) { r.disk.newest.trim(logCache) }

@@ -67,7 +67,7 @@ func (q *Quota) Admit(command []byte) (settled func(), err error) {
 		if charge > 0 && used+charge > most {
 			q.refused++
 			q.full = true
-			return nil, fmt.Errorf("%w: it holds %d bytes and may hold %d (--state-limit), and this write adds %d: delete objects that are not needed, which is always possible, or raise the limit on all controllers", ErrNoSpace, view.Bytes(), q.limit, charge)
+			return nil, fmt.Errorf("%w: it holds %d bytes, with what is being written, and may hold %d (--state-limit), and this write adds %d: delete objects that are not needed, which is always possible, or raise the limit on all controllers", ErrNoSpace, used, q.limit, charge)
 		}
 	}
 	charge = max(charge, 0)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"timonel/consensus"
@@ -28,11 +29,9 @@ func (b backend) Commit(ctx context.Context, txn *state.Txn) (state.Result, erro
 		txn = &stamped
 	}
 	v, err := b.replica.Apply(ctx, txn.Marshal())
-	if errors.Is(err, consensus.ErrRefused) {
-		if !errors.Is(err, state.ErrNoSpace) { // another controller said so, in words
-			err = fmt.Errorf("%w (%w)", state.ErrNoSpace, err)
-		}
-		return state.Result{}, &storage.CommitError{Outcome: storage.NoSpace, Err: err}
+	if errors.Is(err, consensus.ErrRefused) { // in the words of the leader's quota, wherever that is
+		said := errors.New(strings.TrimPrefix(err.Error(), consensus.ErrRefused.Error()+": "))
+		return state.Result{}, &storage.CommitError{Outcome: storage.NoSpace, Err: said}
 	}
 	if err != nil {
 		return state.Result{}, known(err)

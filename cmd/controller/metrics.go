@@ -131,7 +131,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	}
 	for share, bytes := range map[string][2]int64{
 		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
-		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, -1},
+		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
 	} {

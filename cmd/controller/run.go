@@ -26,6 +26,7 @@ import (
 	"timonel/pki"
 	"timonel/state"
 	"timonel/state/objects"
+	"timonel/state/storage"
 	"timonel/trust"
 )
 
@@ -47,6 +48,7 @@ type controller struct {
 	backend backend
 	trust   *trust.Registry
 	cache   *objects.Cache
+	decoded *storage.Caches
 	api     *apiserver.Server
 	agents  *dispatch.Dispatcher
 	tracker *dispatch.Tracker
@@ -91,6 +93,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	k.store = state.New(state.Options{HistoryAge: c.historyAge, HistoryChanges: c.historyRevisions, HistoryBytes: k.shares.history, NewestVersion: k.newest})
 	k.store.Tick(time.Now())
 	k.quota = state.NewQuota(k.store, k.shares.state, objects.Deleting)
+	k.decoded = storage.NewCaches(k.shares.objects)
 	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
 
 	k.limits = limitsOfPorts(k.shares.connections)
@@ -151,7 +154,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		}
 	})
 	group.Go(func() error { return ended(k.cache.Run(ctx)) })
-	group.Go(func() error { return ended(tendMemory(ctx)) })
+	group.Go(func() error { return ended(tendMemory(ctx, k.trim)) })
 	group.Go(func() error { return ended(k.watchPorts(ctx)) })
 	group.Go(func() error { return ended(tick(ctx, k.store)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
@@ -187,7 +190,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Certificates:     files,
 		Backend:          k.backend,
 		Trust:            k.trust,
-		CacheBytes:       k.shares.objects,
+		Caches:           k.decoded,
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,
 		NodeAddress:      k.agents.CheckNodeAddress,

@@ -19,30 +19,44 @@ const (
 	// idleGC is the GOGC of a controller that has little to do: its heap may grow
 	// by a quarter between collections.
 	idleGC = 25
-	// A busy one's may grow by busyGrowth, but by no less than Go's default of
-	// what lives and by no more than four times that: with a small state the
-	// collector would otherwise take a tenth of the processor.
-	busyGrowth       = 256 << 20
-	minBusy, maxBusy = 100, 400
+	// A busy one's may grow by what it allocates in a second, within these bounds, but by
+	// no less than Go's default of what lives and by no more than four times that: with
+	// a small state the collector would otherwise take a tenth of the processor. More
+	// is not good either: what outlives a collection lies scattered over all that was
+	// allocated since the one before, and keeps its pages from the system.
+	minGrowth, maxGrowth = 64 << 20, 256 << 20
+	minBusy, maxBusy     = 100, 400
 	// busyRate is from how many bytes allocated per second a controller is busy.
 	// At that rate an idle one would collect every four seconds or so.
 	busyRate = 4 << 20
 	// tendEvery is how often to look which it is, quietFor how often in a row it
 	// must have been quiet to be called idle.
 	tendEvery, quietFor = 2 * time.Second, 4
+	// tidyEvery is how often, in such looks, an idle controller gives back what a busy
+	// time has left behind, tidyFrom from how much on it is worth a collection.
+	tidyEvery, tidyFrom = 8, 16 << 20
+	// idleLogCache is what an idle controller keeps of the log's newest entries, which
+	// its followers have.
+	idleLogCache = 1 << 20
 )
 
+// trim lets go of what only a busy controller has a use for.
+func (k *controller) trim() {
+	k.replica.Trim(idleLogCache)
+	k.decoded.Age()
+}
+
 // tendMemory keeps the memory of a controller small while it has little to do,
-// and leaves the collector alone while it is busy, as at the start. It ends with
-// ctx.
-func tendMemory(ctx context.Context) error {
+// and leaves the collector alone while it is busy, as at the start: of that, nothing is
+// left a minute later but what lives. trim is called while it is idle. It ends with ctx.
+func tendMemory(ctx context.Context, trim func()) error {
 	if os.Getenv("GOGC") != "" {
 		return nil // the operator decides
 	}
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}, {Name: "/gc/heap/live:bytes"}}
 	metrics.Read(sample)
 	last, lastTime := sample[0].Value.Uint64(), time.Now()
-	started, idle, quiet := false, false, 0 // the start is a busy time
+	idle, quiet := false, 0 // the start is a busy time
 	var stacks stackHint
 	defer stacks.set(0)
 	percent := 100
@@ -67,14 +81,18 @@ func tendMemory(ctx context.Context) error {
 			idle = true
 			stacks.set(0)
 			setGC(idleGC)
+			trim()
 			debug.FreeOSMemory()
-			if !started {
-				started = true
-				_ = releaseProgram() // an economy, nothing depends on it
+			_ = releaseFiles() // an economy, nothing depends on it
+		case idle && quiet%tidyEvery == 0:
+			trim()
+			if untidy() > tidyFrom {
+				debug.FreeOSMemory()
 			}
+			_ = releaseFiles() // what is used is mapped again within milliseconds
 		case quiet == 0:
 			idle = false
-			setGC(busyGC(sample[1].Value.Uint64()))
+			setGC(busyGC(sample[1].Value.Uint64(), rate))
 			stacks.set(runtime.NumGoroutine())
 		}
 	}
@@ -125,9 +143,11 @@ func holdStack(depth int, release <-chan struct{}) {
 	runtime.KeepAlive(&frame)
 }
 
-// busyGC is the GOGC of a busy controller with so many bytes live.
-func busyGC(live uint64) int {
-	return int(min(max(busyGrowth*100/max(live, 1), minBusy), maxBusy))
+// busyGC is the GOGC of a busy controller with so many bytes live that allocates rate
+// bytes a second.
+func busyGC(live uint64, rate float64) int {
+	growth := min(max(uint64(rate), minGrowth), maxGrowth)
+	return int(min(max(growth*100/max(live, 1), minBusy), maxBusy))
 }
 
 func pause(ctx context.Context, d time.Duration) bool {
@@ -141,15 +161,24 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// releaseProgram tells the kernel that the pages of the program's own file need
-// not stay mapped: half of them ran at the start alone. What is needed is mapped
-// again from the page cache when it is next touched. Pages that are written to
-// are left alone.
-func releaseProgram() error {
-	exe, err := os.Readlink("/proc/self/exe")
-	if err != nil {
-		return err
+// untidy is how much memory a collection might give back: what was allocated since the
+// last one and what that has freed and kept.
+func untidy() uint64 {
+	sample := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/heap/live:bytes"},
+		{Name: "/memory/classes/heap/free:bytes"}, {Name: "/memory/classes/heap/unused:bytes"}}
+	metrics.Read(sample)
+	n := sample[2].Value.Uint64() + sample[3].Value.Uint64()
+	if objects, live := sample[0].Value.Uint64(), sample[1].Value.Uint64(); objects > live {
+		n += objects - live
 	}
+	return n
+}
+
+// releaseFiles tells the kernel that the pages of files need not stay mapped: half of
+// the program's ran at the start alone, and the log's store has been read all over when
+// there was much to do. What is needed is mapped again from the page cache when it is
+// next touched. Pages that can be written to are left alone.
+func releaseFiles() error {
 	f, err := os.Open("/proc/self/maps")
 	if err != nil {
 		return err
@@ -159,7 +188,7 @@ func releaseProgram() error {
 	for s.Scan() {
 		// start-end perms offset device inode path
 		fields := strings.Fields(s.Text())
-		if len(fields) < 6 || strings.Join(fields[5:], " ") != exe || strings.Contains(fields[1], "w") {
+		if len(fields) < 6 || !strings.HasPrefix(fields[5], "/") || strings.Contains(fields[1], "w") {
 			continue
 		}
 		var start, end uintptr

@@ -6,19 +6,26 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestReleaseProgram(t *testing.T) {
+func TestReleaseFiles(t *testing.T) {
 	_, before := residentMemory()
 	require.Positive(t, before)
-	require.NoError(t, releaseProgram())
+	require.NoError(t, releaseFiles())
 	// Code and constants are read again where they were.
 	require.Contains(t, command().Long+command().Short, "controllers")
-	require.NoError(t, releaseProgram())
+	require.NoError(t, releaseFiles())
 	resident, anonymous := residentMemory()
 	require.Greater(t, resident, anonymous)
 }
 
 func TestBusyGC(t *testing.T) {
-	for live, want := range map[uint64]int{0: 400, 50 << 20: 400, 128 << 20: 200, 1 << 30: 100, 64 << 30: 100} {
-		require.Equal(t, want, busyGC(live), "%d bytes", live)
+	for _, tc := range []struct {
+		live uint64
+		rate float64
+		want int
+	}{
+		{0, 1 << 30, 400}, {50 << 20, 1 << 30, 400}, {128 << 20, 1 << 30, 200}, {1 << 30, 1 << 40, 100}, {64 << 30, 1 << 30, 100},
+		{64 << 20, 5 << 20, 100}, {32 << 20, 5 << 20, 200}, {64 << 20, 96 << 20, 150}, {1 << 30, 5 << 20, 100},
+	} {
+		require.Equal(t, tc.want, busyGC(tc.live, tc.rate), "%d bytes live, %.0f a second", tc.live, tc.rate)
 	}
 }

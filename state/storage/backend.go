@@ -36,10 +36,8 @@ type Backend interface {
 }
 
 // Decorator returns the function that makes the storage of each resource. All
-// storages it makes share their caches: cacheBytes bounds the decoded objects that are
-// kept, by the size of their encodings; it is 16 MiB at least.
-func Decorator(b Backend, cacheBytes int64) generic.StorageDecorator {
-	shared := newCaches(cacheBytes)
+// storages it makes share the caches.
+func Decorator(b Backend, shared *Caches) generic.StorageDecorator {
 	return func(
 		config *storagebackend.ConfigForResource,
 		resourcePrefix string,

@@ -48,6 +48,7 @@ type objectCache struct {
 	mu         sync.Mutex // all that follows, and what memos hold of this cache's objects
 	young, old generation
 	bytes      int64 // of young
+	oldBytes   int64
 }
 
 // generation is the objects that were last used in the same turn.
@@ -118,15 +119,36 @@ func (c *objectCache) join(d *decoded) {
 	turn := c.turn.Load()
 	d.turn.Store(turn)
 	c.young.add(d)
-	if c.bytes += int64(d.size); c.bytes <= c.limit/2 {
-		return
+	if c.bytes += int64(d.size); c.bytes > c.limit/2 {
+		c.nextTurn()
 	}
+}
+
+// nextTurn drops the old generation and makes the young one old. c.mu is held.
+func (c *objectCache) nextTurn() {
 	for _, d := range c.old {
 		d.memo.CompareAndSwap(&d.self, nil)
 	}
 	clear(c.old)
-	c.young, c.old, c.bytes = c.old[:0], c.young, 0
-	c.turn.Store(turn + 1)
+	c.young, c.old, c.bytes, c.oldBytes = c.old[:0], c.young, 0, c.bytes
+	c.turn.Add(1)
+}
+
+// age drops what was not used since the last call but one.
+func (c *objectCache) age() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.nextTurn()
+	if cap(c.young) > 2*len(c.old) { // of a time when there was much
+		c.young = nil
+	}
+}
+
+// held is the size of the encodings of the objects kept.
+func (c *objectCache) held() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.bytes + c.oldBytes
 }
 
 // renew moves an object that is used to the young generation, if it is still kept.
@@ -135,6 +157,7 @@ func (c *objectCache) renew(d *decoded) {
 	defer c.mu.Unlock()
 	if d.memo.Load() == &d.self && d.turn.Load() != c.turn.Load() {
 		c.old.remove(d)
+		c.oldBytes -= int64(d.size)
 		c.join(d)
 	}
 }
@@ -153,6 +176,7 @@ func (c *objectCache) leave(d *decoded) {
 	}
 	if d.turn.Load() != c.turn.Load() {
 		c.old.remove(d)
+		c.oldBytes -= int64(d.size)
 		return
 	}
 	c.young.remove(d)

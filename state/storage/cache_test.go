@@ -141,6 +141,42 @@ func TestEvictionEmptiesMemos(t *testing.T) {
 	}
 }
 
+// TestAge drops what was not used since the last call but one, and keeps what was.
+func TestAge(t *testing.T) {
+	t.Parallel()
+	var decodes atomic.Int64
+	_, s, b := setup(t, func(c *Config) { c.Codec = countingCodec{c.Codec, &decodes} })
+	size := fill(t, s, 50)
+	c := NewCaches(100 * size)
+	s.caches = c
+	list(t, s, storage.Everything)
+	c.events.get(eventKey{s, &state.Event{KV: state.KV{Value: make([]byte, 1000)}}})
+	if n := c.Bytes(); n != 50*size+1000 {
+		t.Fatalf("%d bytes are held after a list of %d and an event of 1000", n, 50*size)
+	}
+	c.Age()
+	if n := c.Bytes(); n != 50*size {
+		t.Errorf("%d bytes are held after the first time, want %d", n, 50*size)
+	}
+	get(t, s, "p007")
+	c.Age()
+	c.objects.check(t, b.Store().View())
+	if n := c.Bytes(); n != size || !has(s, "/pods/ns/p007") || has(s, "/pods/ns/p008") {
+		t.Errorf("%d bytes are held after the second, want those of the one that was used: %d", n, size)
+	}
+	c.Age()
+	c.Age()
+	if n := c.Bytes(); n != 0 {
+		t.Errorf("%d bytes are held at the end", n)
+	}
+	decodes.Store(0)
+	list(t, s, storage.Everything)
+	if n := decodes.Load(); n != 50 {
+		t.Errorf("the next list decodes %d objects of 50", n)
+	}
+	c.objects.check(t, b.Store().View())
+}
+
 // TestListBiggerThanCache keeps the first half of what the cache may, so that the
 // next list finds that much, and drops nothing for the rest.
 func TestListBiggerThanCache(t *testing.T) {
@@ -289,7 +325,7 @@ func TestSharedEventsAreBounded(t *testing.T) {
 	_, s, _ := setup(t)
 	_, other, _ := setup(t)
 	for _, size := range []int{0, 100, 4 << 10, 100 << 10, 1 << 20, 3 << 20, sharedEventBytes + 1} {
-		c := newCaches(0).events
+		c := NewCaches(0).events
 		for i := range 3 * sharedEvents {
 			store := s
 			if i%5 == 0 {

@@ -134,17 +134,29 @@ func (s *Store) decodeInto(data []byte, out runtime.Object, revision int64) erro
 	return s.versioner.UpdateObject(out, uint64(revision))
 }
 
-// caches are what all storages of a backend share.
-type caches struct {
+// Caches are the decoded objects and events that all storages of a backend share.
+type Caches struct {
 	objects *objectCache
 	events  *eventCache
 }
 
-func newCaches(bytes int64) *caches {
-	return &caches{
+// NewCaches makes empty caches. bytes bounds the decoded objects that are kept, by the
+// size of their encodings; it is 16 MiB at least.
+func NewCaches(bytes int64) *Caches {
+	return &Caches{
 		objects: newObjectCache(max(bytes, leastCacheBytes)),
 		events:  &eventCache{byEvent: map[eventKey]*sharedEvent{}},
 	}
+}
+
+// Bytes is how much the caches hold, by the size of the encodings.
+func (c *Caches) Bytes() int64 { return c.objects.held() + c.events.held() }
+
+// Age lets go of the objects that were not used since the last call but one, and of all
+// events: what a time of much work has left behind.
+func (c *Caches) Age() {
+	c.objects.age()
+	c.events.clear()
 }
 
 // sharedEvent is an event decoded for all its watchers.
@@ -205,6 +217,23 @@ func (c *eventCache) drop(place int) {
 		c.bytes -= e.key.size()
 		c.ring[place] = nil
 	}
+}
+
+// clear forgets all events.
+func (c *eventCache) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.ring {
+		c.drop(i)
+	}
+	c.first, c.n = 0, 0
+}
+
+// held is the size of the values that the events kept are made of.
+func (c *eventCache) held() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.bytes
 }
 
 func (c *eventCache) forgetStore(s *Store) {

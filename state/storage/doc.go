@@ -6,7 +6,7 @@
 // read barrier. [New] makes one by hand.
 //
 //	options.StorageConfig = …
-//	restOptions.Decorator = storage.Decorator(backend, 64<<20)
+//	restOptions.Decorator = storage.Decorator(backend, storage.NewCaches(64<<20))
 //
 // # Consistency
 //

@@ -62,7 +62,7 @@ var answers = map[Outcome]struct {
 	NotDone:  {http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, 1, "%s was not done, please try again"},
 	Fenced:   {http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, 0, "%s was not done"},
 	TooLarge: {http.StatusRequestEntityTooLarge, metav1.StatusReasonRequestEntityTooLarge, 0, "Request entity too large: %s was refused"},
-	NoSpace:  {http.StatusInsufficientStorage, "InsufficientStorage", 0, "%s was refused, as the cluster's state has reached its limit: delete what is not needed"},
+	NoSpace:  {http.StatusInsufficientStorage, "InsufficientStorage", 0, "%s was refused"},
 }
 
 // Answer is what a client is told of an error of the backend.

@@ -407,7 +407,7 @@ func TestDecorator(t *testing.T) {
 	t.Parallel()
 	_, _, b := setup(t)
 	config := storagebackend.NewDefaultConfig("/registry", exampleCodec()).ForResource(schema.GroupResource{Resource: "pods"})
-	s, destroy, err := Decorator(b, 0)(config, "/pods", nil,
+	s, destroy, err := Decorator(b, NewCaches(0))(config, "/pods", nil,
 		func() runtime.Object { return &example.Pod{} }, func() runtime.Object { return &example.PodList{} },
 		storage.DefaultNamespaceScopedAttr, nil, nil)
 	if err != nil {
@@ -430,7 +430,7 @@ func TestDecorator(t *testing.T) {
 		t.Error("the watch goes on after the storage was destroyed")
 	}
 	for _, bad := range []string{"", "/", "pods"} {
-		if _, _, err := Decorator(b, 0)(config, bad, nil, nil, nil, nil, nil, nil); err == nil {
+		if _, _, err := Decorator(b, NewCaches(0))(config, bad, nil, nil, nil, nil, nil, nil); err == nil {
 			t.Errorf("prefix %q was accepted", bad)
 		}
 	}

@@ -48,7 +48,7 @@ type Config struct {
 	// Now is the clock for times to live. Default time.Now.
 	Now func() time.Time
 
-	caches *caches // shared by the storages of a backend
+	caches *Caches // shared by the storages of a backend
 }
 
 // Store keeps the objects of one resource. It implements storage.Interface.
@@ -57,7 +57,7 @@ type Store struct {
 	config    Config
 	versioner storage.APIObjectVersioner
 	path      string // before all keys, with slashes round it
-	caches    *caches
+	caches    *Caches
 	now       func() time.Time
 
 	transformerMu sync.RWMutex
@@ -96,7 +96,7 @@ func New(b Backend, c Config) (*Store, error) {
 		c.Now = time.Now
 	}
 	if c.caches == nil {
-		c.caches = newCaches(0)
+		c.caches = NewCaches(0)
 	}
 	s := &Store{backend: b, config: c, caches: c.caches, now: c.Now, watches: map[*watch]struct{}{}}
 	s.path = path.Join("/", c.PathPrefix)
