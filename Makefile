@@ -80,7 +80,7 @@ e2e: build older images ## A real cluster: deploy, kill the leader, bad input
 chaos: build images ## Break a real cluster in every way we know; SEED=n MINUTES=m repeats one random mix, FAULTS=regexp of these alone
 	@.ci/deps chaos
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" "FAULTS=$(FAULTS)" \
-		$(GO) test -tags chaos -count 1 -timeout $(if $(MINUTES),$(shell echo $$(( $(firstword $(subst ., ,$(MINUTES))) + 30 ))),70)m $(if $(SEED)$(MINUTES),-run '^TestMix$$') -v ./test/chaos
+		$(GO) test -tags chaos -count 1 -timeout $(if $(MINUTES),$(shell echo $$(( $(firstword $(subst ., ,$(MINUTES))) + 30 ))),90)m $(if $(SEED)$(MINUTES),-run '^TestMix$$') -v ./test/chaos
 
 .PHONY: bench
 bench: ## Measure beside Kubernetes on etcd: BENCH="-sides timonel -rows get32 -seconds 5"

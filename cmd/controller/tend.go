@@ -38,12 +38,16 @@ const (
 	// idleLogCache is what an idle controller keeps of the log's newest entries, which
 	// its followers have.
 	idleLogCache = 1 << 20
+	// idleReplaced is what it keeps of replaced objects, for agents that come back: older
+	// ones are sent all that is theirs.
+	idleReplaced = 1 << 20
 )
 
 // trim lets go of what only a busy controller has a use for.
 func (k *controller) trim() {
 	k.replica.Trim(idleLogCache)
 	k.decoded.Age()
+	k.cache.Trim(idleReplaced)
 }
 
 // tendMemory keeps the memory of a controller small while it has little to do,

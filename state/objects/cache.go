@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sort"
 	"strings"
 	"sync"
@@ -190,6 +191,30 @@ func (c *Cache) Changes(ctx context.Context, after int64) (Changes, error) {
 	}
 }
 
+// Trim forgets the oldest changes until what the others replaced is of that many bytes
+// at most. Who knows an older snapshot is answered with Reset.
+func (c *Cache) Trim(replaced int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forget(replaced)
+	c.changes = slices.Clone(c.changes) // the array was as large as it ever had to be
+}
+
+// forget drops the oldest changes, of which there are too many or that replaced too
+// much. c.mu is held.
+func (c *Cache) forget(replaced int64) {
+	over := 0
+	for len(c.changes)-over > changesKept || c.replaced > replaced {
+		c.replaced -= c.changes[over].replaced()
+		over++
+	}
+	if over > 0 {
+		c.since = c.changes[over-1].Revision
+		clear(c.changes[:over])
+		c.changes = c.changes[over:]
+	}
+}
+
 // inGap says whether a revision lies strictly within a gap. c.mu is held.
 func (c *Cache) inGap(revision int64) bool {
 	for _, g := range c.gaps {
@@ -216,16 +241,7 @@ func (c *Cache) publish(revision int64, changed []Changed, whole bool) {
 		for i := range changed {
 			c.replaced += changed[i].replaced()
 		}
-		over := 0
-		for len(c.changes)-over > changesKept || c.replaced > changesBytes {
-			c.replaced -= c.changes[over].replaced()
-			over++
-		}
-		if over > 0 {
-			c.since = c.changes[over-1].Revision
-			clear(c.changes[:over])
-			c.changes = c.changes[over:]
-		}
+		c.forget(changesBytes)
 		if len(c.gaps) > gapsKept {
 			c.since = max(c.since, c.gaps[0].to)
 		}

@@ -296,6 +296,18 @@ func TestChangesAreBoundedInBytes(t *testing.T) {
 			if err != nil || got.Reset || len(got.Changed) != 5 {
 				t.Errorf("the last changes are %d, reset=%v, %v, want 5", len(got.Changed), got.Reset, err)
 			}
+			c.Trim(int64(2*len(value) + 100))
+			for back, reset := range map[int64]bool{1: false, 2: false, 3: true, 5: true} {
+				if got, err = c.Changes(t.Context(), last-back); err != nil || got.Reset != reset || !reset && len(got.Changed) != int(back) {
+					t.Errorf("trimmed to two, the last %d changes are %d, reset=%v, %v", back, len(got.Changed), got.Reset, err)
+				}
+			}
+			c.Trim(0)
+			next := apply(t, s, put)
+			snapshotAt(t, c, next)
+			if got, err = c.Changes(t.Context(), last); err != nil || got.Reset || len(got.Changed) != 1 {
+				t.Errorf("after all was forgotten the next change is %d, reset=%v, %v", len(got.Changed), got.Reset, err)
+			}
 		})
 	}
 	t.Run("of what is not decoded", func(t *testing.T) {

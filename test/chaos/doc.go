@@ -8,7 +8,9 @@
 // and clocks are skewed (inject_test.go). TestEach does one of these at a time,
 // TestMix all at random; nine clients and three watchers record what they see, and
 // test/history checks it. TestState does the same to the log and the state alone,
-// without an API server: three processes of test/chaos/store.
+// without an API server: three processes of test/chaos/store. load_test.go has clients
+// that write 1 MiB objects as fast as they may, or fill the state to its limit, and
+// controllers that are cut off while they are watched.
 //
 // Limits on time are the ones that Timonel promises; machines that are slower
 // than two cores with a local disk may not keep them.
