@@ -34,6 +34,7 @@ import (
 	"k8s.io/kubernetes/pkg/kubeapiserver"
 
 	"timonel/state/storage"
+	"timonel/trust"
 )
 
 // shared is what the three servers of the chain (built-in APIs, custom
@@ -69,8 +70,13 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 	if err != nil {
 		return nil, fmt.Errorf("find the loopback address: %w", err)
 	}
+	generic.SecureServing.Listener = guardedListener{generic.SecureServing.Listener}
+	var guard *trust.Guard
+	if c.Trust != nil {
+		guard = trust.NewGuard(c.Trust)
+	}
 	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend, c.Caches), options: o, generic: generic,
-		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch)}
+		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch, guard)}
 	generic.BuildHandlerChainFunc = s.life.handlers
 	generic.LoopbackClientConfig = transport.loopback(s.network.Host)
 

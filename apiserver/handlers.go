@@ -10,6 +10,8 @@ import (
 	genericfilters "k8s.io/apiserver/pkg/server/filters"
 	"k8s.io/apiserver/pkg/server/routine"
 	flowcontrolrequest "k8s.io/apiserver/pkg/util/flowcontrol/request"
+
+	"timonel/trust"
 )
 
 // lifecycle tells the handlers of requests how far the server is.
@@ -17,10 +19,11 @@ type lifecycle struct {
 	discovered chan struct{} // closed when all paths are installed
 	stopping   chan struct{} // closed when the server stops
 	inTouch    func() (lost <-chan struct{}, err error)
+	guard      *trust.Guard // nil: nobody is ever revoked
 }
 
-func newLifecycle(inTouch func() (<-chan struct{}, error)) lifecycle {
-	return lifecycle{inTouch: inTouch, discovered: make(chan struct{}), stopping: make(chan struct{})}
+func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard) lifecycle {
+	return lifecycle{inTouch: inTouch, guard: guard, discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -44,6 +47,7 @@ func (l lifecycle) follow(signals map[string]<-chan struct{}, stop <-chan struct
 // tracing is set up: together they cost a twentieth of a small request.
 func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.Handler {
 	touch := touchFilter{inTouch: l.inTouch, serializer: c.Serializer}
+	guard := guardFilter{guard: l.guard, serializer: c.Serializer}
 	h := genericapifilters.WithAuthorization(api, c.Authorization.Authorizer, c.Serializer)
 	if c.FlowControl != nil {
 		estimator := flowcontrolrequest.NewWorkEstimator(c.StorageObjectCountTracker.Get, c.FlowControl.GetInterestedWatchCount,
@@ -60,6 +64,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	h = genericapifilters.WithAudit(h, c.AuditBackend, c.AuditPolicyRuleEvaluator, c.LongRunningFunc)
 
 	h = touch.after(h)
+	h = guard.after(h)
 	unauthorized := genericapifilters.WithFailedAuthenticationAudit(genericapifilters.Unauthorized(c.Serializer), c.AuditBackend, c.AuditPolicyRuleEvaluator)
 	h = genericapifilters.WithAuthentication(h, c.Authentication.Authenticator, unauthorized, c.Authentication.APIAudiences, c.Authentication.RequestHeaderConfig)
 	h = genericfilters.WithCORS(h, c.CorsAllowedOriginList, nil, nil, nil, "true")
@@ -83,6 +88,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	if c.FeatureGate.Enabled(genericfeatures.APIServingWithRoutine) {
 		h = routine.WithRoutine(h, c.LongRunningFunc)
 	}
+	h = guard.before(h)
 	h = touch.before(h)
 	h = genericapifilters.WithRequestInfo(h, c.RequestInfoResolver)
 	h = genericapifilters.WithRequestReceivedTimestamp(h)

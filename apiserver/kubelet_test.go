@@ -42,6 +42,10 @@ func newFakeKubelet(t *testing.T) *fakeKubelet {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /containerLogs/{namespace}/{pod}/{container}", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "log of %s/%s tail %s\n", r.PathValue("pod"), r.PathValue("container"), r.URL.Query().Get("tailLines"))
+		if r.URL.Query().Get("follow") == "true" {
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		}
 	})
 	mux.HandleFunc("GET /stats/summary", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "stats") })
 	mux.HandleFunc("POST /exec/{namespace}/{pod}/{container}", k.exec)
@@ -72,6 +76,8 @@ func (k *fakeKubelet) exec(w http.ResponseWriter, r *http.Request) {
 		select {
 		case stream := <-streams:
 			byType[stream.Headers().Get(corev1.StreamType)] = stream
+		case <-conn.CloseChan(): // the client went away
+			return
 		case <-time.After(10 * time.Second):
 			k.t.Error("streams did not come")
 			return

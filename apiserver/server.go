@@ -106,10 +106,16 @@ func (s *Server) Run(ctx context.Context) error {
 	defer stopWaiting()
 	wait.Go(func() { s.openWithState(waiting) })
 	wait.Go(func() { s.life.follow(s.installed, waiting.Done()) })
+	unguarded := make(chan error, 1)
+	if s.life.guard != nil {
+		wait.Go(func() { unguarded <- s.life.guard.Run(waiting) })
+	}
 	defer context.AfterFunc(ctx, func() { close(s.life.stopping) })()
 
 	select {
 	case err := <-done:
+		return s.stopped(ctx, err)
+	case err := <-unguarded:
 		return s.stopped(ctx, err)
 	case <-ctx.Done():
 	}

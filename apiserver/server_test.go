@@ -31,8 +31,10 @@ type fixture struct {
 	server  *Server
 	backend *storagetest.LocalBackend
 	bundle  *pki.Bundle
-	ready   time.Duration // from New to ready
-	stop    func() error
+	// renew issues the controller's certificates anew, where the server reads them.
+	renew func() error
+	ready time.Duration // from New to ready
+	stop  func() error
 }
 
 // commonServer is the server that most tests share: a start takes seconds.
@@ -121,6 +123,13 @@ func startFixture(backend *storagetest.LocalBackend, bundle *pki.Bundle, change 
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
 	f := &fixture{server: server, backend: backend, bundle: bundle}
+	f.renew = func() error {
+		if err := controller.Renew(); err != nil {
+			return err
+		}
+		_, err := controller.WriteFiles(filepath.Join(dir, "c1"))
+		return err
+	}
 	f.stop = func() error {
 		cancel()
 		return errors.Join(<-done, os.RemoveAll(dir))

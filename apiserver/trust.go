@@ -9,7 +9,6 @@ import (
 
 	"k8s.io/apiserver/pkg/authentication/authenticator"
 
-	"timonel/pki"
 	"timonel/trust"
 )
 
@@ -34,15 +33,9 @@ type trustAuthenticator struct {
 
 // AuthenticateRequest implements authenticator.Request.
 func (a trustAuthenticator) AuthenticateRequest(r *http.Request) (*authenticator.Response, bool, error) {
-	issued := time.Time{}
-	bearer := r.Header.Get("Authorization") // gone after next
+	tokens := tokensOf(r) // gone after next
 	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
-		leaf := r.TLS.PeerCertificates[0]
-		p := trust.Party{Key: trust.KeyOf(leaf)}
-		if id := pki.IdentityOf(leaf); id.Role == pki.RoleNode {
-			p.Node = id.Name
-		}
-		if err := a.registry.Check(p); err != nil {
+		if err := a.registry.Check(partyOf(r.TLS.PeerCertificates[0])); err != nil {
 			return nil, false, err
 		}
 	}
@@ -51,7 +44,7 @@ func (a trustAuthenticator) AuthenticateRequest(r *http.Request) (*authenticator
 		return response, ok, err
 	}
 	if nodes := response.User.GetExtra()[nodeNameExtra]; len(nodes) > 0 {
-		issued = issuedAt(bearer)
+		issued := issuedAt(tokens)
 		for _, node := range nodes {
 			if err := a.registry.Check(trust.Party{Node: node, Since: issued}); err != nil {
 				return nil, false, err
@@ -61,11 +54,41 @@ func (a trustAuthenticator) AuthenticateRequest(r *http.Request) (*authenticator
 	return response, true, nil
 }
 
-// issuedAt is when a bearer token that was verified says that it was issued; zero,
-// which is before everything, if it does not.
-func issuedAt(authorization string) time.Time {
-	_, token, _ := strings.Cut(strings.TrimSpace(authorization), " ")
-	parts := strings.Split(strings.TrimSpace(token), ".")
+// webSocketToken begins the WebSocket protocol that carries a bearer token, for
+// browsers, which cannot set a header.
+const webSocketToken = "base64url.bearer.authorization.k8s.io."
+
+// tokensOf are the bearer tokens that a request shows, one of which may be verified.
+func tokensOf(r *http.Request) (out []string) {
+	if scheme, token, ok := strings.Cut(strings.TrimSpace(r.Header.Get("Authorization")), " "); ok && strings.EqualFold(scheme, "bearer") {
+		out = append(out, strings.TrimSpace(token))
+	}
+	for _, header := range r.Header["Sec-Websocket-Protocol"] {
+		for protocol := range strings.SplitSeq(header, ",") {
+			if encoded, ok := strings.CutPrefix(strings.TrimSpace(protocol), webSocketToken); ok {
+				token, _ := base64.RawURLEncoding.DecodeString(encoded) // "" is no token either
+				out = append(out, string(token))
+			}
+		}
+	}
+	return out
+}
+
+// issuedAt is when the tokens that a request shows say that they were issued; zero,
+// which is before everything, if one of them does not. Which of them was verified is
+// not known here, so the earliest counts: a forged one makes none younger.
+func issuedAt(tokens []string) (earliest time.Time) {
+	for i, token := range tokens {
+		at := issueOf(token)
+		if i == 0 || at.Before(earliest) {
+			earliest = at
+		}
+	}
+	return earliest
+}
+
+func issueOf(token string) time.Time {
+	parts := strings.Split(token, ".")
 	if len(parts) != 3 {
 		return time.Time{}
 	}

@@ -2,8 +2,10 @@ package dispatch
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -25,8 +27,34 @@ import (
 //   - Before a process takes the place of another, the controllers are asked whether
 //     one of them serves that. An agent that was restarted finds that none does.
 //   - Of one process, the newest stream to a controller counts.
+//
+// Agents of before there were instances say none. Each of their streams counts as a
+// process of its own, and as nobody can tell one that moves from a second one, the
+// newest of them is served, whichever controller it is to. It does not take the place
+// of an agent that says its instance.
 
-const instanceMax = 64
+const (
+	instanceMax = 64
+	// namelessPrefix begins the instances that controllers give to streams that have
+	// none. No agent may say one.
+	namelessPrefix = "stream:"
+)
+
+// instanceOf is the process that a Hello comes from.
+func instanceOf(hello *pb.Hello) (string, error) {
+	switch instance := hello.GetInstance(); {
+	case instance == "":
+		return namelessPrefix + rand.Text(), nil
+	case len(instance) > instanceMax:
+		return "", status.Errorf(codes.InvalidArgument, "Hello of node %s: its instance has more than %d bytes", hello.GetNodeName(), instanceMax)
+	case strings.HasPrefix(instance, namelessPrefix):
+		return "", status.Errorf(codes.InvalidArgument, "Hello of node %s: an instance that begins with %q is a controller's to give", hello.GetNodeName(), namelessPrefix)
+	default:
+		return instance, nil
+	}
+}
+
+func nameless(instance string) bool { return strings.HasPrefix(instance, namelessPrefix) }
 
 var errSuperseded = status.Error(codes.FailedPrecondition, "another process with this node's certificate took over: if that was not to be, `timonel node revoke` the node, and join again under another name")
 
@@ -87,10 +115,11 @@ func (d *Dispatcher) Claim(_ context.Context, r *pb.ClaimRequest) (*pb.ClaimResp
 	return &pb.ClaimResponse{Held: d.hub.holds(r.GetNodeName(), r.GetInstance())}, nil
 }
 
-// holds says whether another process of a node is served here.
+// holds says whether another process of a node is served here, whose place that of
+// instance must not take.
 func (h *hub) holds(node, instance string) bool {
 	s := h.session(node)
-	return s != nil && s.instance != instance
+	return s != nil && s.instance != instance && !(nameless(s.instance) && nameless(instance))
 }
 
 // watchTrust ends what the replicated state does not let go on.

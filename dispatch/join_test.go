@@ -232,9 +232,54 @@ func TestOneProcessPerNode(t *testing.T) {
 	requireCode(t, stale.end(), codes.FailedPrecondition, "is connected to controller c3")
 }
 
+// Agents of before there were instances: two with one certificate are never both
+// served, on whichever controllers, and one that moves or starts again is at once.
+func TestOneStreamOfAnAgentWithoutInstance(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2", "c3")
+	c.put(nodeObject("a1"))
+	first := c.connect("c1", &pb.Hello{NodeName: "a1"})
+	first.batch()
+	for i, controller := range []string{"c2", "c3", "c1", "c1"} {
+		next := c.connect(controller, &pb.Hello{NodeName: "a1"})
+		next.batch()
+		require.Error(t, first.end(), "stream %d goes on beside a newer one", i)
+		first = next
+	}
+	c.put(podOn("a1", "web", "u1"))
+	require.Contains(t, first.batch(), "synced")
+
+	for instance, want := range map[string]codes.Code{
+		"stream:x": codes.InvalidArgument, strings.Repeat("x", 65): codes.InvalidArgument,
+		"a newer build": codes.FailedPrecondition, // waits for the other's stream to end
+	} {
+		second := c.connect("c2", &pb.Hello{NodeName: "a1", Instance: instance})
+		require.Equal(t, want, status.Code(second.end()), instance)
+	}
+	first.cancel()
+	eventually(t, "c1 notices", func() bool { return c.controllers["c1"].hub.session("a1") == nil })
+	upgraded := c.connect("c2", &pb.Hello{NodeName: "a1", Instance: "a newer build"})
+	upgraded.batch()
+	stale := c.connect("c3", &pb.Hello{NodeName: "a1"})
+	requireCode(t, stale.end(), codes.FailedPrecondition, "is connected to controller c2")
+}
+
 // Many processes with one certificate at once: one at most is served in the end.
 func TestProcessesThatRaceForANode(t *testing.T) {
 	t.Parallel()
+	for name, instance := range map[string]func(int) string{
+		"with instances":   func(i int) string { return string(rune('a' + i)) },
+		"without":          func(int) string { return "" },
+		"with and without": func(i int) string { return []string{"", string(rune('a' + i))}[i%2] },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			raceForANode(t, instance)
+		})
+	}
+}
+
+func raceForANode(t *testing.T, instance func(int) string) {
 	c := newCluster(t, "c1", "c2", "c3")
 	c.put(nodeObject("a1"))
 	config := c.nodeTLS("a1")
@@ -242,7 +287,7 @@ func TestProcessesThatRaceForANode(t *testing.T) {
 	agents := make([]*agent, 12)
 	for i := range agents {
 		wait.Go(func() {
-			hello := &pb.Hello{NodeName: "a1", Instance: string(rune('a' + i))}
+			hello := &pb.Hello{NodeName: "a1", Instance: instance(i)}
 			agents[i] = c.connectAs([]string{"c1", "c2", "c3"}[i%3], hello, config)
 		})
 	}
@@ -260,7 +305,7 @@ func TestProcessesThatRaceForANode(t *testing.T) {
 	eventually(t, "one is served", func() bool { return served() == 1 })
 	node, _, err := c.trust.Node("a1")
 	require.NoError(t, err)
-	require.Contains(t, "abcdefghijkl", node.Instance)
+	require.NotEmpty(t, node.Instance)
 }
 
 func TestRequestsThatAskForMore(t *testing.T) {

@@ -92,8 +92,9 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	if id != (pki.Identity{Role: pki.RoleNode, Name: hello.GetNodeName()}) {
 		return status.Errorf(codes.PermissionDenied, "the certificate is that of %s, the agent calls itself node %s", id, hello.GetNodeName())
 	}
-	if len(hello.GetInstance()) > instanceMax {
-		return status.Errorf(codes.InvalidArgument, "Hello of node %s: its instance has more than %d bytes", id.Name, instanceMax)
+	instance, err := instanceOf(hello)
+	if err != nil {
+		return err
 	}
 	expires, key, err := peerLeaf(ctx)
 	if err != nil {
@@ -111,7 +112,7 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 		return status.Errorf(codes.Internal, "API client of node %s: %v", id.Name, err)
 	}
 	s := &session{
-		d: d, node: id.Name, instance: hello.GetInstance(), log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
+		d: d, node: id.Name, instance: instance, log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
 		ended: ctx.Done(), wake: make(chan struct{}, 1), control: make(chan *pb.ControllerMessage, controlQueue),
 		first: true,
 	}

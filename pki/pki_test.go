@@ -289,6 +289,7 @@ func TestTLS(t *testing.T) {
 	nodeCert, err := node.Pair.TLS()
 	require.NoError(t, err)
 	impostor := c1.ClusterServerTLS() // a node that poses as a controller
+	impostor.GetCertificate = nil
 	impostor.Certificates = []tls.Certificate{nodeCert}
 
 	expiredBundle := *b
@@ -338,7 +339,7 @@ func TestControllerServing(t *testing.T) {
 	b := newBundle(t)
 	c, err := b.Controller("c1", []net.IP{net.ParseIP("10.1.2.3")}, []string{"api.example.org"})
 	require.NoError(t, err)
-	cert, err := parseCert(c.APIServing.Cert)
+	cert, err := parseCert(c.Credentials().APIServing.Cert)
 	require.NoError(t, err)
 	for _, host := range []string{"kubernetes", "kubernetes.default.svc.cluster.local", "10.96.0.1", "10.1.2.3", "127.0.0.1", "localhost", "c1", "api.example.org"} {
 		_, err := cert.Verify(x509.VerifyOptions{Roots: b.ca.pool(), DNSName: host})

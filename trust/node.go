@@ -192,7 +192,7 @@ func (r *Registry) checkNode(view state.View, name, key string) error {
 type Admission struct {
 	Node, Key string
 	Expires   time.Time // of the certificate
-	Instance  string    // names the agent's process, empty for one of before there were instances
+	Instance  string    // names the agent's process, or its stream
 }
 
 // Admit makes an agent's process the one of its node: from when it returns, the

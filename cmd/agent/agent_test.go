@@ -105,10 +105,12 @@ func TestErrorsNameTheFlagAndChangeNothing(t *testing.T) {
 		{"no containerd", []string{"--containerd-binary", "/does/not/exist"}, "apt-get install containerd"},
 		{"no containerd at the socket", []string{"--containerd", "/does/not/exist.sock"}, "--containerd"},
 		{"a log level", []string{"--log-level", "loud"}, "--log-level"},
-		{"no token", nil, "--token is needed"},
+		{"no token", nil, "--token-file is needed"},
 		{"no controllers", []string{"--token", one.bundle.Token()}, "--controllers is needed"},
 		{"a token that is none", []string{"--token", "timonel9.x"}, "--token"},
 		{"a token file that is not there", []string{"--token", "@/does/not/exist"}, "--token"},
+		{"no such token file", []string{"--token-file", "/does/not/exist"}, "--token-file: open /does/not/exist"},
+		{"two tokens", []string{"--token-file", "f", "--token", "@f"}, "give one of them"},
 		{"a wrong secret", []string{"--token", tampered, "--controllers", addr}, "token"},
 		{"another cluster", []string{"--token", two.bundle.Token(), "--controllers", addr}, "another cluster"},
 	} {

@@ -47,44 +47,59 @@ const tokenVariable = "TIMONEL_JOIN_TOKEN"
 // maxToken bounds what is read as a token.
 const maxToken = 4096
 
-// readToken returns the token given with --token, from a file for @FILE and from
-// standard input for -, or in the environment. ok is false when none was given.
-func (o *options) readToken() (token pki.Token, ok bool, err error) {
-	text := o.token
-	if text == "" {
-		text = os.Getenv(tokenVariable)
+// readToken returns the token in --token-file, or given with --token: in a file for
+// @FILE and from standard input for -, or in the environment, from where it is taken
+// so that no process of this one inherits it. ok is false when none was given.
+func (o *options) readToken(log *slog.Logger) (token pki.Token, ok bool, err error) {
+	flag, text := "--token", o.token
+	switch {
+	case o.tokenFile != "" && text != "":
+		return pki.Token{}, false, errors.New("--token and --token-file: give one of them")
+	case o.tokenFile != "":
+		flag, text = "--token-file", "@"+o.tokenFile
+	case text == "":
+		flag, text = tokenVariable, os.Getenv(tokenVariable)
+		if err := os.Unsetenv(tokenVariable); err != nil {
+			return pki.Token{}, false, fmt.Errorf("%s: %w", tokenVariable, err)
+		}
 	}
-	if text == "" {
+	fail := func(err error) (pki.Token, bool, error) { return pki.Token{}, false, fmt.Errorf("%s: %w", flag, err) }
+	file, isFile := strings.CutPrefix(text, "@")
+	switch {
+	case text == "":
 		return pki.Token{}, false, nil
-	}
-	if file, isFile := strings.CutPrefix(text, "@"); isFile || text == "-" {
-		var in io.Reader = os.Stdin
+	case isFile, text == "-" && flag == "--token":
+		in := os.Stdin
 		if isFile {
-			f, err := os.Open(file)
-			if err != nil {
-				return pki.Token{}, false, fmt.Errorf("--token: %w", err)
+			if in, err = os.Open(file); err != nil {
+				return fail(err)
 			}
-			defer f.Close()
-			in = f
+			defer in.Close()
+			if info, err := in.Stat(); err != nil {
+				return fail(err)
+			} else if mode := info.Mode(); mode.IsRegular() && mode.Perm()&0o077 != 0 {
+				log.Warn("others on this machine may read the join token: chmod 600 its file, and revoke the token if they could", "flag", flag, "file", file, "mode", fmt.Sprintf("%04o", mode.Perm()))
+			}
 		}
 		raw, err := io.ReadAll(io.LimitReader(in, maxToken))
 		if err != nil {
-			return pki.Token{}, false, fmt.Errorf("--token: %w", err)
+			return fail(err)
 		}
 		if text = strings.TrimSpace(string(raw)); text == "" {
 			return pki.Token{}, false, nil
 		}
+	case flag == "--token":
+		log.Warn("the join token stands on the command line, where everybody on this machine can read it: give --token-file, or it in " + tokenVariable + "; a later version will not take it from there")
 	}
-	token, err = pki.ParseToken(text)
-	if err != nil {
-		return pki.Token{}, false, fmt.Errorf("--token: %w", err)
+	if token, err = pki.ParseToken(text); err != nil {
+		return fail(err)
 	}
 	return token, true, nil
 }
 
 // membership loads the node's credentials, or joins the cluster for them.
 func (o *options) membership(ctx context.Context, log *slog.Logger) (*membership, error) {
-	token, hasToken, err := o.readToken()
+	token, hasToken, err := o.readToken(log)
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +133,7 @@ func (o *options) membership(ctx context.Context, log *slog.Logger) (*membership
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("--data-dir: %w", err)
 	case !hasToken:
-		return nil, fmt.Errorf("--token is needed to join a cluster: make one with `timonel token create` (no credentials in %s)", dir)
+		return nil, fmt.Errorf("--token-file is needed to join a cluster: make a token with `timonel token create` (no credentials in %s)", dir)
 	case len(o.controllers) == 0:
 		return nil, errors.New("--controllers is needed to join a cluster: give host:port of the controllers' cluster ports")
 	}

@@ -31,6 +31,7 @@ type options struct {
 
 	controllers     []string
 	token           string
+	tokenFile       string
 	nodeIP          string
 	images          string
 	containerdBin   string
@@ -65,7 +66,8 @@ func (o *options) common(f *pflag.FlagSet) {
 
 func (o *options) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.controllers, "controllers", nil, "host:port of the controllers' cluster ports; after joining, those known are used too")
-	f.StringVar(&o.token, "token", "", "join token: @FILE, or - for standard input, or in the environment as TIMONEL_JOIN_TOKEN; needed once")
+	f.StringVar(&o.tokenFile, "token-file", "", "file of the join token, needed once; it may also be in the environment as TIMONEL_JOIN_TOKEN")
+	f.StringVar(&o.token, "token", "", "- for a join token from standard input, or @FILE; a token itself is taken with a warning, as others can read it here")
 	f.StringVar(&o.nodeIP, "node-ip", "", "this node's own address or addresses (default: that of the default route)")
 	f.StringVar(&o.images, "images", "", "folder of image archives (*.tar) to import, now and when they appear")
 	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run (default: from PATH)")

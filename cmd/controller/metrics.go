@@ -53,6 +53,7 @@ var (
 	descHistory      = desc("history_changes", "Changes in the history that watches resume from.")
 	descHistoryBytes = desc("history_bytes", "What the history holds beside the state; large is the part of values beyond 4 KiB.", "part")
 	descHistoryLimit = desc("history_limit_bytes", "The bounds of history_bytes.", "part")
+	descExpiry       = desc("certificate_expiry_timestamp_seconds", "When a certificate that this controller has ends: of the authorities ca and front-proxy-ca, of its cluster port and Raft (cluster), of the API that it serves (api).", "of")
 	descGossip       = desc("gossip_members", "Members of the gossip pool.", "role", "state")
 )
 
@@ -64,7 +65,7 @@ func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
 		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descHistoryAge, descHistory, descHistoryBytes,
-		descHistoryLimit, descGossip} {
+		descHistoryLimit, descExpiry, descGossip} {
 		to <- d
 	}
 }
@@ -154,6 +155,9 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	gauge(descHistoryBytes, float64(history.Large), "large")
 	gauge(descHistoryLimit, float64(history.Limit), "all")
 	gauge(descHistoryLimit, float64(history.LargeLimit), "large")
+	for of, at := range k.certificates.expiries() {
+		gauge(descExpiry, float64(at.Unix()), of)
+	}
 	counts := map[[2]string]int{}
 	for _, role := range []string{gossip.RoleController, gossip.RoleAgent} {
 		counts[[2]string{role, "alive"}] = 0

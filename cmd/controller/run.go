@@ -52,6 +52,8 @@ type controller struct {
 	api     *apiserver.Server
 	agents  *dispatch.Dispatcher
 	tracker *dispatch.Tracker
+	// certificates are this controller's own.
+	certificates *certificates
 	// newest is the newest cluster version that this program runs under.
 	newest         int
 	clusterVersion clusterVersion
@@ -68,9 +70,6 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	k := &controller{config: c, log: log.With("controller", c.name)}
 	if k.bundle, err = pki.LoadBundle(c.bundleDir); err != nil {
 		return err
-	}
-	for _, w := range k.bundle.Warnings(60 * 24 * time.Hour) {
-		log.Warn(w)
 	}
 	ips, err := c.servingIPs()
 	if err != nil {
@@ -119,7 +118,8 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 
-	files, err := identity.WriteFiles(filepath.Join(c.dataDir, "pki"))
+	k.certificates = newCertificates(identity, k.bundle, filepath.Join(c.dataDir, "pki"), k.log)
+	files, err := k.certificates.write()
 	if err != nil {
 		return err
 	}
@@ -157,6 +157,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	group.Go(func() error { return ended(tendMemory(ctx, k.trim)) })
 	group.Go(func() error { return ended(k.watchPorts(ctx)) })
 	group.Go(func() error { return ended(tick(ctx, k.store)) })
+	group.Go(func() error { return ended(k.certificates.run(ctx)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
 	err = group.Wait()
 	if leaveErr := k.pool.Leave(leaveTimeout); leaveErr != nil {

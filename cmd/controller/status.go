@@ -102,6 +102,7 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 	if k.scheduler != nil {
 		out.Problems = append(out.Problems, k.scheduler.Problems()...)
 	}
+	out.Expiries = k.expiries(time.Now())
 	for _, m := range k.pool.Members() {
 		out.Members = append(out.Members, &pb.Member{
 			Name: m.Name, Address: m.Addr, Role: m.Role, State: strings.ToLower(m.State.String()),

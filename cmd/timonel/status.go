@@ -94,6 +94,20 @@ func printStatus(out io.Writer, s *cluster.Status, now time.Time) error {
 			return err
 		}
 	}
+	if len(s.Expiries) > 0 {
+		fmt.Fprintln(table, "EXPIRES\tIN\tWHAT")
+		for _, e := range s.Expiries {
+			in := "expired"
+			if left := e.At.Sub(now); left > 0 {
+				in = cluster.Days(left)
+			}
+			fmt.Fprintf(table, "%s\t%s\t%s\n", e.At.Format(time.RFC3339), in, e.What)
+		}
+		fmt.Fprintln(table)
+		if err := table.Flush(); err != nil {
+			return err
+		}
+	}
 	printMembers(out, s)
 	if len(s.Cuts) > 0 {
 		fmt.Fprintf(out, "Cut links: %s\n", strings.Join(s.Cuts, ", "))

@@ -111,7 +111,11 @@ func TestStatusTable(t *testing.T) {
 		},
 		Nodes: []cluster.NodeStatus{{MachineStatus: cluster.MachineStatus{Name: "a1", Address: "10.77.0.101", State: "running", Started: now.Add(-time.Minute)},
 			Reason: "NodeStatusUnknown: gone", PodCIDR: "10.244.0.0/24", StreamTo: "c2", Version: "v1.37.2", Pods: 2}},
-		Pods: cluster.PodCounts{Total: 3, Ready: 2, Pending: 1}, Cuts: []string{"c1 -> c2"}, Problems: []string{"c1 does not answer"}}
+		Pods: cluster.PodCounts{Total: 3, Ready: 2, Pending: 1}, Cuts: []string{"c1 -> c2"},
+		Expiries: []cluster.Expiry{
+			{What: "node a1", Kind: "node", At: now.Add(-time.Minute)}, {What: "join token 1f2e", Kind: "token", At: now.Add(23 * time.Hour)},
+			{What: "CA", Kind: "authority", At: now.Add(3650 * 24 * time.Hour)},
+		}, Problems: []string{"c1 does not answer"}}
 	var out bytes.Buffer
 	require.NoError(t, printStatus(&out, s, now))
 	want := `Cluster timonel (version 2): c2 leads in term 3. 3 pods, 2 ready, 1 pending.
@@ -123,6 +127,11 @@ c2          10.77.0.12  running                    leader  3     118 (-2)  345  
 
 NODE  ADDRESS      STATE    READY                  PODS  POD NETWORK    STREAM TO  VERSION  FOR
 a1    10.77.0.101  running  no: NodeStatusUnknown  2     10.244.0.0/24  c2         v1.37.2  1m0s
+
+EXPIRES               IN         WHAT
+2026-11-23T11:59:00Z  expired    node a1
+2026-11-24T11:00:00Z  23 hours   join token 1f2e
+2036-11-20T12:00:00Z  3650 days  CA
 
 Gossip, as c2 sees it: c2 alive, c1 dead
 Cut links: c1 -> c2

@@ -25,10 +25,14 @@ const serverName = "kubernetes"
 const adminUser = "timonel-admin"
 
 // writeKubeconfig writes the kubeconfig: the context named after the cluster
-// goes through the load balancer, one per controller is pinned to it.
+// goes through the load balancer, one per controller is pinned to it. One that is
+// there stays, unless its certificate ends soon.
 func (s *Spec) writeKubeconfig(bundle *pki.Bundle) error {
 	if _, err := clientcmd.LoadFromFile(s.Kubeconfig()); err == nil {
-		return nil
+		e, ok := kubeconfigExpiry(s.Kubeconfig())
+		if !ok || time.Until(e.At) > warnings[e.Kind].before {
+			return nil
+		}
 	}
 	admin, err := bundle.ClientCert(adminUser, []string{pki.AdminGroup})
 	if err != nil {

@@ -33,7 +33,10 @@ type Status struct {
 	Nodes       []NodeStatus       `json:"nodes"`
 	Pods        PodCounts          `json:"pods"`
 	Cuts        []string           `json:"cuts"` // links that `partition` cut
-	Problems    []string           `json:"problems"`
+	// Expiries are in the order in which things expire. Of nodes and of join tokens
+	// the first are named, and the others counted in one.
+	Expiries []Expiry `json:"expiries"`
+	Problems []string `json:"problems"`
 }
 
 // MachineStatus says what of a machine runs.
@@ -66,6 +69,7 @@ type ControllerStatus struct {
 	Agents         []string        `json:"agents"`
 	Members        []MemberStatus  `json:"members"`
 	Memory         machines.Memory `json:"memory"`
+	Expiries       []Expiry        `json:"-"` // see Status
 	Problems       []string        `json:"problems"`
 }
 
@@ -128,6 +132,11 @@ func (s *Spec) Status(ctx context.Context) (*Status, error) {
 		status.Problems = append(status.Problems, err.Error())
 	}
 	status.summarize()
+	if admin, ok := kubeconfigExpiry(s.Kubeconfig()); ok {
+		status.Expiries = append(status.Expiries, admin)
+	}
+	status.expiries()
+	status.Problems = append(status.Problems, expiryProblems(status.Expiries, time.Now())...)
 	return status, nil
 }
 
@@ -211,6 +220,7 @@ func (s *Spec) controllerStatus(ctx context.Context, name string, secure credent
 	c.Answers, c.Version, c.Role, c.Leader, c.Term = true, r.GetVersion(), r.GetRole(), r.GetLeader(), r.GetTerm()
 	c.CommitIndex, c.AppliedIndex, c.LastIndex = r.GetCommitIndex(), r.GetAppliedIndex(), r.GetLastIndex()
 	c.Revision, c.Agents, c.Problems = r.GetRevision(), r.GetAgents(), r.GetProblems()
+	c.Expiries = expiriesOf(r.GetExpiries())
 	c.ClusterVersion, c.NewestVersion = r.GetClusterVersion(), r.GetNewestVersion()
 	c.Fsync = time.Duration(r.GetFsyncMicroseconds()) * time.Microsecond
 	for _, m := range r.GetMembers() {

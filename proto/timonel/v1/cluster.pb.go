@@ -957,8 +957,9 @@ func (x *Member) GetState() string {
 // Expiry is when something that the cluster's trust rests on ends.
 type Expiry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"` // as people name it: "CA", "node a1", "join token 1f2e3d4c5b"
+	What          string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"` // as people name it: "CA", "node a1", "join token 1f2e3d4c5b", "7 more nodes" (the soonest of them)
 	UnixSeconds   int64                  `protobuf:"varint,2,opt,name=unix_seconds,json=unixSeconds,proto3" json:"unix_seconds,omitempty"`
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"` // authority, controller, node, token
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1005,6 +1006,13 @@ func (x *Expiry) GetUnixSeconds() int64 {
 		return x.UnixSeconds
 	}
 	return 0
+}
+
+func (x *Expiry) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
 }
 
 var File_timonel_v1_cluster_proto protoreflect.FileDescriptor
@@ -1083,10 +1091,11 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x14\n" +
-	"\x05state\x18\x04 \x01(\tR\x05state\"?\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\"S\n" +
 	"\x06Expiry\x12\x12\n" +
 	"\x04what\x18\x01 \x01(\tR\x04what\x12!\n" +
-	"\funix_seconds\x18\x02 \x01(\x03R\vunixSeconds2S\n" +
+	"\funix_seconds\x18\x02 \x01(\x03R\vunixSeconds\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind2S\n" +
 	"\tConsensus\x12F\n" +
 	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\xbf\x02\n" +
 	"\x05Peers\x12G\n" +
