@@ -215,7 +215,7 @@ func (a *Agent) wire() {
 	})
 	a.imageGC = a.newImageGC()
 	a.evict = eviction.New(eviction.Config{Pods: a.pods, Interval: a.cfg.EvictionInterval, Logger: a.log})
-	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Healthy: a.healthy, Logger: a.log})
+	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Logger: a.log})
 	a.store.Observe(desired.Observer{
 		PodSet:        a.pods.Set,
 		PodRemoved:    a.pods.Remove,

@@ -1,10 +1,12 @@
 package agent_test
 
 import (
+	"bufio"
 	"io"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -130,4 +132,58 @@ func TestLogsOfEarlierContainersGo(t *testing.T) {
 	})
 	_, sum := logFiles(t, n, p, "c")
 	require.LessOrEqual(t, sum, int64(3*(5*(64<<10)+1<<20)))
+}
+
+// TestFollowingALogAcrossRotations has kubectl logs -f see each of 70 MB of lines
+// once, and end with the container; the log of a container that was started
+// again is there by --previous.
+func TestFollowingALogAcrossRotations(t *testing.T) {
+	n, cs := cluster(t, "c1")
+	c := cs[0]
+	n.start()
+	const first, each, rounds = 1000000, 60000, 22
+	p := newPod("follow", shell("c", `[ -e /tmp/x/again ] && exec sleep 3600
+		until [ -e /tmp/x/go ]; do sleep 0.1; done
+		i=1000000; while [ $i -lt 2320000 ]; do seq $i $((i+59999)); i=$((i+60000)); sleep 0.3; done
+		touch /tmp/x/again; printf unfinished`))
+	p.Spec.Volumes = []corev1.Volume{{Name: "x", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
+	p.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "x", MountPath: "/tmp/x"}}
+	c.set(p)
+	c.ready(p)
+	resp, err := c.http().Get("http://kubelet/containerLogs/default/follow/c?follow=true")
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	code, text := c.exec(p, "c", "touch", "/tmp/x/go")
+	require.Equal(t, 200, code, text)
+	r := bufio.NewReader(resp.Body)
+	for i := first; i < first+each*rounds; i++ {
+		line, err := r.ReadString('\n')
+		require.NoError(t, err)
+		if want := strconv.Itoa(i) + "\n"; line != want {
+			t.Fatalf("read %q instead of %q", line, want)
+		}
+	}
+	rest, err := io.ReadAll(r)
+	require.NoError(t, err)
+	require.Equal(t, "unfinished", string(rest))
+	names, _ := logFiles(t, n, p, "c")
+	require.GreaterOrEqual(t, len(names), 4, "%v", names)
+
+	c.until(p, "started again", time.Minute, func(st *corev1.PodStatus) bool {
+		return st.ContainerStatuses[0].RestartCount == 1 && st.ContainerStatuses[0].State.Running != nil
+	})
+	code, text = c.get("/containerLogs/default/follow/c?previous=true&tailLines=2&timestamps=true")
+	require.Equal(t, 200, code, text)
+	got := strings.Split(text, "\n")
+	require.Len(t, got, 2)
+	require.True(t, strings.HasSuffix(got[0], " 2319999"), text)
+	require.True(t, strings.HasSuffix(got[1], " unfinished"), text)
+	// As upstream, what was rotated is not read.
+	code, text = c.get("/containerLogs/default/follow/c?previous=true")
+	require.Equal(t, 200, code)
+	require.NotContains(t, text, "1000000\n")
+	require.Less(t, len(text), 11<<20)
+	code, text = c.get("/containerLogs/default/follow/c")
+	require.Equal(t, 200, code)
+	require.Empty(t, text)
 }

@@ -3,20 +3,18 @@ package kubelet
 import (
 	"context"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
-	"path/filepath"
 	"strconv"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	internalapi "k8s.io/cri-api/pkg/apis"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
-	crilogs "k8s.io/cri-client/pkg/logs"
 
-	"timonel/agent/hostile"
+	"timonel/agent/logs"
 )
 
 // logOptions reads the query of a log request and names the parameter that is
@@ -77,30 +75,48 @@ func (s *Server) logs(w http.ResponseWriter, r *http.Request) {
 		fail(w, err)
 		return
 	}
-	out := &flusher{w: w}
+	running := func(ctx context.Context) (bool, error) { return s.isRunning(ctx, id) }
+	log, err := s.cfg.Logs.Read(r.Context(), path, readOptions(opts, time.Now()), running)
+	if err != nil {
+		fail(w, &apiError{http.StatusNotFound, fmt.Sprintf("the log of container %q in pod %q is gone: %v", r.PathValue("container"), pod.Name, err)})
+		return
+	}
+	defer log.Close()
+	flush := func() {}
 	if f, ok := w.(http.Flusher); ok {
-		out.flush = f.Flush
+		flush = f.Flush
 		w.Header().Set("Content-Type", "text/plain")
 		f.Flush()
 	}
-	var stdout, stderr io.Writer = out, out
-	switch *opts.Stream {
-	case corev1.LogStreamStdout:
-		stderr = io.Discard
-	case corev1.LogStreamStderr:
-		stdout = io.Discard
-	}
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
-	err = crilogs.ReadLogs(ctx, path, id, readOptions(opts, time.Now()), statusOnly{runtime: s.cfg.Runtime}, stdout, stderr)
-	if err != nil && ctx.Err() == nil {
+	if err := log.Copy(r.Context(), w, flush); err != nil && r.Context().Err() == nil {
 		fmt.Fprintf(w, "%s\n", err)
 	}
 }
 
+// isRunning says whether a container runs. While containerd does not answer it
+// is taken to.
+func (s *Server) isRunning(ctx context.Context, id string) (bool, error) {
+	resp, err := s.cfg.Runtime.ContainerStatus(ctx, &runtimev1.ContainerStatusRequest{ContainerId: id})
+	switch status.Code(err) {
+	case codes.OK:
+		return resp.Status.GetState() == runtimev1.ContainerState_CONTAINER_RUNNING, nil
+	case codes.Unavailable:
+		return true, nil
+	case codes.NotFound:
+		return false, nil
+	}
+	return false, err
+}
+
 // readOptions are the reader's own form of a request's options.
-func readOptions(o *corev1.PodLogOptions, now time.Time) *crilogs.LogOptions {
-	out := &crilogs.LogOptions{TailLines: o.TailLines, LimitBytes: o.LimitBytes, Follow: o.Follow, Timestamp: o.Timestamps}
+func readOptions(o *corev1.PodLogOptions, now time.Time) logs.Options {
+	out := logs.Options{TailLines: o.TailLines, LimitBytes: o.LimitBytes, Follow: o.Follow, Timestamps: o.Timestamps}
+	switch *o.Stream {
+	case corev1.LogStreamStdout:
+		out.Stream = logs.Stdout
+	case corev1.LogStreamStderr:
+		out.Stream = logs.Stderr
+	}
 	switch {
 	case o.SinceSeconds != nil:
 		out.Since = now.Add(-time.Duration(*o.SinceSeconds) * time.Second)
@@ -156,34 +172,7 @@ func (s *Server) logFile(ctx context.Context, pod *corev1.Pod, name string, prev
 	if err != nil {
 		return "", "", err
 	}
-	path = resp.Status.LogPath
-	if err := checkLog(path); err != nil {
-		return "", "", &apiError{http.StatusNotFound, fmt.Sprintf("the log of container %q in pod %q is gone: %v", name, pod.Name, err)}
-	}
-	return list[0].Id, path, nil
-}
-
-// logDepth is how many names of a log's path are below the folder of all logs:
-// NAMESPACE_NAME_UID/CONTAINER/N.log. A pod that collects logs may write there.
-const logDepth = 3
-
-// checkLog refuses what is not a regular file, and a link on the way to it,
-// without opening it: reading a FIFO would hang, a link may lead to any file.
-func checkLog(path string) error {
-	root, rel := path, ""
-	for range logDepth {
-		root, rel = filepath.Dir(root), filepath.Join(filepath.Base(root), rel)
-	}
-	dir, err := hostile.OpenRoot(root)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	f, err := dir.Open(rel)
-	if err != nil {
-		return err
-	}
-	return f.Close()
+	return list[0].Id, resp.Status.LogPath, nil
 }
 
 func waiting(pod *corev1.Pod, name string) bool {
@@ -195,29 +184,4 @@ func waiting(pod *corev1.Pod, name string) bool {
 		}
 	}
 	return false
-}
-
-// flusher sends each line as it comes.
-type flusher struct {
-	w     io.Writer
-	flush func()
-}
-
-func (f *flusher) Write(p []byte) (int, error) {
-	n, err := f.w.Write(p)
-	if err == nil && f.flush != nil {
-		f.flush()
-	}
-	return n, err
-}
-
-// statusOnly is the part of the runtime service that following a log needs.
-type statusOnly struct {
-	internalapi.RuntimeService
-	runtime runtimev1.RuntimeServiceClient
-}
-
-// ContainerStatus implements [internalapi.RuntimeService].
-func (s statusOnly) ContainerStatus(ctx context.Context, id string, verbose bool) (*runtimev1.ContainerStatusResponse, error) {
-	return s.runtime.ContainerStatus(ctx, &runtimev1.ContainerStatusRequest{ContainerId: id, Verbose: verbose})
 }

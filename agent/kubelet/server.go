@@ -20,6 +20,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/logs"
 )
 
 // Pods finds the pods of this node, with their status.
@@ -33,6 +35,7 @@ type Config struct {
 	NodeName string
 	Runtime  runtimev1.RuntimeServiceClient
 	Pods     Pods
+	Logs     *logs.Logs
 	// Healthy is nil, or why the node is not.
 	Healthy func(ctx context.Context) error
 	Logger  *slog.Logger

@@ -25,10 +25,19 @@
 // reached by package hostile, and a file that containerd does not write to in
 // place of N.log is put right.
 //
+// A [Reader] reads the file that is written to, as upstream, and with Follow each
+// line once across rotations, compressed files too. It holds no line in memory. A
+// file that has to go is taken from its readers, so a slow one costs no room; it
+// is told that lines are missing.
+//
 //	logs.go        which containers there are
 //	container.go   one container: when to look, what to do
 //	rotate.go      one log: rotating, removing, cutting
 //	compress.go    compressing
 //	names.go       names of files
 //	notify.go      being told of the first write
+//	read.go        reading and following
+//	line.go        CRI's form of a line
+//	output.go      what was asked for
+//	tail.go        where the last lines begin
 package logs

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -97,6 +98,9 @@ func (l *log) rotate(ctx context.Context, dir *hostile.Root, id string, size int
 		// It did open it.
 	}
 	l.mu.Lock()
+	l.older = slices.DeleteFunc(l.older, func(g generation) bool { // removed by somebody else
+		return !slices.ContainsFunc(have, func(k kept) bool { return k.key == g.key })
+	})
 	l.older = append(l.older, generation{l.seq, key})
 	l.seq++
 	close(l.rotated)
@@ -153,13 +157,18 @@ func (l *log) drop(key string) {
 		if g.key != key {
 			continue
 		}
-		l.older = append(l.older[:i:i], l.older[i+1:]...)
-		for r := range l.readers {
-			if r.seq == g.seq {
-				r.f.Close()
-			}
-		}
+		l.older = slices.Delete(l.older, i, i+1)
+		l.close(g.seq)
 		return
+	}
+}
+
+// close takes a file from its readers. l.mu is held.
+func (l *log) close(seq int64) {
+	for r := range l.readers {
+		if r.seq == seq {
+			r.taken()
+		}
 	}
 }
 
@@ -238,10 +247,8 @@ func (l *log) detach(key string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, g := range l.older {
-		for r := range l.readers {
-			if g.key == key && r.seq == g.seq {
-				r.f.Close()
-			}
+		if g.key == key {
+			l.close(g.seq)
 		}
 	}
 }
@@ -291,10 +298,6 @@ func (l *log) bury(ctx context.Context) error {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for r := range l.readers {
-		if r.seq == l.seq {
-			r.f.Close()
-		}
-	}
+	l.close(l.seq)
 	return nil
 }
