@@ -80,6 +80,8 @@ type Watch struct {
 	Name   string  `json:"name"`
 	After  int64   `json:"after"`
 	Events []Event `json:"events"`
+	// Streams are in the order in which they were opened.
+	Streams []Stream `json:"streams,omitempty"`
 }
 
 // Recorder collects a history. Its methods may be called concurrently.
@@ -148,6 +150,7 @@ func (r *Recorder) History() History {
 	for _, w := range r.watches {
 		c := *w
 		c.Events = append([]Event(nil), w.Events...)
+		c.Streams = append([]Stream(nil), w.Streams...)
 		h.Watches = append(h.Watches, c)
 	}
 	return h

@@ -34,6 +34,7 @@ type Client struct {
 	KeyLife time.Duration // then other keys are used, so that porcupine's parts stay small
 	Pause   time.Duration // the longest between two operations
 	Reads   bool          // it does nothing but read
+	Stays   bool          // as a watcher, it leaves a replica only when its stream ends
 
 	known map[string]int64 // the revision it last saw of a key
 }
@@ -191,7 +192,12 @@ func (c *Client) Watch(ctx context.Context, from int64) {
 			record = c.Recorder.Watch(fmt.Sprintf("watcher %d/%d", c.ID, i), last)
 		}
 		stream, cancel := context.WithTimeout(life, time.Duration(100+c.Random.IntN(2000))*time.Millisecond)
+		if c.Stays {
+			cancel()
+			stream, cancel = context.WithCancel(life)
+		}
 		stop := context.AfterFunc(ctx, cancel)
+		closed := c.Recorder.Opened(record, names[(c.ID+i)%len(names)], last)
 		err := replica.Follow(stream, "/k", last, func(e state.Event) {
 			if life.Err() != nil {
 				return
@@ -199,6 +205,8 @@ func (c *Client) Watch(ctx context.Context, from int64) {
 			last = e.KV.ModRevision
 			c.Recorder.Saw(record, history.Event{Delete: e.Type == state.Delete, Key: e.KV.Key, Value: string(e.KV.Value), Revision: last})
 		})
+		closed()
+		refused := err != nil && stream.Err() == nil
 		stop()
 		cancel()
 		if c.tooOld("watch", err) {
@@ -206,8 +214,51 @@ func (c *Client) Watch(ctx context.Context, from int64) {
 			if now, err := replica.Revision(ctx); err == nil {
 				last = max(last, now)
 			}
-		} else if err != nil && stream.Err() == nil {
+		} else if refused {
 			time.Sleep(20 * time.Millisecond)
 		}
+	}
+}
+
+// Return reads as of a revision that was the newest not longer ago than promised, and
+// watches from it on, on any replica, until the deadline. None of them may have cut the
+// history there.
+func (c *Client) Return(deadline time.Time, promised time.Duration) {
+	names := c.Cluster.Names()
+	for time.Now().Before(deadline) {
+		time.Sleep(time.Duration(c.Random.Int64N(int64(c.Pause))))
+		replica, life, ok := c.Cluster.Replica(names[c.Random.IntN(len(names))])
+		if !ok {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(life, c.Timeout)
+		began := time.Now() // what is newer came later
+		_, revision, err := replica.List(ctx, "/k", 1)
+		cancel()
+		if err != nil {
+			continue
+		}
+		time.Sleep(time.Duration(c.Random.Int64N(int64(promised))))
+		name := names[c.Random.IntN(len(names))]
+		replica, life, ok = c.Cluster.Replica(name)
+		if !ok {
+			continue
+		}
+		ctx, cancel = context.WithTimeout(life, c.Timeout)
+		_, err = replica.Page(ctx, "/k", "", revision)
+		c.promise(name, "read at", err, began, promised)
+		cancel()
+		ctx, cancel = context.WithTimeout(life, 10*time.Millisecond)
+		err = replica.Follow(ctx, "/k", revision, func(state.Event) {})
+		c.promise(name, "watched from", err, began, promised)
+		cancel()
+	}
+}
+
+// promise reports a refusal of what was promised.
+func (c *Client) promise(name, what string, err error, began time.Time, promised time.Duration) {
+	var e *TooOld
+	if age := time.Since(began); errors.As(err, &e) && age < promised {
+		c.Cluster.Problem("%s cannot be %s revision %d, which was the newest %v ago, within the %v promised: %v", name, what, e.Asked, age, promised, err)
 	}
 }

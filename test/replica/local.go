@@ -91,8 +91,21 @@ func (l Local) Page(ctx context.Context, prefix, after string, revision int64) (
 }
 
 // Follow implements [Replica]. A replica that is behind the revision comes to it
-// first.
+// first. It ends when the replica is out of touch, as the API server's watches do.
 func (l Local) Follow(ctx context.Context, prefix string, after int64, saw func(state.Event)) error {
+	lost, err := l.Log.InTouch()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() { // ends with ctx
+		select {
+		case <-lost:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	if err := l.Store.WaitRevision(ctx, after); err != nil {
 		return err
 	}

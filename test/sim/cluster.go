@@ -29,7 +29,8 @@ type cluster struct {
 	nodes    map[string]*node
 	recorder history.Recorder
 	options  state.Options
-	slow     string // the node whose clock is, if one is
+	promised time.Duration // how old a revision may be that clients come back to
+	slow     string        // the node whose clock is, if one is
 
 	mu       sync.Mutex
 	problems []string
@@ -64,9 +65,15 @@ func newCluster(seed uint64, size int, w weather, log *slog.Logger) *cluster {
 	random := rand.New(rand.NewPCG(seed, 3))
 	c := &cluster{log: log, network: newNetwork(seed, w), nodes: map[string]*node{}, changed: make(chan struct{})}
 	// Some runs have a window that watchers fall out of.
-	c.options = state.Options{HistoryAge: time.Hour, HistoryBytes: 1 << 20}
-	if random.IntN(3) == 0 {
+	c.options, c.promised = state.Options{HistoryAge: time.Hour, HistoryBytes: 1 << 20}, 3*time.Second
+	switch random.IntN(3) {
+	case 0:
 		c.options = state.Options{HistoryAge: time.Second, HistoryAgeless: 20}
+	case 1:
+		c.options = state.Options{HistoryAge: 3 * time.Second, HistoryAgeless: 20}
+	}
+	if age := c.options.HistoryAge - 2*historyTick; age < c.promised {
+		c.promised = age
 	}
 	for i := range size {
 		name := fmt.Sprintf("c%d", i+1)
@@ -122,6 +129,10 @@ func (c *cluster) setLife(n *node, l *life) {
 	c.changed = make(chan struct{})
 }
 
+// historyTick is how often the history is told the time. What came in between is that
+// much older to it.
+const historyTick = 200 * time.Millisecond
+
 // start starts a node on what its disk holds, if it is down.
 func (n *node) start() {
 	c := n.c
@@ -169,7 +180,7 @@ func (n *node) start() {
 	log.Register(l.end)
 	c.setLife(n, l)
 	c.ending.Go(func() { // the clock of its history
-		for ; l.ctx.Err() == nil; time.Sleep(200 * time.Millisecond) {
+		for ; l.ctx.Err() == nil; time.Sleep(historyTick) {
 			l.store.Tick(time.Now())
 		}
 	})

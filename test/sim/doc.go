@@ -7,7 +7,9 @@
 // slow, whose writes and syncs fail while the replica goes on, and that forgets at a power
 // cut some of what was not synced; and the clock of testing/synctest, so that a second of waiting
 // costs nothing. Clients on each replica read, write, list and watch, their
-// operations are recorded, and test/history checks the record.
+// operations are recorded, and test/history checks the record. One client comes back to
+// revisions of the age that the history promises, one watcher leaves a replica only when
+// its stream ends, and streams of a replica that is out of touch have to.
 //
 //	go test ./test/sim -runs 3000          // seeds 1 to 3000
 //	go test ./test/sim -seed 42 -v         // one of them, with its faults

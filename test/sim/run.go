@@ -27,6 +27,10 @@ type Result struct {
 	History history.History
 }
 
+// inTouch is within what time a watch that gets no further ends, whatever the clock of
+// its replica: see consensus.Config.TouchTimeout, and ProposeTimeout.
+const inTouch = 4500 * time.Millisecond
+
 // Run runs one cluster for some simulated seconds, in which the seed decides what
 // breaks. Call it in the bubble of a [testing/synctest.Test].
 func Run(seed uint64, log *slog.Logger) Result {
@@ -56,6 +60,11 @@ func Run(seed uint64, log *slog.Logger) Result {
 			clients.Go(func() { k.Use(deadline) })
 		}
 	}
+	r := c.client(30, rand.New(rand.NewPCG(seed, 400)))
+	clients.Go(func() { r.Return(deadline, c.promised) })
+	stays := c.client(12, rand.New(rand.NewPCG(seed, 500)))
+	stays.Stays = true
+	watchers.Go(func() { stays.Watch(watching, 1) })
 	for i := range 2 {
 		k := c.client(10+i, rand.New(rand.NewPCG(seed, 200+uint64(i))))
 		watchers.Go(func() { k.Watch(watching, 1) })
@@ -73,7 +82,7 @@ func Run(seed uint64, log *slog.Logger) Result {
 
 	h := c.recorder.History()
 	report := history.Check(h, time.Hour) // of simulated time: porcupine comes to its end
-	out := Result{Violations: append(c.problems, report.Violations...), Stuck: c.stuck, Faults: f.done, History: h}
+	out := Result{Violations: slices.Concat(c.problems, report.Violations, history.Kept(h, inTouch)), Stuck: c.stuck, Faults: f.done, History: h}
 	if report.Undecided {
 		out.Violations = append(out.Violations, "porcupine did not come to an end")
 	}
@@ -141,6 +150,7 @@ type faults struct {
 	done     []string
 	mending  sync.WaitGroup
 	wiping   bool
+	longer   bool // one was cut off for as long as it takes to lose touch
 }
 
 func (f *faults) say(format string, args ...any) {
@@ -201,7 +211,15 @@ func (f *faults) strike() {
 			l.node.start()
 		})
 	}
-	switch f.random.IntN(12) {
+	switch f.random.IntN(13) {
+	case 12:
+		if f.longer {
+			return
+		}
+		f.longer = true
+		f.say("%s is cut off for long", name)
+		f.cut(name, true)
+		f.later(inTouch+f.some(2*time.Second), func() { f.cut(name, false) })
 	case 0:
 		f.say("%s crashes", name)
 		l.crash()
