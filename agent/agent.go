@@ -121,7 +121,8 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 		return nil, err
 	}
 	a.wire()
-	return a, nil
+	a.evict.Look(ctx)
+	return a, a.updateNode()
 }
 
 // importImages brings the folder's images in and says when the sandbox image,
@@ -161,6 +162,7 @@ func (a *Agent) describe(ctx context.Context) error {
 	if a.capacity, err = node.Resources(&a.facts); err != nil {
 		return err
 	}
+	a.facts.Reserved = eviction.Reserved(a.cfg.thresholds, a.capacity)
 	a.kernel = readKernel(a.log)
 	if !a.network.Ready() {
 		a.networkBad = "this node has no pod CIDR yet"
@@ -173,7 +175,7 @@ func (a *Agent) describe(ctx context.Context) error {
 func (a *Agent) updateNode() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad}, a.node, time.Now())
+	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.pressure()}, a.node, time.Now())
 	if err != nil {
 		return err
 	}
@@ -214,7 +216,10 @@ func (a *Agent) wire() {
 		Logger: a.log,
 	})
 	a.imageGC = a.newImageGC()
-	a.evict = eviction.New(eviction.Config{Pods: a.pods, Interval: a.cfg.EvictionInterval, Logger: a.log})
+	a.evict = eviction.New(eviction.Config{
+		Pods: a.pods, Node: nodeRoom{a}, Thresholds: a.cfg.thresholds, Transition: a.cfg.PressureTransition,
+		Interval: a.cfg.EvictionInterval, Logger: a.log,
+	})
 	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Logger: a.log})
 	a.store.Observe(desired.Observer{
 		PodSet:        a.pods.Set,

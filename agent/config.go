@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/agent/containerd"
+	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
 	"timonel/agent/podnet"
@@ -58,6 +59,16 @@ type Config struct {
 	// EvictionInterval is how often pods' limits of disk and what the node has left
 	// are looked at. Default eviction.Interval.
 	EvictionInterval time.Duration
+	// EvictionHard are the thresholds of eviction, as in eviction.ParseHard.
+	// Default eviction.DefaultHard; "none": nothing is evicted for the node's sake.
+	EvictionHard string
+	// EvictionMinReclaim is how much more than a threshold is freed, as in
+	// eviction.ParseMinReclaim.
+	EvictionMinReclaim string
+	// PressureTransition is for how long the node says that it is short of
+	// something after it was. Default 5 min.
+	PressureTransition time.Duration
+	thresholds         []eviction.Threshold // set by Validate
 	// ImageGC says when images that no pod uses are removed. Default
 	// imagegc.Default().
 	ImageGC *imagegc.Policy
@@ -97,6 +108,9 @@ const DefaultCNIBin = "/usr/lib/cni"
 // all the process ids of a node.
 const DefaultPodMaxPids = 4096
 
+// DefaultPressureTransition is upstream's.
+const DefaultPressureTransition = 5 * time.Minute
+
 // SetDefaults fills what is empty and has a default.
 func (c *Config) SetDefaults() {
 	if c.PauseImage == "" {
@@ -116,6 +130,12 @@ func (c *Config) SetDefaults() {
 	}
 	if c.PodMaxPids == 0 {
 		c.PodMaxPids = DefaultPodMaxPids
+	}
+	if c.EvictionHard == "" {
+		c.EvictionHard = eviction.DefaultHard
+	}
+	if c.PressureTransition == 0 {
+		c.PressureTransition = DefaultPressureTransition
 	}
 	if c.ImageGC == nil {
 		policy := imagegc.Default()
@@ -153,6 +173,16 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("agent config: Bridge %q is longer than 15 characters", c.Bridge)
 	case !path.IsAbs(c.CgroupRoot) || path.Clean(c.CgroupRoot) == "/":
 		return fmt.Errorf("agent config: CgroupRoot %q must be an absolute cgroup path below the root", c.CgroupRoot)
+	}
+	if c.PressureTransition < 0 {
+		return fmt.Errorf("agent config: PressureTransition %s is negative", c.PressureTransition)
+	}
+	var err error
+	if c.thresholds, err = eviction.ParseHard(c.EvictionHard); err != nil {
+		return fmt.Errorf("agent config: EvictionHard: %w", err)
+	}
+	if err := eviction.ParseMinReclaim(c.EvictionMinReclaim, c.thresholds); err != nil {
+		return fmt.Errorf("agent config: EvictionMinReclaim: %w", err)
 	}
 	if err := c.ImageGC.Validate(); err != nil {
 		return fmt.Errorf("agent config: ImageGC: %w", err)

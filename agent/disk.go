@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"timonel/agent/eviction"
 	"timonel/agent/image"
 	"timonel/agent/imagegc"
 	"timonel/agent/node"
@@ -64,6 +65,63 @@ func (a *Agent) wantedImages() map[string]bool {
 	}
 	return out
 }
+
+// pressure are the node's conditions for what it is short of.
+func (a *Agent) pressure() []corev1.NodeConditionType {
+	if a.evict == nil { // not wired yet
+		return nil
+	}
+	return a.evict.Conditions()
+}
+
+// nodeRoom is what package eviction knows of this machine.
+type nodeRoom struct{ a *Agent }
+
+func (n nodeRoom) Observe(ctx context.Context) (eviction.Observations, bool) {
+	seen := eviction.Observations{}
+	warn := func(err error) {
+		if ctx.Err() == nil {
+			n.a.log.Warn("see how much of something is left; it counts as enough", "error", err)
+		}
+	}
+	if total, available, err := node.Memory(); err == nil {
+		seen[eviction.MemoryAvailable] = eviction.Observation{Available: available, Capacity: total}
+	} else {
+		warn(err)
+	}
+	if most, used, err := node.Pids(); err == nil {
+		seen[eviction.PIDAvailable] = eviction.Observation{Available: most - used, Capacity: most}
+	} else {
+		warn(err)
+	}
+	room := func(fs node.FileSystem, bytes, inodes eviction.Signal) {
+		if fs.Capacity > 0 {
+			seen[bytes] = eviction.Observation{Available: fs.Available, Capacity: fs.Capacity}
+		}
+		if fs.Inodes > 0 {
+			seen[inodes] = eviction.Observation{Available: fs.InodesFree, Capacity: fs.Inodes}
+		}
+	}
+	own, err := node.FileSystemOf(n.a.cfg.DataDir)
+	if err == nil {
+		room(own, eviction.NodeFsAvailable, eviction.NodeFsInodesFree)
+	} else {
+		warn(err)
+	}
+	images, imagesErr := n.a.imageFileSystem(ctx)
+	if imagesErr == nil {
+		room(images, eviction.ImageFsAvailable, eviction.ImageFsInodesFree)
+	} else {
+		warn(imagesErr)
+	}
+	return seen, err == nil && imagesErr == nil && own.Device != images.Device
+}
+
+func (n nodeRoom) RemoveImages(ctx context.Context) error { return n.a.imageGC.RemoveUnused(ctx) }
+
+func (n nodeRoom) Changed() { n.a.kick() }
+
+func (n nodeRoom) Event(eventType, reason, message string) { n.a.nodeEvent(eventType, reason, message) }
 
 // nodeEvent tells the cluster about this node.
 func (a *Agent) nodeEvent(eventType, reason, message string) {

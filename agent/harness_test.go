@@ -28,6 +28,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent"
+	"timonel/agent/imagegc"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 )
@@ -476,6 +477,8 @@ func cluster(t *testing.T, names ...string) (*testNode, []*controller) {
 		Name: "a1", DataDir: dir, Controllers: addrs, TLS: tlsConfig, NodeIPs: []net.IP{net.ParseIP(nodeIP)},
 		ImagesDir: imagesDir, KubernetesServiceIP: "10.96.0.1",
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
+		// How full the disk of the machine is that tests run on is no matter of theirs.
+		EvictionHard: "none", ImageGC: &imagegc.Policy{High: 100, Low: 80},
 	}}
 	t.Cleanup(func() {
 		n.stop()

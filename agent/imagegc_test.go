@@ -90,7 +90,7 @@ func TestUnusedImagesAreCollected(t *testing.T) {
 	c.set(over)
 	c.until(over, "failed", time.Minute, func(st *corev1.PodStatus) bool { return st.Phase == corev1.PodFailed })
 	c.delete(pods[2], 1)
-	require.Equal(t, sorted(imported, running, ended, gone), n.tags(), "by default nothing goes while there is room")
+	require.Equal(t, sorted(imported, running, ended, gone), n.tags(), "nothing goes while there is room")
 
 	t.Log("the threshold is one that any file system is over, and the folder of images is another one")
 	n.stop()

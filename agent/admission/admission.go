@@ -11,6 +11,9 @@ import (
 	schedulinghelpers "k8s.io/component-helpers/scheduling/corev1"
 	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
 	"k8s.io/klog/v2"
+	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
+
+	"timonel/agent/eviction"
 )
 
 // Reasons of a rejection, as the kubelet's; those of resources are OutOfcpu,
@@ -39,6 +42,8 @@ type Node struct {
 	Object *corev1.Node
 	// Pods are those that the node has accepted and that have not ended.
 	Pods []*corev1.Pod
+	// Pressure are the conditions of the node for what it is short of.
+	Pressure []corev1.NodeConditionType
 	// AppArmor is why profiles cannot be enforced, nil when they can.
 	AppArmor error
 	// SELinux says whether the kernel enforces labels.
@@ -56,6 +61,9 @@ type Rejection struct {
 
 // Admit says why node cannot take pod, or nil. It changes nothing.
 func Admit(pod *corev1.Pod, node *Node) *Rejection {
+	if r := pressure(pod, node); r != nil {
+		return r
+	}
 	if r := Refuse(pod, node); r != nil {
 		return r
 	}
@@ -80,6 +88,22 @@ func Refuse(pod *corev1.Pod, node *Node) *Rejection {
 
 func reject(reason, format string, args ...any) *Rejection {
 	return &Rejection{Reason: reason, Message: fmt.Sprintf(format, args...)}
+}
+
+// pressure refuses pods while the node is short of something: any but critical
+// ones, and for want of memory alone only those that request none of anything.
+func pressure(pod *corev1.Pod, node *Node) *Rejection {
+	if len(node.Pressure) == 0 || eviction.Critical(pod) {
+		return nil
+	}
+	if len(node.Pressure) == 1 && node.Pressure[0] == corev1.NodeMemoryPressure {
+		taint := &corev1.Taint{Key: corev1.TaintNodeMemoryPressure, Effect: corev1.TaintEffectNoSchedule}
+		if qos.GetPodQOS(pod) != corev1.PodQOSBestEffort ||
+			schedulinghelpers.TolerationsTolerateTaint(klog.Background(), pod.Spec.Tolerations, taint, false) {
+			return nil
+		}
+	}
+	return reject(eviction.Reason, "The node had condition: %v. ", node.Pressure)
 }
 
 // predicate is a rejection by a check that is the scheduler's, too.

@@ -2,7 +2,9 @@ package cgroup
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -63,4 +65,47 @@ func TestWeigh(t *testing.T) {
 	}
 	require.Equal(t, "2", content(t, Root, "cpu", path, "besteffort/cpu.shares"))
 	require.Equal(t, "1500", content(t, Root, "cpu", path, "burstable/cpu.shares"))
+}
+
+func TestUsage(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	dir := filepath.Join(root, "timonel", "podu")
+	require.NoError(t, os.MkdirAll(dir, 0o755))
+	for name, text := range map[string]string{
+		"memory.current": "1000000\n", "memory.stat": "anon 500000\ninactive_file 300000\nactive_file 200000\n", "pids.current": "7\n",
+	} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
+	}
+	u, err := usageV2(root, "/timonel/podu")
+	require.NoError(t, err)
+	require.Equal(t, Usage{Memory: 700000, Pids: 7}, u)
+	u, err = usageV2(root, "/timonel/none")
+	require.NoError(t, err)
+	require.Zero(t, u, "one that is not there takes nothing")
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "pids.current"), []byte("many"), 0o644))
+	_, err = usageV2(root, "/timonel/podu")
+	require.Error(t, err)
+}
+
+// On this machine's own hierarchy, whichever it is: this process is in one.
+func TestUsageHere(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("makes cgroups: needs root")
+	}
+	path := "/timonel-test-" + filepath.Base(t.TempDir())
+	t.Cleanup(func() { require.NoError(t, Remove(path)) })
+	require.NoError(t, Apply(path, Limits{Pids: 100}))
+	sleep := exec.Command("sleep", "1000")
+	require.NoError(t, sleep.Start())
+	t.Cleanup(func() { _ = sleep.Process.Kill(); _ = sleep.Wait() })
+	for _, h := range hierarchies() {
+		if _, err := os.Stat(filepath.Join(h, path)); err == nil {
+			require.NoError(t, os.WriteFile(filepath.Join(h, path, "cgroup.procs"), []byte(strconv.Itoa(sleep.Process.Pid)), 0o644))
+		}
+	}
+	u, err := UsageOf(path)
+	require.NoError(t, err)
+	require.EqualValues(t, 1, u.Pids)
 }

@@ -35,16 +35,39 @@ type Pods interface {
 	Running(context.Context) (Running, error)
 	// MeasureDisk measures what a pod takes of the node's disk.
 	MeasureDisk(context.Context, *corev1.Pod, []Container, Stop) (Usage, error)
+	// MeasureMemory adds to a usage what a pod takes of memory and process ids.
+	MeasureMemory(*corev1.Pod, []Container, *Usage) error
+	// RemoveEnded removes containers that have ended, where nothing is lost but
+	// their logs.
+	RemoveEnded(context.Context) error
 	// Evict ends a pod. It does not wait.
 	Evict(Eviction)
+	// Gone says whether nothing is left of a pod that was evicted.
+	Gone(types.UID) bool
+}
+
+// Node is what the pods are on.
+type Node interface {
+	// Observe sees how much of everything is left, of what can be seen, and whether
+	// images and containers' layers are on a file system of their own.
+	Observe(context.Context) (seen Observations, ownImages bool)
+	// RemoveImages removes images that no pod uses.
+	RemoveImages(context.Context) error
+	// Changed is called when the node's conditions have.
+	Changed()
+	// Event tells the cluster about the node.
+	Event(eventType, reason, message string)
 }
 
 // Config is what a manager works with.
 type Config struct {
 	Pods Pods
-	// OwnImages says whether images and containers' layers are on a file system of
-	// their own.
-	OwnImages func() bool
+	Node Node
+	// Thresholds say of how little being left is too little; none: nothing is
+	// evicted for the node's sake.
+	Thresholds []Threshold
+	// Transition is for how long a condition stays after it was seen last.
+	Transition time.Duration
 	// Interval is how often it looks. Default: Interval.
 	Interval time.Duration
 	Logger   *slog.Logger
@@ -57,8 +80,17 @@ type Manager struct {
 	pacer *pacer
 	wg    sync.WaitGroup
 
-	mu       sync.Mutex
-	measured map[types.UID]*measuring
+	mu         sync.Mutex
+	measured   map[types.UID]*measuring
+	conditions []corev1.NodeConditionType
+	ownImages  bool
+
+	// The rest belongs to Run.
+	measureTime time.Duration // measureTime but in tests
+	pressure    Pressure
+	ending      map[types.UID]time.Time // evicted for the node's sake, when
+	told        time.Time               // when the cluster was told of what
+	toldOf      Signal
 }
 
 // measuring is that of one pod that has limits.
@@ -73,23 +105,31 @@ func New(cfg Config) *Manager {
 	if cfg.Interval == 0 {
 		cfg.Interval = Interval
 	}
-	if cfg.OwnImages == nil {
-		cfg.OwnImages = func() bool { return false }
-	}
 	return &Manager{
 		cfg: cfg, log: cfg.Logger.With("component", "eviction"), pacer: newPacer(), measured: map[types.UID]*measuring{},
+		ending: map[types.UID]time.Time{}, measureTime: measureTime,
 	}
 }
 
 // Run works until ctx ends.
 func (m *Manager) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() { m.enforceAll(ctx) })
+	for sleep(ctx, m.cfg.Interval) == nil {
+		m.relieve(ctx)
+	}
+	return nil
+}
+
+// enforceAll enforces pods' own limits until ctx ends.
+func (m *Manager) enforceAll(ctx context.Context) {
 	defer m.wg.Wait()
 	for sleep(ctx, m.cfg.Interval) == nil {
 		if err := m.enforce(ctx); err != nil && ctx.Err() == nil {
 			m.log.Warn("measure what pods take of the disk", "error", err)
 		}
 	}
-	return nil
 }
 
 // enforce measures pods that have limits, and evicts those that are over one.
@@ -158,7 +198,10 @@ func (m *Manager) enforceOne(ctx context.Context, pod *corev1.Pod, containers []
 		// What was measured is there at least.
 		m.log.Warn("measure what a pod takes of the disk", "pod", pod.Namespace+"/"+pod.Name, "uid", pod.UID, "error", err)
 	}
-	if message, over := OverLimit(pod, &u, m.cfg.OwnImages()); over {
+	m.mu.Lock()
+	ownImages := m.ownImages
+	m.mu.Unlock()
+	if message, over := OverLimit(pod, &u, ownImages); over {
 		m.cfg.Pods.Evict(Eviction{Pod: pod, Message: message})
 	}
 }

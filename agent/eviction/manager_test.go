@@ -3,6 +3,8 @@ package eviction
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -21,12 +23,16 @@ type fakePods struct {
 	endless map[types.UID]bool // measuring them never ends
 	asked   map[types.UID]int
 	evicted chan Eviction
+	memory  map[types.UID]int64
+	gone    map[types.UID]bool // once evicted
+	over    map[types.UID]bool // evicted and gone
+	ended   func()             // what removing containers that have ended does
 }
 
 func (f *fakePods) Active() []*corev1.Pod {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.pods
+	return slices.DeleteFunc(slices.Clone(f.pods), func(p *corev1.Pod) bool { return f.over[p.UID] })
 }
 
 func (f *fakePods) Running(context.Context) (Running, error) { return nil, nil }
@@ -44,7 +50,65 @@ func (f *fakePods) MeasureDisk(ctx context.Context, pod *corev1.Pod, _ []Contain
 	return u, stop.Pause()
 }
 
-func (f *fakePods) Evict(e Eviction) { f.evicted <- e }
+func (f *fakePods) Evict(e Eviction) {
+	f.mu.Lock()
+	if f.gone[e.Pod.UID] {
+		f.over[e.Pod.UID] = true
+	}
+	f.mu.Unlock()
+	f.evicted <- e
+}
+
+func (f *fakePods) MeasureMemory(pod *corev1.Pod, _ []Container, u *Usage) error {
+	u.Memory = f.memory[pod.UID]
+	return nil
+}
+
+func (f *fakePods) RemoveEnded(context.Context) error {
+	if f.ended != nil {
+		f.ended()
+	}
+	return nil
+}
+
+func (f *fakePods) Gone(uid types.UID) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.over[uid]
+}
+
+// fakeNode has this much of everything left.
+type fakeNode struct {
+	mu        sync.Mutex
+	seen      Observations
+	ownImages bool
+	images    func() // what removing images does
+	changed   int
+	events    []string
+}
+
+func (n *fakeNode) Observe(context.Context) (Observations, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return maps.Clone(n.seen), n.ownImages
+}
+
+func (n *fakeNode) set(s Signal, available int64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.seen[s] = Observation{Available: available, Capacity: 1000}
+}
+
+func (n *fakeNode) RemoveImages(context.Context) error {
+	if n.images != nil {
+		n.images()
+	}
+	return nil
+}
+
+func (n *fakeNode) Changed() { n.changed++ }
+
+func (n *fakeNode) Event(_, reason, message string) { n.events = append(n.events, reason+": "+message) }
 
 func namedPod(name string, limit string) *corev1.Pod {
 	return &corev1.Pod{
@@ -72,7 +136,7 @@ func TestOthersAreMeasuredBesideWhatTakesForEver(t *testing.T) {
 		f.usage[p.UID] = Usage{Volumes: map[string]Disk{"x": {Bytes: 2 * mib}}}
 	}
 	f.usage["within"] = Usage{Volumes: map[string]Disk{"x": {Bytes: 1 * mib}}}
-	m := New(Config{Pods: f, Interval: time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
+	m := New(Config{Pods: f, Node: &fakeNode{}, Interval: time.Millisecond, Logger: slog.New(slog.DiscardHandler)})
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- m.Run(ctx) }()
@@ -111,7 +175,7 @@ func TestOthersAreMeasuredBesideWhatTakesForEver(t *testing.T) {
 func TestAMeasuringThatTookLongIsPutOff(t *testing.T) {
 	t.Parallel()
 	f := &fakePods{usage: map[types.UID]Usage{}, asked: map[types.UID]int{}, evicted: make(chan Eviction, 10), pods: []*corev1.Pod{namedPod("p", "1Mi")}}
-	m := New(Config{Pods: f, Interval: time.Hour, Logger: slog.New(slog.DiscardHandler)})
+	m := New(Config{Pods: f, Node: &fakeNode{}, Interval: time.Hour, Logger: slog.New(slog.DiscardHandler)})
 	require.NoError(t, m.enforce(t.Context()))
 	m.wg.Wait()
 	require.False(t, time.Now().Before(m.measured["p"].next), "a quick one is due at the next look")

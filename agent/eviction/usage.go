@@ -21,6 +21,8 @@ type Usage struct {
 	// Other is what else the pod has on the node's disk: logs of containers that
 	// have ended, termination messages, its hosts file.
 	Other Disk
+	// Memory is the working set in bytes, Processes how many there are.
+	Memory, Processes int64
 }
 
 // ContainerUsage is what one container takes.
@@ -29,6 +31,7 @@ type ContainerUsage struct {
 	// Rootfs is its writable layer.
 	Rootfs Disk
 	Logs   Disk
+	Memory int64
 }
 
 // ephemeral is all that counts as the pod's ephemeral storage.

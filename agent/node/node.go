@@ -5,6 +5,7 @@ import (
 	"maps"
 	"net"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -22,12 +23,14 @@ const KubeletVersion = "v1.37.2"
 
 // Facts are what does not change while an agent runs.
 type Facts struct {
-	Name      string
-	IPs       []net.IP // the node's own, the first of each family counts
-	Labels    map[string]string
-	Taints    []corev1.Taint
-	MaxPods   int64
-	DataDir   string // whose file system is the node's ephemeral storage
+	Name    string
+	IPs     []net.IP // the node's own, the first of each family counts
+	Labels  map[string]string
+	Taints  []corev1.Taint
+	MaxPods int64
+	DataDir string // whose file system is the node's ephemeral storage
+	// Reserved is what pods cannot have of the capacity.
+	Reserved  corev1.ResourceList
 	Runtime   string // such as containerd://1.6.20
 	GossipAt  string // annotation: where gossip reaches this node
 	StartedAt time.Time
@@ -37,18 +40,13 @@ type Facts struct {
 type Health struct {
 	Runtime string // why containerd cannot be used; empty: it can
 	Network string // why pods get no network; empty: they do
+	// Pressure are the conditions of what the node is short of.
+	Pressure []corev1.NodeConditionType
 }
-
-// thresholds of the pressure conditions, as the kubelet's hard evictions.
-const (
-	minMemory     = 100 << 20
-	minDiskShare  = 0.10
-	minInodeShare = 0.05
-)
 
 // Resources returns the machine's capacity.
 func Resources(f *Facts) (corev1.ResourceList, error) {
-	memory, _, err := memoryBytes()
+	memory, _, err := Memory()
 	if err != nil {
 		return nil, err
 	}
@@ -66,7 +64,9 @@ func Resources(f *Facts) (corev1.ResourceList, error) {
 
 func cpus() int { return runtime.NumCPU() }
 
-func memoryBytes() (total, available int64, err error) {
+// Memory is how much there is, in bytes, and how much of it can be had without
+// swapping: what is free, and what the kernel can give up.
+func Memory() (total, available int64, err error) {
 	raw, err := hostile.ReadRegular("/proc/meminfo", hostile.MaxOwn)
 	if err != nil {
 		return 0, 0, fmt.Errorf("size of memory: %w", err)
@@ -110,7 +110,7 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		ObjectMeta: metav1.ObjectMeta{Name: f.Name, Labels: labels},
 		Spec:       corev1.NodeSpec{Taints: f.Taints},
 		Status: corev1.NodeStatus{
-			Capacity: capacity, Allocatable: capacity.DeepCopy(), NodeInfo: systemInfo(f),
+			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
 		},
 	}
 	if f.GossipAt != "" {
@@ -120,15 +120,47 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ip.String()})
 	}
 	n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeHostName, Address: f.Name})
-	n.Status.Conditions = conditions(f, h, old, now)
+	n.Status.Conditions = conditions(h, old, now)
 	return n, nil
 }
 
-func conditions(f *Facts, h Health, old *corev1.Node, now time.Time) []corev1.NodeCondition {
-	_, available, err := memoryBytes()
-	lowMemory := err == nil && available < minMemory
-	disk := diskPressure(f.DataDir)
-	pids := pidPressure()
+// Pids is how many process ids the kernel gives, and how many are given.
+func Pids() (most, used int64, err error) {
+	if most, err = strconv.ParseInt(text("/proc/sys/kernel/pid_max"), 10, 64); err != nil {
+		return 0, 0, fmt.Errorf("number of process ids: %w", err)
+	}
+	if threads, err := strconv.ParseInt(text("/proc/sys/kernel/threads-max"), 10, 64); err == nil {
+		most = min(most, threads)
+	}
+	// 0.20 0.18 0.12 1/80 11206: of 80 that there are, 1 runs
+	fields := strings.Fields(text("/proc/loadavg"))
+	if len(fields) < 4 {
+		return 0, 0, fmt.Errorf("number of processes: /proc/loadavg has %d fields", len(fields))
+	}
+	_, all, _ := strings.Cut(fields[3], "/")
+	if used, err = strconv.ParseInt(all, 10, 64); err != nil {
+		return 0, 0, fmt.Errorf("number of processes: %w", err)
+	}
+	return most, used, nil
+}
+
+// allocatable is what pods may have of the capacity.
+func allocatable(capacity, reserved corev1.ResourceList) corev1.ResourceList {
+	out := capacity.DeepCopy()
+	for name, q := range reserved {
+		if left, ok := out[name]; ok {
+			left.Sub(q)
+			if left.Sign() < 0 {
+				left.Set(0)
+			}
+			out[name] = left
+		}
+	}
+	return out
+}
+
+func conditions(h Health, old *corev1.Node, now time.Time) []corev1.NodeCondition {
+	has := func(t corev1.NodeConditionType) bool { return slices.Contains(h.Pressure, t) }
 	cond := func(t corev1.NodeConditionType, bad bool, badReason, badText, goodReason, goodText string) corev1.NodeCondition {
 		c := corev1.NodeCondition{Type: t, Status: corev1.ConditionFalse, Reason: goodReason, Message: goodText}
 		if bad {
@@ -146,9 +178,12 @@ func conditions(f *Facts, h Health, old *corev1.Node, now time.Time) []corev1.No
 	network := cond(corev1.NodeNetworkUnavailable, h.Network != "", "NoPodNetwork", h.Network, "PodNetworkReady", "pods get addresses and routes")
 	list := []corev1.NodeCondition{
 		network,
-		cond(corev1.NodeMemoryPressure, lowMemory, "KubeletHasInsufficientMemory", "less than 100 MiB of memory are available", "KubeletHasSufficientMemory", "there is enough memory"),
-		cond(corev1.NodeDiskPressure, disk != "", "KubeletHasDiskPressure", disk, "KubeletHasNoDiskPressure", "there is enough disk space"),
-		cond(corev1.NodePIDPressure, pids, "KubeletHasInsufficientPID", "few process ids are left", "KubeletHasSufficientPID", "there are enough process ids"),
+		cond(corev1.NodeMemoryPressure, has(corev1.NodeMemoryPressure), "KubeletHasInsufficientMemory", "kubelet has insufficient memory available",
+			"KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+		cond(corev1.NodeDiskPressure, has(corev1.NodeDiskPressure), "KubeletHasDiskPressure", "kubelet has disk pressure",
+			"KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+		cond(corev1.NodePIDPressure, has(corev1.NodePIDPressure), "KubeletHasInsufficientPID", "kubelet has insufficient PID available",
+			"KubeletHasSufficientPID", "kubelet has sufficient PID available"),
 		ready,
 	}
 	stamp := metav1.NewTime(now).Rfc3339Copy()
@@ -171,33 +206,6 @@ func conditions(f *Facts, h Health, old *corev1.Node, now time.Time) []corev1.No
 		}
 	}
 	return list
-}
-
-func diskPressure(dir string) string {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
-		return ""
-	}
-	if st.Blocks > 0 && float64(st.Bavail)/float64(st.Blocks) < minDiskShare {
-		return fmt.Sprintf("%s has less than %d %% of its space left", dir, int(minDiskShare*100))
-	}
-	if st.Files > 0 && float64(st.Ffree)/float64(st.Files) < minInodeShare {
-		return fmt.Sprintf("%s has less than %d %% of its inodes left", dir, int(minInodeShare*100))
-	}
-	return ""
-}
-
-func pidPressure() bool {
-	limit, err := hostile.ReadRegular("/proc/sys/kernel/pid_max", hostile.MaxOwn)
-	if err != nil {
-		return false
-	}
-	most, err := strconv.ParseInt(strings.TrimSpace(string(limit)), 10, 64)
-	if err != nil {
-		return false
-	}
-	var info unix.Sysinfo_t
-	return unix.Sysinfo(&info) == nil && int64(info.Procs) > most*9/10
 }
 
 func systemInfo(f *Facts) corev1.NodeSystemInfo {

@@ -7,6 +7,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 )
 
 func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
@@ -33,6 +34,57 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, Same(ready, again), "an hour with nothing new is nothing to write")
 	require.False(t, Same(ready, waiting))
+}
+
+// What the node is short of is in its conditions, in upstream's words, and what
+// is kept for that is not for pods.
+func TestPressureAndWhatIsKept(t *testing.T) {
+	t.Parallel()
+	f := &Facts{Name: "a1", IPs: []net.IP{net.ParseIP("10.0.0.1")}, MaxPods: 20, DataDir: t.TempDir(), Reserved: corev1.ResourceList{
+		corev1.ResourceMemory: resource.MustParse("100Mi"), corev1.ResourceEphemeralStorage: resource.MustParse("1000Ei"),
+	}}
+	begin := time.Unix(1000, 0)
+	well, err := Make(f, Health{}, nil, begin)
+	require.NoError(t, err)
+	for _, c := range []corev1.NodeConditionType{corev1.NodeMemoryPressure, corev1.NodeDiskPressure, corev1.NodePIDPressure} {
+		require.Equal(t, corev1.ConditionFalse, condition(well, c).Status, c)
+	}
+	kept := well.Status.Capacity.Memory().DeepCopy()
+	kept.Sub(*well.Status.Allocatable.Memory())
+	require.Equal(t, "100Mi", kept.String())
+	require.Zero(t, well.Status.Allocatable.StorageEphemeral().Value(), "not less than nothing")
+	require.Equal(t, well.Status.Capacity.Pods(), well.Status.Allocatable.Pods())
+
+	bad, err := Make(f, Health{Pressure: []corev1.NodeConditionType{corev1.NodeMemoryPressure, corev1.NodeDiskPressure, corev1.NodePIDPressure}}, well, begin.Add(time.Minute))
+	require.NoError(t, err)
+	for c, want := range map[corev1.NodeConditionType]string{
+		corev1.NodeMemoryPressure: "KubeletHasInsufficientMemory: kubelet has insufficient memory available",
+		corev1.NodeDiskPressure:   "KubeletHasDiskPressure: kubelet has disk pressure",
+		corev1.NodePIDPressure:    "KubeletHasInsufficientPID: kubelet has insufficient PID available",
+	} {
+		got := condition(bad, c)
+		require.Equal(t, corev1.ConditionTrue, got.Status, c)
+		require.Equal(t, want, got.Reason+": "+got.Message)
+		require.True(t, got.LastTransitionTime.Time.Equal(begin.Add(time.Minute)))
+	}
+}
+
+func TestWhatTheMachineHas(t *testing.T) {
+	t.Parallel()
+	total, available, err := Memory()
+	require.NoError(t, err)
+	require.Positive(t, available)
+	require.Less(t, available, total)
+	most, used, err := Pids()
+	require.NoError(t, err)
+	require.Positive(t, used)
+	require.Less(t, used, most)
+	fs, err := FileSystemOf(t.TempDir())
+	require.NoError(t, err)
+	require.Positive(t, fs.Capacity)
+	require.LessOrEqual(t, fs.Available, fs.Capacity)
+	_, err = FileSystemOf("/does/not/exist")
+	require.Error(t, err)
 }
 
 func condition(n *corev1.Node, t corev1.NodeConditionType) corev1.NodeCondition {

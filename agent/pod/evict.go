@@ -1,6 +1,8 @@
 package pod
 
 import (
+	"context"
+	"fmt"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -55,6 +57,59 @@ func (m *Manager) Gone(uid types.UID) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.swept
+}
+
+// reclaimTime is how long RemoveEnded waits for the pods' workers.
+const reclaimTime = 20 * time.Second
+
+// RemoveEnded removes containers that have ended: all of pods that have, and of
+// others those that are not the newest of their name. Only their logs are lost.
+func (m *Manager) RemoveEnded(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, reclaimTime)
+	defer cancel()
+	var waits []chan struct{}
+	for _, w := range m.all() {
+		w.mu.Lock()
+		if w.reclaim == nil {
+			w.reclaim = make(chan struct{})
+		}
+		waits = append(waits, w.reclaim)
+		w.mu.Unlock()
+		w.wakeUp()
+	}
+	for i, done := range waits {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return fmt.Errorf("%d of %d pods have not answered: %w", len(waits)-i, len(waits), ctx.Err())
+		}
+	}
+	return nil
+}
+
+// reclaimed takes that containers which have ended are to be removed now; done is
+// to be called when they are.
+func (w *worker) reclaimed() (wanted bool, done func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.reclaim == nil {
+		return false, func() {}
+	}
+	ch := w.reclaim
+	w.reclaim = nil
+	return true, func() { close(ch) }
+}
+
+// removeEnded removes the containers and sandboxes of a pod that has ended.
+func (w *worker) removeEnded(obs *observed) {
+	for _, c := range flatten(obs) {
+		if c.running() || !w.removeContainer(c) {
+			return
+		}
+	}
+	for _, s := range obs.sandboxes {
+		w.removeSandbox(s.id)
+	}
 }
 
 // checkEvicted makes the verdict of a pod that is evicted.

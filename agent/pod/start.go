@@ -373,13 +373,14 @@ func (w *worker) pullSecrets(pod *corev1.Pod) []*corev1.Secret {
 }
 
 // collect removes containers that nobody will ask for any more: of each name,
-// the newest and the one before it stay.
-func (w *worker) collect(obs *observed) {
+// the newest and the one before it stay, or the newest alone when room is short.
+func (w *worker) collect(obs *observed, short bool) {
+	keep := 2
+	if short {
+		keep = 1
+	}
 	for _, list := range obs.containers {
-		if len(list) <= 2 {
-			continue
-		}
-		for _, c := range list[2:] {
+		for _, c := range list[min(keep, len(list)):] {
 			if c.exited() {
 				w.removeContainer(c)
 			}

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"timonel/agent/cgroup"
 	"timonel/agent/eviction"
 	"timonel/agent/hostile"
 )
@@ -87,6 +89,19 @@ func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers [
 	return u, errors.Join(errs...)
 }
 
+// MeasureMemory adds what a pod takes of memory and process ids, by its cgroups.
+func (m *Manager) MeasureMemory(pod *corev1.Pod, containers []eviction.Container, u *eviction.Usage) error {
+	parent := cgroupParent(m.cfg.CgroupRoot, pod)
+	whole, err := cgroup.UsageOf(parent)
+	u.Memory, u.Processes = whole.Memory, whole.Pids
+	for _, c := range containers {
+		one, oneErr := cgroup.UsageOf(path.Join(parent, c.ID))
+		err = errors.Join(err, oneErr)
+		u.Containers = append(u.Containers, eviction.ContainerUsage{Name: c.Name, Memory: one.Memory})
+	}
+	return err
+}
+
 func (m *Manager) measureLogs(ctx context.Context, pod *corev1.Pod, container string, how hostile.Measure) (hostile.Size, error) {
 	return measureFolder(ctx, m.LogDir(pod), container, how)
 }
@@ -95,14 +110,14 @@ func (m *Manager) measureLayer(ctx context.Context, id string, how hostile.Measu
 	if m.cfg.Layers == nil {
 		return hostile.Size{Whole: true}, nil
 	}
-	path, err := m.cfg.Layers(ctx, id)
+	layer, err := m.cfg.Layers(ctx, id)
 	if err != nil {
 		return hostile.Size{}, fmt.Errorf("find the layer of container %s: %w", id, err)
 	}
-	if path == "" {
+	if layer == "" {
 		return m.layerByCRI(ctx, id)
 	}
-	return measureFolder(ctx, filepath.Dir(path), filepath.Base(path), how)
+	return measureFolder(ctx, filepath.Dir(layer), filepath.Base(layer), how)
 }
 
 // layerByCRI is the runtime's own figure.

@@ -51,6 +51,7 @@ type worker struct {
 	hooks        map[string]*hook
 	said         map[string]string // last message of an event that would repeat
 	evicted      *eviction.Eviction
+	reclaim      chan struct{}     // closed when what has ended was removed; nil: it stays
 	swept        bool              // it has ended, and what it had on the node was removed
 	status       *corev1.PodStatus // last computed
 
@@ -237,6 +238,10 @@ func (w *worker) run(ctx context.Context) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer w.wg.Wait()
 	defer cancel()
+	defer func() {
+		_, done := w.reclaimed()
+		done()
+	}()
 	w.ctx = ctx
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -287,6 +292,8 @@ func (w *worker) sync() bool {
 		w.checkEvicted(pod)
 
 		if removed || pod.DeletionTimestamp != nil {
+			_, done := w.reclaimed() // all of it goes
+			done()
 			if w.cleaned {
 				w.finalReport(pod, removed)
 				return removed
@@ -313,6 +320,10 @@ func (w *worker) sync() bool {
 			w.report(pod, obs, true, ended)
 			if ended {
 				w.sweep(pod, obs)
+				if wanted, done := w.reclaimed(); wanted {
+					w.removeEnded(obs)
+					done()
+				}
 			}
 			return false
 		}
@@ -323,7 +334,9 @@ func (w *worker) sync() bool {
 		}
 		w.probes.update(pod, obs)
 		w.report(pod, obs, false, false)
-		w.collect(obs)
+		wanted, done := w.reclaimed()
+		w.collect(obs, wanted)
+		done()
 		return false
 	}
 	w.again(w.m.cfg.Now().Add(100 * time.Millisecond))

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
+	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
@@ -99,6 +100,10 @@ func TestErrorsNameTheFlagAndChangeNothing(t *testing.T) {
 		{"too few pods", []string{"--max-pods", "0"}, "--max-pods"},
 		{"images removed at more than all", []string{"--image-gc-high-threshold", "101"}, "--image-gc-high-threshold"},
 		{"images removed to more than from", []string{"--image-gc-low-threshold", "90"}, "--image-gc-low-threshold"},
+		{"a threshold of nothing", []string{"--eviction-hard", "disk<10%"}, "--eviction-hard"},
+		{"a threshold of everything", []string{"--eviction-hard", "nodefs.available<110%"}, "--eviction-hard"},
+		{"a threshold that says nothing", []string{"--eviction-minimum-reclaim", "nodefs.available<1%"}, "--eviction-minimum-reclaim"},
+		{"a condition of no time", []string{"--eviction-pressure-transition-period", "0s"}, "--eviction-pressure-transition-period"},
 		{"a port that is none", []string{"--gossip-port", "70000"}, "--gossip-port"},
 		{"a port in use", []string{"--gossip-port", port}, "in use"},
 		{"no such images folder", []string{"--images", "/does/not/exist"}, "--images"},
@@ -185,7 +190,10 @@ func TestSharedDisk(t *testing.T) {
 	}
 	t.Setenv("TIMONEL_SHARED_DISK", "")
 	require.Equal(t, imagegc.Default(), parse().imageGC)
+	require.Equal(t, eviction.DefaultHard, parse().evictionHard)
 	t.Setenv("TIMONEL_SHARED_DISK", "1")
 	require.Equal(t, 100, parse().imageGC.High)
+	require.Equal(t, "memory.available<100Mi,pid.available<10%", parse().evictionHard)
+	require.Equal(t, "nodefs.available<1%", parse("--eviction-hard=nodefs.available<1%").evictionHard)
 	require.Equal(t, 90, parse("--image-gc-high-threshold=90").imageGC.High)
 }

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 	corev1 "k8s.io/api/core/v1"
@@ -16,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/agent"
+	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
 	"timonel/pki"
@@ -46,6 +48,9 @@ type options struct {
 	imageGC         imagegc.Policy
 	logMaxSize      string
 	logMaxFiles     int
+	evictionHard    string
+	evictionReclaim string
+	transition      time.Duration
 	clusterDNS      []string
 	clusterDomain   string
 	kubernetesIP    string
@@ -80,9 +85,13 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.Int64Var(&o.maxPods, "max-pods", 110, "how many pods the node takes")
 	f.Int64Var(&o.podMaxPids, "pod-max-pids", agent.DefaultPodMaxPids, "how many processes and threads one pod may have; -1 for any number")
 	d := imagegc.Default()
+	hard := eviction.DefaultHard
 	if sharesDisk() {
-		d.High = 100
+		d.High, hard = 100, eviction.DefaultShared
 	}
+	f.StringVar(&o.evictionHard, "eviction-hard", hard, "of how little being left pods are evicted, SIGNAL<VALUE,…; none or empty for never")
+	f.StringVar(&o.evictionReclaim, "eviction-minimum-reclaim", "", "how much more than that has to be left until it is enough, SIGNAL=VALUE,…")
+	f.DurationVar(&o.transition, "eviction-pressure-transition-period", agent.DefaultPressureTransition, "for how long the node says that it is short of something after it was")
 	f.IntVar(&o.imageGC.High, "image-gc-high-threshold", d.High, "percent of use of the images' file system from which images that no pod uses are removed; 100 for never")
 	f.IntVar(&o.imageGC.Low, "image-gc-low-threshold", d.Low, "percent of use of the images' file system that removing images stops at")
 	f.DurationVar(&o.imageGC.MinAge, "minimum-image-ttl-duration", d.MinAge, "how long an unused image is kept at least")
@@ -150,6 +159,19 @@ func (o *options) config() (agent.Config, error) {
 	if o.podMaxPids < 1 && o.podMaxPids != -1 {
 		return cfg, fmt.Errorf("--pod-max-pids %d: must be at least 1, or -1 for any number", o.podMaxPids)
 	}
+	if strings.TrimSpace(o.evictionHard) == "" {
+		o.evictionHard = "none"
+	}
+	thresholds, err := eviction.ParseHard(o.evictionHard)
+	if err != nil {
+		return cfg, fmt.Errorf("--eviction-hard: %w", err)
+	}
+	if err := eviction.ParseMinReclaim(o.evictionReclaim, thresholds); err != nil {
+		return cfg, fmt.Errorf("--eviction-minimum-reclaim: %w", err)
+	}
+	if o.transition <= 0 {
+		return cfg, fmt.Errorf("--eviction-pressure-transition-period %s: must be more than 0", o.transition)
+	}
 	if err := o.imageGC.Validate(); err != nil {
 		return cfg, err
 	}
@@ -192,7 +214,8 @@ func (o *options) config() (agent.Config, error) {
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
 		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,
-		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles, Labels: labels, Taints: taints,
+		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles,
+		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
 		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP,
 		Version: version, Logger: log,
