@@ -5,7 +5,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -67,6 +69,9 @@ func (s *session) claim(ctx context.Context, expires time.Time, key string) erro
 		return refusal(err)
 	}
 	if d.config.Trust.Instance(s.node) != s.instance {
+		if wait, ok := d.starts.take(s.node); !ok {
+			return status.Errorf(codes.ResourceExhausted, "agents of node %s start too often: try again in %s", s.node, wait.Round(time.Second))
+		}
 		if by, held := d.heldElsewhere(ctx, s.node, s.instance); held {
 			s.log.Warn("refused a second agent with the certificate of a node that is connected", "to", by)
 			return status.Errorf(codes.FailedPrecondition, "another agent with the certificate of node %s is connected to controller %s: stop one of them, or `timonel node revoke` the node if its key was stolen", s.node, by)
@@ -77,6 +82,44 @@ func (s *session) claim(ctx context.Context, expires time.Time, key string) erro
 		return refusal(err)
 	}
 	return nil
+}
+
+// Processes of one node that start: some at once, then one every three seconds, as
+// each is recorded in the log.
+const (
+	startBurst = 10
+	startEvery = 3 * time.Second
+	// startsMax is from how many nodes on those are forgotten that may start a burst.
+	startsMax = 1024
+)
+
+// starts counts processes of agents that start.
+type starts struct {
+	now func() time.Time
+
+	mu    sync.Mutex
+	nodes map[string]*bucket
+}
+
+func newStarts(now func() time.Time) *starts { return &starts{now: now, nodes: map[string]*bucket{}} }
+
+// take says whether another process of a node may start, and if not, when.
+func (s *starts) take(node string) (wait time.Duration, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.now()
+	b := s.nodes[node]
+	if b == nil {
+		if len(s.nodes) >= startsMax {
+			maps.DeleteFunc(s.nodes, func(_ string, b *bucket) bool { return !b.full.After(now) })
+		}
+		b = &bucket{every: startEvery, burst: startBurst}
+		s.nodes[node] = b
+	}
+	if b.take(now) {
+		return 0, true
+	}
+	return b.full.Sub(now) - (startBurst-1)*startEvery, false
 }
 
 // heldElsewhere asks all controllers, this one included, whether they serve another

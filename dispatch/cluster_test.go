@@ -326,6 +326,10 @@ func (c *cluster) connect(controller string, hello *pb.Hello) *agent {
 	return c.connectAs(controller, hello, c.nodeTLS(hello.NodeName))
 }
 
+// noInstance is that of an agent of before there were instances. One of which a test
+// says nothing has the same in all its streams.
+const noInstance = "none"
+
 // connectAs opens an agent's stream with the given certificate.
 func (c *cluster) connectAs(controller string, hello *pb.Hello, config *tls.Config) *agent {
 	c.t.Helper()
@@ -333,6 +337,12 @@ func (c *cluster) connectAs(controller string, hello *pb.Hello, config *tls.Conf
 		raw, err := nodeObject(hello.NodeName).Marshal()
 		require.NoError(c.t, err)
 		hello.Node = raw
+	}
+	switch hello.Instance {
+	case "":
+		hello.Instance = "the agent's"
+	case noInstance:
+		hello.Instance = ""
 	}
 	a := &agent{t: c.t, name: hello.NodeName, got: make(chan *pb.ControllerMessage, 1024), pods: map[string]*pb.HavePod{}, objs: map[string]*pb.HaveObject{}}
 	a.conn = c.dial(controller, config)

@@ -115,6 +115,7 @@ type Dispatcher struct {
 	tunnels *tunnels
 	room    *room // for what agents report
 	joins   *attempts
+	starts  *starts
 	guard   *trust.Guard
 
 	running atomic.Pointer[context.Context] // Run's; nil before
@@ -147,6 +148,7 @@ func New(c Config) (*Dispatcher, error) {
 		tunnels: newTunnels(),
 		room:    newRoom(c.ReportBytes),
 		joins:   newAttempts(time.Now),
+		starts:  newStarts(time.Now),
 		guard:   trust.NewGuard(c.Trust),
 	}
 	d.hub = newHub(d)

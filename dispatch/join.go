@@ -44,10 +44,13 @@ func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinRespo
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	key, expires := trust.KeyOfInfo(request.PublicKeyInfo), time.Now().Add(d.config.NodeLifetime)
+	again, until := d.config.NodeLifetime/50, time.Time{}
 	if r.GetToken() == "" {
-		err = d.mayRenew(ctx, r.GetNodeName(), key, expires)
+		until, err = d.mayRenew(ctx, r.GetNodeName(), key, expires, again)
 	} else {
-		_, err = d.config.Trust.Join(ctx, trust.Join{Secret: r.GetToken(), Node: r.GetNodeName(), Key: key, Expires: expires})
+		var node trust.Node
+		node, err = d.config.Trust.Join(ctx, trust.Join{Secret: r.GetToken(), Node: r.GetNodeName(), Key: key, Expires: expires, Within: again})
+		until = node.Expires
 	}
 	var refused *trust.RefusedError
 	switch {
@@ -59,13 +62,16 @@ func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinRespo
 	case err != nil:
 		return nil, status.Errorf(codes.Unavailable, "the cluster could not record the join: %v", err)
 	}
-	cert, err := d.config.Bundle.SignNodeUntil(request, expires)
+	cert, err := d.config.Bundle.SignNodeUntil(request, until)
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
 	}
-	if r.GetToken() == "" {
-		d.log.Info("a node's certificate was renewed", "node", r.GetNodeName(), "expires", expires.Round(time.Second))
-	} else {
+	switch {
+	case until.Before(expires.Truncate(time.Second)):
+		d.log.Debug("a node was given a certificate that it had asked for before", "node", r.GetNodeName(), "expires", until)
+	case r.GetToken() == "":
+		d.log.Info("a node's certificate was renewed", "node", r.GetNodeName(), "expires", until)
+	default:
 		d.log.Info("a node joined", "node", r.GetNodeName(), "from", source)
 	}
 	out := &pb.JoinResponse{
@@ -95,31 +101,31 @@ func (d *Dispatcher) refused(source netip.Addr, r *pb.JoinRequest, err error) {
 
 // mayRenew says whether the caller may have a new certificate instead of the one
 // that he shows: for the same name and key, while the name is bound to that key and
-// its Node exists.
-func (d *Dispatcher) mayRenew(ctx context.Context, name, key string, expires time.Time) error {
+// its Node exists. It returns until when that is valid.
+func (d *Dispatcher) mayRenew(ctx context.Context, name, key string, expires time.Time, again time.Duration) (time.Time, error) {
 	cert, err := pki.PeerCertificate(ctx)
 	if err != nil {
-		return status.Error(codes.Unauthenticated, err.Error())
+		return time.Time{}, status.Error(codes.Unauthenticated, err.Error())
 	}
 	if cert == nil {
-		return trust.ErrToken
+		return time.Time{}, trust.ErrToken
 	}
 	if id := pki.IdentityOf(cert); id != (pki.Identity{Role: pki.RoleNode, Name: name}) {
-		return &trust.RefusedError{Reason: "the certificate is that of " + id.String() + ", the request is for node " + name}
+		return time.Time{}, &trust.RefusedError{Reason: "the certificate is that of " + id.String() + ", the request is for node " + name}
 	}
 	if trust.KeyOf(cert) != key {
-		return &trust.RefusedError{Reason: "a certificate is renewed for the key it is of: this request is for another"}
+		return time.Time{}, &trust.RefusedError{Reason: "a certificate is renewed for the key it is of: this request is for another"}
 	}
 	ctx, cancel := context.WithTimeout(ctx, barrierTimeout)
 	defer cancel()
 	if err := d.config.Barrier(ctx); err != nil {
-		return err
+		return time.Time{}, err
 	}
 	if err := d.config.Objects.WaitRevision(ctx, d.config.Store.View().Revision()); err != nil {
-		return err
+		return time.Time{}, err
 	}
 	if _, ok := d.config.Objects.Snapshot().Nodes().Get("", name); !ok {
-		return &trust.RefusedError{Reason: "there is no Node " + name + " any more: its certificate is not renewed"}
+		return time.Time{}, &trust.RefusedError{Reason: "there is no Node " + name + " any more: its certificate is not renewed"}
 	}
-	return d.config.Trust.Renew(ctx, name, key, expires)
+	return d.config.Trust.Renew(ctx, name, key, expires, again)
 }

@@ -202,6 +202,81 @@ func TestRenewal(t *testing.T) {
 	requireCode(t, err, codes.PermissionDenied, "token")
 }
 
+// A node that renews, joins again or starts all the time does not fill the log.
+func TestANodeDoesNotFillTheLog(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2")
+	secret := c.newToken(trust.TokenSpec{Uses: 1})
+	request := newCSR(t, "a1")
+	c.put(nodeObject("a1"))
+	answer, err := c.joinTo("c1", secret, "a1", request.CSR)
+	require.NoError(t, err)
+	node := pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: request.Key}, GossipKey: answer.GossipKey}
+	config := tlsOf(t, node)
+	before := c.store.View().Revision()
+	_, first, err := node.Validity()
+	require.NoError(t, err)
+	same, err := pki.NewNodeRequestFor("a1", request.Key)
+	require.NoError(t, err)
+	for i := range 50 {
+		var again *pb.JoinResponse
+		if controller := []string{"c1", "c2"}[i%2]; i%4 < 2 {
+			again, err = c.joinTo(controller, secret, "a1", request.CSR)
+		} else {
+			again, err = pb.NewAgentsClient(c.dial(controller, config)).Join(t.Context(), &pb.JoinRequest{NodeName: "a1", Csr: same.CSR})
+		}
+		require.NoError(t, err)
+		node.Pair.Cert = again.Certificate
+		_, until, err := node.Validity()
+		require.NoError(t, err)
+		require.Equal(t, first, until, "the state knows of no other")
+	}
+	require.Equal(t, before, c.store.View().Revision(), "each was committed")
+
+	exhausted := false
+	for i := range 3 * startBurst {
+		instance := string(rune('a' + i))
+		a := c.connectAs("c1", &pb.Hello{NodeName: "a1", Instance: instance}, config)
+		for !exhausted && c.trust.Instance("a1") != instance { // until it is admitted
+			select {
+			case _, ok := <-a.got:
+				exhausted = !ok && status.Code(a.err) == codes.ResourceExhausted
+				require.True(t, ok || exhausted, "%v", a.err)
+			case <-time.After(time.Millisecond):
+			}
+		}
+		a.cancel()
+		_ = a.end()
+		eventually(t, "c1 notices", func() bool { return c.controllers["c1"].hub.session("a1") == nil })
+	}
+	require.True(t, exhausted, "30 processes started in a moment")
+	require.Less(t, c.store.View().Revision()-before, int64(3*startBurst))
+	other := c.connect("c1", &pb.Hello{NodeName: "a2", Instance: "x"})
+	other.batch()
+}
+
+func TestStartsAreCounted(t *testing.T) {
+	t.Parallel()
+	now := time.Unix(1e9, 0)
+	s := newStarts(func() time.Time { return now })
+	for i := range 100 {
+		wait, ok := s.take("a1")
+		require.Equal(t, i < startBurst, ok, "start %d", i)
+		if !ok {
+			require.Equal(t, startEvery, wait)
+		}
+	}
+	now = now.Add(startEvery)
+	_, ok := s.take("a1")
+	require.True(t, ok)
+	for i := range 5 * startsMax {
+		now = now.Add(startEvery)
+		_, ok := s.take(string(rune('b' + i)))
+		require.True(t, ok)
+	}
+	require.LessOrEqual(t, len(s.nodes), startsMax+1)
+}
+
 // Two agents that have one certificate: the second is not served while the first is,
 // wherever they connect; a process that was restarted or has moved is.
 func TestOneProcessPerNode(t *testing.T) {
@@ -211,7 +286,7 @@ func TestOneProcessPerNode(t *testing.T) {
 	first := c.connect("c1", &pb.Hello{NodeName: "a1", Instance: "first"})
 	first.batch()
 	for _, controller := range []string{"c1", "c2", "c3"} {
-		for _, instance := range []string{"second", ""} {
+		for _, instance := range []string{"second", noInstance} {
 			copied := c.connect(controller, &pb.Hello{NodeName: "a1", Instance: instance})
 			requireCode(t, copied.end(), codes.FailedPrecondition, "is connected to controller c1")
 		}
@@ -238,10 +313,10 @@ func TestOneStreamOfAnAgentWithoutInstance(t *testing.T) {
 	t.Parallel()
 	c := newCluster(t, "c1", "c2", "c3")
 	c.put(nodeObject("a1"))
-	first := c.connect("c1", &pb.Hello{NodeName: "a1"})
+	first := c.connect("c1", &pb.Hello{NodeName: "a1", Instance: noInstance})
 	first.batch()
 	for i, controller := range []string{"c2", "c3", "c1", "c1"} {
-		next := c.connect(controller, &pb.Hello{NodeName: "a1"})
+		next := c.connect(controller, &pb.Hello{NodeName: "a1", Instance: noInstance})
 		next.batch()
 		require.Error(t, first.end(), "stream %d goes on beside a newer one", i)
 		first = next
@@ -260,7 +335,7 @@ func TestOneStreamOfAnAgentWithoutInstance(t *testing.T) {
 	eventually(t, "c1 notices", func() bool { return c.controllers["c1"].hub.session("a1") == nil })
 	upgraded := c.connect("c2", &pb.Hello{NodeName: "a1", Instance: "a newer build"})
 	upgraded.batch()
-	stale := c.connect("c3", &pb.Hello{NodeName: "a1"})
+	stale := c.connect("c3", &pb.Hello{NodeName: "a1", Instance: noInstance})
 	requireCode(t, stale.end(), codes.FailedPrecondition, "is connected to controller c2")
 }
 
@@ -269,13 +344,10 @@ func TestProcessesThatRaceForANode(t *testing.T) {
 	t.Parallel()
 	for name, instance := range map[string]func(int) string{
 		"with instances":   func(i int) string { return string(rune('a' + i)) },
-		"without":          func(int) string { return "" },
-		"with and without": func(i int) string { return []string{"", string(rune('a' + i))}[i%2] },
+		"without":          func(int) string { return noInstance },
+		"with and without": func(i int) string { return []string{noInstance, string(rune('a' + i))}[i%2] },
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			raceForANode(t, instance)
-		})
+		t.Run(name, func(t *testing.T) { raceForANode(t, instance) }) // one after another: each opens many connections
 	}
 }
 

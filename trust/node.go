@@ -85,11 +85,21 @@ type Join struct {
 	Node    string // the name it wants
 	Key     string // of its public key, as [KeyOf] says
 	Expires time.Time
+	// Within is as in [Registry.Renew], for one that joins again.
+	Within time.Duration
+}
+
+// fresh says whether a certificate that is valid until recorded was given less than
+// within before one that is valid until expires.
+func fresh(recorded, expires time.Time, within time.Duration) bool {
+	since := expires.Sub(recorded)
+	return since == 0 || since > 0 && since < within
 }
 
 // Join binds a name to the first key that joins with a good token, and counts the
 // token's use, in one transaction. Whoever repeats it with the same key, as after
-// an answer that was lost, gets the same answer and uses nothing up. A refusal is a
+// an answer that was lost, gets the same answer and uses nothing up. The node's
+// certificate is to be valid until the record's Expires. A refusal is a
 // [RefusedError].
 func (r *Registry) Join(ctx context.Context, j Join) (Node, error) {
 	var out Node
@@ -123,7 +133,7 @@ func (r *Registry) Join(ctx context.Context, j Join) (Node, error) {
 			return nil, ErrToken
 		}
 		expires := j.Expires.UTC().Truncate(time.Second)
-		if again && node.Expires.Equal(expires) {
+		if again && fresh(node.Expires, expires, j.Within) {
 			out = node
 			return nil, nil
 		}
@@ -239,10 +249,13 @@ func (r *Registry) Instance(node string) string {
 }
 
 // Renew records that a node's certificate is replaced by one that is valid until
-// expires. It is refused, with a [RefusedError], to whoever [Registry.CheckNode]
-// refuses, and to a name without record.
-func (r *Registry) Renew(ctx context.Context, name, key string, expires time.Time) error {
-	return r.change(ctx, func(view state.View, _ time.Time) (*state.Txn, error) {
+// expires, and returns until when it is to be: one that was renewed less than within
+// before is given again as it was then, and nothing is committed, so that a node that
+// renews all the time does not fill the log. It is refused, with a [RefusedError], to
+// whoever [Registry.CheckNode] refuses, and to a name without record.
+func (r *Registry) Renew(ctx context.Context, name, key string, expires time.Time, within time.Duration) (time.Time, error) {
+	var until time.Time
+	err := r.change(ctx, func(view state.View, _ time.Time) (*state.Txn, error) {
 		if err := r.checkNode(view, name, key); err != nil {
 			return nil, err
 		}
@@ -253,12 +266,18 @@ func (r *Registry) Renew(ctx context.Context, name, key string, expires time.Tim
 		if !found {
 			return nil, refuse("node %s has never connected with this certificate: it connects first", name)
 		}
-		node.Expires = expires.UTC().Truncate(time.Second)
+		expires := expires.UTC().Truncate(time.Second)
+		if fresh(node.Expires, expires, within) {
+			until = node.Expires
+			return nil, nil
+		}
+		node.Expires, until = expires, expires
 		return &state.Txn{
 			Conditions: []state.Condition{{Key: nodePrefix + name, ModRevision: revision}, {Key: revokedPrefix + key}},
 			Changes:    []state.Change{put(nodePrefix+name, node, time.Time{})},
 		}, nil
 	})
+	return until, err
 }
 
 // CheckNodeToken says whether a token that was issued for something on a node is

@@ -153,16 +153,20 @@ const attempts = 64
 
 // change reads the newest state, lets decide make a transaction of it, and commits
 // that; when a record that it depends on has changed meanwhile, all of it again.
-// decide returns nil when there is nothing to do.
+// decide returns nil when there is nothing to do. Whoever is refused, or changes
+// nothing, does not wait for those who do.
 func (r *Registry) change(ctx context.Context, decide func(view state.View, now time.Time) (*state.Txn, error)) error {
+	if err := r.state.ReadBarrier(ctx); err != nil {
+		return err
+	}
+	if txn, err := decide(r.state.Store().View(), r.now()); err != nil || txn == nil {
+		return err
+	}
 	select {
 	case r.turn <- struct{}{}:
 		defer func() { <-r.turn }()
 	case <-ctx.Done():
 		return ctx.Err()
-	}
-	if err := r.state.ReadBarrier(ctx); err != nil {
-		return err
 	}
 	for range attempts {
 		now := r.now()
