@@ -77,6 +77,17 @@ func TestAFullDiskEvictsWhoFilledIt(t *testing.T) {
 	for _, p := range []*corev1.Pod{small, within, critical} {
 		c.ready(p)
 	}
+	// One that has ended, and one whose last container but one has.
+	done := newPod("done", shell("app", "echo over; dd if=/dev/zero of=/tmp/f bs=1M count=5"))
+	done.Spec.RestartPolicy = corev1.RestartPolicyNever
+	again := newPod("again", shell("app", "dd if=/dev/zero of=/tmp/f bs=1M count=5; [ -e /data/twice ] || { touch /data/twice; exit 1; }; sleep 1000"))
+	withEmptyDir(again, "1Gi", "")
+	c.set(done)
+	c.set(again)
+	ended := c.until(done, "done", time.Minute, func(st *corev1.PodStatus) bool { return st.Phase == corev1.PodSucceeded })
+	restarted := c.until(again, "restarted", time.Minute, func(st *corev1.PodStatus) bool { return isReady(st) && st.ContainerStatuses[0].RestartCount == 1 })
+	require.Equal(t, 2, n.inContainerd(done), "its container and its sandbox")
+	require.Equal(t, 3, n.inContainerd(again))
 	require.Empty(t, c.evictedInOrder())
 
 	// It writes until there is no more room at all.
@@ -100,6 +111,16 @@ func TestAFullDiskEvictsWhoFilledIt(t *testing.T) {
 		require.Equal(t, corev1.PodRunning, c.ready(p).Phase, p.Name)
 	}
 	require.Equal(t, []string{"hog"}, c.evictedInOrder())
+	require.Zero(t, n.inContainerd(done), "what has ended was removed before anybody was evicted")
+	require.Equal(t, 2, n.inContainerd(again))
+	c.mu.Lock()
+	require.Equal(t, ended, c.statuses[string(done.UID)], "and is told as it was")
+	require.Equal(t, restarted.ContainerStatuses, c.statuses[string(again.UID)].ContainerStatuses)
+	delete(c.statuses, string(done.UID))
+	c.mu.Unlock()
+	n.stop()
+	n.start()
+	require.Equal(t, ended, c.until(done, "done still", time.Minute, func(*corev1.PodStatus) bool { return true }), "by the next agent, too")
 	later := newPod("later", shell("app", "sleep 1000"))
 	c.set(later)
 	c.ready(later)

@@ -395,7 +395,7 @@ func truth(b bool) corev1.ConditionStatus {
 
 func sandboxCondition(in statusInput) corev1.PodCondition {
 	s := in.obs.current()
-	return corev1.PodCondition{Type: corev1.PodReadyToStartContainers, Status: truth(s != nil && (s.hostNet || len(s.ips) > 0))}
+	return corev1.PodCondition{Type: corev1.PodReadyToStartContainers, Status: truth(s != nil && !in.stopped && (s.hostNet || len(s.ips) > 0))}
 }
 
 func initializedCondition(in statusInput, st *corev1.PodStatus) corev1.PodCondition {
