@@ -67,7 +67,7 @@ lint: ## gofmt, go vet, staticcheck, and that the agent reaches no file by path
 .PHONY: unit
 unit: ## Unit tests
 	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$(.ci/packages light)
-	$(GO) test ./consensus -run '^(TestMemberMovesToAnotherAddress|TestBoltGoesOnAfterAFailedCommit|TestLogStaysBounded|TestJournalPowerCut|TestDataFile|TestHeldIsBoundedInBytes)$$'
+	$(GO) test ./consensus -run '^(TestMemberMovesToAnotherAddress|TestBoltGoesOnAfterAFailedCommit|TestLogStaysBounded|TestJournalPowerCut|TestDataFile|TestHeldIsBoundedInBytes|TestAFollowerFarBehindCatchesUpOverASlowLink)$$'
 	$(GO) test ./test/sim -runs 500 -from 1000 -timeout 30m
 	$(GO) test $$(.ci/packages heavy)
 

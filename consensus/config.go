@@ -107,6 +107,9 @@ type Config struct {
 	// MaxAppendEntries is how many log entries share one append, and so one
 	// fsync and one message. 1 to 1024. Default 512.
 	MaxAppendEntries int
+	// MaxAppendBytes is how many bytes of entries share one message to a follower; one
+	// entry may be larger. Default 4 MiB.
+	MaxAppendBytes int64
 	// MaxCommandBytes is the longest command that Apply takes. The default fits
 	// into gRPC's default limit of 4 MiB for a message. Default 3.5 MiB.
 	MaxCommandBytes int
@@ -215,6 +218,9 @@ func (c Config) withDefaults() Config {
 	if c.MaxAppendEntries == 0 {
 		c.MaxAppendEntries = 512
 	}
+	if c.MaxAppendBytes == 0 {
+		c.MaxAppendBytes = 4 << 20
+	}
 	if c.MaxCommandBytes == 0 {
 		c.MaxCommandBytes = 7 << 19
 	}
@@ -305,6 +311,8 @@ func (c Config) Validate() error {
 		return bad("CommitTimeout", "%v: at least 1ms", c.CommitTimeout)
 	case c.MaxAppendEntries < 1 || c.MaxAppendEntries > 1024:
 		return bad("MaxAppendEntries", "%d: 1 to 1024", c.MaxAppendEntries)
+	case c.MaxAppendBytes < 1:
+		return bad("MaxAppendBytes", "%d: must be positive", c.MaxAppendBytes)
 	case c.MaxCommandBytes < 1:
 		return bad("MaxCommandBytes", "%d: must be positive", c.MaxCommandBytes)
 	case c.LogCacheBytes < 0:

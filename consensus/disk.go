@@ -50,6 +50,11 @@ type disk struct {
 	// on may be in the store, and Raft does not know of them.
 	unsure atomic.Uint64
 
+	// portion is how many bytes of entries are in a message to a follower, 0 for any
+	// number, and message how many entries Raft reads for one.
+	portion int64
+	message uint64
+
 	weighing sync.Mutex
 	weights  weights // of the entries in the log and, until they are on disk, none of the queue's
 
@@ -419,6 +424,18 @@ func (d *disk) LastIndex() (uint64, error) {
 // only when it has the one before as well, so this one is never sent.) Raft must know
 // the snapshot: one whose last sync failed is listed as well.
 func (d *disk) GetLog(index uint64, l *raft.Log) error {
+	if d.queue.get(index, l) {
+		return nil
+	}
+	if (d.newest == nil || d.newest.get(index) == nil) && d.later(index) {
+		*l = raft.Log{Index: index, Type: laterType}
+		return nil
+	}
+	return d.read(index, l)
+}
+
+// read is GetLog of an entry in full.
+func (d *disk) read(index uint64, l *raft.Log) error {
 	if d.queue.get(index, l) {
 		return nil
 	}

@@ -82,7 +82,8 @@
 //
 // Every buffer has a bound in bytes, and Replica.Held tells what is held: the newest
 // entries (Config.LogCacheBytes, cache.go), and what a leader has appended and not on its
-// disk yet (QueueBytes, queue.go). The log on disk is bounded in bytes as well: by
+// disk yet (QueueBytes, queue.go). What is on its way to a follower that lags is some
+// messages of MaxAppendBytes each (portion.go). The log on disk is bounded in bytes as well: by
 // SnapshotBytes a snapshot is due, and TrailingBytes of it stay after one (weigh.go).
 //
 // # How a replica finds its cluster

@@ -238,6 +238,7 @@ func (r *Replica) useDisk() {
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
 	r.disk.cache(4*r.cfg.MaxAppendEntries, r.cfg.LogCacheBytes)
 	r.disk.queue.limit = r.cfg.QueueBytes
+	r.disk.portion, r.disk.message = r.cfg.MaxAppendBytes, uint64(r.cfg.MaxAppendEntries)
 	r.disk.leads = func() bool {
 		node := r.node.Load()
 		return node != nil && node.State() == raft.Leader
@@ -304,6 +305,7 @@ func (r *Replica) start() error {
 	r.trans.shorten = r.shorten
 	r.trans.follows = r.follows
 	r.trans.clock, r.trans.heard, r.trans.confirmed = r.touch.clock, r.hear, r.confirmed
+	r.trans.fill, r.trans.portions = r.disk.fill, r.disk.portions
 	r.trans.durable, r.trans.flush = r.disk.queue.durable, r.disk.queue.flush
 	r.machine.onApply = r.trans.applied
 	r.trans.start()

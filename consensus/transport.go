@@ -12,7 +12,7 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// transport is Raft's network transport with five things of ours.
+// transport is Raft's network transport with six things of ours.
 //
 // Commit notices: Raft's leader tells followers a new commit index with the
 // next entries, or after CommitTimeout, so a lone write would reach followers'
@@ -29,6 +29,8 @@ import (
 // no other leader is told that it has an entry before (see disk.StoreLogs).
 //
 // Heartbeats: see SetHeartbeatHandler.
+//
+// Small messages: see portion.go.
 //
 // Injected elections: elect makes the local Raft stand for election now (see
 // deathwatch).
@@ -61,6 +63,9 @@ type transport struct {
 	// until all of it is.
 	durable func() uint64
 	flush   func() error
+	// fill and portions keep messages to followers small: see disk.fill.
+	fill     func(*raft.AppendEntriesRequest) error
+	portions func(*raft.AppendEntriesRequest, func(*raft.AppendEntriesRequest) error) error
 
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -84,6 +89,10 @@ func newTransport(inner wire) *transport {
 		holds:        func(*raft.InstallSnapshotRequest) bool { return false },
 		contradicted: func() (uint64, uint64) { return 0, 0 }, shorten: func(*raft.AppendEntriesRequest) {},
 		durable: func() uint64 { return math.MaxUint64 }, flush: func() error { return nil },
+		fill: func(*raft.AppendEntriesRequest) error { return nil },
+		portions: func(args *raft.AppendEntriesRequest, send func(*raft.AppendEntriesRequest) error) error {
+			return send(args)
+		},
 		follows: func(*raft.AppendEntriesRequest) (uint64, bool) { return 0, false },
 		heard:   func() {}, confirmed: func(raft.ServerID, uint64, int64) {}, clock: func() int64 { return 0 }, beats: make(chan raft.RPC, 1), commits: make(chan *raft.AppendEntriesRequest, 1),
 		followers: map[raft.ServerID]*follower{}, reached: map[raft.ServerID]time.Time{},
@@ -349,6 +358,9 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		}
 		return err
 	}
+	if err := t.fill(args); err != nil {
+		return err
+	}
 	t.sending(id, target, args, 0)
 	err := t.wire.AppendEntries(id, target, args, resp)
 	if err != nil && t.awaitPeer(id, args.Term, time.Now()) {
@@ -462,9 +474,15 @@ type pipeline struct {
 }
 
 // AppendEntries implements raft.AppendPipeline.
-func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
-	p.t.sending(p.id, p.target, args, 1)
-	return p.AppendPipeline.AppendEntries(args, resp)
+// Each part has an answer of its own, which Raft takes from Consumer.
+func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, _ *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	var last raft.AppendFuture
+	err := p.t.portions(args, func(part *raft.AppendEntriesRequest) (err error) {
+		p.t.sending(p.id, p.target, part, 1)
+		last, err = p.AppendPipeline.AppendEntries(part, new(raft.AppendEntriesResponse))
+		return err
+	})
+	return last, err
 }
 
 // Consumer implements raft.AppendPipeline.

@@ -167,6 +167,7 @@ func (n *node) start() {
 		HeartbeatTimeout: timeout, ElectionTimeout: timeout, LeaderLeaseTimeout: timeout,
 		CommitTimeout: 100 * time.Millisecond, ProposeTimeout: 3 * time.Second,
 		SnapshotInterval: time.Second, SnapshotThreshold: 40, TrailingLogs: 10,
+		MaxAppendBytes:   2000, // a few entries
 		DiskStallTimeout: 400 * time.Millisecond, FingerprintInterval: time.Second,
 		Logger: c.log,
 		Parts:  &consensus.Parts{Wire: l.end, Log: l.handle, Snapshots: l.handle, Identity: l.handle.identity(), Keep: l.handle.keep},
