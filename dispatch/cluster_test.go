@@ -350,7 +350,7 @@ func (c *cluster) connectAs(controller string, hello *pb.Hello, config *tls.Conf
 	a.cancel = cancel
 	c.t.Cleanup(cancel)
 	var err error
-	a.stream, err = pb.NewAgentsClient(a.conn).Connect(ctx)
+	a.stream, err = pb.NewAgentsClient(a.conn).Connect(ctx, grpc.WaitForReady(true)) // a handshake may take long on a busy machine
 	require.NoError(c.t, err)
 	if err = a.stream.Send(&pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: hello}}); err != io.EOF { // it ended already: Recv says why
 		require.NoError(c.t, err)

@@ -12,8 +12,9 @@
 //
 // [CreateBundle] makes one, whole or not at all, and [LoadBundle] reads one and
 // refuses what is missing, corrupt, readable by others or expired, naming the
-// file. Certificates below the authorities are issued in memory at every start
-// and live for a year: [Bundle.Controller] issues those of one controller,
+// file. Certificates below the authorities are issued in memory and live for a year:
+// [Bundle.Controller] issues those of one controller at its start, [Controller.Renew]
+// again while it runs,
 // [Bundle.ClientCert] a person's. An agent's ([Bundle.SignNode]) lives for a week,
 // and the running agent renews it.
 //

@@ -156,7 +156,31 @@ func (r *Registry) Join(ctx context.Context, j Join) (Node, error) {
 		}
 		return txn, nil
 	})
+	if err == nil && !out.Reset.IsZero() {
+		err = r.awaitPast(ctx, out.Reset)
+	}
 	return out, err
+}
+
+// maxReset bounds how long a node that joins waits for the reset before to be past.
+const maxReset = 5 * time.Second
+
+// awaitPast waits until a reset is past, in whole seconds and by this controller's
+// clock, as tokens' times of issue are: or else those of the new machine's first pods
+// would count as the old one's.
+func (r *Registry) awaitPast(ctx context.Context, reset time.Time) error {
+	wait := reset.Add(time.Second).Sub(r.now())
+	if wait <= 0 {
+		return nil
+	}
+	timer := time.NewTimer(min(wait, maxReset))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // Node returns the record of a name. found is false for a name that was never

@@ -158,3 +158,19 @@ func TestFollowTellsWhatChanged(t *testing.T) {
 	cancel()
 	require.True(t, errors.Is(<-done, context.Canceled))
 }
+
+// A token that is issued when a node has joined again is of after its reset.
+func TestTokensOfANodeThatJoinedAgain(t *testing.T) {
+	t.Parallel()
+	r := New(Config{State: newReplica()})
+	_, secret := newToken(t, r, TokenSpec{})
+	_, err := r.Join(context.Background(), Join{Secret: secret, Node: "a1", Key: key(1)})
+	require.NoError(t, err)
+	before := time.Now()
+	_, err = r.ResetNode(context.Background(), "a1", By{User: "admin"})
+	require.NoError(t, err)
+	refused(t, r.CheckNodeToken("a1", before.Truncate(time.Second)), "before it was reset")
+	_, err = r.Join(context.Background(), Join{Secret: secret, Node: "a1", Key: key(2)})
+	require.NoError(t, err)
+	require.NoError(t, r.CheckNodeToken("a1", time.Now().Truncate(time.Second)))
+}
