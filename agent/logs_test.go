@@ -187,3 +187,44 @@ func TestFollowingALogAcrossRotations(t *testing.T) {
 	require.Equal(t, 200, code)
 	require.Empty(t, text)
 }
+
+// TestLogsOfGonePodsGo finds folders of logs of pods that nobody knows any more,
+// and what is no pod's.
+func TestLogsOfGonePodsGo(t *testing.T) {
+	n, cs := cluster(t, "c1")
+	c := cs[0]
+	root := filepath.Join(n.cfg.DataDir, "logs")
+	p := newPod("stays", shell("c", "sleep 3600"))
+	gone := "default_gone_" + string(newPod("x").UID)
+	others := []string{"a_b_..", "..._b_c", "a_b_C", "a_b", "a_b_c_d", "lost+found"}
+	for _, name := range append(others, gone) {
+		require.NoError(t, os.MkdirAll(filepath.Join(root, name, "c"), 0o755))
+		require.NoError(t, os.WriteFile(filepath.Join(root, name, "c", "0.log"), []byte("x"), 0o600))
+	}
+	c.set(p)
+	n.start()
+	c.ready(p)
+	eventually(t, "the logs of the pod that is gone to be removed", func() bool {
+		_, err := os.Stat(filepath.Join(root, gone))
+		return os.IsNotExist(err)
+	})
+	for _, name := range others {
+		require.DirExists(t, filepath.Join(root, name))
+	}
+	names, _ := logFiles(t, n, p, "c")
+	require.Equal(t, []string{"0.log"}, names)
+	require.DirExists(t, filepath.Join(n.cfg.DataDir, "pods", string(p.UID)))
+
+	// containerd's own has a bound too.
+	log := filepath.Join(n.cfg.DataDir, "containerd", "containerd.log")
+	f, err := os.OpenFile(log, os.O_WRONLY|os.O_APPEND, 0)
+	require.NoError(t, err)
+	_, err = f.Write(make([]byte, 11<<20))
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	eventually(t, "containerd's log to be begun anew", func() bool {
+		st, err := os.Stat(log)
+		old, oldErr := os.Stat(log + ".1")
+		return err == nil && oldErr == nil && st.Size() < 1<<20 && old.Size() == 10<<20
+	})
+}

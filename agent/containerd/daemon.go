@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -87,6 +89,9 @@ func (d *Daemon) Start(ctx context.Context) error {
 
 // Run keeps containerd alive until ctx ends, and then leaves it running.
 func (d *Daemon) Run(ctx context.Context) error {
+	var wait sync.WaitGroup
+	defer wait.Wait()
+	wait.Go(func() { d.boundLog(ctx) })
 	delay := 100 * time.Millisecond
 	for {
 		began := time.Now()
@@ -109,6 +114,37 @@ func (d *Daemon) Run(ctx context.Context) error {
 			d.log.Error("start containerd", "error", err)
 		}
 	}
+}
+
+// How long containerd's own log gets before it is begun anew, and how often that
+// is looked at. What containers, images and registries make containerd say is up
+// to them.
+const (
+	maxLog      = 10 << 20
+	logInterval = 10 * time.Second
+)
+
+// boundLog keeps containerd's log and the one before it at maxLog each.
+func (d *Daemon) boundLog(ctx context.Context) {
+	for {
+		if err := spillLog(d.cfg.paths().log); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			d.log.Warn("begin containerd's log anew", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(logInterval):
+		}
+	}
+}
+
+func spillLog(path string) error {
+	dir, err := hostile.OpenRoot(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Spill(filepath.Base(path), filepath.Base(path)+".1", maxLog)
 }
 
 // Stop ends containerd and waits for it; containers are not touched.

@@ -99,10 +99,7 @@ func (r *Root) KeepTail(name, tmp string, keep int64) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(dst, io.NewSectionReader(src, cut, st.Size-cut))
-	if closed := dst.Close(); err == nil {
-		err = closed
-	}
+	err = fillFrom(dst, io.NewSectionReader(src, cut, st.Size-cut))
 	if err == nil {
 		err = r.Rename(tmp, name)
 	}
@@ -110,6 +107,42 @@ func (r *Root) KeepTail(name, tmp string, keep int64) error {
 		return errors.Join(r.fail("shorten", name, err), r.Remove(tmp))
 	}
 	return nil
+}
+
+func fillFrom(dst *os.File, src io.Reader) error {
+	_, err := io.Copy(dst, src)
+	return errors.Join(err, dst.Close())
+}
+
+// Spill empties a regular file with one name that somebody appends to and that
+// is longer than most; its last most bytes are in the file old then, which is
+// replaced. It stays the same file. What is appended meanwhile may be lost.
+func (r *Root) Spill(name, old string, most int64) error {
+	src, err := r.Open(name)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
+		return r.fail("stat", name, err)
+	}
+	if st.Size <= most {
+		return nil
+	}
+	if err := r.Remove(old); err != nil {
+		return err
+	}
+	dst, err := r.CreateNew(old, st.Mode&0o777)
+	if err != nil {
+		return err
+	}
+	// A disk that is full is a reason more to go on.
+	kept := fillFrom(dst, io.NewSectionReader(src, st.Size-most, most))
+	if kept != nil {
+		kept = errors.Join(r.fail("write", old, kept), r.Remove(old))
+	}
+	return errors.Join(kept, r.Overwrite(name, nil, st.Mode&0o777))
 }
 
 // lineAfter is where the first line begins at or after at, or at if none begins

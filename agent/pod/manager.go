@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -14,9 +16,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/admission"
+	"timonel/agent/hostile"
 	"timonel/agent/image"
 	"timonel/agent/volume"
 )
@@ -309,6 +313,11 @@ func (m *Manager) Collect(ctx context.Context) error {
 	for _, c := range list.Containers {
 		add(c.Labels, c.Annotations)
 	}
+	if err := m.loggedPods(func(namespace, name, uid string) {
+		add(map[string]string{labelPodUID: uid, labelPodNamespace: namespace, labelPodName: name}, nil)
+	}); err != nil {
+		return fmt.Errorf("list folders of logs: %w", err)
+	}
 	dirs, err := m.volumes.Pods()
 	if err != nil {
 		return fmt.Errorf("list pod folders: %w", err)
@@ -337,6 +346,32 @@ func (m *Manager) Collect(ctx context.Context) error {
 		w.remove()
 	}
 	return nil
+}
+
+// maxLogged is how many folders of logs one Collect looks at. Who may write
+// there may make any number of them.
+const maxLogged = 10000
+
+// loggedPods calls f with the pods that have a folder of logs.
+func (m *Manager) loggedPods(f func(namespace, name, uid string)) error {
+	dir, err := hostile.OpenRoot(filepath.Join(m.cfg.Dir, "logs"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	left := maxLogged
+	return dir.Names(func(entry string) bool {
+		parts := strings.Split(entry, "_")
+		// A name that no pod has is not made into a path.
+		if len(parts) == 3 && len(validation.IsDNS1123Label(parts[0])) == 0 && len(validation.IsDNS1123Subdomain(parts[1])) == 0 && len(validation.IsDNS1123Label(parts[2])) == 0 {
+			f(parts[0], parts[1], parts[2])
+			left--
+		}
+		return left > 0
+	})
 }
 
 // Pods returns the pods with workers and their last status.
