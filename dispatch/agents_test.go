@@ -117,6 +117,13 @@ func TestNodeRegistration(t *testing.T) {
 	a.say(&pb.AgentMessage{Message: &pb.AgentMessage_NodeStatus{NodeStatus: &pb.NodeStatus{Node: raw}}})
 	eventually(t, "a new label is written", func() bool { return c.node("a1").Labels["zone"] == "z1" })
 	require.Equal(t, writes+1, c.api.calls("PUT"), "only the labels differ")
+	changed.Annotations = map[string]string{"timonel.io/gossip-address": "10.0.0.1:17946"}
+	raw, err = changed.Marshal()
+	require.NoError(t, err)
+	a.say(&pb.AgentMessage{Message: &pb.AgentMessage_NodeStatus{NodeStatus: &pb.NodeStatus{Node: raw}}})
+	eventually(t, "where its gossip is now is written", func() bool {
+		return c.node("a1").Annotations["timonel.io/gossip-address"] == "10.0.0.1:17946"
+	})
 }
 
 func sayStatus(a *agent, uid string, st *corev1.PodStatus) {

@@ -173,7 +173,7 @@ func (a *fakeAPI) serve(r *http.Request) (runtime.Object, *apierrors.StatusError
 			if sub == "status" {
 				live.(*corev1.Node).Status = next.Status
 			} else {
-				live.(*corev1.Node).Labels = next.Labels
+				live.(*corev1.Node).Labels, live.(*corev1.Node).Annotations = next.Labels, next.Annotations
 			}
 		}
 		rev := a.c.apply(state.Change{Key: keyOf(live), Value: encode(a.c.t, live)})

@@ -43,7 +43,7 @@ func (s *session) nodeChanged(live *corev1.Node) {
 	}
 }
 
-// writeNode creates the node's object, or makes its labels and status those that
+// writeNode creates the node's object, or makes its labels, annotations and status what
 // the agent said. It writes nothing when they are.
 func (s *session) writeNode(ctx context.Context) error {
 	s.reports.mu.Lock()
@@ -90,17 +90,13 @@ func (s *session) createNode(ctx context.Context, said *corev1.Node) (*corev1.No
 
 // updateNode writes what of the agent's report differs from the live object.
 func (s *session) updateNode(ctx context.Context, live, said *corev1.Node) error {
-	labels := maps.Clone(live.Labels)
-	if labels == nil {
-		labels = make(map[string]string)
-	}
-	maps.Copy(labels, said.Labels)
-	if !maps.Equal(labels, live.Labels) {
+	labels, annotations := withAll(live.Labels, said.Labels), withAll(live.Annotations, said.Annotations)
+	if !maps.Equal(labels, live.Labels) || !maps.Equal(annotations, live.Annotations) {
 		node := live.DeepCopy()
-		node.Labels = labels
+		node.Labels, node.Annotations = labels, annotations
 		updated, err := s.client.Nodes().Update(ctx, node, metav1.UpdateOptions{})
 		if err != nil {
-			return fmt.Errorf("write labels of node %s: %w", s.node, err)
+			return fmt.Errorf("write labels and annotations of node %s: %w", s.node, err)
 		}
 		live = updated
 	}
@@ -114,6 +110,16 @@ func (s *session) updateNode(ctx context.Context, live, said *corev1.Node) error
 		return fmt.Errorf("write status of node %s: %w", s.node, err)
 	}
 	return nil
+}
+
+// withAll is a map with the entries of another in it.
+func withAll(live, said map[string]string) map[string]string {
+	out := maps.Clone(live)
+	if out == nil {
+		out = make(map[string]string)
+	}
+	maps.Copy(out, said)
+	return out
 }
 
 // mergeNodeStatus is what the agent says, with what only others may say kept, and

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"strconv"
 	"time"
 
@@ -26,7 +27,7 @@ type Config struct {
 	Name      string            // unique in the pool
 	Role      string            // RoleController or RoleAgent
 	ClusterID string            // members with another one are refused
-	Key       []byte            // AES-256: 32 bytes, the same for all
+	Keys      [][]byte          // AES-256, 32 bytes each: the first seals, any opens; the same for all but while they change
 	BindAddr  string            // IP address to listen on; "0.0.0.0" when empty
 	Port      int               // UDP and TCP, to listen on and to advertise; 0 lets the system choose
 	Join      []string          // host:port of members to call; tried again until they are there
@@ -40,6 +41,19 @@ type Config struct {
 	// Watch makes this member ping the others itself, so that it sees Suspect.
 	// Default by role: controllers watch, agents do not.
 	Watch *bool
+
+	// Admit says why a name may not be in the pool as a role, at an address. Whom it
+	// refuses is not counted, not remembered and not told of. It is asked about each
+	// thing that is said of a member, with locks held: it must be quick and call
+	// nothing of the pool. Nil: whoever has a key may.
+	Admit func(name, role string, addr netip.AddrPort) error
+	// Seeds are further addresses to call, as Join, as they are now. Nil: none.
+	Seeds func() []string
+	// MaxMembers bounds the members, the dead included. Default 8192.
+	MaxMembers int
+	// MaxReceiveBytes bounds what is held of messages on connections that others
+	// opened. Default 32 MiB, and no less than one message of MaxMembers takes.
+	MaxReceiveBytes int
 
 	Timings Timings // the zero value means DefaultTimings
 
@@ -83,8 +97,12 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("gossip config: Role is %q instead of %q or %q", c.Role, RoleController, RoleAgent)
 	case c.ClusterID == "":
 		return errors.New("gossip config: ClusterID is empty")
-	case len(c.Key) != 32:
-		return fmt.Errorf("gossip config: Key has %d bytes instead of 32", len(c.Key))
+	case checkKeys(c.Keys) != nil:
+		return fmt.Errorf("gossip config: Keys: %w", checkKeys(c.Keys))
+	case c.MaxMembers < 0:
+		return fmt.Errorf("gossip config: MaxMembers is %d", c.MaxMembers)
+	case c.MaxReceiveBytes < 0:
+		return fmt.Errorf("gossip config: MaxReceiveBytes is %d", c.MaxReceiveBytes)
 	case c.BindAddr != "" && net.ParseIP(c.BindAddr) == nil:
 		return fmt.Errorf("gossip config: BindAddr %q is not an IP address", c.BindAddr)
 	case c.AdvertiseAddr != "" && net.ParseIP(c.AdvertiseAddr) == nil:
@@ -133,6 +151,13 @@ func (c *Config) withDefaults() Config {
 	if out.BindAddr == "" {
 		out.BindAddr = "0.0.0.0"
 	}
+	if out.MaxMembers == 0 {
+		out.MaxMembers = 8192
+	}
+	if out.MaxReceiveBytes == 0 {
+		out.MaxReceiveBytes = 32 << 20
+	}
+	out.MaxReceiveBytes = max(out.MaxReceiveBytes, 3*out.maxState())
 	if out.Logger == nil {
 		out.Logger = slog.Default()
 	}
@@ -144,19 +169,18 @@ func (c *Config) withDefaults() Config {
 	return out
 }
 
-// memberlist returns the config of the library.
-func (c *Config) memberlist(p *Pool) *memberlist.Config {
+// memberlist returns the config of the library, with the transport that is open on
+// the port.
+func (c *Config) memberlist(p *Pool, transport memberlist.Transport, port int) *memberlist.Config {
 	m := memberlist.DefaultLANConfig()
 	m.Name = c.Name
-	m.BindAddr, m.BindPort = c.BindAddr, c.Port
-	m.AdvertiseAddr, m.AdvertisePort = c.AdvertiseAddr, c.Port
+	m.BindAddr, m.BindPort = c.BindAddr, port
+	m.AdvertiseAddr, m.AdvertisePort = c.AdvertiseAddr, port
 	if m.AdvertiseAddr == "" && c.BindAddr != "0.0.0.0" && c.BindAddr != "::" {
 		m.AdvertiseAddr = c.BindAddr
 	}
-	m.SecretKey = c.Key
-	if c.transport != nil {
-		m.Transport = c.transport
-	}
+	m.Transport = transport // which seals
+	m.UDPBufferSize -= sealSize
 	m.ProbeInterval, m.ProbeTimeout = c.Timings.ProbeInterval, c.Timings.ProbeTimeout
 	m.SuspicionMult, m.SuspicionMaxTimeoutMult = c.Timings.SuspicionMult, 2
 	m.GossipInterval, m.PushPullInterval = c.Timings.GossipInterval, c.Timings.PushPull

@@ -5,12 +5,15 @@ import (
 	"log"
 	"log/slog"
 	"maps"
+	"net"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
 const (
+	maxProblems   = 64
 	problemRepeat = time.Minute      // the same problem is logged again after this
 	problemKept   = 30 * time.Second // and shown for this long after it was last seen
 )
@@ -26,9 +29,12 @@ func (p *Pool) report(key, text string, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := time.Now()
-	old := p.problems[key]
+	old, known := p.problems[key]
+	if !known && len(p.problems) >= maxProblems {
+		return // what makes so many is among them
+	}
 	next := problem{text: text, seen: now, logged: old.logged}
-	if old.text != text || now.Sub(old.logged) >= problemRepeat {
+	if now.Sub(old.logged) >= problemRepeat { // another text, too: others choose what is in it
 		next.logged = now
 		if err != nil {
 			p.log.Error(text, "err", err)
@@ -37,6 +43,48 @@ func (p *Pool) report(key, text string, err error) {
 		}
 	}
 	p.problems[key] = next
+}
+
+// refuse counts what is not taken, and logs one of each kind a minute: whoever sends
+// it may send much.
+func (p *Pool) refuse(reason, who string, err error) {
+	p.count(reason)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	old, now := p.problems["log "+reason], time.Now()
+	if now.Sub(old.logged) < problemRepeat {
+		return
+	}
+	p.problems["log "+reason] = problem{logged: now}
+	p.log.Warn("gossip is not taken", "reason", reason, "from", who, "err", err)
+}
+
+// refuseFrom refuses what came from an address and could not be read.
+func (p *Pool) refuseFrom(from string, err error) {
+	if !keyDiffers(err.Error()) {
+		p.refuse(refusedMessage, from, err)
+		return
+	}
+	p.count(refusedKey)
+	host, _, splitErr := net.SplitHostPort(from)
+	if splitErr != nil {
+		host = from
+	}
+	p.report("key "+host, "gossip from "+host+" cannot be decrypted: its gossip key differs from this member's"+
+		" (another cluster, a gossip.key that was not copied from this one, or a key that was rotated while it was away)", nil)
+}
+
+func (p *Pool) count(reason string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refused[reason]++
+}
+
+// Refused returns how much was not taken since the start, by reason.
+func (p *Pool) Refused() map[string]uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return maps.Clone(p.refused)
 }
 
 func (p *Pool) clear(key string) {
@@ -52,7 +100,9 @@ func (p *Pool) Problems() []string {
 	defer p.mu.Unlock()
 	var out []string
 	for _, key := range slices.Sorted(maps.Keys(p.problems)) {
-		if q := p.problems[key]; time.Since(q.seen) < problemKept {
+		if q := p.problems[key]; q.text == "" {
+			continue // of the log alone
+		} else if time.Since(q.seen) < problemKept {
 			out = append(out, q.text)
 		} else if time.Since(q.seen) > 10*problemRepeat {
 			delete(p.problems, key)
@@ -75,14 +125,36 @@ func keyDiffers(line string) bool {
 	return false
 }
 
+// maxWarnings bounds memberlist's warnings in a minute. It warns of each message that
+// it does not like, and whoever has a key may send many.
+const maxWarnings = 20
+
 // bridge turns memberlist's log lines into records.
 type bridge struct {
 	p   *Pool
 	log *slog.Logger
+
+	mu     sync.Mutex
+	minute time.Time // when it began
+	warned int       // in it
+}
+
+// mayWarn counts a warning, and reports whether it may be logged.
+func (b *bridge) mayWarn() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if now := time.Now(); now.Sub(b.minute) >= time.Minute {
+		if more := b.warned - maxWarnings; more > 0 {
+			b.log.Warn("memberlist warned of more than was logged", "more", more)
+		}
+		b.minute, b.warned = now, 0
+	}
+	b.warned++
+	return b.warned <= maxWarnings
 }
 
 func newBridge(logger *slog.Logger, p *Pool) *log.Logger {
-	return log.New(&bridge{p, logger.With("room", "gossip")}, "", 0)
+	return log.New(&bridge{p: p, log: logger.With("room", "gossip")}, "", 0)
 }
 
 // Write implements [io.Writer] for one line of memberlist's log, which looks
@@ -105,15 +177,14 @@ func (b *bridge) Write(line []byte) (int, error) {
 			}
 		}
 	}
+	if level == slog.LevelWarn && strings.HasSuffix(text, errRefused.Error()) {
+		return len(line), nil
+	}
 	if level == slog.LevelWarn && keyDiffers(text) {
-		from := "somebody"
-		if i := strings.LastIndex(text, "from="); i >= 0 {
-			from = text[i+len("from="):]
-		}
-		host, _, _ := strings.Cut(from, ":")
-		b.p.report("key "+host, "gossip from "+host+" cannot be decrypted: its gossip key differs from this member's"+
-			" (another cluster, or a gossip.key that was not copied from this one)", nil)
-		level = slog.LevelDebug
+		level = slog.LevelDebug // the transport has said so
+	}
+	if level == slog.LevelWarn && !b.mayWarn() {
+		return len(line), nil
 	}
 	b.log.Log(context.Background(), level, text)
 	return len(line), nil

@@ -49,18 +49,26 @@ func (p *Pool) call(addr string) {
 // callable lists the addresses of seeds that are not alive members, and of dead
 // members, a few of them.
 func (p *Pool) callable() []string {
+	var seeds []string
+	if p.config.Seeds != nil {
+		seeds = p.config.Seeds()
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	alive := map[string]bool{p.addr: true}
 	lost := make(map[string]bool)
 	for _, m := range p.members {
-		if m.State == Alive || m.State == Suspect {
+		switch {
+		case m.gone == Alive && (m.State == Alive || m.State == Suspect):
 			alive[m.Addr] = true
-		} else if m.State == Dead {
+		case m.State != Left: // a live one of which it is said that it is gone hears it so, and denies it
 			lost[m.Addr] = true
 		}
 	}
 	for _, seed := range p.config.Join {
+		lost[seed] = true
+	}
+	for _, seed := range seeds {
 		lost[seed] = true
 	}
 	var out []string
@@ -73,15 +81,35 @@ func (p *Pool) callable() []string {
 	return out[:min(len(out), callsPerRound)]
 }
 
-// forget drops members that have been gone for long.
+// forget drops members that have been gone for long, and whom the pool is not to
+// have any more; these are published as Unknown.
 func (p *Pool) forget() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for name, m := range p.members {
-		if (m.State == Dead || m.State == Left) && time.Since(m.Since) > p.config.Timings.KeepDead {
+		switch {
+		case (m.State == Dead || m.State == Left) && time.Since(m.Since) > p.config.Timings.KeepDead:
 			delete(p.members, name)
+		case p.admit(name, m.Role, m.Addr) != nil:
+			delete(p.members, name)
+			gone := m.Member
+			gone.State, gone.Since = Unknown, time.Now()
+			p.publish(gone)
 		}
 	}
+}
+
+// watched are those to ping: who lives, and who is said to live again and has not
+// answered yet.
+func (p *Pool) watched() (out []string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, m := range p.members {
+		if name != p.config.Name && (m.State == Alive || m.State == Suspect || m.gone == Alive) {
+			out = append(out, name)
+		}
+	}
+	return out
 }
 
 // watchBatch bounds how many members are pinged at once.
@@ -100,22 +128,15 @@ func (p *Pool) watch(ctx context.Context) {
 		case <-ticker.C:
 		}
 		if len(round) == 0 {
-			for _, m := range p.Members() {
-				if m.Name != p.config.Name && (m.State == Alive || m.State == Suspect) {
-					round = append(round, m.Name)
-				}
-			}
+			round = p.watched()
 		}
 		var pings sync.WaitGroup
 		n := min(len(round), watchBatch)
 		for _, name := range round[:n] {
 			pings.Go(func() {
-				_, err := p.Probe(ctx, name)
-				if err != nil {
-					_, err = p.Probe(ctx, name)
-				}
+				answered := p.ask(ctx, name)
 				if ctx.Err() == nil {
-					p.setSuspect(name, err != nil)
+					p.setSuspect(name, !answered)
 				}
 			})
 		}

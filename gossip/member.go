@@ -3,7 +3,6 @@ package gossip
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net"
 	"strconv"
 	"time"
@@ -80,6 +79,9 @@ func (m meta) encode() ([]byte, error) {
 
 func decodeMeta(data []byte) (meta, error) {
 	var m meta
+	if len(data) > memberlist.MetaMaxSize {
+		return meta{}, fmt.Errorf("its tags have %d bytes, %d are the most", len(data), memberlist.MetaMaxSize)
+	}
 	if err := json.Unmarshal(data, &m); err != nil {
 		return meta{}, fmt.Errorf("its tags cannot be read: %w", err)
 	}
@@ -88,47 +90,4 @@ func decodeMeta(data []byte) (meta, error) {
 
 func address(n *memberlist.Node) string {
 	return net.JoinHostPort(n.Addr.String(), strconv.Itoa(int(n.Port)))
-}
-
-// put records what memberlist said of a member, and tells the subscribers.
-func (p *Pool) put(n *memberlist.Node, state State) {
-	m, err := decodeMeta(n.Meta)
-	if err != nil {
-		return // refused in NotifyAlive already
-	}
-	if state == Dead && m.Left {
-		state = Left
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if n.Name == p.config.Name {
-		p.addr = address(n)
-	}
-	old := p.members[n.Name]
-	member := &Member{Name: n.Name, Addr: address(n), Role: m.Role, Tags: m.Tags, State: state, Since: time.Now()}
-	if old != nil && old.State == state {
-		member.Since = old.Since
-	}
-	if old != nil && old.State == state && old.Addr == member.Addr && old.Role == member.Role && maps.Equal(old.Tags, member.Tags) {
-		return
-	}
-	p.members[n.Name] = member
-	p.publish(*member)
-}
-
-// setSuspect records the outcome of this member's own pings.
-func (p *Pool) setSuspect(name string, suspect bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	old := p.members[name]
-	if old == nil || suspect && old.State != Alive || !suspect && old.State != Suspect {
-		return
-	}
-	member := *old
-	member.State, member.Since = Alive, time.Now()
-	if suspect {
-		member.State = Suspect
-	}
-	p.members[name] = &member
-	p.publish(member)
 }

@@ -27,16 +27,22 @@ type Pool struct {
 	config Config
 	log    *slog.Logger
 	list   *memberlist.Memberlist
+	ring   ring
 
+	transport *sealed // what comes passes through it
+
+	ctx  context.Context
 	stop context.CancelFunc
 	done sync.WaitGroup
 
 	mu          sync.Mutex // never held while calling memberlist, which calls us with its own lock held
 	addr        string
 	meta        meta
-	members     map[string]*Member
+	members     map[string]*entry
 	subscribers map[*subscriber]struct{}
 	problems    map[string]problem
+	refused     map[string]uint64 // by reason
+	verifying   chan struct{}     // holds one for each member that is being verified
 
 	closing sync.Mutex // one Leave or Close at a time
 	closed  bool
@@ -53,12 +59,30 @@ func Open(c Config) (*Pool, error) {
 		config:      c,
 		log:         c.Logger.With("room", "gossip"),
 		meta:        meta{Role: c.Role, Cluster: c.ClusterID, Tags: c.Tags},
-		members:     make(map[string]*Member),
+		members:     make(map[string]*entry),
 		subscribers: make(map[*subscriber]struct{}),
 		problems:    make(map[string]problem),
+		refused:     make(map[string]uint64),
+		verifying:   make(chan struct{}, verifiedAtOnce),
 	}
-	list, err := memberlist.Create(c.memberlist(p))
+	p.ctx, p.stop = context.WithCancel(context.Background())
+	if err := p.ring.set(c.Keys); err != nil {
+		return nil, err
+	}
+	inner := c.transport
+	port, err := c.Port, error(nil)
+	if inner == nil {
+		inner, port, err = listen(&c, p)
+	}
+	var list *memberlist.Memberlist
+	if err == nil {
+		p.transport = newSealed(p, inner)
+		if list, err = memberlist.Create(c.memberlist(p, p.transport, port)); err != nil {
+			err = errors.Join(err, p.transport.Shutdown())
+		}
+	}
 	if err != nil {
+		p.stop()
 		where := net.JoinHostPort(c.BindAddr, fmt.Sprint(c.Port))
 		if strings.Contains(err.Error(), "address already in use") {
 			return nil, fmt.Errorf("gossip: %s is in use by another program: stop it, or choose another port or address", where)
@@ -66,11 +90,9 @@ func Open(c Config) (*Pool, error) {
 		return nil, fmt.Errorf("gossip: listen on %s: %w", where, err)
 	}
 	p.list = list
-	ctx, stop := context.WithCancel(context.Background())
-	p.stop = stop
-	p.done.Go(func() { p.rejoin(ctx) })
+	p.done.Go(func() { p.rejoin(p.ctx) })
 	if *c.Watch {
-		p.done.Go(func() { p.watch(ctx) })
+		p.done.Go(func() { p.watch(p.ctx) })
 	}
 	return p, nil
 }
@@ -92,7 +114,7 @@ func (p *Pool) Members() []Member {
 	defer p.mu.Unlock()
 	out := make([]Member, 0, len(p.members))
 	for _, name := range slices.Sorted(maps.Keys(p.members)) {
-		out = append(out, *p.members[name])
+		out = append(out, p.members[name].Member)
 	}
 	return out
 }
@@ -105,8 +127,22 @@ func (p *Pool) Member(name string) (Member, bool) {
 	if m == nil {
 		return Member{}, false
 	}
-	return *m, true
+	return m.Member, true
 }
+
+// SetKeys replaces the keys: the first seals from now on, any opens.
+func (p *Pool) SetKeys(keys [][]byte) error {
+	if err := checkKeys(keys); err != nil {
+		return fmt.Errorf("gossip: set keys: %w", err)
+	}
+	if p.ring.has(keys) {
+		return nil
+	}
+	return p.ring.set(keys)
+}
+
+// HasKeys reports that the pool's keys are these, in this order.
+func (p *Pool) HasKeys(keys [][]byte) bool { return p.ring.has(keys) }
 
 // SetTags replaces this member's tags and tells the others. Tags that do not fit
 // are refused and change nothing.
@@ -196,7 +232,9 @@ func (p *Pool) Close() error {
 		return nil
 	}
 	p.closed = true
-	p.stop()
+	p.mu.Lock()
+	p.stop() // from here on put starts nobody that would be waited for
+	p.mu.Unlock()
 	p.done.Wait()
 	err := p.list.Shutdown()
 	p.mu.Lock()

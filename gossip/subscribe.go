@@ -25,7 +25,7 @@ func (p *Pool) Subscribe(ctx context.Context) <-chan Event {
 	}
 	p.mu.Lock()
 	for _, m := range p.members { // whoever changed in between
-		s.add(*m)
+		s.add(m.Member)
 	}
 	p.subscribers[s] = struct{}{}
 	p.mu.Unlock()

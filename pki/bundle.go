@@ -3,7 +3,9 @@ package pki
 import (
 	"bytes"
 	"crypto"
+	"crypto/hkdf"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
@@ -240,7 +242,22 @@ func (b *Bundle) Dir() string { return b.dir }
 // ClusterID is the cluster's UUID.
 func (b *Bundle) ClusterID() string { return b.clusterID }
 
-// GossipKey is the AES-256 key of the gossip pool.
+// ControllersGossipKey is the AES-256 key of the controllers' gossip pool. It follows
+// from the authority's private key, which no agent has, so that a bundle of any age
+// has one.
+func (b *Bundle) ControllersGossipKey() ([]byte, error) {
+	secret, err := x509.MarshalPKCS8PrivateKey(b.ca.key)
+	if err != nil {
+		return nil, fmt.Errorf("derive the controllers' gossip key: %w", err)
+	}
+	key, err := hkdf.Key(sha256.New, secret, []byte(b.clusterID), "timonel controllers' gossip 1", gossipKeySize)
+	if err != nil {
+		return nil, fmt.Errorf("derive the controllers' gossip key: %w", err)
+	}
+	return key, nil
+}
+
+// GossipKey is the AES-256 key of the nodes' gossip pool, which agents are given.
 func (b *Bundle) GossipKey() []byte { return bytes.Clone(b.gossipKey) }
 
 // Token is the join token that comes with the bundle, as text: agents of a new

@@ -147,6 +147,23 @@ func (c *Controller) ClusterClientTLS() *tls.Config {
 	return config
 }
 
+// ClusterClientTLSTo is for calls to the controller called name: whoever answers must
+// have its certificate, wherever the connection led.
+func (c *Controller) ClusterClientTLSTo(name string) *tls.Config {
+	config := c.ClusterClientTLS()
+	check := config.VerifyConnection
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		if err := check(state); err != nil {
+			return err
+		}
+		if id := IdentityOf(state.PeerCertificates[0]); id.Name != name {
+			return fmt.Errorf("the other end is not controller %s but %s", name, id)
+		}
+		return nil
+	}
+	return config
+}
+
 // RaftTLS is for both ends of Raft's own connections: each must be a controller
 // of this cluster.
 func (c *Controller) RaftTLS() *tls.Config {

@@ -162,14 +162,24 @@ func (c *Client) known() int {
 	return len(slices.Compact(all))
 }
 
-// setControllers takes the list that a controller sent.
+// maxTold bounds the controllers that a controller tells of.
+const maxTold = 64
+
+// setControllers takes the list that a controller sent. Those that the agent was given
+// at its start are tried too, whoever sends what: see pick.
 func (c *Client) setControllers(addrs []string) {
-	if len(addrs) == 0 {
+	var next []string
+	for _, addr := range addrs[:min(len(addrs), maxTold)] {
+		if _, _, err := net.SplitHostPort(addr); err == nil && !slices.Contains(next, addr) {
+			next = append(next, addr)
+		}
+	}
+	if len(next) == 0 {
 		return
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.controllers = slices.Clone(addrs)
+	c.controllers = next
 }
 
 func (c *Client) setSession(s *session) {

@@ -151,7 +151,7 @@ func (p *pool) open(clusterID string) {
 		return
 	}
 	got, err := gossip.Open(gossip.Config{
-		Name: p.o.name, Role: gossip.RoleAgent, ClusterID: clusterID, Key: p.m.node.GossipKey,
+		Name: p.o.name, Role: gossip.RoleAgent, ClusterID: clusterID, Keys: [][]byte{p.m.node.GossipKey},
 		BindAddr: p.advertise, AdvertiseAddr: p.advertise, Port: p.o.gossipPort, Join: p.m.peers.Gossip, Logger: p.log,
 	})
 	if err != nil {

@@ -26,7 +26,7 @@ type config struct {
 	bootstrapExpect int
 	join            []string
 
-	apiPort, clusterPort, raftPort, gossipPort int
+	apiPort, clusterPort, raftPort, gossipPort, controllersGossipPort int
 
 	clusterCIDR, serviceCIDR string
 	unreachableToleration    time.Duration
@@ -72,11 +72,12 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.bindIP, "bind-ip", c.bindIP, "address to listen on (required)")
 	f.StringVar(&c.advertiseIP, "advertise-ip", c.advertiseIP, "address that the others reach this controller by (default: --bind-ip)")
 	f.IntVar(&c.bootstrapExpect, "bootstrap-expect", c.bootstrapExpect, "how many controllers form a new cluster: 1, 3 or 5")
-	f.StringSliceVar(&c.join, "join", c.join, "gossip addresses (host:port) of other controllers to find the cluster by")
+	f.StringSliceVar(&c.join, "join", c.join, "gossip addresses (host:port, of their --gossip-port) of other controllers to find the cluster by")
 	f.IntVar(&c.apiPort, "api-port", c.apiPort, "port of the Kubernetes API")
 	f.IntVar(&c.clusterPort, "cluster-port", c.clusterPort, "port of agents' streams and of calls between controllers")
 	f.IntVar(&c.raftPort, "raft-port", c.raftPort, "port of Raft's own connections")
-	f.IntVar(&c.gossipPort, "gossip-port", c.gossipPort, "port of gossip, TCP and UDP")
+	f.IntVar(&c.gossipPort, "gossip-port", c.gossipPort, "port of the gossip with nodes, TCP and UDP")
+	f.IntVar(&c.controllersGossipPort, "controllers-gossip-port", c.controllersGossipPort, "port of the gossip among controllers, TCP and UDP, the same on all that --join names (0: the next after --gossip-port)")
 	f.StringVar(&c.clusterCIDR, "cluster-cidr", c.clusterCIDR, "network of the pods; each node gets a /24 of it")
 	f.StringVar(&c.serviceCIDR, "service-cidr", c.serviceCIDR, "network of the Services' addresses")
 	f.DurationVar(&c.unreachableToleration, "unreachable-toleration", c.unreachableToleration, "how long pods stay bound to a node that is unreachable or not ready, where they do not say so themselves (Kubernetes: 5m)")
@@ -110,6 +111,9 @@ func (c *config) complete() error {
 	}
 	if c.advertiseIP == "" {
 		c.advertiseIP = c.bindIP
+	}
+	if c.controllersGossipPort == 0 {
+		c.controllersGossipPort = c.gossipPort + 1
 	}
 	return c.validate()
 }
@@ -154,7 +158,7 @@ func (c *config) validate() error {
 	for _, p := range []struct {
 		flag string
 		port int
-	}{{"api-port", c.apiPort}, {"cluster-port", c.clusterPort}, {"raft-port", c.raftPort}, {"gossip-port", c.gossipPort}} {
+	}{{"api-port", c.apiPort}, {"cluster-port", c.clusterPort}, {"raft-port", c.raftPort}, {"gossip-port", c.gossipPort}, {"controllers-gossip-port", c.controllersGossipPort}} {
 		if p.port < 1 || p.port > 65535 {
 			bad(p.flag, "%d is not a port", p.port)
 		} else if other, taken := seen[p.port]; taken {

@@ -21,40 +21,41 @@ func desc(name, help string, labels ...string) *metrics.Desc {
 }
 
 var (
-	descLeader       = desc("raft_is_leader", "1 on the controller that leads.")
-	descTerm         = desc("raft_term", "The Raft term.")
-	descCommit       = desc("raft_commit_index", "The last log entry known to be committed.")
-	descApplied      = desc("raft_applied_index", "The last log entry that this controller has applied.")
-	descLast         = desc("raft_last_index", "The last entry of this controller's log.")
-	descFirst        = desc("raft_first_index", "The first entry of this controller's log.")
-	descSnapshot     = desc("raft_snapshot_index", "The last log entry that the newest snapshot holds.")
-	descSnapshotSize = desc("raft_snapshot_bytes", "The size of the newest snapshot.")
-	descMembers      = desc("raft_members", "Members of the Raft configuration.", "role")
-	descAppends      = desc("log_appends_total", "Appends to the log on disk, each of one or more entries.")
-	descEntries      = desc("log_entries_total", "Entries appended to the log on disk.")
-	descAppendTime   = desc("log_append_seconds_total", "Time that appends took, syncs included.")
-	descAppendMax    = desc("log_append_max_seconds", "The longest append since the start.")
-	descFsync        = desc("log_fsync_seconds", "The median time of a sync, measured at the start.")
-	descDisk         = desc("log_disk_ok", "0 while the log cannot be written: the disk is full, broken or stalls.")
-	descCorrupt      = desc("state_corrupt", "1 when this controller stopped because its data is damaged or differs from the majority's.")
-	descProblems     = desc("problems", "Problems that `timonel status` shows of this controller.")
-	descRevision     = desc("state_revision", "The revision of the state.")
-	descKeys         = desc("state_keys", "Keys in the state.")
-	descBytes        = desc("state_bytes", "Bytes of keys and values in the state.")
-	descLimit        = desc("memory_limit_bytes", "The bound of a part of this controller's memory.", "share")
-	descConns        = desc("port_connections", "Open connections of a port.", "port")
-	descConnsLimit   = desc("port_connections_limit", "How many connections a port may have.", "port")
-	descConnsEnded   = desc("port_connections_closed_total", "Connections closed to keep a port within its limits: whose handshake was not finished, that gave way to others, that found no room.", "port", "reason")
-	descHeld         = desc("memory_held_bytes", "What a part of this controller's memory holds.", "share")
-	descRefused      = desc("state_refused_total", "Writes that this controller refused as leader because the state was full.")
-	descFull         = desc("state_full", "1 while writes that make the state larger are refused.")
-	descCompacted    = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
-	descHistoryAge   = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
-	descHistory      = desc("history_changes", "Changes in the history that watches resume from.")
-	descHistoryBytes = desc("history_bytes", "What the history holds beside the state; large is the part of values beyond 4 KiB.", "part")
-	descHistoryLimit = desc("history_limit_bytes", "The bounds of history_bytes.", "part")
-	descExpiry       = desc("certificate_expiry_timestamp_seconds", "When a certificate that this controller has ends: of the authorities ca and front-proxy-ca, of its cluster port and Raft (cluster), of the API that it serves (api).", "of")
-	descGossip       = desc("gossip_members", "Members of the gossip pool.", "role", "state")
+	descLeader        = desc("raft_is_leader", "1 on the controller that leads.")
+	descTerm          = desc("raft_term", "The Raft term.")
+	descCommit        = desc("raft_commit_index", "The last log entry known to be committed.")
+	descApplied       = desc("raft_applied_index", "The last log entry that this controller has applied.")
+	descLast          = desc("raft_last_index", "The last entry of this controller's log.")
+	descFirst         = desc("raft_first_index", "The first entry of this controller's log.")
+	descSnapshot      = desc("raft_snapshot_index", "The last log entry that the newest snapshot holds.")
+	descSnapshotSize  = desc("raft_snapshot_bytes", "The size of the newest snapshot.")
+	descMembers       = desc("raft_members", "Members of the Raft configuration.", "role")
+	descAppends       = desc("log_appends_total", "Appends to the log on disk, each of one or more entries.")
+	descEntries       = desc("log_entries_total", "Entries appended to the log on disk.")
+	descAppendTime    = desc("log_append_seconds_total", "Time that appends took, syncs included.")
+	descAppendMax     = desc("log_append_max_seconds", "The longest append since the start.")
+	descFsync         = desc("log_fsync_seconds", "The median time of a sync, measured at the start.")
+	descDisk          = desc("log_disk_ok", "0 while the log cannot be written: the disk is full, broken or stalls.")
+	descCorrupt       = desc("state_corrupt", "1 when this controller stopped because its data is damaged or differs from the majority's.")
+	descProblems      = desc("problems", "Problems that `timonel status` shows of this controller.")
+	descRevision      = desc("state_revision", "The revision of the state.")
+	descKeys          = desc("state_keys", "Keys in the state.")
+	descBytes         = desc("state_bytes", "Bytes of keys and values in the state.")
+	descLimit         = desc("memory_limit_bytes", "The bound of a part of this controller's memory.", "share")
+	descConns         = desc("port_connections", "Open connections of a port.", "port")
+	descConnsLimit    = desc("port_connections_limit", "How many connections a port may have.", "port")
+	descConnsEnded    = desc("port_connections_closed_total", "Connections closed to keep a port within its limits: whose handshake was not finished, that gave way to others, that found no room.", "port", "reason")
+	descHeld          = desc("memory_held_bytes", "What a part of this controller's memory holds.", "share")
+	descRefused       = desc("state_refused_total", "Writes that this controller refused as leader because the state was full.")
+	descFull          = desc("state_full", "1 while writes that make the state larger are refused.")
+	descCompacted     = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
+	descHistoryAge    = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
+	descHistory       = desc("history_changes", "Changes in the history that watches resume from.")
+	descHistoryBytes  = desc("history_bytes", "What the history holds beside the state; large is the part of values beyond 4 KiB.", "part")
+	descHistoryLimit  = desc("history_limit_bytes", "The bounds of history_bytes.", "part")
+	descExpiry        = desc("certificate_expiry_timestamp_seconds", "When a certificate that this controller has ends: of the authorities ca and front-proxy-ca, of its cluster port and Raft (cluster), of the API that it serves (api).", "of")
+	descGossip        = desc("gossip_members", "Members of the gossip pool.", "role", "state")
+	descGossipRefused = desc("gossip_refused_total", "What came by gossip and was not taken, by pool and reason.", "pool", "reason")
 )
 
 // maxPrefixes bounds the resources that are told of one by one.
@@ -65,7 +66,7 @@ func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
 		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descHistoryAge, descHistory, descHistoryBytes,
-		descHistoryLimit, descExpiry, descGossip} {
+		descHistoryLimit, descExpiry, descGossip, descGossipRefused} {
 		to <- d
 	}
 }
@@ -162,8 +163,13 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	for _, role := range []string{gossip.RoleController, gossip.RoleAgent} {
 		counts[[2]string{role, "alive"}] = 0
 	}
-	for _, m := range k.pool.Members() {
+	for _, m := range k.directory.Members() {
 		counts[[2]string{m.Role, strings.ToLower(m.State.String())}]++
+	}
+	for pool, refused := range map[string]map[string]uint64{"controllers": k.directory.controllers.Refused(), "nodes": k.directory.nodes.Refused()} {
+		for reason, n := range refused {
+			to <- metrics.NewLazyConstMetric(descGossipRefused, metrics.CounterValue, float64(n), pool, reason)
+		}
 	}
 	for labels, n := range counts {
 		gauge(descGossip, float64(n), labels[0], labels[1])

@@ -9,25 +9,15 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
-
-	"timonel/consensus"
-	"timonel/gossip"
 )
 
-// Tags that a controller gossips, so that the others find its ports.
-const (
-	tagAPI     = "api"
-	tagCluster = "cluster"
-	tagRaft    = "raft"
-)
-
-// peers connects to the other controllers' cluster ports, where gossip says that
-// they are. A connection is shared by all who ask, and made again when its
-// controller has moved.
+// peers connects to the other controllers' cluster ports, where the directory says
+// that they are. Whoever answers must have the certificate of the one that is meant.
+// A connection is shared by all who ask, and made again when its controller has moved.
 type peers struct {
-	pool *gossip.Pool
-	tls  *tls.Config
-	opts []grpc.DialOption
+	directory *directory
+	tls       func(name string) *tls.Config
+	opts      []grpc.DialOption
 
 	mu    sync.Mutex
 	conns map[string]peerConn
@@ -38,17 +28,17 @@ type peerConn struct {
 	conn *grpc.ClientConn
 }
 
-func newPeers(pool *gossip.Pool, tlsConfig *tls.Config, opts ...grpc.DialOption) *peers {
-	return &peers{pool: pool, tls: tlsConfig, opts: opts, conns: map[string]peerConn{}}
+func newPeers(d *directory, tlsTo func(name string) *tls.Config, opts ...grpc.DialOption) *peers {
+	return &peers{directory: d, tls: tlsTo, opts: opts, conns: map[string]peerConn{}}
 }
 
 // conn returns the connection to the controller called name.
 func (p *peers) conn(_ context.Context, name string) (grpc.ClientConnInterface, error) {
-	m, ok := p.pool.Member(name)
-	if !ok || m.Role != gossip.RoleController || m.Tags[tagCluster] == "" {
-		return nil, fmt.Errorf("controller %s: gossip does not know where it is", name)
+	c, ok := p.directory.find(name)
+	if !ok || c.cluster == "" {
+		return nil, fmt.Errorf("controller %s: it is not known where it is", name)
 	}
-	addr := net.JoinHostPort(m.Host(), m.Tags[tagCluster])
+	addr := c.cluster
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c, ok := p.conns[name]; ok {
@@ -58,7 +48,7 @@ func (p *peers) conn(_ context.Context, name string) (grpc.ClientConnInterface, 
 		c.conn.Close()
 		delete(p.conns, name)
 	}
-	conn, err := grpc.NewClient(addr, append([]grpc.DialOption{grpc.WithTransportCredentials(credentials.NewTLS(p.tls))}, p.opts...)...)
+	conn, err := grpc.NewClient(addr, append([]grpc.DialOption{grpc.WithTransportCredentials(credentials.NewTLS(p.tls(name)))}, p.opts...)...)
 	if err != nil {
 		return nil, fmt.Errorf("controller %s at %s: %w", name, addr, err)
 	}
@@ -76,35 +66,34 @@ func (p *peers) close() {
 	}
 }
 
-// controllers returns the controllers that gossip knows and does not hold for
-// gone.
-func controllers(pool *gossip.Pool) []gossip.Member {
-	var out []gossip.Member
-	for _, m := range pool.Members() {
-		if m.Role == gossip.RoleController && (m.State == gossip.Alive || m.State == gossip.Suspect) {
-			out = append(out, m)
+// tags are how a controller says which ports it has.
+func (c *config) tags() map[string]string {
+	port := func(n int) string { return fmt.Sprint(n) }
+	return map[string]string{tagAPI: port(c.apiPort), tagCluster: port(c.clusterPort), tagRaft: port(c.raftPort), tagGossip: port(c.gossipPort)}
+}
+
+// withPort is the addresses with another port.
+func withPort(addrs []string, port int) []string {
+	out := make([]string, 0, len(addrs))
+	for _, addr := range addrs {
+		if host, _, err := net.SplitHostPort(addr); err == nil {
+			out = append(out, net.JoinHostPort(host, fmt.Sprint(port)))
 		}
 	}
 	return out
 }
 
-// raftServers is where the replicas' Raft listeners are.
-func raftServers(pool *gossip.Pool) []consensus.Server {
-	var out []consensus.Server
-	for _, m := range controllers(pool) {
-		if port := m.Tags[tagRaft]; port != "" {
-			out = append(out, consensus.Server{ID: m.Name, Addr: net.JoinHostPort(m.Host(), port)})
+// moved is the addresses with their ports moved by so many.
+func moved(addrs []string, by int) []string {
+	out := make([]string, 0, len(addrs))
+	for _, addr := range addrs {
+		host, text, err := net.SplitHostPort(addr)
+		var port int
+		if err == nil {
+			_, err = fmt.Sscan(text, &port)
 		}
-	}
-	return out
-}
-
-// controllerIPs is where the API is served, for the kubernetes Service.
-func controllerIPs(pool *gossip.Pool) []net.IP {
-	var out []net.IP
-	for _, m := range controllers(pool) {
-		if ip := net.ParseIP(m.Host()); ip != nil && m.State == gossip.Alive {
-			out = append(out, ip)
+		if port += by; err == nil && port > 0 && port < 1<<16 {
+			out = append(out, net.JoinHostPort(host, fmt.Sprint(port)))
 		}
 	}
 	return out

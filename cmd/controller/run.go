@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"strconv"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -20,7 +19,6 @@ import (
 	"timonel/backup"
 	"timonel/consensus"
 	"timonel/dispatch"
-	"timonel/gossip"
 	"timonel/internal/ports"
 	"timonel/internal/replicated"
 	"timonel/pki"
@@ -37,21 +35,21 @@ const leaveTimeout = time.Second
 // controller is what run wires together.
 type controller struct {
 	config
-	log     *slog.Logger
-	bundle  *pki.Bundle
-	shares  shares
-	store   *state.Store
-	quota   *state.Quota
-	pool    *gossip.Pool
-	peers   *peers
-	replica *consensus.Replica
-	backend backend
-	trust   *trust.Registry
-	cache   *objects.Cache
-	decoded *storage.Caches
-	api     *apiserver.Server
-	agents  *dispatch.Dispatcher
-	tracker *dispatch.Tracker
+	log       *slog.Logger
+	bundle    *pki.Bundle
+	shares    shares
+	store     *state.Store
+	quota     *state.Quota
+	directory *directory
+	peers     *peers
+	replica   *consensus.Replica
+	backend   backend
+	trust     *trust.Registry
+	cache     *objects.Cache
+	decoded   *storage.Caches
+	api       *apiserver.Server
+	agents    *dispatch.Dispatcher
+	tracker   *dispatch.Tracker
 	// certificates are this controller's own.
 	certificates *certificates
 	// newest is the newest cluster version that this program runs under.
@@ -101,17 +99,24 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer clusterListener.Close()
-	if k.pool, err = k.openGossip(); err != nil {
+	ownKey, err := k.bundle.ControllersGossipKey()
+	if err != nil {
 		return err
 	}
-	defer k.pool.Close()
-	k.peers = newPeers(k.pool, identity.ClusterClientTLS(), dispatch.DialOptions()...)
+	k.directory = &directory{cache: k.cache, config: &k.config}
+	if err := k.directory.open(k.bundle.ClusterID(), [][]byte{k.bundle.GossipKey()}, [][]byte{ownKey}, k.log); err != nil {
+		return err
+	}
+	defer k.directory.close()
+	k.peers = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.DialOptions()...)
 	defer k.peers.close()
 
 	if k.replica, err = k.openReplica(ctx, identity); err != nil {
 		return err
 	}
 	defer k.replica.Close()
+	members := k.replica.Members
+	k.directory.log.Store(&members)
 	k.backend = backend{store: k.store, replica: k.replica}
 	k.trust = trust.New(trust.Config{State: k.backend, Reserved: k.reservedName})
 	if k.scheduler, err = k.newScheduler(); err != nil {
@@ -160,7 +165,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	group.Go(func() error { return ended(k.certificates.run(ctx)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
 	err = group.Wait()
-	if leaveErr := k.pool.Leave(leaveTimeout); leaveErr != nil {
+	if leaveErr := k.directory.leave(leaveTimeout); leaveErr != nil {
 		log.Debug("left without telling the others", "error", leaveErr)
 	}
 	return err
@@ -195,7 +200,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,
 		NodeAddress:      k.agents.CheckNodeAddress,
-		Controllers:      func() []net.IP { return controllerIPs(k.pool) },
+		Controllers:      k.directory.controllerIPs,
 		IsLeader:         k.isLeader,
 		Health: map[string]func(context.Context) error{
 			"raft-leader": func(context.Context) error {
@@ -235,20 +240,6 @@ func (k *controller) apiAs(name string, groups ...string) *rest.Config {
 	return k.api.InProcess(&user.DefaultInfo{Name: name, Groups: append(groups, user.AllAuthenticated)})
 }
 
-func (k *controller) openGossip() (*gossip.Pool, error) {
-	pool, err := gossip.Open(gossip.Config{
-		Name: k.name, Role: gossip.RoleController, ClusterID: k.bundle.ClusterID(), Key: k.bundle.GossipKey(),
-		BindAddr: k.bindIP, AdvertiseAddr: k.advertiseIP, Port: k.gossipPort, Join: k.join, Logger: k.log,
-		Tags: map[string]string{
-			tagAPI: strconv.Itoa(k.apiPort), tagCluster: strconv.Itoa(k.clusterPort), tagRaft: strconv.Itoa(k.raftPort),
-		},
-	})
-	if err != nil {
-		return nil, portError("gossip-port", err)
-	}
-	return pool, nil
-}
-
 func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) (*consensus.Replica, error) {
 	listener, err := k.listen("raft-port", k.raftPort, k.limits.raft)
 	if err != nil {
@@ -257,7 +248,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 	replica, err := consensus.Open(ctx, consensus.Config{
 		ID: k.name, ClusterID: k.bundle.ClusterID(), DataDir: filepath.Join(k.dataDir, "raft"), LogStore: k.logStore,
 		Listener: listener, AdvertiseAddress: k.advertised(k.raftPort), TLS: identity.RaftTLS(),
-		PeerConn: k.peers.conn, Peers: func() []consensus.Server { return raftServers(k.pool) },
+		PeerConn: k.peers.conn, Peers: k.directory.raftServers,
 		BootstrapExpect: k.bootstrapExpect, HeartbeatTimeout: k.heartbeatTimeout, ElectionTimeout: k.electionTimeout,
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
 		Admit:                  k.quota.Admit,

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"timonel/dispatch"
-	"timonel/gossip"
 	pb "timonel/proto/timonel/v1"
 
 	"k8s.io/client-go/rest"
@@ -29,9 +28,9 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 		},
 		Bundle:      k.bundle,
 		Trust:       k.trust,
-		Gossip:      k.pool,
+		Gossip:      k.directory,
 		PeerConn:    k.peers.conn,
-		Controllers: func() []string { return clusterPorts(k.pool) },
+		Controllers: k.directory.clusterPorts,
 		Status:      k.status,
 		ReportBytes: k.shares.reports,
 		GossipPort:  k.gossipPort,
@@ -67,17 +66,6 @@ func (k *controller) controllerAddresses() []netip.Addr {
 	return out
 }
 
-// clusterPorts is where agents may connect.
-func clusterPorts(pool *gossip.Pool) []string {
-	var out []string
-	for _, m := range controllers(pool) {
-		if port := m.Tags[tagCluster]; port != "" {
-			out = append(out, net.JoinHostPort(m.Host(), port))
-		}
-	}
-	return out
-}
-
 // status is what `timonel status` shows of this controller. dispatch adds the
 // agents that are connected here.
 func (k *controller) status(context.Context) *pb.StatusResponse {
@@ -90,7 +78,7 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 		Revision:      k.store.View().Revision(),
 		ResidentBytes: resident, AnonymousBytes: anonymous,
 		FsyncMicroseconds: uint64(s.Fsync / time.Microsecond),
-		Problems:          append(s.Problems, k.pool.Problems()...),
+		Problems:          append(s.Problems, k.directory.problems()...),
 		ClusterVersion:    uint32(k.store.View().ClusterVersion()), NewestVersion: uint32(k.newest),
 	}
 	if problem := k.clusterVersion.problem(k.store); problem != "" {
@@ -103,7 +91,7 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 		out.Problems = append(out.Problems, k.scheduler.Problems()...)
 	}
 	out.Expiries = k.expiries(time.Now())
-	for _, m := range k.pool.Members() {
+	for _, m := range k.directory.Members() {
 		out.Members = append(out.Members, &pb.Member{
 			Name: m.Name, Address: m.Addr, Role: m.Role, State: strings.ToLower(m.State.String()),
 		})

@@ -43,7 +43,7 @@ func (k *controller) reservedName(name string) string {
 			return "a controller's"
 		}
 	}
-	if m, ok := k.pool.Member(name); ok && m.Role == gossip.RoleController && m.State != gossip.Left && m.State != gossip.Dead {
+	if m, ok := k.directory.controllers.Member(name); ok && m.Role == gossip.RoleController && m.State != gossip.Left && m.State != gossip.Dead {
 		return "a controller's"
 	}
 	return ""
