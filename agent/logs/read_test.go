@@ -241,15 +241,16 @@ func TestFollowingAcrossRotations(t *testing.T) {
 	out := &slowly{}
 	done := b.follow(Options{TailLines: number(10)}, out)
 	n := 100
-	for round := range 160 {
-		b.rt.write("id", entries(n, n+250))
-		n += 250
-		// Not further ahead than what is kept.
-		if round%16 == 0 {
-			b.until("what was written to be read", func() bool { return strings.HasSuffix(out.String(), lines(n-1, n)) })
+	for range 10 {
+		before := b.rt.reopens()
+		for range 16 { // more than a file
+			b.rt.write("id", entries(n, n+250))
+			n += 250
 		}
+		// Not further ahead than what is kept.
+		b.until("what was written to be read", func() bool { return strings.HasSuffix(out.String(), lines(n-1, n)) })
+		b.until("a rotation", func() bool { return b.rt.reopens() > before })
 	}
-	b.until("rotations", func() bool { return b.rt.reopens() >= 5 })
 	b.rt.write("id", entries(n, n+1))
 	b.rt.stop("id")
 	b.Ended("id")

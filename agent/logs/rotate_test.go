@@ -39,7 +39,7 @@ func TestALogIsRotated(t *testing.T) {
 			}
 			b.until("a rotation", func() bool { st, err := os.Stat(b.path); return err == nil && st.Size() < testSize })
 			if fast {
-				require.LessOrEqual(t, b.used(), b.cfg.room()+testSize)
+				b.until("what is over to be removed", func() bool { return b.used() <= b.cfg.room()+testSize })
 				return
 			}
 			b.rt.write("id", entries(n, n+1))
@@ -91,7 +91,7 @@ func TestTheDiskIsBounded(t *testing.T) {
 			noise := make([]byte, 64<<10)
 			rng := rand.NewChaCha8([32]byte{byte(i)})
 			var written int64
-			for began := time.Now(); written < 80<<20; {
+			for began := time.Now(); written < 128<<20; {
 				_, _ = rng.Read(noise)
 				b.rt.write(fmt.Sprint("id", i), noise)
 				written += int64(len(noise))
@@ -115,8 +115,8 @@ func TestTheDiskIsBounded(t *testing.T) {
 	}
 	wg.Wait()
 	for _, m := range most {
-		// Of what a second's writing would be a quarter is for a loaded machine.
-		require.LessOrEqual(t, m, int64(5*size+size/4+size+rate/4))
+		// On a loaded machine it may be looked at a second late.
+		require.LessOrEqual(t, m, int64(5*size+size/4+size+rate))
 	}
 }
 
@@ -184,12 +184,16 @@ func TestWhatAnAgentLeftIsPutRight(t *testing.T) {
 		}, func(b *bench) bool { return len(b.names()) == 5 && b.writes("0.log") }},
 		{"written while there was no agent", false, func(b *bench) { b.rt.write("id", entries(0, 20000)) },
 			func(b *bench) bool {
-				return b.used() <= b.cfg.room() && b.used() > b.cfg.room()*9/10 && len(b.names()) == 2 && b.ends(19999)
+				u := b.used() // while a file is renamed it is not in it
+				return u <= b.cfg.room() && u > b.cfg.room()*9/10 && len(b.names()) == 2 && b.ends(19999)
 			}},
 		{"written and ended while there was no agent", true, func(b *bench) {
 			b.put(old, entries(0, 1500))
 			b.rt.write("id", entries(0, 20000))
-		}, func(b *bench) bool { return b.used() <= 5*testSize+testSize/4 && len(b.names()) == 1 && b.ends(19999) }},
+		}, func(b *bench) bool {
+			u := b.used()
+			return u <= 5*testSize+testSize/4 && u > testSize && len(b.names()) == 1 && b.ends(19999)
+		}},
 		{"the clock went back", false, func(b *bench) {
 			b.put("0.log.20990102-030405", entries(0, 10))
 			b.rt.write("id", entries(10, 1500))
@@ -208,7 +212,7 @@ func TestWhatAnAgentLeftIsPutRight(t *testing.T) {
 			stop := b.run()
 			b.until("it to be put right", func() bool { return tc.want(b) })
 			stop()
-			require.True(t, tc.want(b), "it stays so: %v", b.names())
+			require.True(t, tc.want(b), "it stays so: %v, %d bytes of %d", b.names(), b.used(), b.cfg.room())
 		})
 	}
 }
