@@ -81,6 +81,12 @@ func Up(t testing.TB, o Options) *Cluster {
 	if o.Bin != "" {
 		args = append(args, "--bin", o.Bin, "--images", filepath.Join(filepath.Dir(c.program), "images"))
 	}
+	program := c.program
+	if own := filepath.Join(o.Bin, "timonel"); o.Bin != "" {
+		if _, err := os.Stat(own); err == nil { // a release: its agents join as they did then
+			program = own
+		}
+	}
 	for _, flag := range o.ControllerFlags {
 		args = append(args, "--controller-flag="+flag)
 	}
@@ -98,7 +104,7 @@ func Up(t testing.TB, o Options) *Cluster {
 		require.NoError(t, err, string(out))
 	})
 	begin := time.Now()
-	out, err := exec.Command(c.program, args...).CombinedOutput()
+	out, err := exec.Command(program, args...).CombinedOutput()
 	c.UpTook, c.Output = time.Since(begin), string(out)
 	require.NoError(t, err, c.Output)
 	t.Logf("\n%s", c.Output)
