@@ -2,11 +2,13 @@ package gossip
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"runtime"
 	"strings"
 	"sync"
@@ -245,4 +247,27 @@ func TestSlowStreams(t *testing.T) {
 func isTimeout(err error) bool {
 	e, ok := err.(net.Error)
 	return ok && e.Timeout()
+}
+
+// TestToldWhileOpening: memberlist tells of members before it has been handed out, and
+// they are asked once it has.
+func TestToldWhileOpening(t *testing.T) {
+	t.Parallel()
+	c1, c2 := open(t, testConfig("c1")), open(t, testConfig("c2"))
+	p := &Pool{config: c1.config, log: c1.log, opened: make(chan struct{}), members: map[string]*entry{}, verifying: make(chan struct{}, 1)}
+	p.ctx, p.stop = context.WithCancel(t.Context())
+	defer p.stop()
+	addr := netip.MustParseAddrPort(c2.Addr())
+	c2.mu.Lock()
+	raw, err := c2.meta.encode()
+	c2.mu.Unlock()
+	require.NoError(t, err)
+	p.put(&memberlist.Node{Name: "c2", Addr: addr.Addr().AsSlice(), Port: addr.Port(), Meta: raw}, Alive)
+	time.Sleep(20 * time.Millisecond) // who did not wait has asked by now
+	p.list = c1.list
+	close(p.opened)
+	p.done.Wait()
+	m, ok := p.Member("c2")
+	require.True(t, ok)
+	require.Equal(t, Alive, m.State)
 }

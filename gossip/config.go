@@ -183,6 +183,8 @@ func (c *Config) memberlist(p *Pool, transport memberlist.Transport, port int) *
 	m.UDPBufferSize -= sealSize
 	m.ProbeInterval, m.ProbeTimeout = c.Timings.ProbeInterval, c.Timings.ProbeTimeout
 	m.SuspicionMult, m.SuspicionMaxTimeoutMult = c.Timings.SuspicionMult, 2
+	// Each message that is compressed takes a writer of 100 KB, pings too: two MB a second.
+	m.EnableCompression = false
 	m.GossipInterval, m.PushPullInterval = c.Timings.GossipInterval, c.Timings.PushPull
 	m.TCPTimeout = c.Timings.StreamTimeout
 	// A member that finds itself slow doubts itself at most this much, so that

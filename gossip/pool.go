@@ -26,7 +26,8 @@ var ErrNoAnswer = errors.New("no answer to a gossip probe")
 type Pool struct {
 	config Config
 	log    *slog.Logger
-	list   *memberlist.Memberlist
+	list   *memberlist.Memberlist // set when opened is closed: it calls us before
+	opened chan struct{}
 	ring   ring
 
 	transport *sealed // what comes passes through it
@@ -57,6 +58,7 @@ func Open(c Config) (*Pool, error) {
 	c = c.withDefaults()
 	p := &Pool{
 		config:      c,
+		opened:      make(chan struct{}),
 		log:         c.Logger.With("room", "gossip"),
 		meta:        meta{Role: c.Role, Cluster: c.ClusterID, Tags: c.Tags},
 		members:     make(map[string]*entry),
@@ -90,6 +92,7 @@ func Open(c Config) (*Pool, error) {
 		return nil, fmt.Errorf("gossip: listen on %s: %w", where, err)
 	}
 	p.list = list
+	close(p.opened)
 	p.done.Go(func() { p.rejoin(p.ctx) })
 	if *c.Watch {
 		p.done.Go(func() { p.watch(p.ctx) })

@@ -83,6 +83,11 @@ func (p *Pool) startVerify(e *entry) {
 
 // verify asks a member itself whether what is said of it is so.
 func (p *Pool) verify(name string) {
+	select {
+	case <-p.opened:
+	case <-p.ctx.Done():
+		return
+	}
 	for try := 0; ; try++ {
 		select {
 		case p.verifying <- struct{}{}:

@@ -34,7 +34,7 @@ const (
 	tendEvery, quietFor = 2 * time.Second, 4
 	// tidyEvery is how often, in such looks, an idle controller gives back what a busy
 	// time has left behind, tidyFrom from how much on it is worth a collection.
-	tidyEvery, tidyFrom = 8, 16 << 20
+	tidyEvery, tidyFrom = 8, 4 << 20
 	// idleLogCache is what an idle controller keeps of the log's newest entries, which
 	// its followers have.
 	idleLogCache = 1 << 20
