@@ -223,44 +223,33 @@ func memoryOf(t *testing.T, c *harness.Cluster) (held []string) {
 	return held
 }
 
-// requireMemoryBack checks that a minute after a load each controller holds 200 MB and
-// twice its state at most.
+// requireMemoryBack checks that a minute after a load each controller holds 200 MB,
+// twice its state, and what its history has of the last five minutes, at most.
 func requireMemoryBack(t *testing.T, c *harness.Cluster) {
 	t.Helper()
-	allowed := restingMemory + 2*stateBytes(t, c)
+	allowed := restingMemory + 2*heldBytes(t, c, "state") + heldBytes(t, c, "history")
 	time.Sleep(time.Minute) // what is promised is a time
 	for _, k := range c.Status(t).Controllers {
 		t.Logf("%s a minute later: %d MB resident, %d MB of it anonymous, may be %d MB", k.Name, k.Memory.Resident>>20, k.Memory.Anonymous>>20, allowed>>20)
 	}
-	if dir := os.Getenv("TIMONEL_HEAP"); dir != "" {
-		b, err := c.Client(t, c.Leader(t)).Discovery().RESTClient().Get().AbsPath("/debug/pprof/heap").Do(t.Context()).Raw()
-		require.NoError(t, err)
-		require.NoError(t, os.WriteFile(filepath.Join(dir, t.Name()+".heap"), b, 0o600))
-		b, err = c.Client(t, c.Leader(t)).Discovery().RESTClient().Get().AbsPath("/metrics").Do(t.Context()).Raw()
-		require.NoError(t, err)
-		require.NoError(t, os.WriteFile(filepath.Join(dir, t.Name()+".metrics"), b, 0o600))
-		b, err = os.ReadFile(fmt.Sprintf("/proc/%d/smaps", pid(t, c, c.Leader(t))))
-		require.NoError(t, err)
-		require.NoError(t, os.WriteFile(filepath.Join(dir, t.Name()+".smaps"), b, 0o600))
-	}
 	for _, k := range c.Status(t).Controllers {
-		require.LessOrEqual(t, int64(k.Memory.Resident), allowed, "%s holds more than 200 MB and twice its state", k.Name)
+		require.LessOrEqual(t, int64(k.Memory.Resident), allowed, "%s holds more than 200 MB, twice its state and its history", k.Name)
 	}
 }
 
-// stateBytes is the size of the state, as a controller counts it.
-func stateBytes(t *testing.T, c *harness.Cluster) int64 {
+// heldBytes is how much the leader holds of a share of its memory, as it counts itself.
+func heldBytes(t *testing.T, c *harness.Cluster, share string) int64 {
 	t.Helper()
 	metrics, err := c.Client(t, c.Leader(t)).Discovery().RESTClient().Get().AbsPath("/metrics").Do(t.Context()).Raw()
 	require.NoError(t, err)
 	for line := range strings.Lines(string(metrics)) {
-		if rest, ok := strings.CutPrefix(line, `timonel_memory_held_bytes{share="state"} `); ok {
+		if rest, ok := strings.CutPrefix(line, `timonel_memory_held_bytes{share="`+share+`"} `); ok {
 			n, err := strconv.ParseFloat(strings.TrimSpace(rest), 64)
 			require.NoError(t, err)
 			return int64(n)
 		}
 	}
-	t.Fatal("/metrics has no timonel_memory_held_bytes of the state")
+	t.Fatalf("/metrics has no timonel_memory_held_bytes of share %q", share)
 	return 0
 }
 
