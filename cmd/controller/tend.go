@@ -181,26 +181,33 @@ func untidy() uint64 {
 // releaseFiles tells the kernel that the pages of files need not stay mapped: half of
 // the program's ran at the start alone, and the log's store has been read all over when
 // there was much to do. What is needed is mapped again from the page cache when it is
-// next touched. Pages that can be written to are left alone.
+// next touched. Left alone are pages that can be written to, and mappings with pages
+// that were: those of libraries have addresses in them that are nowhere else, and cannot
+// be written to any more.
 func releaseFiles() error {
-	f, err := os.Open("/proc/self/maps")
+	f, err := os.Open("/proc/self/smaps")
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	var start, end uintptr // of the mapping that the lines are about, if it is one to release
 	s := bufio.NewScanner(f)
 	for s.Scan() {
-		// start-end perms offset device inode path
 		fields := strings.Fields(s.Text())
-		if len(fields) < 6 || !strings.HasPrefix(fields[5], "/") || strings.Contains(fields[1], "w") {
-			continue
-		}
-		var start, end uintptr
-		if _, err := fmt.Sscanf(fields[0], "%x-%x", &start, &end); err != nil {
-			return err
-		}
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, start, end-start, unix.MADV_DONTNEED); errno != 0 {
-			return fmt.Errorf("madvise %s: %w", fields[0], errno)
+		switch {
+		case len(fields) == 0:
+		case !strings.HasSuffix(fields[0], ":"): // start-end perms offset device inode path
+			start, end = 0, 0
+			if len(fields) < 6 || !strings.HasPrefix(fields[5], "/") || strings.Contains(fields[1], "w") {
+				continue
+			}
+			if _, err := fmt.Sscanf(fields[0], "%x-%x", &start, &end); err != nil {
+				return err
+			}
+		case fields[0] == "Anonymous:" && fields[1] == "0" && end != 0:
+			if _, _, errno := unix.Syscall(unix.SYS_MADVISE, start, end-start, unix.MADV_DONTNEED); errno != 0 {
+				return fmt.Errorf("madvise %x-%x: %w", start, end, errno)
+			}
 		}
 	}
 	return s.Err()
