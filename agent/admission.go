@@ -53,7 +53,7 @@ func (a *Agent) admissionNode() admission.Node {
 		}
 	}
 	return admission.Node{
-		Name: a.cfg.Name, Allocatable: allocatable, Object: a.live, Pressure: a.pressure(),
+		Name: a.cfg.Name, Allocatable: allocatable, Object: a.live, Pressure: a.evict.Conditions(),
 		AppArmor: a.kernel.appArmor, SELinux: a.kernel.seLinux, Kernel: a.kernel.version,
 	}
 }

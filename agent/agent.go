@@ -167,7 +167,7 @@ func (a *Agent) describe(ctx context.Context) error {
 	if !a.network.Ready() {
 		a.networkBad = "this node has no pod CIDR yet"
 	}
-	return a.updateNode()
+	return nil
 }
 
 // updateNode computes the Node object and says whether that worked; a change
@@ -175,7 +175,7 @@ func (a *Agent) describe(ctx context.Context) error {
 func (a *Agent) updateNode() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.pressure()}, a.node, time.Now())
+	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions()}, a.node, time.Now())
 	if err != nil {
 		return err
 	}

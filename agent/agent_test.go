@@ -512,11 +512,7 @@ func TestProbesAndDeadline(t *testing.T) {
 func TestPullImages(t *testing.T) {
 	n, cs := cluster(t, "c1")
 	c := cs[0]
-	addr := serveRegistry(t, "pat", "s3cret")
-	n.cfg.RegistryDir = t.TempDir()
-	host := filepath.Join(n.cfg.RegistryDir, addr)
-	require.NoError(t, os.MkdirAll(host, 0o755))
-	require.NoError(t, os.WriteFile(filepath.Join(host, "hosts.toml"), []byte("server = \"http://"+addr+"\"\n"), 0o644))
+	addr := n.serveRegistry(t, "pat", "s3cret")
 	n.start()
 
 	image := addr + "/team/app:1"
@@ -552,7 +548,8 @@ func TestPullImages(t *testing.T) {
 	c.until(bad, "refused", 20*time.Second, waitingFor("InvalidImageName"))
 }
 
-func serveRegistry(t *testing.T, user, password string) string {
+// serveRegistry serves a registry that wants a password, and has the node know of it.
+func (n *testNode) serveRegistry(t *testing.T, user, password string) (addr string) {
 	t.Helper()
 	inner := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -564,7 +561,12 @@ func serveRegistry(t *testing.T, user, password string) string {
 		inner.ServeHTTP(w, r)
 	}))
 	t.Cleanup(s.Close)
-	return strings.TrimPrefix(s.URL, "http://")
+	n.cfg.RegistryDir = t.TempDir()
+	addr = strings.TrimPrefix(s.URL, "http://")
+	host := filepath.Join(n.cfg.RegistryDir, addr)
+	require.NoError(t, os.MkdirAll(host, 0o755))
+	require.NoError(t, os.WriteFile(filepath.Join(host, "hosts.toml"), []byte("server = \"http://"+addr+"\"\n"), 0o644))
+	return addr
 }
 
 func pushSample(t *testing.T, n *testNode, ref, user, password string) {

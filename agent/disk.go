@@ -66,14 +66,6 @@ func (a *Agent) wantedImages() map[string]bool {
 	return out
 }
 
-// pressure are the node's conditions for what it is short of.
-func (a *Agent) pressure() []corev1.NodeConditionType {
-	if a.evict == nil { // not wired yet
-		return nil
-	}
-	return a.evict.Conditions()
-}
-
 // nodeRoom is what package eviction knows of this machine.
 type nodeRoom struct{ a *Agent }
 

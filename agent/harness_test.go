@@ -31,6 +31,7 @@ import (
 	"timonel/agent/imagegc"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
+	"timonel/test/needs"
 )
 
 const (
@@ -95,7 +96,7 @@ func needContainerd(t *testing.T) {
 		t.Skip("runs real containers: not with -short")
 	}
 	if os.Geteuid() != 0 || os.Getenv(inNamespace) == "" {
-		t.Skip("runs real containers: needs root and a network namespace")
+		needs.Skip(t, "runs real containers: needs root and a network namespace")
 	}
 	for _, name := range []string{"containerd", "runc"} {
 		if _, err := exec.LookPath(name); err != nil {

@@ -1,7 +1,6 @@
 package agent_test
 
 import (
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -44,11 +43,7 @@ func (n *testNode) tags() []string {
 func TestUnusedImagesAreCollected(t *testing.T) {
 	n, cs := cluster(t, "c1")
 	c := cs[0]
-	addr := serveRegistry(t, "pat", "s3cret")
-	n.cfg.RegistryDir = t.TempDir()
-	host := filepath.Join(n.cfg.RegistryDir, addr)
-	require.NoError(t, os.MkdirAll(host, 0o755))
-	require.NoError(t, os.WriteFile(filepath.Join(host, "hosts.toml"), []byte("server = \"http://"+addr+"\"\n"), 0o644))
+	addr := n.serveRegistry(t, "pat", "s3cret")
 	sample, err := tarball.ImageFromPath(filepath.Join(n.cfg.ImagesDir, "timonel-sample.tar"), nil)
 	require.NoError(t, err)
 	image := func(app string) string {

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"timonel/test/needs"
 )
 
 // What is written past the page cache is there, what came before it in its first
@@ -31,7 +33,7 @@ func TestDataFile(t *testing.T) {
 			}
 			f := reopen()
 			if name == "direct" && f.direct == nil {
-				skipUnlessCI(t, "the file system does not let us write past the page cache")
+				needs.Skip(t, "the file system does not let us write past the page cache")
 			}
 			off := 0
 			for i := range lessRaced(2000) {

@@ -80,11 +80,15 @@
 //
 // # What it holds in memory
 //
-// Every buffer has a bound in bytes, and Replica.Held tells what is held: the newest
+// What is kept has a bound in bytes, and Replica.Held tells what is held: the newest
 // entries (Config.LogCacheBytes, cache.go), and what a leader has appended and not on its
 // disk yet (QueueBytes, queue.go). What is on its way to a follower that lags is some
 // messages of MaxAppendBytes each (portion.go). The log on disk is bounded in bytes as well: by
 // SnapshotBytes a snapshot is due, and TrailingBytes of it stay after one (weigh.go).
+//
+// Not bounded in bytes are commands that wait to be proposed, each held by its caller,
+// forwarded ones that are remembered for twice ProposeTimeout to recognise them, and the
+// up to MaxAppendEntries entries that Raft gives the state machine at once.
 //
 // # How a replica finds its cluster
 //

@@ -11,15 +11,15 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"timonel/test/needs"
 )
 
 // A replica whose disk is full, a real one, says so and leaves the log to the
 // others; what was acknowledged stays, and when there is room it catches up.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() != 0 {
-		skipUnlessCI(t, "needs root, to mount a small file system")
-	}
+	needs.Root(t, "mounts a small file system")
 	for _, kind := range logKinds {
 		for _, role := range []string{"follower", "leader"} {
 			t.Run(kind.name+" "+role, func(t *testing.T) {
@@ -28,15 +28,6 @@ func TestFullDisk(t *testing.T) {
 			})
 		}
 	}
-}
-
-// skipUnlessCI skips a test that cannot be done here, and fails it in CI, where it must.
-func skipUnlessCI(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("TIMONEL_CI") != "" {
-		t.Fatalf("CI must be able to do this: %s", why)
-	}
-	t.Skip(why)
 }
 
 func testFullDisk(t *testing.T, logStore, role string) {

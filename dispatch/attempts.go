@@ -44,6 +44,11 @@ func (b *bucket) has(now time.Time) bool {
 	return b.full.Sub(now) <= time.Duration(b.burst-1)*b.every
 }
 
+// wait is how long it takes until there is one, when there is none.
+func (b *bucket) wait(now time.Time) time.Duration {
+	return b.full.Sub(now) - time.Duration(b.burst-1)*b.every
+}
+
 // attempts counts failed joins by source, so that secrets cannot be guessed and
 // the log is not filled. An IPv6 source is its /64 network.
 type attempts struct {
@@ -84,7 +89,7 @@ func (a *attempts) allowed(source netip.Addr) (wait time.Duration, ok bool) {
 	if b == nil || b.has(now) {
 		return 0, true
 	}
-	return b.full.Sub(now) - time.Duration(failureBurst-1)*failureEvery, false
+	return b.wait(now), false
 }
 
 // failed counts a failure, and says whether to log it and how many were not logged

@@ -119,7 +119,7 @@ func (s *starts) take(node string) (wait time.Duration, ok bool) {
 	if b.take(now) {
 		return 0, true
 	}
-	return b.full.Sub(now) - (startBurst-1)*startEvery, false
+	return b.wait(now), false
 }
 
 // heldElsewhere asks all controllers, this one included, whether they serve another

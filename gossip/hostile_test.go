@@ -224,7 +224,7 @@ func TestKeysChange(t *testing.T) {
 	for _, keys := range [][][]byte{{testKey, next}, {next, testKey}, {next}} {
 		for _, p := range []*Pool{c1, c2} {
 			require.NoError(t, p.SetKeys(keys))
-			require.True(t, p.HasKeys(keys))
+			require.True(t, p.ring.has(keys))
 			for _, q := range []*Pool{c1, c2} {
 				m, ok := q.Member(map[*Pool]string{c1: "c2", c2: "c1"}[q])
 				require.True(t, ok)

@@ -144,9 +144,6 @@ func (p *Pool) SetKeys(keys [][]byte) error {
 	return p.ring.set(keys)
 }
 
-// HasKeys reports that the pool's keys are these, in this order.
-func (p *Pool) HasKeys(keys [][]byte) bool { return p.ring.has(keys) }
-
 // SetTags replaces this member's tags and tells the others. Tags that do not fit
 // are refused and change nothing.
 func (p *Pool) SetTags(tags map[string]string) error {

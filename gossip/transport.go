@@ -19,9 +19,7 @@ import (
 // anything of it is decoded, and the keys may be changed while the pool works.
 type sealed struct {
 	memberlist.NodeAwareTransport
-	pool    *Pool
-	ring    *ring
-	members int // that a pool may have
+	pool *Pool
 
 	packets chan *memberlist.Packet
 	streams chan net.Conn
@@ -48,7 +46,7 @@ func (c *Config) maxState() int { return leastState + c.MaxMembers*stateSize }
 
 func newSealed(p *Pool, inner memberlist.NodeAwareTransport) *sealed {
 	s := &sealed{
-		NodeAwareTransport: inner, pool: p, ring: &p.ring, members: p.config.MaxMembers,
+		NodeAwareTransport: inner, pool: p,
 		packets: make(chan *memberlist.Packet), streams: make(chan net.Conn), stop: make(chan struct{}), silent: make(chan struct{}),
 	}
 	s.budget.most = int64(p.config.MaxReceiveBytes)
@@ -86,7 +84,7 @@ func (s *sealed) takePackets() {
 				s.pool.refuse(refusedMessage, packet.From.String(), fmt.Errorf("%w: a packet of %d bytes", errMessage, len(packet.Buf)))
 				continue
 			}
-			plain, err := s.ring.open(packet.Buf, nil)
+			plain, err := s.pool.ring.open(packet.Buf, nil)
 			if err == nil {
 				plain, err = openPacket(plain)
 			}
@@ -134,7 +132,7 @@ func (s *sealed) WriteTo(b []byte, addr string) (time.Time, error) {
 
 // WriteToAddress implements memberlist.NodeAwareTransport.
 func (s *sealed) WriteToAddress(b []byte, addr memberlist.Address) (time.Time, error) {
-	return s.NodeAwareTransport.WriteToAddress(s.ring.seal(make([]byte, 0, len(b)+sealSize), b, nil), addr)
+	return s.NodeAwareTransport.WriteToAddress(s.pool.ring.seal(make([]byte, 0, len(b)+sealSize), b, nil), addr)
 }
 
 // DialTimeout implements memberlist.Transport.
@@ -169,7 +167,7 @@ func (c *sealedConn) Write(b []byte) (int, error) {
 	head := []byte{kindEncrypted, 0, 0, 0, 0}
 	binary.BigEndian.PutUint32(head[1:], uint32(len(b)+sealSize))
 	out := append(make([]byte, 0, len(head)+len(b)+sealSize), head...)
-	if _, err := c.Conn.Write(c.s.ring.seal(out, b, head)); err != nil {
+	if _, err := c.Conn.Write(c.s.pool.ring.seal(out, b, head)); err != nil {
 		return 0, err
 	}
 	return len(b), nil
@@ -227,14 +225,14 @@ func (c *sealedConn) receive() ([]byte, error) {
 			return nil, err
 		}
 	}
-	plain, err := c.s.ring.open(text, head[:])
+	plain, err := c.s.pool.ring.open(text, head[:])
 	if err != nil {
 		return nil, err
 	}
 	if err := c.hold(int64(most)); err != nil { // for what it may be when unpacked
 		return nil, err
 	}
-	plain, err = openStream(plain, most, c.s.members)
+	plain, err = openStream(plain, most, c.s.pool.config.MaxMembers)
 	c.held -= int64(most - len(plain))
 	c.s.budget.give(int64(most - len(plain)))
 	return plain, err

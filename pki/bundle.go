@@ -20,6 +20,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"timonel/internal/durable"
 )
 
 // Names of the files in a bundle.
@@ -96,14 +98,14 @@ func createBundle(dir string, now func() time.Time) (*Bundle, error) {
 			return nil, fmt.Errorf("create cluster bundle: %w", err)
 		}
 	}
-	if err := syncDir(tmp); err != nil {
+	if err := durable.SyncDir(tmp); err != nil {
 		return nil, fmt.Errorf("create cluster bundle: %w", err)
 	}
 	// Not os.Rename, which refuses an empty folder in the way.
 	if err := syscall.Rename(tmp, dir); err != nil {
 		return nil, fmt.Errorf("create cluster bundle: %w", err)
 	}
-	if err := syncDir(parent); err != nil {
+	if err := durable.SyncDir(parent); err != nil {
 		return nil, fmt.Errorf("create cluster bundle: %w", err)
 	}
 	return loadBundle(dir, now)

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"timonel/internal/durable"
 )
 
 // serviceIP is the kubernetes Service's address, which pods reach the API by.
@@ -220,5 +222,5 @@ func (c *Controller) WriteFiles(dir string) (Files, error) {
 			return Files{}, fmt.Errorf("write certificates of controller %s: %w", c.Name, err)
 		}
 	}
-	return f, syncDir(dir)
+	return f, durable.SyncDir(dir)
 }

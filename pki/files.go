@@ -48,15 +48,3 @@ func replaceFile(path string, data []byte, mode fs.FileMode) error {
 	}
 	return os.Rename(tmp, path)
 }
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	return err
-}

@@ -19,6 +19,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"timonel/internal/durable"
 )
 
 var nameForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
@@ -191,7 +193,7 @@ func (n *Node) Save(dir string) error {
 			return fmt.Errorf("save node credentials: %w", err)
 		}
 	}
-	return syncDir(dir)
+	return durable.SyncDir(dir)
 }
 
 // LoadNode reads what [Node.Save] wrote and checks that it is complete, of one

@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+
+	"timonel/test/needs"
 )
 
 func content(t *testing.T, parts ...string) string {
@@ -49,9 +51,7 @@ func TestWeight(t *testing.T) {
 
 // On this machine's own hierarchy, whichever it is.
 func TestWeigh(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("makes cgroups: needs root")
-	}
+	needs.Root(t, "makes cgroups")
 	path := "/timonel-test-" + filepath.Base(t.TempDir())
 	t.Cleanup(func() { require.NoError(t, Remove(path)) })
 	require.NoError(t, Check())
@@ -91,9 +91,7 @@ func TestUsage(t *testing.T) {
 // On this machine's own hierarchy, whichever it is: this process is in one.
 func TestUsageHere(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		t.Skip("makes cgroups: needs root")
-	}
+	needs.Root(t, "makes cgroups")
 	path := "/timonel-test-" + filepath.Base(t.TempDir())
 	t.Cleanup(func() { require.NoError(t, Remove(path)) })
 	require.NoError(t, Apply(path, Limits{Pids: 100}))

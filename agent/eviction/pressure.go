@@ -2,7 +2,6 @@ package eviction
 
 import (
 	"maps"
-	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -82,9 +81,4 @@ func (p Pressure) Next(thresholds []Threshold, seen Observations, transition tim
 // Relieved says whether, after something was freed, nothing is short any more.
 func Relieved(thresholds []Threshold, seen Observations) bool {
 	return len(short(thresholds, seen, func(Signal) bool { return true })) == 0
-}
-
-// Has says whether a list of conditions has one.
-func Has(list []corev1.NodeConditionType, c corev1.NodeConditionType) bool {
-	return slices.Contains(list, c)
 }

@@ -82,14 +82,7 @@ func request(pod *corev1.Pod, name corev1.ResourceName) int64 {
 
 // on is what a pod takes of the file system that a signal is about.
 func (u *Usage) on(signal Signal, ownImages bool) Disk {
-	var layers, rest Disk
-	rest = rest.add(u.Other)
-	for _, d := range u.Volumes {
-		rest = rest.add(d)
-	}
-	for i := range u.Containers {
-		layers, rest = layers.add(u.Containers[i].Rootfs), rest.add(u.Containers[i].Logs)
-	}
+	layers, rest := u.parts()
 	switch {
 	case !ownImages:
 		return layers.add(rest)

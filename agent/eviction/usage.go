@@ -34,16 +34,22 @@ type ContainerUsage struct {
 	Memory int64
 }
 
-// ephemeral is all that counts as the pod's ephemeral storage.
-func (u *Usage) ephemeral() Disk {
-	sum := u.Other
+// parts are containers' layers, and all else.
+func (u *Usage) parts() (layers, rest Disk) {
+	rest = u.Other
 	for _, d := range u.Volumes {
-		sum = sum.add(d)
+		rest = rest.add(d)
 	}
 	for i := range u.Containers {
-		sum = sum.add(u.Containers[i].Rootfs).add(u.Containers[i].Logs)
+		layers, rest = layers.add(u.Containers[i].Rootfs), rest.add(u.Containers[i].Logs)
 	}
-	return sum
+	return layers, rest
+}
+
+// ephemeral is all that counts as the pod's ephemeral storage.
+func (u *Usage) ephemeral() Disk {
+	layers, rest := u.parts()
+	return layers.add(rest)
 }
 
 // Running are the containers that run, by pod.

@@ -14,6 +14,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"timonel/test/needs"
 )
 
 func open(t *testing.T, dir string) *Root {
@@ -184,9 +186,7 @@ func TestRemovingFollowsNothing(t *testing.T) {
 }
 
 func TestRemovingCrossesNoMount(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounts: needs root")
-	}
+	needs.Root(t, "mounts")
 	dir, out := t.TempDir(), t.TempDir()
 	require.NoError(t, os.WriteFile(filepath.Join(out, "keep"), nil, 0o600))
 	at := filepath.Join(dir, "pod", "deep", "mount")
@@ -250,9 +250,7 @@ func TestRemovingATreeOfAnyShape(t *testing.T) {
 }
 
 func TestRemovingTakesTheImmutableFlagAway(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("sets file flags: needs root")
-	}
+	needs.Root(t, "sets file flags")
 	dir := t.TempDir()
 	r := open(t, dir)
 	require.NoError(t, os.MkdirAll(filepath.Join(dir, "pod", "sub"), 0o755))

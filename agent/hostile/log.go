@@ -11,24 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// RenameNew gives from the name to, which nothing may have yet.
-func (r *Root) RenameNew(from, to string) error {
-	a, fromBase, err := r.parent("rename", from)
-	if err != nil {
-		return err
-	}
-	defer a.Close()
-	b, toBase, err := r.parent("rename", to)
-	if err != nil {
-		return err
-	}
-	defer b.Close()
-	if err := unix.Renameat2(a.fd(), fromBase, b.fd(), toBase, unix.RENAME_NOREPLACE); err != nil {
-		return r.fail("rename", from, err)
-	}
-	return nil
-}
-
 // CreateNew makes a file, which must not be there yet, to be written to. mode is
 // the whole of it.
 func (r *Root) CreateNew(name string, mode uint32) (*os.File, error) {
@@ -73,15 +55,11 @@ const tailChunk = 64 << 10
 // room of what is cut is free before any is needed for what stays. tmp is a name
 // beside it for the time being, and is replaced.
 func (r *Root) KeepTail(name, tmp string, keep int64) error {
-	src, err := r.Open(name)
+	src, st, err := r.openStat(name)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
-		return r.fail("stat", name, err)
-	}
 	cut := st.Size - keep
 	if cut <= 0 {
 		return nil
@@ -92,57 +70,61 @@ func (r *Root) KeepTail(name, tmp string, keep int64) error {
 	if st.Nlink == 1 {
 		punch(src, cut)
 	}
-	if err := r.Remove(tmp); err != nil {
+	if err := r.copyNew(tmp, st.Mode&0o777, io.NewSectionReader(src, cut, st.Size-cut)); err != nil {
 		return err
 	}
-	dst, err := r.CreateNew(tmp, st.Mode&0o777)
-	if err != nil {
-		return err
-	}
-	err = fillFrom(dst, io.NewSectionReader(src, cut, st.Size-cut))
-	if err == nil {
-		err = r.Rename(tmp, name)
-	}
-	if err != nil {
-		return errors.Join(r.fail("shorten", name, err), r.Remove(tmp))
+	if err := r.Rename(tmp, name); err != nil {
+		return errors.Join(err, r.Remove(tmp))
 	}
 	return nil
-}
-
-func fillFrom(dst *os.File, src io.Reader) error {
-	_, err := io.Copy(dst, src)
-	return errors.Join(err, dst.Close())
 }
 
 // Spill empties a regular file with one name that somebody appends to and that
 // is longer than most; its last most bytes are in the file old then, which is
 // replaced. It stays the same file. What is appended meanwhile may be lost.
 func (r *Root) Spill(name, old string, most int64) error {
-	src, err := r.Open(name)
+	src, st, err := r.openStat(name)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(src.Fd()), &st); err != nil {
-		return r.fail("stat", name, err)
-	}
 	if st.Size <= most {
 		return nil
 	}
-	if err := r.Remove(old); err != nil {
+	// A disk that is full is a reason more to go on.
+	kept := r.copyNew(old, st.Mode&0o777, io.NewSectionReader(src, st.Size-most, most))
+	return errors.Join(kept, r.Overwrite(name, nil, st.Mode&0o777))
+}
+
+// openStat opens a regular file and says what it is.
+func (r *Root) openStat(name string) (*os.File, unix.Stat_t, error) {
+	var st unix.Stat_t
+	f, err := r.Open(name)
+	if err != nil {
+		return nil, st, err
+	}
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		f.Close()
+		return nil, st, r.fail("stat", name, err)
+	}
+	return f, st, nil
+}
+
+// copyNew makes a file of what src has, in the place of one of that name. What could
+// not be written whole is not there.
+func (r *Root) copyNew(name string, mode uint32, src io.Reader) error {
+	if err := r.Remove(name); err != nil {
 		return err
 	}
-	dst, err := r.CreateNew(old, st.Mode&0o777)
+	dst, err := r.CreateNew(name, mode)
 	if err != nil {
 		return err
 	}
-	// A disk that is full is a reason more to go on.
-	kept := fillFrom(dst, io.NewSectionReader(src, st.Size-most, most))
-	if kept != nil {
-		kept = errors.Join(r.fail("write", old, kept), r.Remove(old))
+	_, err = io.Copy(dst, src)
+	if err = errors.Join(err, dst.Close()); err != nil {
+		return errors.Join(r.fail("write", name, err), r.Remove(name))
 	}
-	return errors.Join(kept, r.Overwrite(name, nil, st.Mode&0o777))
+	return nil
 }
 
 // lineAfter is where the first line begins at or after at, or at if none begins

@@ -176,8 +176,24 @@ func (r *Root) Symlink(target, name string) error {
 	return nil
 }
 
+// Split cuts a path that this agent once gave to CRI into a folder of the agent's own
+// and the last n names, which are looked up beneath it.
+func Split(path string, n int) (root, rel string) {
+	root = path
+	for range n {
+		rel = filepath.Join(filepath.Base(root), rel)
+		root = filepath.Dir(root)
+	}
+	return root, rel
+}
+
 // Rename gives from the name to, which is replaced.
-func (r *Root) Rename(from, to string) error {
+func (r *Root) Rename(from, to string) error { return r.rename(from, to, 0) }
+
+// RenameNew gives from the name to, which nothing may have yet.
+func (r *Root) RenameNew(from, to string) error { return r.rename(from, to, unix.RENAME_NOREPLACE) }
+
+func (r *Root) rename(from, to string, flags uint) error {
 	a, fromBase, err := r.parent("rename", from)
 	if err != nil {
 		return err
@@ -188,7 +204,7 @@ func (r *Root) Rename(from, to string) error {
 		return err
 	}
 	defer b.Close()
-	if err := unix.Renameat(a.fd(), fromBase, b.fd(), toBase); err != nil {
+	if err := unix.Renameat2(a.fd(), fromBase, b.fd(), toBase, flags); err != nil {
 		return r.fail("rename", from, err)
 	}
 	return nil

@@ -70,6 +70,20 @@ func (r *Root) Usage(ctx context.Context, name string, m Measure) (Size, error) 
 	return w.size(), err
 }
 
+// UsageIn is Usage in a folder, which is the agent's own or the runtime's and may not be
+// there.
+func UsageIn(ctx context.Context, dir, name string, m Measure) (Size, error) {
+	root, err := OpenRoot(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Size{Whole: true}, nil
+	}
+	if err != nil {
+		return Size{}, err
+	}
+	defer root.Close()
+	return root.Usage(ctx, name, m)
+}
+
 // usageWalk is one measuring. It works with bare descriptors: the names of a tree
 // that is very deep are too long to be kept.
 type usageWalk struct {

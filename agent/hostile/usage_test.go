@@ -12,6 +12,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"timonel/test/needs"
 )
 
 // usage is the size of name, all of it.
@@ -81,9 +83,7 @@ func TestUsageCountsWhatTakesRoom(t *testing.T) {
 }
 
 func TestUsageCrossesNoMount(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounts: needs root")
-	}
+	needs.Root(t, "mounts")
 	dir, out := t.TempDir(), t.TempDir()
 	fill(t, filepath.Join(out, "big"), 4<<20)
 	at, file := filepath.Join(dir, "v", "mount"), filepath.Join(dir, "v", "file")

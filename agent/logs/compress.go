@@ -35,10 +35,7 @@ func (l *log) compressOne(ctx context.Context) (more bool, err error) {
 	}
 	dir, err := l.open()
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return false, nil
-		}
-		return false, err
+		return false, ignoreMissing(err)
 	}
 	defer dir.Close()
 	k, ok := l.choose(ctx, dir)

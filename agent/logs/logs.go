@@ -203,7 +203,7 @@ func (s *Logs) rel(ctx context.Context, id string) (string, error) {
 // below is the name of a path below the folder of all logs, "" when it is none.
 func (s *Logs) below(path string) string {
 	rel, err := filepath.Rel(s.cfg.Dir, path)
-	if err != nil || !filepath.IsLocal(rel) || strings.Count(rel, "/") != depth-1 {
+	if err != nil || !filepath.IsLocal(rel) || strings.Count(rel, "/") != Depth-1 {
 		return ""
 	}
 	return rel

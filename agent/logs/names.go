@@ -146,39 +146,22 @@ func oldestOut(list []kept, n int, remove func(name string)) []kept {
 	return list
 }
 
-// depth is how many names a log's path has below the folder of all logs:
+// Depth is how many names a log's path has below the folder of all logs:
 // NAMESPACE_NAME_UID/CONTAINER/N.log.
-const depth = 3
-
-// split cuts the path that the agent gave to CRI into the folder of all logs and
-// the names beneath it, which are looked up without following links.
-func split(path string) (root, rel string) {
-	root = path
-	for range depth {
-		rel = filepath.Join(filepath.Base(root), rel)
-		root = filepath.Dir(root)
-	}
-	return root, rel
-}
+const Depth = 3
 
 // Remove removes the log of a container that is gone, with all that was rotated
 // of it.
 func Remove(ctx context.Context, path string) error {
-	root, rel := split(path)
+	root, rel := hostile.Split(path, Depth)
 	logs, err := hostile.OpenRoot(root)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	if err != nil {
-		return err
+		return ignoreMissing(err)
 	}
 	defer logs.Close()
 	dir, err := logs.OpenRoot(filepath.Dir(rel))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	if err != nil {
-		return err
+		return ignoreMissing(err)
 	}
 	defer dir.Close()
 	base := filepath.Base(rel)

@@ -94,16 +94,11 @@ func (r *Reader) Close() {
 // open begins with the file that is written to, at its last lines if those are
 // asked for.
 func (r *Reader) open(ctx context.Context) error {
-	unlock, err := r.l.lock(ctx)
+	dir, done, err := r.l.locked(ctx)
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	dir, err := r.l.open()
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
+	defer done()
 	f, err := dir.Open(r.l.base())
 	if err != nil {
 		return err
@@ -132,16 +127,21 @@ func (r *Reader) open(ctx context.Context) error {
 	return err
 }
 
-// lock takes l.step, which is held while containerd opens a log anew.
-func (l *log) lock(ctx context.Context) (unlock func(), err error) {
+// locked takes l.step, which is held while containerd opens a log anew, and opens the
+// folder that the log is in. done gives both back.
+func (l *log) locked(ctx context.Context) (dir *hostile.Root, done func(), err error) {
 	for !l.step.TryLock() {
 		select {
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, nil, ctx.Err()
 		case <-time.After(leftInterval):
 		}
 	}
-	return l.step.Unlock, nil
+	if dir, err = l.open(); err != nil {
+		l.step.Unlock()
+		return nil, nil, err
+	}
+	return dir, func() { dir.Close(); l.step.Unlock() }, nil
 }
 
 // Copy writes what was asked for to w and calls flush, which may be nil, when
@@ -326,16 +326,11 @@ func (r *Reader) wait(ctx context.Context, most time.Duration, also ...<-chan st
 
 // replaced says whether somebody else gave the log's name to another file.
 func (r *Reader) replaced(ctx context.Context) (bool, error) {
-	unlock, err := r.l.lock(ctx)
-	if err != nil {
-		return false, err
-	}
-	defer unlock()
-	dir, err := r.l.open()
+	dir, done, err := r.l.locked(ctx)
 	if err != nil {
 		return false, ignoreMissing(err)
 	}
-	defer dir.Close()
+	defer done()
 	now, err := dir.Lstat(r.l.base())
 	if err != nil {
 		return false, ignoreMissing(err)
@@ -349,25 +344,13 @@ func (r *Reader) replaced(ctx context.Context) (bool, error) {
 	return r.l.seq == r.src.seq && now.Mode&unix.S_IFMT == unix.S_IFREG && fileOf(&now) != fileOf(&have), nil
 }
 
-func ignoreMissing(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
-}
-
 // next goes on with the file that was begun after this one.
 func (r *Reader) next(ctx context.Context, out *output) error {
-	unlock, err := r.l.lock(ctx)
+	dir, done, err := r.l.locked(ctx)
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	dir, err := r.l.open()
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
+	defer done()
 	r.l.mu.Lock()
 	ways := []generation{}
 	for _, g := range r.l.older {

@@ -63,6 +63,14 @@ func (l *log) open() (*hostile.Root, error) {
 	return root.OpenRoot(filepath.Dir(l.rel))
 }
 
+// ignoreMissing is nil for what is not there: it went with its pod, or is gone meanwhile.
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // list finds the rotated files. l.step is held.
 func (l *log) list(ctx context.Context, dir *hostile.Root) []kept {
 	l.mu.Lock()
@@ -206,10 +214,7 @@ func (l *log) tooLong(ctx context.Context) (*kept, error) {
 	defer l.step.Unlock()
 	dir, err := l.open()
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil
-		}
-		return nil, err
+		return nil, ignoreMissing(err)
 	}
 	defer dir.Close()
 	have := l.list(ctx, dir)
@@ -259,11 +264,8 @@ func (l *log) bury(ctx context.Context) error {
 	l.step.Lock()
 	defer l.step.Unlock()
 	dir, err := l.open()
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	if err != nil {
-		return err
+		return ignoreMissing(err)
 	}
 	defer dir.Close()
 	have := l.list(ctx, dir)
@@ -279,10 +281,7 @@ func (l *log) bury(ctx context.Context) error {
 		st, err = dir.Lstat(l.base())
 	}
 	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		return err
+		return ignoreMissing(err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil

@@ -16,6 +16,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"timonel/test/needs"
 )
 
 // TestALogIsRotated writes far more than all files may be, first slower than it
@@ -265,7 +267,7 @@ func TestASilentLogCostsNothing(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, nil)
 	if b.notify == nil {
-		t.Skip("no inotify here")
+		needs.Skip(t, "no inotify here")
 	}
 	b.rt.start(t, "id", b.path)
 	b.run()

@@ -50,15 +50,15 @@ func Resources(f *Facts) (corev1.ResourceList, error) {
 	if err != nil {
 		return nil, err
 	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(f.DataDir, &st); err != nil {
+	disk, err := FileSystemOf(f.DataDir)
+	if err != nil {
 		return nil, fmt.Errorf("size of %s: %w", f.DataDir, err)
 	}
 	return corev1.ResourceList{
 		corev1.ResourceCPU:              *resource.NewQuantity(int64(cpus()), resource.DecimalSI),
 		corev1.ResourceMemory:           *resource.NewQuantity(memory, resource.BinarySI),
 		corev1.ResourcePods:             *resource.NewQuantity(f.MaxPods, resource.DecimalSI),
-		corev1.ResourceEphemeralStorage: *resource.NewQuantity(int64(st.Blocks)*st.Bsize, resource.BinarySI),
+		corev1.ResourceEphemeralStorage: *resource.NewQuantity(disk.Capacity, resource.BinarySI),
 	}, nil
 }
 

@@ -25,25 +25,14 @@ const (
 	maxLogTail = 16 << 10
 )
 
-// beneath splits a path that this agent once gave to CRI into a folder of the
-// agent's own and the last n names, which are looked up without following links.
-func beneath(path string, n int) (root, rel string) {
-	root = path
-	for range n {
-		rel = filepath.Join(filepath.Base(root), rel)
-		root = filepath.Dir(root)
-	}
-	return root, rel
-}
-
 // How many names of a path are below the folder that has all pods'.
 const (
 	messageDepth = 4 // UID/containers/NAME/termination-N
-	logDepth     = 3 // NAMESPACE_NAME_UID/CONTAINER/N.log
+	logDepth     = logs.Depth
 )
 
 func readTail(path string, depth int, limit int64) ([]byte, error) {
-	root, rel := beneath(path, depth)
+	root, rel := hostile.Split(path, depth)
 	dir, err := hostile.OpenRoot(root)
 	if err != nil {
 		return nil, err
@@ -57,7 +46,7 @@ func removeFile(path string, depth int) error {
 	if path == "" {
 		return nil
 	}
-	root, rel := beneath(path, depth)
+	root, rel := hostile.Split(path, depth)
 	dir, err := hostile.OpenRoot(root)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -90,7 +79,7 @@ func (w *worker) messageFile(pod *corev1.Pod, c *corev1.Container, restarts int3
 }
 
 func makeMessageFile(path string) error {
-	root, rel := beneath(path, messageDepth)
+	root, rel := hostile.Split(path, messageDepth)
 	pods, err := hostile.MakeRoot(root, 0o750)
 	if err != nil {
 		return err

@@ -10,6 +10,8 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+
+	"timonel/test/needs"
 )
 
 // TestHostileTerminationMessages has everything but a short text where the
@@ -46,8 +48,8 @@ func TestHostileTerminationMessages(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			if tc.name == "device" && os.Geteuid() != 0 {
-				t.Skip("makes a device: needs root")
+			if tc.name == "device" {
+				needs.Root(t, "makes a device")
 			}
 			path := filepath.Join(t.TempDir(), "pods", "uid", "containers", "c", "termination-0")
 			require.NoError(t, makeMessageFile(path))

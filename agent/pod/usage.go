@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"path"
 	"path/filepath"
 
@@ -15,6 +14,7 @@ import (
 	"timonel/agent/cgroup"
 	"timonel/agent/eviction"
 	"timonel/agent/hostile"
+	"timonel/agent/volume"
 )
 
 // Layers finds the folder of a container's writable layer, "" where the runtime
@@ -61,7 +61,7 @@ func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers [
 	var errs []error
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i]
-		if v.EmptyDir == nil || v.EmptyDir.Medium != corev1.StorageMediumDefault {
+		if !volume.OnDisk(v) {
 			continue
 		}
 		d, err := measure(stop.Volumes[v.Name], func(how hostile.Measure) (hostile.Size, error) {
@@ -80,7 +80,9 @@ func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers [
 		}
 		seen[c.Name] = true
 		cu := eviction.ContainerUsage{Name: c.Name}
-		cu.Logs, err = measure(0, func(how hostile.Measure) (hostile.Size, error) { return m.measureLogs(ctx, pod, c.Name, how) })
+		cu.Logs, err = measure(0, func(how hostile.Measure) (hostile.Size, error) {
+			return hostile.UsageIn(ctx, m.LogDir(pod), c.Name, how)
+		})
 		errs = append(errs, err)
 		cu.Rootfs, err = measure(stop.Containers[c.Name], func(how hostile.Measure) (hostile.Size, error) { return m.measureLayer(ctx, c.ID, how) })
 		errs = append(errs, err)
@@ -102,10 +104,6 @@ func (m *Manager) MeasureMemory(pod *corev1.Pod, containers []eviction.Container
 	return err
 }
 
-func (m *Manager) measureLogs(ctx context.Context, pod *corev1.Pod, container string, how hostile.Measure) (hostile.Size, error) {
-	return measureFolder(ctx, m.LogDir(pod), container, how)
-}
-
 func (m *Manager) measureLayer(ctx context.Context, id string, how hostile.Measure) (hostile.Size, error) {
 	if m.cfg.Layers == nil {
 		return hostile.Size{Whole: true}, nil
@@ -117,7 +115,7 @@ func (m *Manager) measureLayer(ctx context.Context, id string, how hostile.Measu
 	if layer == "" {
 		return m.layerByCRI(ctx, id)
 	}
-	return measureFolder(ctx, filepath.Dir(layer), filepath.Base(layer), how)
+	return hostile.UsageIn(ctx, filepath.Dir(layer), filepath.Base(layer), how)
 }
 
 // layerByCRI is the runtime's own figure.
@@ -133,17 +131,4 @@ func (m *Manager) layerByCRI(ctx context.Context, id string) (hostile.Size, erro
 	return hostile.Size{
 		Bytes: int64(layer.GetUsedBytes().GetValue()), Inodes: int64(layer.GetInodesUsed().GetValue()), Whole: true,
 	}, nil
-}
-
-// measureFolder measures what is in a folder of the agent's own or the runtime's.
-func measureFolder(ctx context.Context, dir, name string, how hostile.Measure) (hostile.Size, error) {
-	root, err := hostile.OpenRoot(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return hostile.Size{Whole: true}, nil
-	}
-	if err != nil {
-		return hostile.Size{}, err
-	}
-	defer root.Close()
-	return root.Usage(ctx, name, how)
 }

@@ -13,15 +13,15 @@ import (
 	"github.com/stretchr/testify/require"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"timonel/test/needs"
 )
 
 // inNamespace runs f in a network namespace of its own, where a device has the
 // addresses.
 func inNamespace(t *testing.T, addresses []string, f func()) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root for a network namespace")
-	}
+	needs.Root(t, "makes a network namespace")
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

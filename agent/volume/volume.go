@@ -167,15 +167,7 @@ func OnDisk(v *corev1.Volume) bool {
 
 // Measure measures a volume that is on the node's disk.
 func (m *Manager) Measure(ctx context.Context, uid types.UID, name string, how hostile.Measure) (hostile.Size, error) {
-	dir, err := hostile.OpenRoot(m.PodDir(uid))
-	if errors.Is(err, fs.ErrNotExist) {
-		return hostile.Size{Whole: true}, nil
-	}
-	if err != nil {
-		return hostile.Size{}, err
-	}
-	defer dir.Close()
-	return dir.Usage(ctx, filepath.Join("volumes", "kubernetes.io~"+emptyDirPlugin, name), how)
+	return hostile.UsageIn(ctx, m.PodDir(uid), filepath.Join("volumes", "kubernetes.io~"+emptyDirPlugin, name), how)
 }
 
 // MeasureOther measures what a pod has on the node's disk beside its volumes.

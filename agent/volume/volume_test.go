@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"timonel/agent/hostile"
+	"timonel/test/needs"
 )
 
 type fakeObjects struct {
@@ -35,9 +36,7 @@ func (f *fakeObjects) Secret(_, name string) (*corev1.Secret, bool) {
 // manager makes volumes in a folder of its own.
 func manager(t *testing.T, cfg Config) *Manager {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounts: needs root")
-	}
+	needs.Root(t, "mounts")
 	cfg.Dir = filepath.Join(t.TempDir(), "pods")
 	t.Cleanup(func() { require.NoError(t, hostile.Unmount(cfg.Dir)) })
 	return New(cfg)

@@ -22,6 +22,7 @@ import (
 	"timonel/agent/imagegc"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
+	"timonel/test/needs"
 )
 
 // joiner is a controller that can only be joined.
@@ -73,7 +74,7 @@ func execute(t *testing.T, args ...string) error {
 func TestErrorsNameTheFlagAndChangeNothing(t *testing.T) {
 	if os.Geteuid() != 0 {
 		require.ErrorContains(t, execute(t, "--node-ip", "127.0.0.1", "--data-dir", t.TempDir()), "must run as root")
-		t.Skip("the rest needs root")
+		needs.Skip(t, "the rest needs root")
 	}
 	busy, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)

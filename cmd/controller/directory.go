@@ -67,17 +67,25 @@ func (d *directory) members() []consensus.Member {
 	return nil
 }
 
-// recorded is the host of a member's recorded address. known is false before there
+// recorded is a member of the log, by its recorded address. known is false before there
 // is a log.
-func (d *directory) recorded(name string) (host string, member, known bool) {
+func (d *directory) recorded(name string) (m recordedMember, member, known bool) {
 	members := d.members()
 	for _, m := range members {
 		if m.ID == name {
 			host, _, _ := net.SplitHostPort(m.Addr)
-			return host, true, true
+			return recordedMember{host: host, addr: m.Addr}, true, true
 		}
 	}
-	return "", false, len(members) > 0
+	return recordedMember{}, false, len(members) > 0
+}
+
+// recordedMember is where the log has a member.
+type recordedMember struct{ host, addr string } // addr is that of its Raft port
+
+// lives says whether a controller answers, or is only suspected not to.
+func lives(m gossip.Member) bool {
+	return m.Role == gossip.RoleController && (m.State == gossip.Alive || m.State == gossip.Suspect)
 }
 
 // list returns the controllers that answer, or are only suspected not to.
@@ -87,7 +95,7 @@ func (d *directory) list() []located {
 		return nil
 	}
 	for _, m := range d.controllers.Members() {
-		if m.Role == gossip.RoleController && (m.State == gossip.Alive || m.State == gossip.Suspect) {
+		if lives(m) {
 			out = append(out, d.locate(m))
 		}
 	}
@@ -95,10 +103,7 @@ func (d *directory) list() []located {
 		return out
 	}
 	for _, m := range d.nodes.Members() {
-		if m.Role != gossip.RoleController || m.State != gossip.Alive && m.State != gossip.Suspect {
-			continue
-		}
-		if _, known := d.controllers.Member(m.Name); !known {
+		if _, known := d.controllers.Member(m.Name); lives(m) && !known {
 			out = append(out, d.locateOld(m))
 		}
 	}
@@ -113,8 +118,8 @@ func (d *directory) find(name string) (located, bool) {
 	if m, ok := d.nodes.Member(name); ok && m.Role == gossip.RoleController {
 		return d.locateOld(m), true
 	}
-	if host, member, _ := d.recorded(name); member { // neither pool has heard of it
-		return located{Member: gossip.Member{Name: name, Role: gossip.RoleController}, host: host, cluster: d.at(host, d.config.clusterPort)}, true
+	if r, member, _ := d.recorded(name); member { // neither pool has heard of it
+		return located{Member: gossip.Member{Name: name, Role: gossip.RoleController}, host: r.host, cluster: d.at(r.host, d.config.clusterPort)}, true
 	}
 	return located{}, false
 }
@@ -137,11 +142,8 @@ func (d *directory) locate(m gossip.Member) located {
 func (d *directory) locateOld(m gossip.Member) located {
 	out := d.locate(m)
 	out.nodesGossip = m.Addr
-	for _, member := range d.members() {
-		if member.ID == m.Name {
-			host, _, _ := net.SplitHostPort(member.Addr)
-			out.host, out.raft, out.cluster = host, member.Addr, d.at(host, d.config.clusterPort)
-		}
+	if r, member, _ := d.recorded(m.Name); member {
+		out.host, out.raft, out.cluster = r.host, r.addr, d.at(r.host, d.config.clusterPort)
 	}
 	return out
 }
@@ -209,7 +211,8 @@ func (d *directory) admitNode(name, role string, addr netip.AddrPort) error {
 		}
 		return fmt.Errorf("%s is not an InternalIP of Node %s", addr.Addr(), name)
 	case gossip.RoleController:
-		host, member, known := d.recorded(name)
+		r, member, known := d.recorded(name)
+		host := r.host
 		if d.controllers != nil {
 			if m, ok := d.controllers.Member(name); ok {
 				host, member, known = m.Host(), true, true

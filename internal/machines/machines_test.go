@@ -16,6 +16,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"timonel/test/needs"
 )
 
 // buildInit builds the program that is process 1.
@@ -30,9 +32,7 @@ func buildInit(t *testing.T) string {
 // testNetwork makes a network that is gone after the test.
 func testNetwork(t *testing.T) Network {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("makes network namespaces: needs root")
-	}
+	needs.Root(t, "makes network namespaces")
 	prefix, err := FreePrefix(netip.MustParsePrefix("10.78.0.0/24"), 100)
 	require.NoError(t, err)
 	n := Network{Name: "machines-test-" + strconv.Itoa(os.Getpid()), Prefix: prefix}

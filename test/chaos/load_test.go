@@ -60,13 +60,12 @@ func TestLargeWriters(t *testing.T) {
 		writers.Go(func() { writeLarge(ctx, maps, i, &written, &refused) })
 	}
 	beside := smallClients(t, c, space.Name, "beside", 45*time.Second)
-	peak := memoryOf(t, c)
+	printMemory(t, c)
 	stop()
 	writers.Wait()
 	t.Logf("writers of 1 MiB: %d writes, %d refused", written.Load(), refused.Load())
 	t.Logf("others alone: %s", alone)
 	t.Logf("others beside them: %s", beside)
-	t.Logf("memory meanwhile: %v", peak)
 	require.NotZero(t, written.Load())
 	require.LessOrEqual(t, beside.write.percentile(99), max(20*alone.write.percentile(99), time.Second), "writes of others")
 	require.LessOrEqual(t, beside.read.percentile(99), max(20*alone.read.percentile(99), time.Second), "reads of others")
@@ -142,7 +141,7 @@ func smallClients(t *testing.T, c *harness.Cluster, namespace, prefix string, du
 		o, err := maps.Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
 		require.NoError(t, err)
 		ctx, cancel := context.WithCancel(t.Context())
-		stream, err := watchOf(there, name, o.ResourceVersion)(ctx)
+		stream, err := watchOf(ctx, there, name, o.ResourceVersion)
 		require.NoError(t, err)
 		var seen sync.Map // value to when it was seen
 		var watching sync.WaitGroup
@@ -207,20 +206,10 @@ func smallClients(t *testing.T, c *harness.Cluster, namespace, prefix string, du
 	return l
 }
 
-func watchOf(maps typedcorev1.ConfigMapInterface, name, after string) func(context.Context) (watch.Interface, error) {
-	return func(ctx context.Context) (watch.Interface, error) {
-		hour := int64(3600)
-		return maps.Watch(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name, ResourceVersion: after, TimeoutSeconds: &hour})
-	}
-}
-
-// memoryOf says what each controller holds, by its name.
-func memoryOf(t *testing.T, c *harness.Cluster) (held []string) {
-	t.Helper()
-	for _, k := range c.Status(t).Controllers {
-		held = append(held, fmt.Sprintf("%s %d MB", k.Name, k.Memory.Resident>>20))
-	}
-	return held
+// watchOf watches one ConfigMap, for an hour at most.
+func watchOf(ctx context.Context, maps typedcorev1.ConfigMapInterface, name, after string) (watch.Interface, error) {
+	hour := int64(3600)
+	return maps.Watch(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name, ResourceVersion: after, TimeoutSeconds: &hour})
 }
 
 // requireMemoryBack checks that a minute after a load each controller holds 200 MB,
@@ -229,9 +218,8 @@ func requireMemoryBack(t *testing.T, c *harness.Cluster) {
 	t.Helper()
 	allowed := restingMemory + 2*heldBytes(t, c, "state") + heldBytes(t, c, "history")
 	time.Sleep(time.Minute) // what is promised is a time
-	for _, k := range c.Status(t).Controllers {
-		t.Logf("%s a minute later: %d MB resident, %d MB of it anonymous, may be %d MB", k.Name, k.Memory.Resident>>20, k.Memory.Anonymous>>20, allowed>>20)
-	}
+	t.Logf("a minute later, when each may have %d MB:", allowed>>20)
+	printMemory(t, c)
 	for _, k := range c.Status(t).Controllers {
 		require.LessOrEqual(t, int64(k.Memory.Resident), allowed, "%s holds more than 200 MB, twice its state and its history", k.Name)
 	}
@@ -279,7 +267,8 @@ func TestMemoryAfterLightWork(t *testing.T) {
 		<-next
 		require.NoError(t, client.CoreV1().Namespaces().Delete(t.Context(), name, metav1.DeleteOptions{}))
 	}
-	t.Logf("%d rounds; memory: %v", rounds, memoryOf(t, c))
+	t.Logf("after %d rounds:", rounds)
+	printMemory(t, c)
 	harness.Eventually(t, 2*time.Minute, "the namespaces to be gone", func() error {
 		list, err := client.CoreV1().Namespaces().List(t.Context(), metav1.ListOptions{})
 		if err == nil && len(list.Items) > 5 {
@@ -378,7 +367,7 @@ func TestCutOffWatchers(t *testing.T) {
 			require.NoError(t, err)
 			direct := c.Client(t, victim)
 			ended := make(chan time.Time, 1)
-			stream, err := watchOf(streams(t, c, victim).CoreV1().ConfigMaps("default"), o.Name, o.ResourceVersion)(t.Context())
+			stream, err := watchOf(t.Context(), streams(t, c, victim).CoreV1().ConfigMaps("default"), o.Name, o.ResourceVersion)
 			require.NoError(t, err)
 			go func() {
 				for range stream.ResultChan() {
@@ -442,12 +431,8 @@ func TestCutOffWatchers(t *testing.T) {
 
 // another is a controller other than the one named.
 func another(c *harness.Cluster, name string) string {
-	for _, other := range c.Spec.ControllerNames() {
-		if other != name {
-			return other
-		}
-	}
-	return name
+	first, _, _ := strings.Cut(others(c, name), ",")
+	return first
 }
 
 // updateOne updates a ConfigMap, trying again while nobody leads.
@@ -479,7 +464,7 @@ func streams(t *testing.T, c *harness.Cluster, on string) *kubernetes.Clientset 
 // resumes where it was.
 func followOne(ctx context.Context, client *kubernetes.Clientset, name, after string, saw func(n string)) {
 	for ctx.Err() == nil {
-		stream, err := watchOf(client.CoreV1().ConfigMaps("default"), name, after)(ctx)
+		stream, err := watchOf(ctx, client.CoreV1().ConfigMaps("default"), name, after)
 		if err != nil {
 			time.Sleep(50 * time.Millisecond)
 			continue
