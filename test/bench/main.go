@@ -34,6 +34,7 @@ var rows = []struct{ name, title, wanted string }{
 
 type options struct {
 	dir, bin        string
+	before          string
 	sides, rows     []string
 	seconds, settle time.Duration
 	rounds          int
@@ -50,12 +51,13 @@ func main() {
 	for _, r := range rows {
 		names = append(names, r.name)
 	}
-	sides := flag.String("sides", "kubernetes1,kubernetes3,timonel", "which to measure: kubernetes1, kubernetes3, timonel, timonel1, timonel-wal")
+	sides := flag.String("sides", "kubernetes1,kubernetes3,timonel", "which to measure: kubernetes1, kubernetes3, timonel, timonel1, timonel-wal, and before: see -before")
 	which := flag.String("rows", strings.Join(names, ","), "what to measure")
 	seconds := flag.Float64("seconds", 10, "how long each row runs")
 	settle := flag.Float64("settle", 30, "how long a side rests before its memory is read")
 	flag.IntVar(&o.rounds, "rounds", 3, "how often each side is measured; the median is printed")
 	flag.StringVar(&o.bin, "bin", "bin", "folder of the programs, Kubernetes' and etcd's in bench below it")
+	flag.StringVar(&o.before, "before", "", "folder of another build's programs: three controllers of it are the side \"before\"")
 	flag.StringVar(&o.dir, "dir", "", "folder on the disk to measure on (default: a temporary one)")
 	flag.StringVar(&o.kubeconfig, "kubeconfig", "", "measure the API of this kubeconfig instead, one of its contexts being one server")
 	flag.StringVar(&o.profiles, "profiles", "", "folder to put CPU profiles of the API servers during each row of calls into, and heap profiles at rest")
@@ -95,8 +97,14 @@ func run(ctx context.Context, o options) error {
 			return fmt.Errorf("-sides: no side %q", name)
 		}
 	}
+	if slices.Contains(o.sides, "before") && o.before == "" {
+		return errors.New("-sides: before needs -before, a folder with another build's controller")
+	}
 	var err error
 	if o.bin, err = filepath.Abs(o.bin); err != nil {
+		return err
+	}
+	if o.before, err = filepath.Abs(o.before); err != nil {
 		return err
 	}
 	parent, err := os.MkdirTemp(o.dir, "timonel-bench-")
@@ -112,7 +120,11 @@ func run(ctx context.Context, o options) error {
 				return err
 			}
 			began := time.Now()
-			s, err := starters[name](ctx, dir, o.bin)
+			bin := o.bin
+			if name == "before" {
+				bin = o.before
+			}
+			s, err := starters[name](ctx, dir, bin)
 			if err != nil {
 				return err
 			}

@@ -43,6 +43,13 @@ var starters = map[string]func(ctx context.Context, dir, bin string) (*side, err
 	"timonel": func(ctx context.Context, dir, bin string) (*side, error) {
 		return startTimonel(ctx, dir, bin, 3, "boltdb")
 	},
+	"before": func(ctx context.Context, dir, bin string) (*side, error) {
+		s, err := startTimonel(ctx, dir, bin, 3, "boltdb")
+		if err == nil {
+			s.name += ", before"
+		}
+		return s, err
+	},
 	"timonel-wal": func(ctx context.Context, dir, bin string) (*side, error) {
 		return startTimonel(ctx, dir, bin, 3, "wal")
 	},
