@@ -19,7 +19,7 @@ const (
 	// idleGC is the GOGC of a controller that has little to do: its heap may grow
 	// by a quarter between collections.
 	idleGC = 25
-	// A busy one's may grow by what it allocates in a second, within these bounds, but by
+	// A busy one's may grow by what it allocates in four seconds, within these bounds, but by
 	// no less than Go's default of what lives and by no more than four times that: with
 	// a small state the collector would otherwise take a tenth of the processor. More
 	// is not good either: what outlives a collection lies scattered over all that was
@@ -60,7 +60,7 @@ func tendMemory(ctx context.Context, trim func()) error {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}, {Name: "/gc/heap/live:bytes"}}
 	metrics.Read(sample)
 	last, lastTime := sample[0].Value.Uint64(), time.Now()
-	idle, quiet := false, 0 // the start is a busy time
+	var mood mood // the start is a busy time
 	var stacks stackHint
 	defer stacks.set(0)
 	percent := 100
@@ -75,32 +75,58 @@ func tendMemory(ctx context.Context, trim func()) error {
 		allocated, now := sample[0].Value.Uint64(), time.Now()
 		rate := float64(allocated-last) / now.Sub(lastTime).Seconds()
 		last, lastTime = allocated, now
-		if rate >= busyRate {
-			quiet = 0
-		} else {
-			quiet++
-		}
-		switch {
-		case !idle && quiet == quietFor:
-			idle = true
+		switch mood.look(rate) {
+		case works:
+			setGC(busyGC(sample[1].Value.Uint64(), rate))
+			stacks.set(runtime.NumGoroutine())
+		case comesToRest:
 			stacks.set(0)
 			setGC(idleGC)
 			trim()
 			debug.FreeOSMemory()
 			_ = releaseFiles() // an economy, nothing depends on it
-		case idle && quiet%tidyEvery == 0:
+		case tidies:
 			trim()
 			if untidy() > tidyFrom {
 				debug.FreeOSMemory()
 			}
 			_ = releaseFiles() // what is used is mapped again within milliseconds
-		case quiet == 0:
-			idle = false
-			setGC(busyGC(sample[1].Value.Uint64(), rate))
-			stacks.set(runtime.NumGoroutine())
 		}
 	}
 	return ctx.Err()
+}
+
+// mood is whether a controller is busy, as it is at its start, or idle.
+type mood struct {
+	idle  bool
+	quiet int // looks in a row that found little to do
+}
+
+// What there is to do after a look.
+type chore int
+
+const (
+	nothing chore = iota
+	works
+	comesToRest
+	tidies
+)
+
+// look is told how many bytes a second were allocated since the last look.
+func (m *mood) look(rate float64) chore {
+	if rate >= busyRate {
+		*m = mood{}
+		return works
+	}
+	m.quiet++
+	switch {
+	case !m.idle && m.quiet == quietFor:
+		m.idle = true
+		return comesToRest
+	case m.idle && m.quiet%tidyEvery == 0:
+		return tidies
+	}
+	return nothing
 }
 
 // stackHint makes goroutines start with stacks of 16 KiB: a request of the API runs
@@ -150,7 +176,7 @@ func holdStack(depth int, release <-chan struct{}) {
 // busyGC is the GOGC of a busy controller with so many bytes live that allocates rate
 // bytes a second.
 func busyGC(live uint64, rate float64) int {
-	growth := min(max(uint64(rate), minGrowth), maxGrowth)
+	growth := min(max(uint64(4*rate), minGrowth), maxGrowth)
 	return int(min(max(growth*100/max(live, 1), minBusy), maxBusy))
 }
 

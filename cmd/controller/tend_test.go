@@ -34,8 +34,29 @@ func TestBusyGC(t *testing.T) {
 		want int
 	}{
 		{0, 1 << 30, 400}, {50 << 20, 1 << 30, 400}, {128 << 20, 1 << 30, 200}, {1 << 30, 1 << 40, 100}, {64 << 30, 1 << 30, 100},
-		{64 << 20, 5 << 20, 100}, {32 << 20, 5 << 20, 200}, {64 << 20, 96 << 20, 150}, {1 << 30, 5 << 20, 100},
+		{64 << 20, 5 << 20, 100}, {32 << 20, 5 << 20, 200}, {64 << 20, 24 << 20, 150}, {1 << 30, 5 << 20, 100},
 	} {
 		require.Equal(t, tc.want, busyGC(tc.live, tc.rate), "%d bytes live, %.0f a second", tc.live, tc.rate)
+	}
+}
+
+// TestMood goes through a controller's day: nothing is tidied while it works, however long
+// and whatever it did before.
+func TestMood(t *testing.T) {
+	var m mood
+	for day := range 3 {
+		for range 100 {
+			require.Equal(t, works, m.look(busyRate), "day %d", day)
+		}
+		for look := 1; look <= 4*tidyEvery; look++ {
+			want := nothing
+			switch {
+			case look == quietFor:
+				want = comesToRest
+			case look > quietFor && look%tidyEvery == 0:
+				want = tidies
+			}
+			require.Equal(t, want, m.look(busyRate-1), "day %d, look %d", day, look)
+		}
 	}
 }
