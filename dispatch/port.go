@@ -35,7 +35,6 @@ const (
 	nodeConns       = 8                // of one node, which may come again before the last is known to be gone
 	nodeStreams     = 512              // at once on a connection
 	nodeConnects    = 8                // streams of one agent, likewise
-	nodeMessage     = 8 << 20          // a Hello, a Node, a PodStatus
 	nodeStreamBytes = 1 << 20          // on their way, of a stream
 	nodeConnBytes   = 4 << 20          // and of a connection
 	headerBytes     = 16 << 10
@@ -104,7 +103,7 @@ func (d *Dispatcher) NewPort(config *tls.Config) *Port {
 		grpc.InTapHandle(p.tap))
 	p.servers[controllers] = grpc.NewServer(common...)
 	p.servers[nodes] = grpc.NewServer(append(slices.Clone(common),
-		grpc.MaxRecvMsgSize(nodeMessage), grpc.MaxConcurrentStreams(nodeStreams),
+		grpc.MaxRecvMsgSize(pb.MaxNodeMessage), grpc.MaxConcurrentStreams(nodeStreams),
 		grpc.StaticStreamWindowSize(nodeStreamBytes), grpc.StaticConnWindowSize(nodeConnBytes))...)
 	p.servers[strangers] = grpc.NewServer(append(slices.Clone(common),
 		grpc.MaxRecvMsgSize(strangerMessage), grpc.MaxConcurrentStreams(strangerStreams),

@@ -21,6 +21,8 @@ const (
 	maxMessageLogs  = 2048      // of a log, its end
 	maxMessageLines = 80        // of a log
 	maxPodMessages  = 12 * 1024 // of a pod, each container its part
+	minWaitMessage  = 64        // of why a container waits, however many wait
+	maxEventMessage = 10 << 10  // of an event; a probe's output is as long
 	// maxLogTail is how much of a log is read for that: the lines have prefixes.
 	maxLogTail = 16 << 10
 )
@@ -147,7 +149,9 @@ func logTail(path string) string {
 }
 
 // shareMessages gives each container of a pod its part of what all of them
-// together may say in a status.
+// together may say in a status, and bounds what the pod says as a whole. What is
+// said of one volume may be said of each container, so that a small pod could have
+// a status of gigabytes otherwise.
 func shareMessages(st *corev1.PodStatus) {
 	lists := [][]corev1.ContainerStatus{st.InitContainerStatuses, st.ContainerStatuses, st.EphemeralContainerStatuses}
 	count := 0
@@ -159,10 +163,22 @@ func shareMessages(st *corev1.PodStatus) {
 			for _, state := range []*corev1.ContainerState{&list[i].State, &list[i].LastTerminationState} {
 				if t := state.Terminated; t != nil && len(t.Message) > maxPodMessages/count {
 					t = t.DeepCopy() // the old status may share it
-					t.Message = strings.ToValidUTF8(t.Message[:maxPodMessages/count], "")
+					t.Message = begin(t.Message, maxPodMessages/count)
 					state.Terminated = t
+				}
+				if w := state.Waiting; w != nil {
+					w.Message = begin(w.Message, max(maxPodMessages/count, minWaitMessage))
 				}
 			}
 		}
 	}
+	st.Message = begin(st.Message, maxPodMessages)
+}
+
+// begin is the beginning of a text, of limit bytes at most and as valid UTF-8.
+func begin(text string, limit int) string {
+	if len(text) > limit {
+		text = text[:limit]
+	}
+	return strings.ToValidUTF8(text, "")
 }

@@ -1,11 +1,13 @@
 package pod
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -96,6 +98,39 @@ func TestContainersShareWhatAPodMaySay(t *testing.T) {
 		require.Equal(t, "é", strings.Trim(cs.State.Terminated.Message, "é")+"é", "cut between characters")
 	}
 	require.Len(t, long.Terminated.Message, maxMessage, "what is shared is not changed")
+}
+
+// TestAStatusIsSmall: what is wrong with a pod's volumes is said of each of its
+// containers, and what it says is its author's.
+func TestAStatusIsSmall(t *testing.T) {
+	t.Parallel()
+	const many = 800
+	pod := &corev1.Pod{}
+	wait := map[string]waiting{}
+	for i := range many {
+		name := fmt.Sprintf("c%d", i)
+		pod.Spec.InitContainers = append(pod.Spec.InitContainers, corev1.Container{Name: "i" + name})
+		pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{Name: name})
+		wait[name] = waiting{reasonCreating, "MountVolume failed: " + strings.Repeat("é", 100<<10)}
+		wait["i"+name] = wait[name]
+	}
+	for _, tc := range []struct {
+		name string
+		old  corev1.PodStatus
+		v    *verdict
+	}{
+		{"waits", corev1.PodStatus{}, nil},
+		{"is ended", corev1.PodStatus{}, &verdict{reason: "Evicted", message: strings.Repeat("é", 1<<20)}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			st := makeStatus(statusInput{pod: pod, obs: &observed{}, old: &tc.old, waiting: wait, verdict: tc.v})
+			require.Less(t, st.Size(), 1<<20)
+			for _, cs := range st.ContainerStatuses {
+				require.True(t, strings.HasPrefix(cs.State.Waiting.Message, "MountVolume failed: é"), "still says why")
+				require.True(t, utf8.ValidString(cs.State.Waiting.Message))
+			}
+		})
+	}
 }
 
 func TestAPIVolumesAreMountedReadOnly(t *testing.T) {

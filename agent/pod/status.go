@@ -362,6 +362,7 @@ func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
 		c := &set[i]
 		if slices.Contains(owned, c.Type) {
 			c.ObservedGeneration = in.pod.Generation
+			c.Message = begin(c.Message, maxPodMessages) // it lists containers
 		}
 		old := findCondition(in.old.Conditions, c.Type)
 		switch {

@@ -490,7 +490,7 @@ func (w *worker) annotatedEvent(pod *corev1.Pod, kind, reason, message, containe
 	now := metav1.NewTime(w.m.cfg.Now())
 	w.m.cfg.Reporter.Event(&corev1.Event{
 		ObjectMeta:     metav1.ObjectMeta{Namespace: pod.Namespace, Annotations: annotations},
-		InvolvedObject: ref, Type: kind, Reason: reason, Message: strings.TrimSpace(message),
+		InvolvedObject: ref, Type: kind, Reason: reason, Message: strings.TrimSpace(begin(message, maxEventMessage)),
 		Source: corev1.EventSource{Component: "timonel-agent", Host: w.m.cfg.NodeName}, ReportingController: "timonel-agent", ReportingInstance: w.m.cfg.NodeName,
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	})

@@ -215,7 +215,9 @@ func (c *Client) SetNode(node *corev1.Node) { c.out.setNode(node) }
 // SetPodStatus queues a pod's new status. The newest status of every pod is
 // sent again to each controller that is connected to.
 func (c *Client) SetPodStatus(pod *corev1.Pod, status *corev1.PodStatus) {
-	c.out.setStatus(pod, status)
+	if err := c.out.setStatus(pod, status); err != nil {
+		c.log.Error("a pod's status is not sent", "pod", pod.Namespace+"/"+pod.Name, "uid", pod.UID, "error", err)
+	}
 }
 
 // PodTerminated queues the news that nothing of a deleted pod runs any more. It

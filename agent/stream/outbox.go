@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"fmt"
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
@@ -56,15 +57,21 @@ func (o *outbox) setNode(node *corev1.Node) {
 	o.signal()
 }
 
-func (o *outbox) setStatus(pod *corev1.Pod, status *corev1.PodStatus) {
+// setStatus takes a pod's newest status. It returns an error for one that no
+// controller takes: that is not sent, as it would end the stream for all others.
+func (o *outbox) setStatus(pod *corev1.Pod, status *corev1.PodStatus) error {
 	raw, err := status.Marshal()
 	if err != nil {
-		return // generated code on a value that this program made
+		return err
+	}
+	if len(raw) > pb.MaxStatus {
+		return fmt.Errorf("it has %d bytes, controllers take %d", len(raw), pb.MaxStatus)
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.statuses[pod.UID] = &pb.PodStatus{Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID), Status: raw}
 	o.mark(pod.UID)
+	return nil
 }
 
 func (o *outbox) setTerminated(pod *corev1.Pod) {

@@ -28,6 +28,11 @@ const (
 	// pods. Who has more sends no list, and gets a full one.
 	MaxHave     = 4 << 20
 	MaxHavePods = 8192
+	// MaxNodeMessage bounds one message of an agent. MaxStatus bounds a pod's status in
+	// it: the state takes none that is longer, and a message that is refused would end
+	// the stream for all pods of the node, again and again.
+	MaxNodeMessage = 8 << 20
+	MaxStatus      = 4 << 20
 	// StreamWindow and ConnWindow are how many bytes may be on their way, of a stream
 	// and of a connection. They are fixed: to find a better size gRPC would answer
 	// every message that comes alone with a ping, which the other end has to answer
