@@ -147,13 +147,9 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 	if err != nil {
 		return nil, err
 	}
-	lookup := expansion.MappingFuncFor(env.values())
-	expand := func(in []string) []string {
-		var out []string
-		for _, s := range in {
-			out = append(out, expansion.Expand(s, lookup))
-		}
-		return out
+	command, args, err := commandLine(c, env)
+	if err != nil {
+		return nil, err
 	}
 	messageFile, err := w.messageFile(pod, c, s.restarts)
 	if err != nil {
@@ -162,7 +158,7 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 	cfg := &runtimev1.ContainerConfig{
 		Metadata: &runtimev1.ContainerMetadata{Name: c.Name, Attempt: uint32(s.restarts)},
 		Image:    &runtimev1.ImageSpec{Image: imageID, UserSpecifiedImage: c.Image},
-		Command:  expand(c.Command), Args: expand(c.Args), WorkingDir: c.WorkingDir,
+		Command:  command, Args: args, WorkingDir: c.WorkingDir,
 		Labels: map[string]string{
 			labelPodName: pod.Name, labelPodNamespace: pod.Namespace, labelPodUID: string(pod.UID), labelContainerName: c.Name,
 		},
@@ -191,6 +187,25 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 		cfg.Mounts = append(cfg.Mounts, &runtimev1.Mount{HostPath: messageFile, ContainerPath: c.TerminationMessagePath})
 	}
 	return cfg, nil
+}
+
+// commandLine is a container's command and arguments with $(VAR)s replaced.
+func commandLine(c *corev1.Container, env environment) (command, args []string, err error) {
+	lookup, left := expansion.MappingFuncFor(env.values()), room{maxText}
+	expand := func(in []string) (out []string, err error) {
+		for _, s := range in {
+			if s, err = left.expand(s, lookup); err != nil {
+				return nil, fmt.Errorf("command and arguments: %w", err)
+			}
+			out = append(out, s)
+		}
+		return out, nil
+	}
+	if command, err = expand(c.Command); err != nil {
+		return nil, nil, err
+	}
+	args, err = expand(c.Args)
+	return command, args, err
 }
 
 func gracePeriod(pod *corev1.Pod) int64 {

@@ -1,8 +1,12 @@
 package pod
 
 import (
+	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -91,6 +95,67 @@ func TestEnvironment(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestTextHasABound: a few bytes of a pod ask for any number of bytes in its
+// variables, arguments and paths.
+func TestTextHasABound(t *testing.T) {
+	t.Parallel()
+	m := NewManager(Config{
+		Objects: objects{maps: map[string]map[string]string{"big": {"k": strings.Repeat("x", 1<<20)}, "many": manyKeys(100000)}},
+		HostIPs: func() []string { return nil }, Capacity: func() corev1.ResourceList { return nil }, Logger: slog.New(slog.DiscardHandler),
+	})
+	from := func(name string, times int) (out []corev1.EnvFromSource) {
+		for i := range times {
+			out = append(out, corev1.EnvFromSource{Prefix: fmt.Sprintf("P%d_", i), ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: name}}})
+		}
+		return out
+	}
+	grown := []corev1.EnvVar{{Name: "A0", Value: strings.Repeat("x", 1000)}}
+	for i := range 5 {
+		grown = append(grown, corev1.EnvVar{Name: fmt.Sprintf("A%d", i+1), Value: strings.Repeat(fmt.Sprintf("$(A%d)", i), 10)})
+	}
+	big := []corev1.EnvVar{{Name: "A", Value: strings.Repeat("x", 1<<20)}}
+	for _, tc := range []struct {
+		name      string
+		container corev1.Container
+		err       string
+	}{
+		{"a ConfigMap under many prefixes", corev1.Container{EnvFrom: from("big", 50)}, "environment variables: they are longer than 6 MiB"},
+		{"many small variables", corev1.Container{EnvFrom: from("many", 50)}, "environment variables: they are longer than 6 MiB"},
+		{"variables of variables", corev1.Container{Env: grown}, "environment variables: they are longer than 6 MiB"},
+		{"commands", corev1.Container{Env: big, Command: []string{strings.Repeat("$(A)", 7)}}, "command and arguments: they are longer than 6 MiB"},
+		{"arguments", corev1.Container{Env: big, Args: []string{"$(A)", "$(A)", "$(A)", "$(A)", "$(A)", "$(A)"}}, "command and arguments: they are longer than 6 MiB"},
+		{"a sub path", corev1.Container{Env: big, VolumeMounts: []corev1.VolumeMount{{Name: "v", MountPath: "/v", SubPathExpr: "$(A)"}}}, "longer than a path can be"},
+		{"what fits", corev1.Container{Env: big, EnvFrom: from("big", 4)}, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			pod := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{tc.container}}}
+			w := &worker{m: m, volumes: map[string]string{"v": t.TempDir()}}
+			c := &pod.Spec.Containers[0]
+			env, err := m.environment(pod, c, nil)
+			if err == nil {
+				_, _, err = commandLine(c, env)
+			}
+			if err == nil {
+				_, err = w.mounts(pod, c, env, nil)
+			}
+			if tc.err == "" {
+				require.NoError(t, err)
+				return
+			}
+			require.ErrorContains(t, err, tc.err)
+		})
+	}
+}
+
+func manyKeys(n int) map[string]string {
+	out := map[string]string{}
+	for i := range n {
+		out[strconv.Itoa(i)] = ""
+	}
+	return out
 }
 
 func TestResources(t *testing.T) {

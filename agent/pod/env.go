@@ -28,20 +28,63 @@ func (e environment) values() map[string]string {
 	return out
 }
 
-func (e *environment) set(name, value string) {
-	for i := range *e {
-		if (*e)[i].name == name {
-			(*e)[i].value = value
-			return
-		}
+// maxText is how long a process' variables may be together, and its arguments: what
+// Linux takes of both. What is longer could not be started, but a few bytes of a pod
+// can ask for any number: the same ConfigMap under many prefixes, $(VAR)s of $(VAR)s.
+const maxText = 6 << 20
+
+// perString is what Linux takes of that for each string beside its bytes.
+const perString = 10
+
+// room is how much may still be made of what a pod says.
+type room struct{ left int }
+
+var errTooLong = fmt.Errorf("they are longer than %d MiB, and no process could be started with them", maxText>>20)
+
+func (r *room) take(n int) error {
+	if n > r.left {
+		return errTooLong
 	}
-	*e = append(*e, variable{name, value})
+	r.left -= n
+	return nil
+}
+
+// expand replaces $(VAR)s while there is room.
+func (r *room) expand(text string, lookup func(string) string) (string, error) {
+	if err := r.take(perString + len(text)); err != nil {
+		return "", err
+	}
+	var err error
+	out := expansion.Expand(text, func(name string) string {
+		value := lookup(name)
+		if err == nil {
+			err = r.take(len(value))
+		}
+		if err != nil {
+			return ""
+		}
+		return value
+	})
+	return out, err
 }
 
 // environment is a container's: the kubernetes service's variables, then
 // envFrom, then env with $(VAR) expanded, as the kubelet orders them.
 func (m *Manager) environment(pod *corev1.Pod, c *corev1.Container, podIPs []string) (environment, error) {
 	var env environment
+	left, at := room{maxText}, map[string]int{}
+	set := func(name, value string) error {
+		if err := left.take(len(name) + len(value) + perString); err != nil {
+			return fmt.Errorf("environment variables: %w", err)
+		}
+		if i, ok := at[name]; ok {
+			env[i].value = value
+			return nil
+		}
+		at[name] = len(env)
+		env = append(env, variable{name, value})
+		return nil
+	}
 	for _, from := range c.EnvFrom {
 		data, err := m.envFrom(pod, &from)
 		if err != nil {
@@ -52,20 +95,24 @@ func (m *Manager) environment(pod *corev1.Pod, c *corev1.Container, podIPs []str
 			if strings.ContainsAny(name, "=") || name == "" {
 				continue
 			}
-			env.set(name, data[k])
+			if err := set(name, data[k]); err != nil {
+				return nil, err
+			}
 		}
 	}
 	services := m.serviceEnvironment()
 	seen := env.values()
 	for _, e := range c.Env {
-		value, found, err := m.envValue(pod, c, &e, podIPs, expansion.MappingFuncFor(seen, services))
+		value, found, err := m.envValue(pod, c, &e, podIPs, left, expansion.MappingFuncFor(seen, services))
 		if err != nil {
 			return nil, err
 		}
 		if !found {
 			continue
 		}
-		env.set(e.Name, value)
+		if err := set(e.Name, value); err != nil {
+			return nil, err
+		}
 		seen[e.Name] = value
 	}
 	for _, k := range slices.Sorted(maps.Keys(services)) {
@@ -109,10 +156,13 @@ func isTrue(b *bool) bool { return b != nil && *b }
 
 // envValue resolves one variable; found is false for an optional reference to
 // what is not there.
-func (m *Manager) envValue(pod *corev1.Pod, c *corev1.Container, e *corev1.EnvVar, podIPs []string, lookup func(string) string) (value string, found bool, err error) {
+func (m *Manager) envValue(pod *corev1.Pod, c *corev1.Container, e *corev1.EnvVar, podIPs []string, left room, lookup func(string) string) (value string, found bool, err error) {
 	src := e.ValueFrom
 	if src == nil {
-		return expansion.Expand(e.Value, lookup), true, nil
+		if value, err = left.expand(e.Value, lookup); err != nil {
+			return "", false, fmt.Errorf("environment variables: %w", err)
+		}
+		return value, true, nil
 	}
 	switch {
 	case src.FieldRef != nil:

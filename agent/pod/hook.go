@@ -16,10 +16,14 @@ import (
 	httpprobe "k8s.io/kubernetes/pkg/probe/http"
 )
 
+// maxExecOutput bounds what is kept of what a command prints, as upstream.
+const maxExecOutput = 10 << 10
+
 // hook is a container's postStart: done, or still running.
 type hook struct {
-	done bool
-	err  error
+	done   bool
+	err    error
+	cancel context.CancelFunc // nil until it runs
 }
 
 // beginHook marks a container as not started until its postStart has ended.
@@ -46,11 +50,18 @@ func (w *worker) runPostStart(pod *corev1.Pod, spec *corev1.Container, id string
 	if spec.Lifecycle == nil || spec.Lifecycle.PostStart == nil {
 		return
 	}
+	ctx, cancel := context.WithCancel(w.ctx)
+	w.mu.Lock()
+	if h := w.hooks[id]; h != nil {
+		h.cancel = cancel
+	}
+	w.mu.Unlock()
 	w.wg.Add(1)
 	go func() {
 		defer w.wg.Done()
-		err := w.runHandlerAt(w.ctx, pod, spec, spec.Lifecycle.PostStart, id, ips)
-		if w.ctx.Err() != nil {
+		defer cancel()
+		err := w.runHandlerAt(ctx, pod, spec, spec.Lifecycle.PostStart, id, ips)
+		if ctx.Err() != nil {
 			return
 		}
 		if err != nil {
@@ -59,6 +70,16 @@ func (w *worker) runPostStart(pod *corev1.Pod, spec *corev1.Container, id string
 		w.endHook(id, err)
 		w.wakeUp()
 	}()
+}
+
+// stopHook ends the postStart of a container that has ended, which may wait for
+// somebody who never answers.
+func (w *worker) stopHook(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if h := w.hooks[id]; h != nil && h.cancel != nil {
+		h.cancel()
+	}
 }
 
 func (w *worker) runHandler(ctx context.Context, pod *corev1.Pod, spec *corev1.Container, h *corev1.LifecycleHandler, id string) error {
@@ -105,13 +126,15 @@ func (w *worker) runHandlerAt(ctx context.Context, pod *corev1.Pod, spec *corev1
 	return nil
 }
 
-// httpHook calls a hook's URL; anything but an error status is success.
+// httpHook calls a hook's URL; anything but an error status is success. As upstream's,
+// it does not follow who answers to another host: that would be a call of the node,
+// from the node's own network, to where the pod's author has no access.
 func httpHook(ctx context.Context, spec *corev1.Container, get *corev1.HTTPGetAction, ip string) error {
 	req, err := httpprobe.NewRequestForHTTPGetAction(get, spec, ip, "lifecycle")
 	if err != nil {
 		return err
 	}
-	client := &http.Client{Transport: insecureTransport()}
+	client := &http.Client{Transport: insecureTransport(), CheckRedirect: httpprobe.RedirectChecker(false)}
 	defer client.CloseIdleConnections()
 	resp, err := client.Do(req.WithContext(ctx))
 	if err != nil {
@@ -133,6 +156,7 @@ func (w *worker) exec(ctx context.Context, id string, command []string, timeout 
 	if err != nil {
 		return "", 0, fmt.Errorf("command %q: %w", strings.Join(command, " "), err)
 	}
-	out := string(resp.Stdout) + string(resp.Stderr)
-	return out[:min(len(out), 10<<10)], resp.ExitCode, nil
+	stdout := resp.Stdout[:min(len(resp.Stdout), maxExecOutput)]
+	stderr := resp.Stderr[:min(len(resp.Stderr), maxExecOutput)]
+	return begin(string(stdout)+string(stderr), maxExecOutput), resp.ExitCode, nil
 }

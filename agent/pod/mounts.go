@@ -9,7 +9,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
-	"k8s.io/kubernetes/third_party/forked/golang/expansion"
 
 	"timonel/agent/hostile"
 	"timonel/agent/volume"
@@ -19,12 +18,14 @@ const (
 	etcHosts = "/etc/hosts"
 	// maxHosts bounds the node's own hosts file.
 	maxHosts = 1 << 20
+	// maxPath is how long a path may be.
+	maxPath = 4096
 )
 
 // mounts are a container's: its volumes and /etc/hosts.
 func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, podIPs []string) ([]*runtimev1.Mount, error) {
 	var out []*runtimev1.Mount
-	hosts := true
+	hosts, values := true, env.values()
 	for i, vm := range c.VolumeMounts {
 		path, ok := w.volumes[vm.Name]
 		if !ok {
@@ -33,8 +34,9 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 		sub := vm.SubPath
 		if vm.SubPathExpr != "" {
 			var bad string
-			values := env.values()
-			sub = expansion.Expand(vm.SubPathExpr, func(name string) string {
+			var err error
+			left := room{maxPath}
+			sub, err = left.expand(vm.SubPathExpr, func(name string) string {
 				v, ok := values[name]
 				if !ok {
 					bad = name
@@ -43,6 +45,9 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 			})
 			if bad != "" {
 				return nil, fmt.Errorf("subPathExpr %q of mount %s: no environment variable %s", vm.SubPathExpr, vm.MountPath, bad)
+			}
+			if err != nil {
+				return nil, fmt.Errorf("subPathExpr of mount %s: it is longer than a path can be", vm.MountPath)
 			}
 		}
 		if sub != "" {

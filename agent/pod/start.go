@@ -109,11 +109,21 @@ func (w *worker) act(pod *corev1.Pod, obs *observed, a actions, shown uint64) bo
 	box := obs.current()
 	started := false
 	for _, s := range a.start {
+		if w.ending() { // there may be thousands to start
+			return true
+		}
 		if w.startContainer(pod, obs, box, s) {
 			started = true
 		}
 	}
 	return started
+}
+
+// ending says whether the pod is to end by now, whatever this pass began with.
+func (w *worker) ending() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.removed || w.pod.DeletionTimestamp != nil || w.evicted != nil
 }
 
 // makeLogDir makes the folder of a pod's logs, or of one of its containers in it.

@@ -71,6 +71,7 @@ func (w *worker) kill(pod *corev1.Pod, c *container, spec *corev1.Container, mes
 			case <-time.After(time.Second):
 			}
 		}
+		w.stopHook(c.id)
 		w.mu.Lock()
 		if w.kills[c.id] == k {
 			delete(w.kills, c.id)
@@ -193,6 +194,7 @@ func (w *worker) removeContainer(c *container) bool {
 	}
 	w.m.disown(c.id)
 	w.probes.stop(c.id)
+	w.stopHook(c.id)
 	w.mu.Lock()
 	delete(w.hooks, c.id)
 	w.mu.Unlock()

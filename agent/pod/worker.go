@@ -10,7 +10,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent/desired"
@@ -50,6 +49,7 @@ type worker struct {
 	kills        map[string]*killing
 	hooks        map[string]*hook
 	said         map[string]string // last message of an event that would repeat
+	events       allowance         // how many may be told
 	evicted      *eviction.Eviction
 	reclaim      chan struct{}     // closed when what has ended was removed; nil: it stays
 	swept        bool              // it has ended, and what it had on the node was removed
@@ -459,53 +459,4 @@ func (w *worker) finalReport(pod *corev1.Pod, removed bool) {
 		return
 	}
 	w.m.cfg.Reporter.PodTerminated(pod)
-}
-
-// event tells the cluster about the pod; container may be empty.
-func (w *worker) event(pod *corev1.Pod, kind, reason, message, container string) {
-	w.annotatedEvent(pod, kind, reason, message, container, nil)
-}
-
-func (w *worker) annotatedEvent(pod *corev1.Pod, kind, reason, message, container string, annotations map[string]string) {
-	if w.orphan {
-		return
-	}
-	ref := corev1.ObjectReference{
-		Kind: "Pod", APIVersion: "v1", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID, ResourceVersion: pod.ResourceVersion,
-	}
-	if container != "" {
-		field := "spec.containers"
-		for i := range pod.Spec.InitContainers {
-			if pod.Spec.InitContainers[i].Name == container {
-				field = "spec.initContainers"
-			}
-		}
-		for i := range pod.Spec.EphemeralContainers {
-			if pod.Spec.EphemeralContainers[i].Name == container {
-				field = "spec.ephemeralContainers"
-			}
-		}
-		ref.FieldPath = field + "{" + container + "}"
-	}
-	now := metav1.NewTime(w.m.cfg.Now())
-	w.m.cfg.Reporter.Event(&corev1.Event{
-		ObjectMeta:     metav1.ObjectMeta{Namespace: pod.Namespace, Annotations: annotations},
-		InvolvedObject: ref, Type: kind, Reason: reason, Message: strings.TrimSpace(begin(message, maxEventMessage)),
-		Source: corev1.EventSource{Component: "timonel-agent", Host: w.m.cfg.NodeName}, ReportingController: "timonel-agent", ReportingInstance: w.m.cfg.NodeName,
-		FirstTimestamp: now, LastTimestamp: now, Count: 1,
-	})
-}
-
-// eventOnce is event for what would repeat: the same message is told once
-// until another one of its reason.
-func (w *worker) eventOnce(pod *corev1.Pod, kind, reason, message, container string) {
-	key := reason + "/" + container
-	w.mu.Lock()
-	again := w.said[key] == message
-	w.said[key] = message
-	w.mu.Unlock()
-	if again {
-		return
-	}
-	w.event(pod, kind, reason, message, container)
 }

@@ -56,11 +56,19 @@ func (c *content) dirs() map[string]bool {
 
 // size is the room that the files and the links to them take on a tmpfs.
 func (c *content) size() (bytes, inodes int64) {
-	const page = 4096
 	for _, e := range c.files {
-		bytes += (int64(len(e.data))+page-1)/page*page + page
+		bytes += e.size()
 	}
 	return bytes, int64(2*len(c.files) + len(c.dirs()))
+}
+
+// page is what a file's data is rounded up to, and more than what the kernel has of
+// an inode and its names.
+const page = 4096
+
+// size is the room that a file takes on a tmpfs, and what the kernel has of it.
+func (e *entry) size() int64 {
+	return (int64(len(e.data))+page-1)/page*page + page
 }
 
 // mode, uid and gid of a file. With an fsGroup the group may read what anybody

@@ -26,12 +26,40 @@ type payload struct {
 	pod     *corev1.Pod
 	volume  string // its name
 	files   map[string]entry
+	fields  map[string][]byte // of the downward API, by path: each is made once
+	left    *int64            // how much of memory the pod's volumes may still take
 	refresh time.Time
+}
+
+// A volume of API data is in the node's memory, and a few bytes of a pod can ask for
+// the same key, or the same annotation, as thousands of files. So all of a pod may
+// take a part of what the node gives to pods, and no less than that of a pod with
+// many full ConfigMaps.
+const (
+	apiRoomShare = 32
+	leastAPIRoom = 64 << 20
+	// maxPath is Linux' bound.
+	maxPath = 4096
+)
+
+// apiRoom is how much memory one pod's volumes of API data may take.
+func (m *Manager) apiRoom() int64 {
+	if m.cfg.Allocatable == nil {
+		return leastAPIRoom
+	}
+	allocatable := m.cfg.Allocatable()
+	return max(leastAPIRoom, allocatable.Memory().Value()/apiRoomShare)
 }
 
 func (p *payload) add(path string, e entry) error {
 	if !filepath.IsLocal(path) || strings.HasPrefix(path, "..") {
 		return fmt.Errorf("path %q must be relative and must not begin with \"..\"", path)
+	}
+	if len(path) > maxPath {
+		return fmt.Errorf("path %.64q… has %d bytes, %d are possible", path, len(path), maxPath)
+	}
+	if *p.left -= e.size() + page*int64(strings.Count(path, "/")); *p.left < 0 {
+		return fmt.Errorf("the pod's volumes of ConfigMaps, Secrets, tokens and fields would take more than the %d MiB of this node's memory that a pod may have of it", p.manager.apiRoom()>>20)
 	}
 	if p.files == nil {
 		p.files = map[string]entry{}
@@ -105,24 +133,39 @@ func (p *payload) downward(items []corev1.DownwardAPIVolumeFile, mode int32) err
 		if item.Mode != nil {
 			e.mode = *item.Mode
 		}
-		var text string
 		var err error
 		switch {
 		case item.FieldRef != nil:
-			text, err = fieldpath.ExtractFieldPathAsString(p.pod, item.FieldRef.FieldPath)
+			e.data, err = p.field(item.FieldRef.FieldPath)
 		case item.ResourceFieldRef != nil:
+			var text string
 			text, err = resource.ExtractResourceValueByContainerNameAndNodeAllocatable(
 				item.ResourceFieldRef, p.pod, item.ResourceFieldRef.ContainerName, p.manager.cfg.Allocatable())
+			e.data = []byte(text)
 		}
 		if err != nil {
 			return fmt.Errorf("downward API file %q: %w", item.Path, err)
 		}
-		e.data = []byte(text)
 		if err := p.add(item.Path, e); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (p *payload) field(path string) ([]byte, error) {
+	if data, ok := p.fields[path]; ok {
+		return data, nil
+	}
+	text, err := fieldpath.ExtractFieldPathAsString(p.pod, path)
+	if err != nil {
+		return nil, err
+	}
+	if p.fields == nil {
+		p.fields = map[string][]byte{}
+	}
+	p.fields[path] = []byte(text)
+	return p.fields[path], nil
 }
 
 func (p *payload) projected(src *corev1.ProjectedVolumeSource) error {

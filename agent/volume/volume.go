@@ -73,10 +73,11 @@ func (m *Manager) path(uid types.UID, plugin, name string) string {
 // podIPs are what downward API fields show, nil before they are known.
 func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (mounts Mounts, refresh time.Time, err error) {
 	mounts = Mounts{}
+	left := m.apiRoom()
 	var errs []error
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i]
-		path, again, err := m.setup(ctx, pod, v)
+		path, again, err := m.setup(ctx, pod, v, &left)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("volume %q: %w", v.Name, err))
 			continue
@@ -89,10 +90,10 @@ func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (
 	return mounts, refresh, errors.Join(errs...)
 }
 
-func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume) (string, time.Time, error) {
+func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, left *int64) (string, time.Time, error) {
 	var never time.Time
 	s := &v.VolumeSource
-	p := payload{ctx: ctx, manager: m, pod: pod, volume: v.Name}
+	p := payload{ctx: ctx, manager: m, pod: pod, volume: v.Name, left: left}
 	switch {
 	case s.EmptyDir != nil:
 		path, err := m.emptyDir(ctx, pod, v)
