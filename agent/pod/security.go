@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"path/filepath"
 	"strconv"
 
@@ -126,6 +127,11 @@ func securityContext(pod *corev1.Pod, c *corev1.Container, user *int64, name, se
 		for _, v := range sc.Capabilities.Drop {
 			out.Capabilities.DropCapabilities = append(out.Capabilities.DropCapabilities, string(v))
 		}
+	}
+	// A number that is no user's is taken for a name by some runtimes, and looked up in
+	// the image's own list of users, where it may be root's.
+	if sc.RunAsUser == nil && user != nil && (*user < 0 || *user > math.MaxInt32) {
+		return nil, fmt.Errorf("image will run as user %d, which no user can be: 0 to %d are possible (pod: %q, container: %s)", *user, math.MaxInt32, pod.Name, c.Name)
 	}
 	if isTrue(sc.RunAsNonRoot) {
 		switch {

@@ -125,3 +125,39 @@ func TestSecurityContextToCRI(t *testing.T) {
 		})
 	}
 }
+
+// TestAnImageCannotBeRoot: of what an image calls its user, nothing is root's in the
+// end where the pod must not be. A number beyond a user's is looked up as a name by
+// containerd, in the image's own list of users.
+func TestAnImageCannotBeRoot(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name    string
+		user    *int64
+		byName  string
+		context corev1.SecurityContext
+		err     string
+	}{
+		{"a user", ptr.To[int64](1000), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, ""},
+		{"the last user", ptr.To[int64](1<<31 - 1), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, ""},
+		{"root", ptr.To[int64](0), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, "image will run as root"},
+		{"zero in 32 bits", ptr.To[int64](1 << 32), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, "no user can be"},
+		{"beyond a user", ptr.To[int64](1 << 31), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, "no user can be"},
+		{"negative", ptr.To[int64](-1), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, "no user can be"},
+		{"largest", ptr.To[int64](1<<63 - 1), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, "no user can be"},
+		{"negative, where root may be", ptr.To[int64](-1), "", corev1.SecurityContext{}, "no user can be"},
+		{"a name", nil, "1000\n0", corev1.SecurityContext{RunAsNonRoot: ptr.To(true)}, "non-numeric user"},
+		{"the pod says whom", ptr.To[int64](-1), "", corev1.SecurityContext{RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To[int64](5)}, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			got, err := securityContext(&corev1.Pod{}, &corev1.Container{Name: "c", SecurityContext: &tc.context}, tc.user, tc.byName, "")
+			if tc.err != "" {
+				require.ErrorContains(t, err, tc.err)
+				return
+			}
+			require.NoError(t, err)
+			require.Positive(t, got.RunAsUser.Value)
+		})
+	}
+}
