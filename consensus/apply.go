@@ -33,9 +33,11 @@ func TermFrom(ctx context.Context) uint64 {
 // made of it, after it was applied here: a read that follows sees it. On a
 // follower the command is forwarded to the leader.
 //
+// When much is on its way (Config.ProposalBytes), Apply waits for its turn first.
+//
 // Without a leader, or when one dies, Apply waits for the next one, as long as
 // ctx and Config.ProposeTimeout allow, and tries again only when it is certain
-// that the command was not and will not be applied. Errors: ErrNoLeader,
+// that the command was not and will not be applied. Errors: ErrBusy, ErrNoLeader,
 // ErrTermChanged, ErrTooLarge, ErrRefused and ErrClosed mean that nothing was written,
 // ErrUnknownOutcome that it may have been. Each wraps ctx's error if that was
 // the reason.
@@ -47,6 +49,14 @@ func (r *Replica) Apply(ctx context.Context, cmd []byte) (any, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.ProposeTimeout)
 	defer cancel()
+	place, err := r.room.enter(ctx, r.ctx.Done(), len(cmd))
+	switch {
+	case errors.Is(err, ErrClosed):
+		return nil, err
+	case err != nil:
+		return nil, fmt.Errorf("%w (ProposalBytes): %w", ErrBusy, err)
+	}
+	defer place.leave()
 	fence := TermFrom(ctx)
 	for {
 		v, err := r.waitLeader(ctx, fence)
@@ -57,9 +67,9 @@ func (r *Replica) Apply(ctx context.Context, cmd []byte) (any, error) {
 		id := newRequestID()
 		w := r.machine.expect(id, v.Term)
 		if v.self {
-			o, err = r.attemptLocal(ctx, w, entry{kind: kindCommand, id: id, term: v.Term, command: cmd})
+			o, err = r.attemptLocal(ctx, w, place, entry{kind: kindCommand, id: id, term: v.Term, command: cmd})
 		} else {
-			o, err = r.attemptRemote(ctx, w, v, id, cmd)
+			o, err = r.attemptRemote(ctx, w, place, v, id, cmd)
 		}
 		r.machine.forget(id)
 		switch {
@@ -203,8 +213,10 @@ func certainlyNotAppended(err error) bool {
 // attemptLocal proposes on this replica, which leads. An entry that Raft gave up
 // on after appending it is waited for: it is either applied here, or dropped
 // when the first entry of a later term is.
-func (r *Replica) attemptLocal(ctx context.Context, w *waiter, e entry) (outcome, error) {
+func (r *Replica) attemptLocal(ctx context.Context, w *waiter, place *stay, e entry) (outcome, error) {
+	place.keep()
 	p := r.propose(e.id, e)
+	p.then(place.leave)
 	select {
 	case o := <-w.done:
 		return o, nil
@@ -224,9 +236,9 @@ func (r *Replica) attemptLocal(ctx context.Context, w *waiter, e entry) (outcome
 // here. What breaks on its way is repeated with the same request id while the same
 // leader leads: it recognises the request. Once the term is over, the local log
 // tells what became of it.
-func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id requestID, cmd []byte) (outcome, error) {
+func (r *Replica) attemptRemote(ctx context.Context, w *waiter, place *stay, v leaderView, id requestID, cmd []byte) (outcome, error) {
 	req := &pb.Proposal{RequestId: id[:], Command: cmd, Term: v.Term}
-	answers, forget := r.forward.propose(v.ID, req)
+	answers, forget := r.forward.propose(v.ID, req, place)
 	defer func() { forget() }()
 	sent := false
 	for {
@@ -244,6 +256,8 @@ func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id
 					return outcome{kind: outcomeDropped}, nil
 				}
 				continue // an earlier copy may have been appended: the log will tell
+			case codes.Aborted: // so may it
+				continue
 			case codes.ResourceExhausted: // of this proposal alone too
 				if !sent {
 					return outcome{}, fmt.Errorf("%w: %s", ErrRefused, status.Convert(a.err).Message())
@@ -263,7 +277,8 @@ func (r *Replica) attemptRemote(ctx context.Context, w *waiter, v leaderView, id
 			}
 			if now, ok := r.view(); ok && now.Term == v.Term {
 				forget()
-				answers, forget = r.forward.propose(v.ID, req)
+				again := &pb.Proposal{RequestId: id[:], Command: cmd, Term: v.Term, Again: true}
+				answers, forget = r.forward.propose(v.ID, again, place)
 			}
 		case <-ctx.Done():
 			return outcome{}, fmt.Errorf("%w: %w", ErrUnknownOutcome, context.Cause(ctx))

@@ -119,6 +119,11 @@ type Config struct {
 	// QueueBytes is from how many bytes on that a leader has appended and that are not
 	// on its disk yet it appends no more until they are: see Replica.Held. Default 64 MiB.
 	QueueBytes int64
+	// ProposalBytes is how many bytes of commands may be on their way to the log of a
+	// leader, from Apply until they are applied: a fifth of it for the callers of each
+	// replica. Who comes beyond that waits, small commands for small ones only. Default
+	// 40 MiB.
+	ProposalBytes int64
 	// SnapshotInterval is how often to look whether a snapshot is due; each
 	// time is drawn between this and its double. Default 60 s.
 	SnapshotInterval time.Duration
@@ -230,6 +235,9 @@ func (c Config) withDefaults() Config {
 	if c.QueueBytes == 0 {
 		c.QueueBytes = defaultQueueBytes
 	}
+	if c.ProposalBytes == 0 {
+		c.ProposalBytes = 40 << 20
+	}
 	if c.SnapshotBytes == 0 {
 		c.SnapshotBytes = 256 << 20
 	}
@@ -319,6 +327,8 @@ func (c Config) Validate() error {
 		return bad("LogCacheBytes", "%d: must not be negative", c.LogCacheBytes)
 	case c.QueueBytes < 0:
 		return bad("QueueBytes", "%d: must not be negative", c.QueueBytes)
+	case c.ProposalBytes < 1:
+		return bad("ProposalBytes", "%d: must be positive", c.ProposalBytes)
 	case c.SnapshotBytes < 1:
 		return bad("SnapshotBytes", "%d: must be positive", c.SnapshotBytes)
 	case c.TrailingBytes < 1:

@@ -82,13 +82,15 @@
 //
 // What is kept has a bound in bytes, and Replica.Held tells what is held: the newest
 // entries (Config.LogCacheBytes, cache.go), and what a leader has appended and not on its
-// disk yet (QueueBytes, queue.go). What is on its way to a follower that lags is some
-// messages of MaxAppendBytes each (portion.go). The log on disk is bounded in bytes as well: by
+// disk yet (QueueBytes, queue.go), and the commands on their way from Apply until they are
+// applied, on the replica that was asked and on the leader (ProposalBytes, room.go). What is
+// remembered of forwarded commands, to recognise one that comes again, are ids (deduper.go).
+// What is on its way to a follower that lags is some messages of MaxAppendBytes each
+// (portion.go). The log on disk is bounded in bytes as well: by
 // SnapshotBytes a snapshot is due, and TrailingBytes of it stay after one (weigh.go).
 //
-// Not bounded in bytes are commands that wait to be proposed, each held by its caller,
-// forwarded ones that are remembered for twice ProposeTimeout to recognise them, and the
-// up to MaxAppendEntries entries that Raft gives the state machine at once.
+// Not bounded in bytes are the up to MaxAppendEntries entries that Raft gives the state
+// machine at once. A command that waits for room is its caller's.
 //
 // # How a replica finds its cluster
 //

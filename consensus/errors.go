@@ -9,6 +9,8 @@ var (
 	ErrUnknownOutcome = errors.New("outcome of the write is unknown")
 	// ErrNoLeader: no leader was known in time. Nothing was written.
 	ErrNoLeader = errors.New("no leader")
+	// ErrBusy: too much was on its way for too long. Nothing was written.
+	ErrBusy = errors.New("too many bytes of writes are under way")
 	// ErrTermChanged: the term the command was fenced to is over. Nothing was
 	// written.
 	ErrTermChanged = errors.New("the term this write is bound to is over")

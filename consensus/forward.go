@@ -50,6 +50,17 @@ type link struct {
 type outgoing struct {
 	proposal *pb.Proposal
 	read     uint64
+	place    *stay // of a proposal, until it is sent
+}
+
+// small reports that it goes before large proposals.
+func (o outgoing) small() bool { return o.proposal == nil || len(o.proposal.Command) <= smallCommand }
+
+// sent gives up what only sending needs.
+func (o outgoing) sent() {
+	if o.place != nil {
+		o.place.leave()
+	}
 }
 
 // fullMessage is how many bytes proposals that share a message take, with
@@ -111,7 +122,7 @@ func (r *Replica) learnCommit(from string, a *pb.ForwardResponse) {
 }
 
 // propose forwards a proposal. One answer comes, unless forget is called before.
-func (f *forwarder) propose(to string, p *pb.Proposal) (answer <-chan forwarded, forget func()) {
+func (f *forwarder) propose(to string, p *pb.Proposal, place *stay) (answer <-chan forwarded, forget func()) {
 	l, id, c := f.toLeader(to), requestID(p.RequestId), make(chan forwarded, 1)
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -120,7 +131,8 @@ func (f *forwarder) propose(to string, p *pb.Proposal) (answer <-chan forwarded,
 		return c, func() {}
 	}
 	l.proposals[id] = c
-	l.out.add(outgoing{proposal: p})
+	place.keep()
+	l.out.add(outgoing{proposal: p, place: place})
 	return c, func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
@@ -158,7 +170,8 @@ func (f *forwarder) readIndex(ctx context.Context, to string) (uint64, error) {
 	return a.index, nil
 }
 
-// run sends what is put out, until the stream or ctx ends. It returns what it has
+// run sends what is put out, until the stream or ctx ends: reads and small proposals
+// first, and between these one large proposal after the other. It returns what it has
 // taken and not sent, and why it ended.
 func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient, from string, learn func(string, *pb.ForwardResponse)) ([]outgoing, error) {
 	received := make(chan error, 1)
@@ -171,26 +184,53 @@ func (l *link) run(ctx context.Context, stream pb.Consensus_ForwardClient, from 
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
-		for rest := l.out.take(); len(rest) > 0; {
-			req, n := &pb.ForwardRequest{From: from}, 0
-			from = ""
-			for size := 0; n < len(rest); n++ {
-				p := rest[n].proposal
-				if p == nil {
-					req.Reads = append(req.Reads, rest[n].read)
-					continue
+		var small, large []outgoing
+		for {
+			for _, o := range l.out.take() {
+				if o.small() {
+					small = append(small, o)
+				} else {
+					large = append(large, o)
 				}
-				if size += len(p.Command) + besideCommand; size > fullMessage && len(req.Proposals) > 0 {
-					break
-				}
-				req.Proposals = append(req.Proposals, p)
 			}
-			rest = rest[n:]
-			if err := stream.Send(req); err != nil {
-				return rest, <-received // which says why
+			if len(small)+len(large) == 0 {
+				break
+			}
+			var err error
+			if small, err = sendOne(stream, &from, small); err == nil {
+				large, err = sendOne(stream, &from, large)
+			}
+			if err != nil {
+				return append(small, large...), <-received // which says why
 			}
 		}
 	}
+}
+
+// sendOne sends a message of the first, as many as it has room for, and returns the rest.
+func sendOne(stream pb.Consensus_ForwardClient, from *string, out []outgoing) (rest []outgoing, err error) {
+	if len(out) == 0 {
+		return out, nil
+	}
+	req, n := &pb.ForwardRequest{From: *from}, 0
+	*from = ""
+	for size := 0; n < len(out); n++ {
+		p := out[n].proposal
+		if p == nil {
+			req.Reads = append(req.Reads, out[n].read)
+			continue
+		}
+		if size += len(p.Command) + besideCommand; size > fullMessage && len(req.Proposals) > 0 {
+			break
+		}
+		req.Proposals = append(req.Proposals, p)
+	}
+	err = stream.Send(req)
+	for i := range out[:n] {
+		out[i].sent()
+		out[i] = outgoing{}
+	}
+	return out[n:], err
 }
 
 // receive gives the leader's answers to who waits for them.
@@ -232,6 +272,7 @@ func (l *link) end(rest []outgoing, err error) {
 	defer l.mu.Unlock()
 	l.err = err
 	for _, o := range append(rest, l.out.take()...) {
+		o.sent()
 		if o.proposal != nil {
 			tell(l.proposals, requestID(o.proposal.RequestId), forwarded{err: err, unsent: true})
 		}

@@ -51,6 +51,14 @@ func newProposal(size int) *pb.Proposal {
 	return &pb.Proposal{RequestId: id[:], Command: make([]byte, size)}
 }
 
+// newStay is a place in a room of its own.
+func newStay(t *testing.T) *stay {
+	t.Helper()
+	s, err := newRoom(1<<20).enter(t.Context(), nil, 1)
+	must(t, err)
+	return s
+}
+
 func answerOf(t *testing.T, answer <-chan forwarded) forwarded {
 	t.Helper()
 	select {
@@ -85,24 +93,25 @@ func TestForwardStreamBreaks(t *testing.T) {
 			}
 		}
 	})
-	answer, _ := f.propose("c2", newProposal(10))
+	answer, _ := f.propose("c2", newProposal(10), newStay(t))
 	if a := answerOf(t, answer); status.Code(a.err) != codes.Unavailable || a.unsent {
 		t.Errorf("%+v, want that it may have been appended", a)
 	}
-	answer, _ = f.propose("c2", newProposal(10))
+	answer, _ = f.propose("c2", newProposal(10), newStay(t))
 	if a := answerOf(t, answer); a.err != nil || a.index != 7 {
 		t.Errorf("on the next stream: %+v", a)
 	}
 	if _, err := f.readIndex(t.Context(), "c2"); status.Code(errors.Unwrap(err)) != codes.FailedPrecondition {
 		t.Errorf("a read: %v", err)
 	}
-	answer, _ = f.propose("nobody", newProposal(10))
+	answer, _ = f.propose("nobody", newProposal(10), newStay(t))
 	if a := answerOf(t, answer); status.Code(a.err) != codes.Unavailable || !a.unsent {
 		t.Errorf("%+v, want that it was not sent", a)
 	}
 }
 
-// Proposals that come faster than they go out share messages, but for large ones.
+// Proposals that come faster than they go out share messages, but for large ones, which
+// come after the small ones.
 func TestForwardShares(t *testing.T) {
 	t.Parallel()
 	hold := make(chan struct{})
@@ -133,7 +142,7 @@ func TestForwardShares(t *testing.T) {
 	}
 	var answers []<-chan forwarded
 	for _, size := range []int{100, 200, fullMessage, 10, fullMessage + 1, 20} {
-		answer, _ := f.propose("c2", newProposal(size))
+		answer, _ := f.propose("c2", newProposal(size), newStay(t))
 		answers = append(answers, answer)
 	}
 	close(hold)
@@ -142,7 +151,7 @@ func TestForwardShares(t *testing.T) {
 			t.Fatal(a.err)
 		}
 	}
-	for i, want := range [][]int{{100, 200}, {fullMessage}, {10}, {fullMessage + 1}, {20}} {
+	for i, want := range [][]int{{100, 200, 10, 20}, {fullMessage}, {fullMessage + 1}} {
 		got := <-sizes
 		if len(got) != len(want) || got[0] != want[0] {
 			t.Errorf("message %d holds commands of %v bytes, want %v", i, got, want)
@@ -154,7 +163,7 @@ func TestForwardShares(t *testing.T) {
 func TestForwardToOneWithoutData(t *testing.T) {
 	t.Parallel()
 	f := forwardTo(t, (&consensusServer{r: &Replica{ctx: t.Context()}}).Forward)
-	answer, _ := f.propose("c2", newProposal(0))
+	answer, _ := f.propose("c2", newProposal(0), newStay(t))
 	if a := answerOf(t, answer); status.Code(a.err) != codes.FailedPrecondition {
 		t.Errorf("%+v", a)
 	}

@@ -26,6 +26,7 @@ func OutcomeOf(err error) WriteOutcome {
 		{ErrUnknownOutcome, WriteUnknown}, // whatever else it wraps
 		{ErrTooLarge, WriteTooLarge},
 		{ErrTermChanged, WriteFenced},
+		{ErrBusy, WriteNotDone},
 		{ErrNoLeader, WriteNotDone},
 		{ErrNotLeader, WriteNotDone},
 		{ErrClosed, WriteNotDone},

@@ -14,6 +14,7 @@ func TestOutcomes(t *testing.T) {
 		want WriteOutcome
 	}{
 		"no leader in time":      {fmt.Errorf("%w: %w", ErrNoLeader, context.DeadlineExceeded), WriteNotDone},
+		"no turn in time":        {fmt.Errorf("%w: %w", ErrBusy, context.DeadlineExceeded), WriteNotDone},
 		"closed before":          {ErrClosed, WriteNotDone},
 		"closed after":           {fmt.Errorf("%w: %w", ErrUnknownOutcome, ErrClosed), WriteUnknown},
 		"a deadline after":       {fmt.Errorf("%w: %w", ErrUnknownOutcome, context.DeadlineExceeded), WriteUnknown},

@@ -53,8 +53,11 @@ type Replica struct {
 	local   batcher // read index rounds of this replica as the leader
 	remote  batcher // and as a follower
 	forward forwarder
-	lostCh  chan lostPeer
-	stalled atomic.Bool
+	room    *room // of what is on its way for this replica's callers
+	// forwarded is how many bytes others have brought that Raft has not answered.
+	forwarded atomic.Int64
+	lostCh    chan lostPeer
+	stalled   atomic.Bool
 	// handingOver: no entries are taken while another becomes the leader.
 	handingOver atomic.Bool
 	// diverged says that replicas differ and none can be said to be right.
@@ -98,7 +101,8 @@ func Open(ctx context.Context, cfg Config, fsm FSM) (_ *Replica, err error) {
 	r.touch.init()
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	r.local.round, r.remote.round = r.confirmLead, r.askReadIndex
-	r.deduper.keep = 2 * cfg.ProposeTimeout
+	r.deduper.keep, r.deduper.most = 2*cfg.ProposeTimeout, mostRemembered
+	r.room = newRoom(cfg.ProposalBytes / sharers)
 	r.forward = forwarder{ctx: r.ctx, id: cfg.ID, open: r.openForward, learn: r.learnCommit}
 	defer func() {
 		if err != nil {

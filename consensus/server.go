@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
-	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/hashicorp/raft"
 	"google.golang.org/grpc"
@@ -33,10 +31,11 @@ type consensusServer struct {
 // Forward implements the Consensus service.
 func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 	answers, ended := newOutbox[*pb.ForwardResponse](), make(chan struct{})
+	in := newIntake(s.r.cfg.ProposalBytes/sharers, &s.r.forwarded)
 	var from atomic.Pointer[string]
 	go func() { // ends with the stream
 		defer close(ended)
-		for {
+		for in.await(stream.Context().Done(), s.r.ctx.Done()) {
 			req, err := stream.Recv()
 			if err != nil {
 				return
@@ -44,7 +43,7 @@ func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 			if req.From != "" {
 				from.Store(&req.From)
 			}
-			s.r.takeForwarded(stream.Context(), req, answers.add)
+			s.r.takeForwarded(stream.Context(), req, in, answers.add)
 		}
 	}()
 	for {
@@ -80,11 +79,14 @@ func (s *consensusServer) Forward(stream pb.Consensus_ForwardServer) error {
 }
 
 // takeForwarded deals with what another replica forwards, and answers each.
-func (r *Replica) takeForwarded(ctx context.Context, req *pb.ForwardRequest, answer func(*pb.ForwardResponse)) {
+func (r *Replica) takeForwarded(ctx context.Context, req *pb.ForwardRequest, in *intake, answer func(*pb.ForwardResponse)) {
 	for _, p := range req.Proposals {
-		done := func(index uint64, err error) {
+		id, bytes := p.RequestId, int64(len(p.Command))+besideProposal
+		in.take(bytes)
+		done := func(index uint64, err error) { // it must not hold the command
 			st := status.Convert(err)
-			answer(&pb.ForwardResponse{Proposed: []*pb.Proposed{{RequestId: p.RequestId, Index: index, Code: uint32(st.Code()), Message: st.Message()}}})
+			in.give(bytes)
+			answer(&pb.ForwardResponse{Proposed: []*pb.Proposed{{RequestId: id, Index: index, Code: uint32(st.Code()), Message: st.Message()}}})
 		}
 		proposal, err := r.takeProposal(p)
 		if err != nil {
@@ -130,9 +132,16 @@ func (r *Replica) takeProposal(req *pb.Proposal) (*proposal, error) {
 	if req.Term != 0 && req.Term != v.Term {
 		return nil, status.Errorf(codes.FailedPrecondition, "replica %s leads term %d, not %d", r.cfg.ID, v.Term, req.Term)
 	}
-	return r.deduper.do(id, func() *proposal {
+	p, err := r.deduper.do(id, v.Term, req.Again, func() *proposal {
 		return r.propose(id, entry{kind: kindCommand, id: id, term: v.Term, command: req.Command})
-	}), nil
+	})
+	switch {
+	case errors.Is(err, ErrNotLeader):
+		return nil, status.Errorf(codes.FailedPrecondition, "replica %s does not lead term %d any more", r.cfg.ID, v.Term)
+	case err != nil:
+		return nil, status.Error(codes.Aborted, err.Error())
+	}
+	return p, nil
 }
 
 // readIndex is a commit index that held while a majority followed this replica.
@@ -151,34 +160,6 @@ func (r *Replica) readIndex(ctx context.Context) (uint64, error) {
 		return 0, status.Error(codes.Unavailable, err.Error())
 	}
 	return index, nil
-}
-
-// deduper recognises a request that is forwarded again because its first answer
-// was lost. A leader that died leads another term when it is back, and entries
-// are fenced to theirs, so memory of this process is enough.
-type deduper struct {
-	keep time.Duration // for at least how long a request is known
-
-	mu       sync.Mutex
-	new, old map[requestID]*proposal
-	turned   time.Time
-}
-
-func (d *deduper) do(id requestID, propose func() *proposal) *proposal {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if now := time.Now(); now.Sub(d.turned) > d.keep || d.new == nil {
-		d.old, d.new, d.turned = d.new, map[requestID]*proposal{}, now
-	}
-	if p := d.new[id]; p != nil {
-		return p
-	}
-	if p := d.old[id]; p != nil {
-		return p
-	}
-	p := propose()
-	d.new[id] = p
-	return p
 }
 
 type membershipServer struct {

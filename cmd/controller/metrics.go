@@ -135,7 +135,8 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
 		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
-		"reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
+		"proposals": {k.shares.proposals, log.Proposals},
+		"reports":   {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)
 		if share == "all" {

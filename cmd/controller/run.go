@@ -253,7 +253,7 @@ func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) 
 		LeaderLeaseTimeout: k.leaderLease, SnapshotThreshold: k.snapshotThreshold, TrailingLogs: k.trailingLogs,
 		Admit:                  k.quota.Admit,
 		DeadMemberCleanupAfter: k.deadMemberCleanupAfter, Version: version, Logger: k.log,
-		LogCacheBytes: k.shares.logCache, QueueBytes: k.shares.queue,
+		LogCacheBytes: k.shares.logCache, QueueBytes: k.shares.queue, ProposalBytes: k.shares.proposals,
 		NewestVersion: k.newest, ClusterVersion: func() int { return k.store.View().ClusterVersion() },
 	}, replicated.Machine{Store: k.store})
 	if err != nil {

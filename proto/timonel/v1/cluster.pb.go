@@ -91,7 +91,8 @@ type Proposal struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	RequestId     []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"` // 16 random bytes, chosen by the replica that serves the client
 	Command       []byte                 `protobuf:"bytes,2,opt,name=command,proto3" json:"command,omitempty"`
-	Term          uint64                 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"` // if not 0, refuse when appended in another term
+	Term          uint64                 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`   // if not 0, refuse when appended in another term
+	Again         bool                   `protobuf:"varint,4,opt,name=again,proto3" json:"again,omitempty"` // an earlier copy was sent: it may have been appended
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -145,6 +146,13 @@ func (x *Proposal) GetTerm() uint64 {
 		return x.Term
 	}
 	return 0
+}
+
+func (x *Proposal) GetAgain() bool {
+	if x != nil {
+		return x.Again
+	}
+	return false
 }
 
 type ForwardResponse struct {
@@ -224,7 +232,8 @@ type Proposed struct {
 	RequestId []byte                 `protobuf:"bytes,1,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	Index     uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"` // its place in the log
 	// Of gRPC. OK: committed. FAILED_PRECONDITION: this replica does not lead, nothing
-	// was appended. INVALID_ARGUMENT: refused. UNAVAILABLE: outcome unknown.
+	// was appended. INVALID_ARGUMENT: refused. UNAVAILABLE: outcome unknown. ABORTED: of a
+	// copy, not appended; what became of earlier ones is not remembered.
 	Code          uint32 `protobuf:"varint,3,opt,name=code,proto3" json:"code,omitempty"`
 	Message       string `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // in words, if not OK
 	unknownFields protoimpl.UnknownFields
@@ -1024,12 +1033,13 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\x0eForwardRequest\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\tR\x04from\x122\n" +
 	"\tproposals\x18\x01 \x03(\v2\x14.timonel.v1.ProposalR\tproposals\x12\x14\n" +
-	"\x05reads\x18\x02 \x03(\x04R\x05reads\"W\n" +
+	"\x05reads\x18\x02 \x03(\x04R\x05reads\"m\n" +
 	"\bProposal\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x18\n" +
 	"\acommand\x18\x02 \x01(\fR\acommand\x12\x12\n" +
-	"\x04term\x18\x03 \x01(\x04R\x04term\"\xa7\x01\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\x12\x14\n" +
+	"\x05again\x18\x04 \x01(\bR\x05again\"\xa7\x01\n" +
 	"\x0fForwardResponse\x120\n" +
 	"\bproposed\x18\x01 \x03(\v2\x14.timonel.v1.ProposedR\bproposed\x12+\n" +
 	"\x05reads\x18\x02 \x03(\v2\x15.timonel.v1.ReadIndexR\x05reads\x12\x12\n" +
