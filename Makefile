@@ -82,6 +82,23 @@ chaos: build images ## Break a real cluster in every way we know; SEED=n MINUTES
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" "FAULTS=$(FAULTS)" \
 		$(GO) test -tags chaos -count 1 -timeout $(if $(MINUTES),$(shell echo $$(( $(firstword $(subst ., ,$(MINUTES))) + 30 ))),90)m $(if $(SEED)$(MINUTES),-run '^TestMix$$') -v ./test/chaos
 
+# FOCUS= SKIP= REPEAT=n LOAD=1 GROW=1 KEEP=1: see test/conformance/doc.go. The first build takes minutes.
+.PHONY: conformance
+conformance: build conformance-suite ## Upstream's conformance tests on a cluster of its own: FOCUS=regexp SKIP=regexp REPEAT=n
+	$(SUDO) env "PATH=$$PATH" bin/conformance/run -focus '$(FOCUS)' -skip '$(SKIP)' $(if $(REPEAT),-repeat $(REPEAT)) \
+		$(if $(LABELS),-labels '$(LABELS)') $(if $(LOAD),-load) $(if $(GROW),-grow) $(if $(KEEP),-keep)
+
+.PHONY: conformance-suite
+conformance-suite:
+	@.ci/deps conformance
+	@mkdir -p bin/conformance
+	cd test/conformance/upstream && $(GO) build -ldflags '$(LDFLAGS)' -o ../../../bin/conformance/ github.com/onsi/ginkgo/v2/ginkgo \
+		k8s.io/kubernetes/cmd/kubectl k8s.io/kubernetes/test/images/agnhost k8s.io/sample-apiserver
+	cd test/conformance/upstream && $(GO) test -c -vet=off -ldflags '$(LDFLAGS)' -o ../../../bin/conformance/e2e.test k8s.io/kubernetes/test/e2e
+	cd test/bench/etcd && $(GO) build -ldflags '-s -w' -o ../../../bin/conformance/etcd .
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" $(GO) run ./images/build -out bin/conformance/images -suite bin/conformance
+	$(GO) build -o bin/conformance/run ./test/conformance
+
 .PHONY: bench
 bench: ## Measure beside Kubernetes on etcd: BENCH="-sides timonel -rows get32 -seconds 5"
 	@mkdir -p bin/bench
