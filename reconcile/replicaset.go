@@ -17,9 +17,15 @@ import (
 	"timonel/state/objects"
 )
 
+// burstBytes is how large the pods that one pass creates may be together, by their
+// encoding. Each is a copy of a template that may have a MiB, and many times that in
+// memory, and as many ReplicaSets are worked on at a time as the runner takes keys.
+const burstBytes = 4 << 20
+
 // ReplicaSet keeps the number of pods that each ReplicaSet asks for.
 type ReplicaSet struct {
-	// Burst is how many pods one pass creates or deletes at most. Default 500.
+	// Burst is how many pods one pass creates or deletes at most, large ones fewer.
+	// Default 500.
 	Burst int
 }
 
@@ -124,7 +130,7 @@ func (r ReplicaSet) manage(in Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, 
 			missing = max(missing-held, 0)
 			result.at(until)
 		}
-		missing = min(missing, burst)
+		missing = min(missing, burst, max(1, burstBytes/max(1, rs.Spec.Template.Size())))
 		if in.failed(Create, podsResource) != nil {
 			missing = min(missing, 1) // see whether one goes through before trying them all again
 		}
