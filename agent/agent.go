@@ -203,7 +203,7 @@ func (a *Agent) wire() {
 	}
 	a.pods = pod.NewManager(pod.Config{
 		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
-		Runtime: a.runtime, Images: a.runtime.Images, Layers: a.runtime.Layer, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
+		Runtime: a.runtime, Images: a.runtime.Images, Layers: a.runtime.Layer, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
 		Node:     a.admissionNode,

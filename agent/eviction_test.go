@@ -6,6 +6,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -59,12 +63,38 @@ func (n *testNode) inContainerd(p *corev1.Pod) int {
 	return len(cs.Containers) + len(boxes.Items)
 }
 
+// addImage gives the node one more image to import: busybox', changed.
+func addImage(n *testNode, tag string, change func(*v1.Config)) {
+	n.t.Helper()
+	dir := n.t.TempDir()
+	files, err := filepath.Glob(filepath.Join(n.cfg.ImagesDir, "*.tar"))
+	require.NoError(n.t, err)
+	for _, file := range files {
+		raw, err := os.ReadFile(file)
+		require.NoError(n.t, err)
+		require.NoError(n.t, os.WriteFile(filepath.Join(dir, filepath.Base(file)), raw, 0o600))
+	}
+	busybox, err := tarball.ImageFromPath(filepath.Join(dir, "timonel-busybox.tar"), nil)
+	require.NoError(n.t, err)
+	file, err := busybox.ConfigFile()
+	require.NoError(n.t, err)
+	config := *file.Config.DeepCopy()
+	change(&config)
+	image, err := mutate.Config(busybox, config)
+	require.NoError(n.t, err)
+	ref, err := name.NewTag(tag + ":1")
+	require.NoError(n.t, err)
+	require.NoError(n.t, tarball.WriteToFile(filepath.Join(dir, tag+".tar"), ref, image))
+	n.cfg.ImagesDir = dir
+}
+
 // What a pod writes beyond its limits ends it, wherever it writes it, and what is
 // left of it is removed. What only looks large does not.
 func TestPodsOverTheirDiskLimitsAreEvicted(t *testing.T) {
 	n, cs := cluster(t, "c1")
 	n.cfg.EvictionInterval = 200 * time.Millisecond
 	c := cs[0]
+	addImage(n, "volume", func(c *v1.Config) { c.Volumes = map[string]struct{}{"/data": {}} })
 	n.start()
 	const (
 		volume = `Usage of EmptyDir volume "data" exceeds the limit "10Mi". `
@@ -76,6 +106,8 @@ func TestPodsOverTheirDiskLimitsAreEvicted(t *testing.T) {
 	// Deeper than any path is long, where only those that never name it see it.
 	deep := "d=$(printf 'd%.0s' $(seq 200)); p=$d; for i in $(seq 12); do p=$p/$d; done; " +
 		"mkdir -p a/$p b/$p && dd if=/dev/zero of=b/$p/f bs=1M count=30 && mv b a/$p/ && sync; sleep 1000"
+	imageVolume := withLimit(fill("/data/f"), "10Mi")
+	imageVolume.Image = "volume:1"
 	two := newPod("container", withLimit(fill("/tmp/f"), "10Mi"), withLimit(shell("other", "sleep 1000"), "100Mi"))
 	links := withEmptyDir(newPod("links", shell("app",
 		"dd if=/dev/zero of=/data/f bs=1M count=4; i=0; while [ $i -lt 50 ]; do ln /data/f /data/l$i; i=$((i+1)); done; "+
@@ -95,6 +127,8 @@ func TestPodsOverTheirDiskLimitsAreEvicted(t *testing.T) {
 		two: `Container app exceeded its local ephemeral storage limit "10Mi". `,
 		newPod("log", withLimit(shell("app", "yes 0123456789012345678901234567890123456789 | head -c 20000000; sleep 1000"), "10Mi")): whole,
 		newPod("message", withLimit(fill("/dev/termination-log"), "10Mi")):                                                            whole,
+		newPod("resolv", withLimit(fill("/etc/resolv.conf"), "10Mi")):                                                                 whole,
+		newPod("image-volume", imageVolume):                                                                                           whole,
 		withEmptyDir(newPod("pod", withLimit(fill("/data/f"), "10Mi")), "1Gi", ""):                                                    whole,
 	}
 	for _, p := range stay {

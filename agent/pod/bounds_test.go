@@ -177,3 +177,40 @@ func withRuntime(cfg Config, rt *starts) Config {
 	cfg.Runtime, cfg.Images = rt, rt
 	return cfg
 }
+
+// strangers is a runtime with the sandbox of a pod that nobody knows.
+type strangers struct {
+	fakeRuntime
+	annotations map[string]string
+}
+
+func (s *strangers) ListPodSandbox(context.Context, *runtimev1.ListPodSandboxRequest, ...grpc.CallOption) (*runtimev1.ListPodSandboxResponse, error) {
+	return &runtimev1.ListPodSandboxResponse{Items: []*runtimev1.PodSandbox{{
+		Id: "s", Labels: map[string]string{labelPodUID: "gone", labelPodNamespace: "ns", labelPodName: "p"}, Annotations: s.annotations,
+	}}}, nil
+}
+
+func (s *strangers) ListContainers(context.Context, *runtimev1.ListContainersRequest, ...grpc.CallOption) (*runtimev1.ListContainersResponse, error) {
+	return &runtimev1.ListContainersResponse{}, nil
+}
+
+// TestAPodThatWasRemovedEndsSoon: what a pod says of itself does not keep it running
+// after it was removed while its agent was away.
+func TestAPodThatWasRemovedEndsSoon(t *testing.T) {
+	t.Parallel()
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u", Annotations: map[string]string{annotationPodGrace: "999999999", "mine": "x"}}}
+	seven := int64(7)
+	pod.Spec.TerminationGracePeriodSeconds = &seven
+	w := testWorker(t, &fakeRuntime{}, pod)
+	box, err := w.sandboxConfig(pod, 0)
+	require.NoError(t, err)
+	require.Equal(t, "7", box.Annotations[annotationPodGrace])
+	require.Equal(t, "x", box.Annotations["mine"])
+	for said, want := range map[string]int64{"7": 7, "0": 0, "999999999": 30, "9223372036854775807": 30, "-5": 0, "": 30, "x": 30} {
+		m := NewManager(w.m.cfg)
+		m.cfg.Runtime = &strangers{annotations: map[string]string{annotationPodGrace: said}}
+		require.NoError(t, m.Collect(t.Context()))
+		require.Len(t, m.workers, 1)
+		require.Equal(t, want, gracePeriod(m.workers["gone"].pod), said)
+	}
+}

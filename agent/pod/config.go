@@ -66,10 +66,11 @@ func (w *worker) sandboxConfig(pod *corev1.Pod, attempt uint32) (*runtimev1.PodS
 		labels[k] = v
 	}
 	labels[labelPodName], labels[labelPodNamespace], labels[labelPodUID] = pod.Name, pod.Namespace, string(pod.UID)
-	annotations := map[string]string{annotationPodGrace: strconv.FormatInt(gracePeriod(pod), 10)}
+	annotations := map[string]string{}
 	for k, v := range pod.Annotations {
 		annotations[k] = v
 	}
+	annotations[annotationPodGrace] = strconv.FormatInt(gracePeriod(pod), 10) // whatever the pod says of it
 	cfg := &runtimev1.PodSandboxConfig{
 		Metadata: &runtimev1.PodSandboxMetadata{Name: pod.Name, Namespace: pod.Namespace, Uid: string(pod.UID), Attempt: attempt},
 		Labels:   labels, Annotations: annotations,

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -68,6 +69,7 @@ type Config struct {
 	Runtime  Runtime
 	Images   runtimev1.ImageServiceClient
 	Layers   Layers
+	Beside   Beside
 	Objects  Objects
 	Statuses Statuses
 	Reporter Reporter
@@ -293,10 +295,13 @@ func (m *Manager) Collect(ctx context.Context) error {
 			return
 		}
 		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: uid, Namespace: labels[labelPodNamespace], Name: labels[labelPodName]}}
-		var grace int64
-		if _, err := fmt.Sscan(annotations[annotationPodGrace], &grace); err == nil {
-			pod.Spec.TerminationGracePeriodSeconds = &grace
+		// Another may run in its place already, so it gets no more than pods that do not
+		// say, and what it said itself is not believed to be a number.
+		grace := int64(corev1.DefaultTerminationGracePeriodSeconds)
+		if n, err := strconv.ParseInt(annotations[annotationPodGrace], 10, 64); err == nil {
+			grace = min(max(n, 0), grace)
 		}
+		pod.Spec.TerminationGracePeriodSeconds = &grace
 		orphans[uid] = pod
 	}
 	boxes, err := m.cfg.Runtime.ListPodSandbox(ctx, &runtimev1.ListPodSandboxRequest{})

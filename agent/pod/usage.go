@@ -21,6 +21,9 @@ import (
 // keeps it otherwise.
 type Layers func(ctx context.Context, containerID string) (string, error)
 
+// Beside finds what else a container may write on the node's disk through its runtime.
+type Beside func(ctx context.Context, containerID string) ([]string, error)
+
 // Running are the containers that run, by pod.
 func (m *Manager) Running(ctx context.Context) (eviction.Running, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
@@ -73,7 +76,7 @@ func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers [
 	other, err := measure(0, func(how hostile.Measure) (hostile.Size, error) { return m.volumes.MeasureOther(ctx, pod.UID, how) })
 	errs = append(errs, err)
 	u.Other = other
-	seen := map[string]bool{}
+	seen, counted := map[string]bool{}, map[string]bool{}
 	for _, c := range containers {
 		if seen[c.Name] {
 			continue
@@ -86,6 +89,17 @@ func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers [
 		errs = append(errs, err)
 		cu.Rootfs, err = measure(stop.Containers[c.Name], func(how hostile.Measure) (hostile.Size, error) { return m.measureLayer(ctx, c.ID, how) })
 		errs = append(errs, err)
+		for _, path := range m.beside(ctx, c.ID, &errs) {
+			if counted[path] { // the containers of a pod share some
+				continue
+			}
+			counted[path] = true
+			more, err := measure(stop.Containers[c.Name], func(how hostile.Measure) (hostile.Size, error) {
+				return hostile.UsageIn(ctx, filepath.Dir(path), filepath.Base(path), how)
+			})
+			errs = append(errs, err)
+			cu.Rootfs.Bytes, cu.Rootfs.Inodes = cu.Rootfs.Bytes+more.Bytes, cu.Rootfs.Inodes+more.Inodes
+		}
 		u.Containers = append(u.Containers, cu)
 	}
 	return u, errors.Join(errs...)
@@ -116,6 +130,17 @@ func (m *Manager) measureLayer(ctx context.Context, id string, how hostile.Measu
 		return m.layerByCRI(ctx, id)
 	}
 	return hostile.UsageIn(ctx, filepath.Dir(layer), filepath.Base(layer), how)
+}
+
+func (m *Manager) beside(ctx context.Context, id string, errs *[]error) []string {
+	if m.cfg.Beside == nil {
+		return nil
+	}
+	paths, err := m.cfg.Beside(ctx, id)
+	if err != nil {
+		*errs = append(*errs, fmt.Errorf("find what container %s may write beside its layer: %w", id, err))
+	}
+	return paths
 }
 
 // layerByCRI is the runtime's own figure.
