@@ -17,7 +17,7 @@ import (
 func TestDataFile(t *testing.T) {
 	t.Parallel()
 	for name, open := range map[string]func(*os.File) *dataFile{
-		"direct": newDataFile, "buffered": func(f *os.File) *dataFile { return &dataFile{File: f} },
+		"direct": newDataFile, "buffered": func(f *os.File) *dataFile { return &dataFile{journalFile: dataSynced{f}} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -10,11 +10,9 @@ import (
 	"slices"
 	"sync"
 	"time"
-	"unsafe"
 
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"golang.org/x/sys/unix"
 
 	"timonel/internal/durable"
 )
@@ -93,90 +91,6 @@ type journalFile interface {
 	io.WriterAt
 	Sync() error
 	Close() error
-}
-
-// dataFile writes past the page cache where the file system lets it, which takes a
-// quarter less time, and syncs what was written, not the times in the inode. One
-// goroutine at a time writes.
-type dataFile struct {
-	*os.File
-	direct *os.File // nil: it does not let us
-	buf    []byte   // aligned: what was last written with direct
-	start  int64    // where
-}
-
-// sector is what direct writes are aligned to. A device may want more, and refuse.
-const sector = 512
-
-func newDataFile(f *os.File) *dataFile {
-	direct, err := os.OpenFile(f.Name(), os.O_WRONLY|unix.O_DIRECT, 0)
-	if err != nil {
-		direct = nil
-	}
-	return &dataFile{File: f, direct: direct}
-}
-
-// WriteAt implements io.WriterAt. It may overwrite what is left of the last sector
-// with zeros.
-func (f *dataFile) WriteAt(b []byte, off int64) (int, error) {
-	if f.direct == nil {
-		return f.File.WriteAt(b, off)
-	}
-	var before [sector]byte // in the first sector
-	start := off / sector * sector
-	if had := start - f.start; had >= 0 && had+sector <= int64(len(f.buf)) {
-		copy(before[:], f.buf[had:])
-	} else if off > start {
-		if _, err := f.ReadAt(before[:off-start], start); err != nil {
-			return 0, err
-		}
-	}
-	size := (int(off-start) + len(b) + sector - 1) / sector * sector
-	if cap(f.buf) < size {
-		f.buf = alignedBuffer(max(size, 64<<10))
-	}
-	f.buf, f.start = f.buf[:size], start
-	n := copy(f.buf, before[:off-start])
-	n += copy(f.buf[n:], b)
-	clear(f.buf[n:])
-	if _, err := f.direct.WriteAt(f.buf, start); errors.Is(err, unix.EINVAL) {
-		f.direct.Close()
-		f.direct = nil
-		return f.File.WriteAt(b, off)
-	} else if err != nil {
-		f.buf = f.buf[:0]
-		return 0, err
-	}
-	return len(b), nil
-}
-
-// alignedBuffer returns bytes that direct writes can take.
-func alignedBuffer(size int) []byte {
-	const page = 4096
-	b := make([]byte, size+page)
-	skip := int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) % page)
-	return b[skip : skip+size : skip+size]
-}
-
-// Close implements io.Closer.
-func (f *dataFile) Close() error {
-	err := f.File.Close()
-	if f.direct != nil {
-		err = errors.Join(err, f.direct.Close())
-	}
-	return err
-}
-
-// Sync makes what was written last.
-func (f *dataFile) Sync() error {
-	for {
-		if err := unix.Fdatasync(int(f.Fd())); !errors.Is(err, unix.EINTR) {
-			if err != nil {
-				return &fs.PathError{Op: "sync", Path: f.Name(), Err: err}
-			}
-			return nil
-		}
-	}
 }
 
 // openJournal opens the journal of the log file at path, makes it if there is none,

@@ -23,9 +23,10 @@ import (
 var errPowerCut = errors.New("the power is off")
 
 // TestJournalPowerCut appends, cuts ends off, shortens and empties a log on a disk whose
-// writes and syncs fail now and then, goes on after each failure as Raft's disk does, and
-// cuts the power at any write. What was acknowledged is there afterwards, what was removed
-// is not; of what failed or was under way all or nothing is.
+// writes and syncs fail now and then or that is full, goes on after each failure as Raft's
+// disk does, and cuts the power at any write, or kills the process; and it fails and cuts
+// while the log is opened. What was acknowledged is there afterwards, what was removed is
+// not; of what failed or was under way all or nothing is.
 // It is not parallel: it takes a processor, and others have elections.
 func TestJournalPowerCut(t *testing.T) {
 	for seed := range uint64(lessRaced(60)) {
@@ -43,20 +44,40 @@ func journalLives(t *testing.T, seed uint64) {
 	}
 }
 
+const testHalf = 4096
+
 func journalLife(t *testing.T, seed uint64, life int, random *rand.Rand, device *medium.Disk, possible [][]*raft.Log) [][]*raft.Log {
-	const half = 4096
 	fail := func(format string, args ...any) {
 		t.Helper()
 		t.Fatalf("seed %d, life %d: %s", seed, life, fmt.Sprintf(format, args...))
 	}
 	device.Fail(false)
-	bolt, err := device.OpenBolt("raft.db")
-	must(t, err)
+	for random.IntN(3) == 0 { // a start that comes to nothing
+		switch n := 1 + random.IntN(12); random.IntN(3) {
+		case 0:
+			device.CutIn(n)
+		case 1:
+			device.FailAt(n)
+		case 2:
+			device.Fill(true)
+		}
+		store, bolt, err := openOn(t, device, random)
+		if err != nil && !errors.Is(err, errPowerCut) && !errors.Is(err, medium.ErrNoSpace) && !errors.Is(err, medium.ErrNoSync) {
+			fail("%v", err)
+		}
+		if random.IntN(2) == 0 {
+			device.Cut()
+		} else {
+			device.Kill()
+		}
+		if err == nil {
+			_ = store.Close()
+		}
+		must(t, bolt.Remove())
+		device.Fill(false)
+	}
+	store, bolt, err := openOn(t, device, random)
 	defer bolt.Remove()
-	store, err := OpenLog(LogFiles{
-		Bolt: bolt.Path, Attach: bolt.Attach, Half: half, Journal: device.Open("journal", 2*half),
-		Stall: func() { time.Sleep(time.Duration(rand.IntN(3)) * time.Millisecond) }, // not random, likewise
-	})
 	if err != nil {
 		fail("%v", err)
 	}
@@ -71,22 +92,51 @@ func journalLife(t *testing.T, seed uint64, life int, random *rand.Rand, device 
 		}
 	}
 	w := &journalWriter{j: store.(*journaled), model: model, random: random, life: uint64(life)}
-	device.CutIn(2 + random.IntN(150))
+	steps := 1000 // until it is killed
+	if random.IntN(3) == 0 {
+		steps = 1 + random.IntN(60)
+	} else {
+		device.CutIn(2 + random.IntN(150))
+	}
 	defer func() { // a failure, too, ends what runs
 		device.Cut()
 		_ = store.Close()
 	}()
 	for err = nil; !errors.Is(err, errPowerCut); time.Sleep(time.Duration(random.IntN(300)) * time.Millisecond) {
+		if steps--; steps == 0 {
+			device.Kill()
+			break
+		}
 		device.Fail(random.IntN(4) == 0)
+		device.Fill(random.IntN(6) == 0)
 		err = w.step()
 		w.trace("  = %v", err)
-		if err == nil {
+		if err == nil && w.unsure == 0 { // else what failed may be there
 			if err := sameLog(w.j, w.model); err != nil {
 				fail("%v\n%s", err, strings.Join(w.done, "\n"))
 			}
 		}
 	}
+	device.Fill(false)
 	return append(w.others, w.model)
+}
+
+// openOn opens a log on a simulated disk whose journal is written past the page cache, or
+// not, or is not because the device wants larger sectors.
+func openOn(t *testing.T, device *medium.Disk, random *rand.Rand) (LogStore, *medium.BoltFile, error) {
+	t.Helper()
+	bolt, err := device.OpenBolt("raft.db")
+	must(t, err)
+	journal := device.Open("journal", 2*testHalf)
+	files := LogFiles{
+		Bolt: bolt.Path, Attach: bolt.Attach, Half: testHalf, Journal: journal,
+		Stall: func() { time.Sleep(time.Duration(rand.IntN(3)) * time.Millisecond) }, // not random: from other goroutines
+	}
+	if align := []int64{0, sector, sector, 4096}[random.IntN(4)]; align != 0 {
+		files.Direct = journal.Direct(align)
+	}
+	store, err := OpenLog(files)
+	return store, bolt, err
 }
 
 // journalWriter uses a log as Raft's disk does.

@@ -49,12 +49,17 @@ type LogFiles struct {
 	Attach func(*raftboltdb.BoltStore) (settle func() error)
 	// Stall comes before each commit of raft-boltdb. It may take its time.
 	Stall func()
-	// Journal is a file of twice Half bytes.
+	// Journal is a file of twice Half bytes. Direct, if not nil, writes to it past the page
+	// cache.
 	Journal interface {
 		io.ReaderAt
 		io.WriterAt
 		Sync() error
 		Close() error
+	}
+	Direct interface {
+		io.WriterAt
+		io.Closer
 	}
 	Half int64
 }
@@ -72,7 +77,7 @@ func OpenLog(f LogFiles) (LogStore, error) {
 		if err != nil {
 			return err
 		}
-		if j, err = newJournaled(store, store, store.Close, f.Journal, f.Half, least); err != nil {
+		if j, err = newJournaled(store, store, store.Close, &dataFile{journalFile: f.Journal, direct: f.Direct}, f.Half, least); err != nil {
 			return err
 		}
 		return new(logExtent).read(j)

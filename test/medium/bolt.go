@@ -1,6 +1,7 @@
 package medium
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -22,7 +23,8 @@ type BoltFile struct {
 	c    *content
 	life int
 	file *os.File
-	size int64 // of both its meta pages
+	was  []byte // what it had when it was opened
+	size int64  // of both its meta pages
 }
 
 // OpenBolt opens a file of bbolt, which is empty if there is none.
@@ -38,7 +40,8 @@ func (d *Disk) OpenBolt(name string) (*BoltFile, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	f := &BoltFile{Path: filepath.Join(dir, name), d: d, c: d.file(name), life: d.life}
-	if err := os.WriteFile(f.Path, f.c.certain, 0o600); err != nil {
+	f.was = f.c.seen()
+	if err := os.WriteFile(f.Path, f.was, 0o600); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	if f.file, err = os.OpenFile(f.Path, os.O_RDWR, 0); err != nil {
@@ -58,17 +61,48 @@ func (f *BoltFile) Attach(store *raftboltdb.BoltStore) (settle func() error) {
 	f.d.mu.Lock()
 	defer f.d.mu.Unlock()
 	f.trim(db)
-	if info, err := f.file.Stat(); err == nil && f.life == f.d.life {
-		b := make([]byte, info.Size())
-		if _, err := f.file.ReadAt(b, 0); err == nil {
-			f.c.certain = b
-		}
+	if f.life == f.d.life {
+		f.take()
 	}
 	_ = os.RemoveAll(filepath.Dir(f.Path)) // Remove tries again, and says why it cannot
 	f.size = 2 * int64(db.Info().PageSize)
 	db.NoSync = true
 	*writeAt = f.write
 	return f.settle
+}
+
+// take puts what was written before Attach on the disk, with what an earlier process has
+// left unsynced; what a sync has lost before, it does not make good.
+func (f *BoltFile) take() {
+	b, err := f.read()
+	if err != nil {
+		return
+	}
+	f.c.sync()
+	f.c.certain = f.c.certain[:min(len(f.c.certain), len(b))]
+	f.c.grow(int64(len(b)))
+	for at := 0; at < len(b); at += sector {
+		end := min(at+sector, len(b))
+		if end > len(f.was) || !bytes.Equal(b[at:end], f.was[at:end]) {
+			copy(f.c.certain[at:], b[at:end])
+		}
+	}
+	f.was, f.c.room = nil, int64(len(b))
+	f.c.latest = func() []byte {
+		b, _ := f.read()
+		return b
+	}
+}
+
+// read reads all of it.
+func (f *BoltFile) read() ([]byte, error) {
+	info, err := f.file.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b := make([]byte, info.Size())
+	_, err = f.file.ReadAt(b, 0)
+	return b, err
 }
 
 // growth is in what steps the file grows, instead of 16 MiB: it is copied at each start.

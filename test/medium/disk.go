@@ -9,9 +9,6 @@ import (
 	"syscall"
 )
 
-// sector is what is written whole or not at all.
-const sector = 512
-
 // Disk is a disk with its files. Its methods may be called concurrently.
 type Disk struct {
 	// OnCut, if not nil, is told when CutIn cuts the power, while locks are held.
@@ -27,13 +24,7 @@ type Disk struct {
 	cutIn   int
 	failIn  int
 	failing bool
-}
-
-// content is what is on the disk of a file, and the sectors that were written since
-// the last sync of it.
-type content struct {
-	certain []byte
-	dirty   map[int64][]byte
+	full    bool
 }
 
 // New returns an empty disk.
@@ -76,6 +67,23 @@ func (d *Disk) FailAt(n int) {
 	d.failIn = n
 }
 
+// FailSync has the n-th sync of a file from now fail, and cuts the power at the write or
+// sync that is number cut after that; 0: it does not.
+func (d *Disk) FailSync(name string, n, cut int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := d.file(name)
+	c.failIn, c.cutIn = n, cut
+}
+
+// Fill makes the disk full, or makes room: of the writes, only those to what files have
+// already go through.
+func (d *Disk) Fill(on bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.full = on
+}
+
 // Cut cuts the power: files that are open reach the disk no more.
 func (d *Disk) Cut() {
 	d.mu.Lock()
@@ -85,30 +93,72 @@ func (d *Disk) Cut() {
 
 func (d *Disk) cut() {
 	for _, name := range slices.Sorted(maps.Keys(d.files)) {
-		d.files[name].lottery(d.random)
+		c := d.files[name]
+		c.lottery(d.random)
+		c.cached, c.latest = nil, nil
 	}
+	d.over()
+}
+
+// over ends the lives of processes, and with them what was to fail.
+func (d *Disk) over() {
 	d.life++
+	d.calm()
+}
+
+// Calm ends what fails now, and what is to fail later.
+func (d *Disk) Calm() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.calm()
+}
+
+func (d *Disk) calm() {
 	d.cutIn, d.failIn, d.failing = 0, 0, false
+	for _, c := range d.files {
+		c.failIn, c.cutIn = 0, 0
+	}
+}
+
+// Kill ends the process and leaves the power on: files that are open reach the disk no
+// more, and files that are opened then are as the process saw them.
+func (d *Disk) Kill() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.files {
+		if c.latest != nil {
+			c.cached, c.latest = c.latest(), nil
+		}
+	}
+	d.over()
 }
 
 // Clear makes the disk empty.
 func (d *Disk) Clear() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.life++
-	d.cutIn, d.failIn, d.failing = 0, 0, false
+	d.over()
+	d.full = false
 	clear(d.files)
 }
 
-// Step is a write of something that is not simulated here. It reports whether the
-// power is off for the process of a life (see Life), and whether the write fails.
-func (d *Disk) Step(life int) (off, fails bool) {
+// Step is a write of something that is not simulated here and needs room. It reports
+// whether the process of a life (see Life) is over, and whether the write fails.
+func (d *Disk) Step(life int) (over bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.step(life)
+	switch off, fails := d.step(life); {
+	case off:
+		return true, nil
+	case d.full:
+		return false, ErrNoSpace
+	case fails:
+		return false, ErrNoSync
+	}
+	return false, nil
 }
 
-// Life is the number of the power's life: files that are opened now are of it.
+// Life is the number of processes that are over: files that are opened now are of it.
 func (d *Disk) Life() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -147,103 +197,17 @@ func (d *Disk) strike() bool {
 	return true
 }
 
-func (d *Disk) file(name string) *content {
-	c := d.files[name]
-	if c == nil {
-		c = &content{dirty: map[int64][]byte{}}
-		d.files[name] = c
-	}
-	return c
-}
-
-// lottery decides about each sector that is not synced, and forgets which these were.
-func (c *content) lottery(random *rand.Rand) {
-	for _, s := range slices.Sorted(maps.Keys(c.dirty)) {
-		if random.IntN(2) == 0 {
-			c.put(s, c.dirty[s])
-		}
-	}
-	clear(c.dirty)
-}
-
-func (c *content) sync() {
-	for s, b := range c.dirty {
-		c.put(s, b)
-	}
-	clear(c.dirty)
-}
-
-func (c *content) put(s int64, b []byte) {
-	c.grow(int64(len(b)) + s*sector)
-	copy(c.certain[s*sector:], b)
-}
-
-func (c *content) grow(size int64) {
-	if n := size - int64(len(c.certain)); n > 0 {
-		c.certain = append(c.certain, make([]byte, n)...)
-	}
-}
-
-// write notes that a process wrote: now is what its page cache has of a sector.
-func (c *content) write(off int64, size int, now func(b []byte, off int64) (int, error)) error {
-	first := off / sector
-	b := make([]byte, (off+int64(size)+sector-1)/sector*sector-first*sector)
-	n, err := now(b, first*sector)
-	if err != nil && n == 0 {
-		return err
-	}
-	for i := 0; i < n; i += sector {
-		c.dirty[first+int64(i/sector)] = b[i:min(i+sector, n):min(i+sector, n)]
-	}
-	return nil
-}
-
-// File is a file of a fixed size as one process sees it.
-type File struct {
-	d    *Disk
-	c    *content
-	life int
-	now  []byte
-}
-
-// Open opens a file, and makes it of zeros if there is none.
-func (d *Disk) Open(name string, size int64) *File {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	c := d.file(name)
-	c.grow(size)
-	return &File{d: d, c: c, life: d.life, now: slices.Clone(c.certain)}
-}
-
-// ReadAt implements io.ReaderAt.
-func (f *File) ReadAt(b []byte, off int64) (int, error) {
-	f.d.mu.Lock()
-	defer f.d.mu.Unlock()
-	return f.read(b, off)
-}
-
-func (f *File) read(b []byte, off int64) (int, error) {
-	if off >= int64(len(f.now)) {
-		return 0, errors.New("behind the end of the file")
-	}
-	return copy(b, f.now[off:]), nil
-}
-
-// WriteAt implements io.WriterAt.
-func (f *File) WriteAt(b []byte, off int64) (int, error) {
-	f.d.mu.Lock()
-	defer f.d.mu.Unlock()
-	if off+int64(len(b)) > int64(len(f.now)) {
-		return 0, ErrNoSpace
-	}
-	return f.d.write(f.life, f.c, b, off, func(b []byte) error { copy(f.now[off:], b); return nil }, f.read)
-}
-
 // write is a write of a process: to is its page cache, from which now reads. d.mu is
 // held.
 func (d *Disk) write(life int, c *content, b []byte, off int64, to func([]byte) error, now func([]byte, int64) (int, error)) (int, error) {
 	if life != d.life {
 		return len(b), errors.Join(to(b), d.Off)
+	}
+	if end := off + int64(len(b)); end > c.room {
+		if d.full {
+			return 0, ErrNoSpace
+		}
+		c.room = end
 	}
 	fails, n := d.fails(), len(b)
 	if fails {
@@ -252,7 +216,7 @@ func (d *Disk) write(life int, c *content, b []byte, off int64, to func([]byte) 
 	if err := to(b[:n]); err != nil {
 		return 0, err
 	}
-	if err := c.write(off, n, now); err != nil {
+	if err := c.write(d.random, off, n, now); err != nil {
 		return 0, err
 	}
 	if d.strike() { // of what was just written, too, it leaves this and that
@@ -264,15 +228,13 @@ func (d *Disk) write(life int, c *content, b []byte, off int64, to func([]byte) 
 	return len(b), nil
 }
 
-// Sync makes what was written last.
-func (f *File) Sync() error {
-	f.d.mu.Lock()
-	defer f.d.mu.Unlock()
-	return f.d.sync(f.life, f.c)
-}
-
 func (d *Disk) sync(life int, c *content) error {
 	off, fails := d.step(life)
+	if !off && c.failIn > 0 {
+		if c.failIn--; c.failIn == 0 {
+			fails, d.cutIn = true, c.cutIn
+		}
+	}
 	switch {
 	case off:
 		return d.Off
@@ -283,6 +245,3 @@ func (d *Disk) sync(life int, c *content) error {
 	c.sync()
 	return nil
 }
-
-// Close implements io.Closer.
-func (f *File) Close() error { return nil }

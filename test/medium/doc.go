@@ -6,5 +6,7 @@
 // the new content, by lottery. A sync that fails leaves the same, and is not made good by
 // one that succeeds: a sector that it has lost is as new to the process, old on the disk,
 // until it is written again, as on Linux. A write that fails has written a part. The
-// process goes on after a failure, and its power is cut later, at any write or sync.
+// process goes on after a failure, or is killed, after which another one sees what it saw,
+// and the power is cut later, at any write or sync. A full disk takes what needs no more
+// room.
 package medium

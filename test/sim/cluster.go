@@ -18,6 +18,7 @@ import (
 	"timonel/internal/replicated"
 	"timonel/state"
 	"timonel/test/history"
+	"timonel/test/medium"
 	"timonel/test/replica"
 )
 
@@ -153,7 +154,7 @@ func (n *node) start() {
 		go l.crash()
 	})
 	if err != nil {
-		c.Problem("the log of %s does not open: %v", n.name, err)
+		n.refused("the log of %s does not open: %v", err)
 		l.end.cut()
 		return
 	}
@@ -173,7 +174,8 @@ func (n *node) start() {
 		Parts:  &consensus.Parts{Wire: l.end, Log: l.handle, Snapshots: l.handle, Identity: l.handle.identity(), Keep: l.handle.keep},
 	}, replicated.Machine{Store: l.store})
 	if err != nil {
-		c.Problem("%s does not start: %v", n.name, err)
+		l.handle.detach(false)
+		n.refused("%s does not start: %v", err)
 		l.end.cut()
 		return
 	}
@@ -196,17 +198,27 @@ func (n *node) start() {
 	})
 }
 
+// refused is told why a replica does not start. For want of room on its disk it may; it is
+// started again when there is some.
+func (n *node) refused(format string, err error) {
+	if !errors.Is(err, medium.ErrNoSpace) {
+		n.c.Problem(format, n.name, err)
+	}
+}
+
 func (c *cluster) free(n *node) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n.busy = false
 }
 
-// crash ends the process without a word. What it had not synced is lost; its
-// goroutines, which cannot be killed, go on with neither network nor disk until
-// Raft has given up all that it was asked.
-func (l *life) crash() {
-	l.handle.detach()
+// crash ends the process without a word, with the power: what it had not synced is lost.
+func (l *life) crash() { l.die(true) }
+
+// die ends the process without a word. Its goroutines, which cannot be killed, go on with
+// neither network nor disk until Raft has given up all that it was asked.
+func (l *life) die(power bool) {
+	l.handle.detach(power)
 	l.end.cut()
 	l.over()
 	l.node.c.ending.Go(func() {
@@ -225,7 +237,7 @@ func (l *life) stop() {
 	if err := l.replica.Close(); err != nil {
 		l.node.c.Problem("%s does not stop in order: %v", l.node.name, err)
 	}
-	l.handle.detach()
+	l.handle.detach(true)
 	l.end.cut()
 }
 

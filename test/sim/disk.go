@@ -15,8 +15,11 @@ import (
 	"timonel/test/medium"
 )
 
-// journalHalf is so small that a run fills it some times over.
-const journalHalf = 16 << 10
+// The log's files.
+const (
+	boltFile    = "raft.db"
+	journalFile = "raft.db.journal"
+)
 
 // disk is what survives a crash: the log's files, sector by sector, under the journal
 // and bbolt themselves; and snapshots and identity, which are there whole or not at all.
@@ -26,8 +29,13 @@ type disk struct {
 	mu     sync.Mutex
 	random *rand.Rand
 	synced contents
+	told   promises      // what the log has said is on it
 	slow   time.Duration // at most, of an append, and of a commit of bbolt
 	opened []*medium.BoltFile
+	// half is half a journal: so little that a run fills it some times over.
+	half int64
+	// align is what direct writes are to be aligned to, 0 for none; the journal's are to 512.
+	align int64
 }
 
 // contents is what a disk holds beside the log.
@@ -41,13 +49,16 @@ func (c *contents) clone() contents {
 }
 
 func newDisk(seed uint64) *disk {
-	return &disk{random: rand.New(rand.NewPCG(seed, 2)), medium: medium.New(rand.New(rand.NewPCG(seed, 4)))}
+	d := &disk{random: rand.New(rand.NewPCG(seed, 2)), medium: medium.New(rand.New(rand.NewPCG(seed, 4)))}
+	d.half = []int64{4 << 10, 16 << 10}[d.random.IntN(2)]
+	d.align = []int64{0, 512, 512, 4096}[d.random.IntN(4)]
+	return d
 }
 
 // calm ends all faults.
 func (d *disk) calm() {
-	d.medium.CutIn(0)
-	d.medium.Fail(false)
+	d.medium.Calm()
+	d.medium.Fill(false)
 	d.setSlow(0)
 }
 
@@ -62,7 +73,7 @@ func (d *disk) wipe() {
 	d.medium.Clear()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.synced = contents{}
+	d.synced, d.told = contents{}, promises{}
 }
 
 // remove removes what real files there are.
@@ -105,9 +116,8 @@ type handle struct {
 
 // open gives a new process what is on the disk. crash kills it, and must not block.
 func (d *disk) open(crash func()) (*handle, error) {
-	d.medium.CutIn(0)
-	d.medium.Fail(false)
-	bolt, err := d.medium.OpenBolt("raft.db")
+	d.medium.Calm()
+	bolt, err := d.medium.OpenBolt(boltFile)
 	if err != nil {
 		return nil, err
 	}
@@ -116,32 +126,35 @@ func (d *disk) open(crash func()) (*handle, error) {
 	d.opened = append(d.opened, bolt)
 	h := &handle{disk: d, life: d.medium.Life(), cached: d.synced.clone(), attached: true}
 	d.mu.Unlock()
-	h.LogStore, err = consensus.OpenLog(consensus.LogFiles{
+	journal := d.medium.Open(journalFile, 2*d.half)
+	files := consensus.LogFiles{
 		Bolt: bolt.Path, Attach: bolt.Attach, Stall: func() { d.pause(0) },
-		Journal: d.medium.Open("raft.db.journal", 2*journalHalf), Half: journalHalf,
-	})
+		Journal: journal, Half: d.half,
+	}
+	if d.align != 0 {
+		files.Direct = journal.Direct(d.align)
+	}
+	if h.LogStore, err = consensus.OpenLog(files); err != nil {
+		d.medium.Kill()
+		return nil, err
+	}
 	d.medium.OnCut = crash
-	return h, err
+	return h, d.kept(h.LogStore)
 }
 
-// detach ends what the process can do to the disk.
-func (h *handle) detach() {
+// detach ends what the process can do to the disk: with the power, or without.
+func (h *handle) detach(power bool) {
 	if h.disk.medium.Life() == h.life {
-		h.disk.medium.Cut()
+		if power {
+			h.disk.medium.Cut()
+		} else {
+			h.disk.medium.Kill()
+		}
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.attached = false
 }
-
-// StoreLogs implements raft.LogStore.
-func (h *handle) StoreLogs(logs []*raft.Log) error {
-	h.disk.pause(50 * time.Microsecond)
-	return h.LogStore.StoreLogs(logs)
-}
-
-// StoreLog implements raft.LogStore.
-func (h *handle) StoreLog(l *raft.Log) error { return h.StoreLogs([]*raft.Log{l}) }
 
 // write does one write of what is not the log: into the process's view, and with the
 // sync that follows onto the disk. When the power is cut in it, or it fails, it may have
@@ -149,24 +162,24 @@ func (h *handle) StoreLog(l *raft.Log) error { return h.StoreLogs([]*raft.Log{l}
 func (h *handle) write(do func(*contents)) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	off, fails := h.disk.medium.Step(h.life)
+	over, err := h.disk.medium.Step(h.life)
 	d := h.disk
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	reached := d.random.IntN(2) == 0
 	switch {
-	case off:
+	case over:
 		do(&h.cached)
 		if h.attached && reached {
 			do(&d.synced)
 		}
 		h.attached = false
-	case fails && reached: // it was the last sync that failed
+	case errors.Is(err, medium.ErrNoSync) && reached: // it was the last sync that failed
 		do(&h.cached)
 		do(&d.synced)
-		return medium.ErrNoSync
-	case fails:
-		return medium.ErrNoSpace
+		return err
+	case err != nil:
+		return err
 	default:
 		do(&h.cached)
 		do(&d.synced)

@@ -3,10 +3,12 @@
 //
 // What runs is the real thing (consensus, hashicorp/raft, state) on
 // [consensus.Parts]: a wire that loses, delays and reorders messages and is cut,
-// one way too, or hears late; a disk (test/medium) under the journal and bbolt that is
-// slow, whose writes and syncs fail while the replica goes on, and that forgets at a power
-// cut some of what was not synced; and the clock of testing/synctest, so that a second of waiting
-// costs nothing. Clients on each replica read, write, list and watch, their
+// one way too, or hears late; a disk (test/medium) under the journal, its direct writes and
+// bbolt that is slow, is full for a while, whose writes and syncs fail, now and then or
+// once, while the replica goes on or is killed, and that forgets at a power cut some of what
+// was not synced; and the clock of testing/synctest, so that a second of waiting costs
+// nothing. What a log has said is on the disk, entries, term and vote, has to be there
+// whenever it is opened (promises.go). Clients on each replica read, write, list and watch, their
 // operations are recorded, and test/history checks the record. One client comes back to
 // revisions of the age that the history promises, one watcher leaves a replica only when
 // its stream ends, and streams of a replica that is out of touch have to.

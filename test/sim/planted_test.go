@@ -39,6 +39,10 @@ func TestPlantedBugs(t *testing.T) {
 		{name: "an append is answered before it is synced", file: "consensus/journal.go",
 			is:      "err = j.file.Sync()",
 			becomes: "err = nil"},
+		{name: "a journal goes on after a failed sync", file: "consensus/journal.go", // as if the next one covered it
+			is:      "err = j.file.Sync()",
+			becomes: "if err = j.file.Sync(); err != nil {\n\t\t\terr = j.file.Sync()\n\t\t}",
+			runs:    500},
 		{name: "a leader applies what it has not written", file: "consensus/replica.go",
 			is:   "r.machine.durable = r.disk.queue.awaitDurable\n",
 			runs: 1000}, // it must die, and the one follower that has the entry be away
