@@ -26,6 +26,8 @@ const (
 	// deleteChunk is how many entries one transaction removes when the log is
 	// shortened from its start, so that other writes get their turn in between.
 	deleteChunk = 4096
+	// compactSuffix is what ends the name of the file that is to take the log file's place.
+	compactSuffix = ".compact"
 )
 
 // logExtent is what a log file holds.
@@ -122,6 +124,9 @@ func verify(index uint64, l *raft.Log) error {
 // openLog opens the log file for writing, after inspectLog, and compacts it
 // when less than a quarter of it is in use.
 func openLog(path string, x logExtent, log *slog.Logger) (*boltLog, error) {
+	if err := os.RemoveAll(path + compactSuffix); err != nil { // of one that was killed
+		return nil, err
+	}
 	var store *raftboltdb.BoltStore
 	err := guard(func() (err error) {
 		if x.size >= compactAbove && x.used < x.size/4 {
@@ -294,16 +299,12 @@ func compactLog(path string, size int64, log *slog.Logger) error {
 	}
 	defer src.Close()
 	start := time.Now()
-	tmp := path + ".compact"
-	if err := os.RemoveAll(tmp); err != nil {
-		return err
-	}
+	tmp := path + compactSuffix
 	dst, err := bbolt.Open(tmp, 0o600, &bbolt.Options{Timeout: time.Second, NoFreelistSync: true, NoSync: true})
-	if err != nil {
-		return err
+	if err == nil {
+		err = bbolt.Compact(dst, src, 4<<20)
+		err = errors.Join(err, dst.Sync(), dst.Close())
 	}
-	err = bbolt.Compact(dst, src, 4<<20)
-	err = errors.Join(err, dst.Sync(), dst.Close())
 	if err != nil {
 		// No room, say: the file as it is serves as well.
 		os.Remove(tmp)

@@ -176,7 +176,11 @@ func (r *Replica) openParts() (started bool, err error) {
 	r.stream.superseded = r.superseded
 	r.stream.start()
 
-	if r.fsync, err = measureFsync(cfg.DataDir); err != nil {
+	switch r.fsync, err = measureFsync(cfg.DataDir); {
+	case isFull(err):
+		r.notes = append(r.notes, fmt.Sprintf("the file system of %s was full when this replica started: %s", cfg.DataDir, remedy(err, cfg.DataDir)))
+		r.log.Warn("the file system is full", "folder", cfg.DataDir, "error", err)
+	case err != nil:
 		return false, err
 	}
 	if r.fsync > cfg.SlowFsync {
@@ -226,15 +230,10 @@ func (r *Replica) openData() (started bool, err error) {
 	if err := durable.SyncDir(dir); err != nil { // the snapshots' folder may be new
 		return false, fmt.Errorf("snapshots: %w", err)
 	}
-	r.snapshots = &snapshotStore{SnapshotStore: fss, damaged: damaged}
+	r.snapshots = &snapshotStore{SnapshotStore: fss, dir: r.folder.file(snapshotDir), damaged: damaged}
 	r.useDisk()
 	r.disk.weights = held.weights
 	return r.hasData(held.last == 0 && newest == 0)
-}
-
-// damage is the error of a damaged file of the data folder.
-func (r *Replica) damage(file string, err error) error {
-	return fmt.Errorf("%s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", file, err, r.cfg.DataDir)
 }
 
 // useDisk puts the store and the snapshots under what Raft sees of them.
@@ -320,7 +319,7 @@ func (r *Replica) start() error {
 	node, err := raft.NewRaft(conf, r.machine, r.disk, r.disk, r.snapshots, r.trans)
 	if err != nil {
 		r.trans.Close()
-		return fmt.Errorf("start from %s: %w: if the other replicas are healthy, remove %s and start again, to catch up from them; otherwise restore a backup", r.folder.file(snapshotDir), err, r.cfg.DataDir)
+		return r.damage("start from "+r.folder.file(snapshotDir), err)
 	}
 	observed := make(chan raft.Observation, 64)
 	node.RegisterObserver(raft.NewObserver(observed, false, func(o *raft.Observation) bool {

@@ -106,10 +106,11 @@ func Seed(c SeedConfig, write func(io.Writer) error) (err error) {
 }
 
 func seedSnapshot(dir string, c SeedConfig, write func(io.Writer) error) error {
-	store, err := raft.NewFileSnapshotStoreWithLogger(dir, 1, newRaftLog(c.Logger))
+	files, err := raft.NewFileSnapshotStoreWithLogger(dir, 1, newRaftLog(c.Logger))
 	if err != nil {
 		return fmt.Errorf("data folder: %w", err)
 	}
+	store := &snapshotStore{SnapshotStore: files, dir: filepath.Join(dir, snapshotDir)}
 	servers := raft.Configuration{Servers: []raft.Server{{
 		Suffrage: raft.Voter, ID: raft.ServerID(c.ID), Address: raft.ServerAddress(c.Address),
 	}}}

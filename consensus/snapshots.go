@@ -11,48 +11,134 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/hashicorp/raft"
+
+	"timonel/internal/durable"
 )
 
-// snapshotStore is Raft's file snapshot store without the snapshots that
-// turned out damaged at start.
+// stateFile is a snapshot's state, in its folder.
+const stateFile = "state.bin"
+
+// snapshotStore is Raft's file snapshot store without the snapshots that turned out
+// damaged at start, and that leaves nothing of those that come to nothing. (Raft's keeps
+// what was written of one when the disk is full: each try would take the room of the log.)
 type snapshotStore struct {
 	raft.SnapshotStore
+	dir     string           // where they are; empty in a simulation
 	damaged map[string]error // by snapshot id; not changed after start
 	// taken, if not nil, is told of each snapshot that is on disk.
 	taken func(index, term uint64) error
+
+	mu     sync.Mutex
+	making map[string]bool // ids of those that are being written
 }
 
 // Create implements raft.SnapshotStore.
 func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64, c raft.Configuration, at uint64, t raft.Transport) (raft.SnapshotSink, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	inner, err := s.SnapshotStore.Create(version, index, term, c, at, t)
-	if err != nil || s.taken == nil {
-		return inner, err
+	if err != nil {
+		return nil, errors.Join(err, s.sweep())
 	}
-	return &snapshotSink{SnapshotSink: inner, taken: func() error { return s.taken(index, term) }}, nil
+	if s.making == nil {
+		s.making = map[string]bool{}
+	}
+	s.making[inner.ID()] = true
+	return &snapshotSink{SnapshotSink: inner, store: s, index: index, term: term}, nil
+}
+
+// made is told that a snapshot was written, or will not be.
+func (s *snapshotStore) made(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.making, id)
+	return s.sweep()
+}
+
+// sweep removes what is left of snapshots that nobody writes. s.mu is held.
+func (s *snapshotStore) sweep() error {
+	if s.dir == "" {
+		return nil
+	}
+	entries, err := os.ReadDir(s.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if id, ok := strings.CutSuffix(e.Name(), partial); ok && e.IsDir() && !s.making[id] {
+			err = errors.Join(err, removePartial(filepath.Join(s.dir, e.Name())))
+		}
+	}
+	return err
+}
+
+// partial is what ends the name of a snapshot's folder while it is written.
+const partial = ".tmp"
+
+// removePartial removes the folder of a snapshot, and frees its room at once: Raft's store
+// may have left its file open.
+func removePartial(path string) error {
+	if err := os.Truncate(filepath.Join(path, stateFile), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return os.RemoveAll(path)
 }
 
 // snapshotSink tells when the snapshot is on disk.
 type snapshotSink struct {
 	raft.SnapshotSink
-	taken    func() error
-	canceled bool
+	store       *snapshotStore
+	index, term uint64
+	over        bool
 }
 
 // Cancel implements raft.SnapshotSink.
 func (s *snapshotSink) Cancel() error {
-	s.canceled = true
-	return s.SnapshotSink.Cancel()
+	s.over = true
+	return errors.Join(s.SnapshotSink.Cancel(), s.store.made(s.ID()))
 }
 
 // Close implements raft.SnapshotSink.
 func (s *snapshotSink) Close() error {
-	if err := s.SnapshotSink.Close(); err != nil || s.canceled {
+	if s.over {
+		return s.SnapshotSink.Close()
+	}
+	s.over = true
+	if err := s.finish(); err != nil {
+		return errors.Join(err, s.store.made(s.ID()))
+	}
+	if err := s.store.made(s.ID()); err != nil || s.store.taken == nil {
 		return err
 	}
-	s.canceled = true // once
-	return s.taken()
+	return s.store.taken(s.index, s.term)
+}
+
+// finish gives the snapshot its name, after the names of the files in it are on the disk.
+func (s *snapshotSink) finish() error {
+	if s.store.dir == "" {
+		return s.SnapshotSink.Close()
+	}
+	path := filepath.Join(s.store.dir, s.ID())
+	state, err := os.OpenFile(filepath.Join(path+partial, stateFile), os.O_WRONLY, 0)
+	if err != nil {
+		return errors.Join(err, s.SnapshotSink.Cancel())
+	}
+	defer state.Close()
+	if err := durable.SyncDir(path + partial); err != nil {
+		return errors.Join(err, s.SnapshotSink.Cancel())
+	}
+	err = s.SnapshotSink.Close()
+	if err == nil {
+		return nil
+	}
+	// Raft's store has removed the file then, and left it open, unless it has its last name.
+	if _, there := os.Stat(path); errors.Is(there, fs.ErrNotExist) {
+		err = errors.Join(err, state.Truncate(0))
+	}
+	return err
 }
 
 // List implements raft.SnapshotStore.
@@ -87,8 +173,8 @@ func checkSnapshots(dir string) (newest uint64, damaged map[string]error, err er
 			continue
 		}
 		path := filepath.Join(dir, e.Name())
-		if strings.HasSuffix(e.Name(), ".tmp") {
-			if err := os.RemoveAll(path); err != nil {
+		if strings.HasSuffix(e.Name(), partial) {
+			if err := removePartial(path); err != nil {
 				return 0, nil, err
 			}
 			continue
@@ -117,7 +203,7 @@ func checkSnapshot(path string) (index uint64, err error) {
 	if err := json.Unmarshal(b, &meta); err != nil {
 		return 0, fmt.Errorf("%s: %w", file, err)
 	}
-	file = filepath.Join(path, "state.bin")
+	file = filepath.Join(path, stateFile)
 	f, err := os.Open(file)
 	if err != nil {
 		return 0, err
