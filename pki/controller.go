@@ -6,7 +6,6 @@ import (
 	"crypto/x509/pkix"
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -194,7 +193,7 @@ func (c *Controller) WriteFiles(dir string) (Files, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.current.Load()
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return Files{}, fmt.Errorf("write certificates of controller %s: %w", c.Name, err)
 	}
 	sa, err := encodeKey(c.bundle.saKey)
@@ -222,5 +221,5 @@ func (c *Controller) WriteFiles(dir string) (Files, error) {
 			return Files{}, fmt.Errorf("write certificates of controller %s: %w", c.Name, err)
 		}
 	}
-	return f, durable.SyncDir(dir)
+	return f, nil
 }

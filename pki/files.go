@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+
+	"timonel/internal/durable"
 )
 
 // readFile reads a regular file, and refuses a secret one that others may read.
@@ -46,5 +48,5 @@ func replaceFile(path string, data []byte, mode fs.FileMode) error {
 	if err := writeSynced(tmp, data, mode); err != nil {
 		return err
 	}
-	return os.Rename(tmp, path)
+	return durable.Rename(tmp, path)
 }

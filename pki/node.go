@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -177,7 +176,7 @@ const (
 // Save writes the node's credentials to dir, private key last but one and the
 // certificate last, so that a certificate that is there is usable.
 func (n *Node) Save(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("save node credentials: %w", err)
 	}
 	for _, f := range []struct {
@@ -193,7 +192,7 @@ func (n *Node) Save(dir string) error {
 			return fmt.Errorf("save node credentials: %w", err)
 		}
 	}
-	return durable.SyncDir(dir)
+	return nil
 }
 
 // LoadNode reads what [Node.Save] wrote and checks that it is complete, of one

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"timonel/agent/hostile"
+	"timonel/internal/durable"
 )
 
 // Namespace is the containerd namespace that CRI and therefore the agent uses.
@@ -175,8 +176,8 @@ func (c *DaemonConfig) write() error {
 			return fmt.Errorf("make containerd's folder: %w", err)
 		}
 	}
-	if err := os.WriteFile(p.config+".new", c.render(), 0o600); err != nil {
+	if err := durable.WriteFile(p.config, c.render(), 0o600); err != nil {
 		return fmt.Errorf("write containerd's configuration: %w", err)
 	}
-	return os.Rename(p.config+".new", p.config)
+	return nil
 }

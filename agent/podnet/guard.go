@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"timonel/internal/durable"
 )
 
 // Guard is what a node knows of the cluster's addresses, to refuse by itself what
@@ -271,11 +273,10 @@ func (n *Network) keepGuard(g Guard) error {
 	if err != nil {
 		return err
 	}
-	temp := n.guardPath() + ".new"
-	if err := os.WriteFile(temp, raw, 0o600); err != nil {
+	if err := durable.WriteFile(n.guardPath(), raw, 0o600); err != nil {
 		return fmt.Errorf("keep what is known of the cluster's addresses: %w", err)
 	}
-	return os.Rename(temp, n.guardPath())
+	return nil
 }
 
 // HostsOf are the IP addresses among host:port addresses and bare ones.

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"timonel/agent/hostile"
+	"timonel/internal/durable"
 )
 
 // routeProtocol marks the routes that are ours in the kernel's table.
@@ -224,11 +225,10 @@ func (n *Network) apply(cidrs []string) error {
 	if old, err := hostile.ReadRegular(n.confPath(), hostile.MaxOwn); err == nil && bytes.Equal(old, conf) {
 		return nil
 	}
-	temp := n.confPath() + ".new"
-	if err := os.WriteFile(temp, conf, 0o600); err != nil {
+	if err := durable.WriteFile(n.confPath(), conf, 0o600); err != nil {
 		return fmt.Errorf("write the CNI configuration: %w", err)
 	}
-	return os.Rename(temp, n.confPath())
+	return nil
 }
 
 func (n *Network) render(cidrs []string) ([]byte, error) {
