@@ -12,8 +12,10 @@
 //
 // The suite, ginkgo and kubectl are upstream's own, built from the module in upstream/;
 // the images that its tests run are made by images/build of the same source and
-// Debian's packages, and given names on a registry that is nowhere, so that nothing
-// reaches outside this machine (registries.yaml).
+// Debian's packages, and given names on a registry that is nowhere, so that no
+// conformance test reaches outside this machine (registries.yaml). Tests with CSI
+// drivers, which are no conformance tests, know their images by upstream's names all
+// the same: leave them out of -labels and -focus.
 //
 // Reports are below the folder given by -out: ginkgo's output, its JSON and the suite's
 // JUnit for each round.

@@ -56,6 +56,10 @@ func TestBriefIsBounded(t *testing.T) {
 	t.Parallel()
 	require.Equal(t, "a b", brief("a\n\n\t b\n"))
 	require.Len(t, []rune(brief(strings.Repeat("ü", 10_000))), 241)
+	status := "pod failed with status:\n" + strings.Repeat("    status: \"False\"\n", 100) + "    message: Pod was rejected: volume \"x\"\n    message: other\n"
+	require.Contains(t, brief(status), ` message: Pod was rejected: volume "x"`)
+	require.NotContains(t, brief(status), "other")
+	require.Less(t, len(brief(strings.Repeat("y", 300)+"\n message: "+strings.Repeat("x", 10_000))), 600)
 }
 
 func TestArguments(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -102,10 +103,17 @@ func (o *options) ginkgo(ctx context.Context, dir, kubeconfig, labels string, pr
 	cmd := exec.CommandContext(ctx, filepath.Join(o.bin, "conformance", "ginkgo"), o.arguments(dir, kubeconfig, labels, procs)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, log, log
 	cmd.Env = append(os.Environ(), "KUBE_TEST_REPO_LIST="+o.registries)
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) } // it ends what it started
+	// A group of its own: who interrupts this program on a terminal does not interrupt
+	// ginkgo's processes a second time, and none of them outlives ginkgo.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = time.Minute
 	var exit *exec.ExitError
-	if err := cmd.Run(); ctx.Err() != nil {
+	err = cmd.Run()
+	if cmd.Process != nil {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	}
+	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	} else if err != nil && !errors.As(err, &exit) {
 		return nil, err
@@ -182,10 +190,19 @@ func readReport(r io.Reader) ([]outcome, error) {
 	return all, nil
 }
 
+// says is where a pod's status, which may be far down in a failure, tells what was wrong.
+var says = regexp.MustCompile(`(?m)^ +message: (.+)$`)
+
 // brief is the gist of a failure's message on one line of bounded length.
 func brief(message string) string {
-	const most = 240
-	line := strings.Join(strings.Fields(message), " ")
+	line := cut(strings.Join(strings.Fields(message), " "), 240)
+	if m := says.FindStringSubmatch(message); m != nil && !strings.Contains(line, m[1]) {
+		line += " message: " + cut(m[1], 240)
+	}
+	return line
+}
+
+func cut(line string, most int) string {
 	if runes := []rune(line); len(runes) > most {
 		return string(runes[:most]) + "…"
 	}

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -67,4 +69,31 @@ func TestRoundsOfNothing(t *testing.T) {
 	o.focus = "a typing mistake"
 	_, err := o.rounds(t.Context(), "/kubeconfig", &bytes.Buffer{})
 	require.ErrorContains(t, err, "a typing mistake", "a run of no test passes nothing")
+}
+
+// Whoever is told to end leaves no process of ginkgo's behind that goes on testing.
+func TestRoundsEndWhatTheyStarted(t *testing.T) {
+	o := fakeGinkgo(t, "nothing", noTest)
+	pidFile := filepath.Join(o.out, "pid")
+	require.NoError(t, os.WriteFile(filepath.Join(o.bin, "conformance", "ginkgo"),
+		[]byte("#!/bin/sh\nsleep 1000 &\necho $! > "+pidFile+".new\nmv "+pidFile+".new "+pidFile+"\ntrap 'exit 1' INT\nwait\n"), 0o755))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var pid string
+	go func() { // ends with the test, or before
+		for ctx.Err() == nil {
+			if content, err := os.ReadFile(pidFile); err == nil {
+				pid = strings.TrimSpace(string(content))
+				cancel()
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}()
+	_, err := o.rounds(ctx, "/kubeconfig", &bytes.Buffer{})
+	require.ErrorIs(t, err, context.Canceled)
+	require.NotEmpty(t, pid)
+	require.Eventually(t, func() bool { // a process that nobody has waited for yet has no arguments
+		arguments, err := os.ReadFile(filepath.Join("/proc", pid, "cmdline"))
+		return err != nil || len(arguments) == 0
+	}, time.Minute, 10*time.Millisecond, "process %s goes on", pid)
 }
