@@ -20,6 +20,9 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/eviction"
+	"timonel/test/needs"
 )
 
 // told keeps events.
@@ -213,4 +216,28 @@ func TestAPodThatWasRemovedEndsSoon(t *testing.T) {
 		require.Len(t, m.workers, 1)
 		require.Equal(t, want, gracePeriod(m.workers["gone"].pod), said)
 	}
+}
+
+// secrets has one of every name.
+type secrets struct{ nobody }
+
+func (secrets) Secret(_, name string) (*corev1.Secret, bool) {
+	return &corev1.Secret{Data: map[string][]byte{"k": make([]byte, 1<<20)}}, true
+}
+
+// TestVolumesInMemoryAreThePods: who fills the node's memory by his volumes is found.
+func TestVolumesInMemoryAreThePods(t *testing.T) {
+	t.Parallel()
+	needs.Root(t, "mounts")
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u"}}
+	pod.Spec.Volumes = []corev1.Volume{{Name: "v", VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "s"}}}}
+	w := testWorker(t, &fakeRuntime{}, pod)
+	cfg := w.m.cfg
+	cfg.Objects, cfg.CgroupRoot = secrets{}, "/timonel-none"
+	m := NewManager(cfg)
+	_, _, err := m.volumes.Setup(t.Context(), pod, nil)
+	require.NoError(t, err)
+	var u eviction.Usage
+	require.NoError(t, m.MeasureMemory(pod, nil, &u))
+	require.InDelta(t, 1<<20, u.Memory, 64<<10)
 }

@@ -105,11 +105,12 @@ func (m *Manager) MeasureDisk(ctx context.Context, pod *corev1.Pod, containers [
 	return u, errors.Join(errs...)
 }
 
-// MeasureMemory adds what a pod takes of memory and process ids, by its cgroups.
+// MeasureMemory adds what a pod takes of memory and process ids, by its cgroups, and
+// of memory by its volumes.
 func (m *Manager) MeasureMemory(pod *corev1.Pod, containers []eviction.Container, u *eviction.Usage) error {
 	parent := cgroupParent(m.cfg.CgroupRoot, pod)
 	whole, err := cgroup.UsageOf(parent)
-	u.Memory, u.Processes = whole.Memory, whole.Pids
+	u.Memory, u.Processes = whole.Memory+m.volumes.Memory(pod), whole.Pids
 	for _, c := range containers {
 		one, oneErr := cgroup.UsageOf(path.Join(parent, c.ID))
 		err = errors.Join(err, oneErr)

@@ -57,8 +57,13 @@ func TestAPIVolumesHaveABound(t *testing.T) {
 			require.NoError(t, m.Teardown(t.Context(), pod.UID))
 		})
 	}
-	_, _, err := m.Setup(t.Context(), newPod(configMapVolume("big", keys[:80]...)), nil)
+	pod := newPod(configMapVolume("big", keys[:80]...), source("s", corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "big"}}))
+	require.Zero(t, m.Memory(pod))
+	_, _, err := m.Setup(t.Context(), pod, nil)
 	require.NoError(t, err)
+	require.InDelta(t, 81<<20, m.Memory(pod), 1<<20, "counts as the pod's")
+	require.NoError(t, m.Teardown(t.Context(), pod.UID))
+	require.Zero(t, m.Memory(pod))
 	_, _, err = m.Setup(t.Context(), newPod(configMapVolume("small", corev1.KeyToPath{Key: "k", Path: strings.Repeat("a/", 400000) + "b"})), nil)
 	require.ErrorContains(t, err, "800001 bytes, 4096 are possible")
 }

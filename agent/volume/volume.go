@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -104,25 +105,25 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 		if err := p.configMap(s.ConfigMap.Name, s.ConfigMap.Items, s.ConfigMap.Optional, mode(s.ConfigMap.DefaultMode)); err != nil {
 			return "", never, err
 		}
-		path, err := p.write("configmap", v.Name)
+		path, err := p.write(apiPlugin(v), v.Name)
 		return path, never, err
 	case s.Secret != nil:
 		if err := p.secret(s.Secret.SecretName, s.Secret.Items, s.Secret.Optional, mode(s.Secret.DefaultMode)); err != nil {
 			return "", never, err
 		}
-		path, err := p.write("secret", v.Name)
+		path, err := p.write(apiPlugin(v), v.Name)
 		return path, never, err
 	case s.DownwardAPI != nil:
 		if err := p.downward(s.DownwardAPI.Items, mode(s.DownwardAPI.DefaultMode)); err != nil {
 			return "", never, err
 		}
-		path, err := p.write("downward-api", v.Name)
+		path, err := p.write(apiPlugin(v), v.Name)
 		return path, never, err
 	case s.Projected != nil:
 		if err := p.projected(s.Projected); err != nil {
 			return "", never, err
 		}
-		path, err := p.write("projected", v.Name)
+		path, err := p.write(apiPlugin(v), v.Name)
 		return path, p.refresh, err
 	}
 	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI or projected", typeOf(s), ErrUnsupported)
@@ -157,13 +158,53 @@ func fsGroup(pod *corev1.Pod) *int64 {
 // ReadOnly says whether containers may only read a volume, whatever their mounts
 // say: what shows API data is written by the agent alone.
 func ReadOnly(v *corev1.Volume) bool {
-	return v.ConfigMap != nil || v.Secret != nil || v.DownwardAPI != nil || v.Projected != nil
+	return apiPlugin(v) != ""
 }
 
 // OnDisk says whether a volume takes its room on the node's disk: what containers
 // write to it does.
 func OnDisk(v *corev1.Volume) bool {
 	return v.EmptyDir != nil && v.EmptyDir.Medium == corev1.StorageMediumDefault
+}
+
+// Memory is how much of the node's memory a pod's volumes of API data take. The agent
+// wrote what is in them, so the pod's cgroup does not count it.
+func (m *Manager) Memory(pod *corev1.Pod) (bytes int64) {
+	for i := range pod.Spec.Volumes {
+		plugin := apiPlugin(&pod.Spec.Volumes[i])
+		if plugin == "" {
+			continue
+		}
+		dir, err := hostile.OpenRoot(filepath.Dir(m.path(pod.UID, plugin, "v")))
+		if err != nil {
+			continue // it is not made yet, or has gone
+		}
+		if at, err := dir.OpenMount(pod.Spec.Volumes[i].Name); err == nil {
+			if mounted, magic, err := at.IsMountPoint(); err == nil && mounted && magic == unix.TMPFS_MAGIC {
+				if st, err := at.Statfs(); err == nil {
+					bytes += int64(st.Blocks-st.Bfree) * st.Bsize
+				}
+			}
+			at.Close()
+		}
+		dir.Close()
+	}
+	return bytes
+}
+
+// apiPlugin names the folder of a volume of API data, "" for another volume.
+func apiPlugin(v *corev1.Volume) string {
+	switch {
+	case v.ConfigMap != nil:
+		return "configmap"
+	case v.Secret != nil:
+		return "secret"
+	case v.DownwardAPI != nil:
+		return "downward-api"
+	case v.Projected != nil:
+		return "projected"
+	}
+	return ""
 }
 
 // Measure measures a volume that is on the node's disk.
