@@ -105,6 +105,9 @@ type Config struct {
 	UnreachableTolerationSeconds int64
 	// Caches keeps decoded objects to serve reads. Default: one of 16 MiB.
 	Caches *storage.Caches
+	// WatchBytes is how many bytes of events may wait for clients that have taken none for
+	// some seconds. Beyond, the slowest are cut off. Default and least: 16 MiB.
+	WatchBytes int64
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration
 	// DrainTimeout is how long Run waits for requests in flight after its

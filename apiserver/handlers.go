@@ -20,10 +20,11 @@ type lifecycle struct {
 	stopping   chan struct{} // closed when the server stops
 	inTouch    func() (lost <-chan struct{}, err error)
 	guard      *trust.Guard // nil: nobody is ever revoked
+	slow       *slowWatches
 }
 
-func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard) lifecycle {
-	return lifecycle{inTouch: inTouch, guard: guard, discovered: make(chan struct{}), stopping: make(chan struct{})}
+func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches) lifecycle {
+	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -88,6 +89,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	if c.FeatureGate.Enabled(genericfeatures.APIServingWithRoutine) {
 		h = routine.WithRoutine(h, c.LongRunningFunc)
 	}
+	h = l.slow.before(h)
 	h = guard.before(h)
 	h = touch.before(h)
 	h = genericapifilters.WithRequestInfo(h, c.RequestInfoResolver)

@@ -106,6 +106,7 @@ func (s *Server) Run(ctx context.Context) error {
 	defer stopWaiting()
 	wait.Go(func() { s.openWithState(waiting) })
 	wait.Go(func() { s.life.follow(s.installed, waiting.Done()) })
+	wait.Go(func() { s.life.slow.run(waiting) })
 	unguarded := make(chan error, 1)
 	if s.life.guard != nil {
 		wait.Go(func() { unguarded <- s.life.guard.Run(waiting) })
@@ -160,6 +161,13 @@ func (s *Server) stopped(ctx context.Context, err error) error {
 
 // Addr is where the server listens.
 func (s *Server) Addr() net.Addr { return s.address }
+
+// SlowWatches is how many bytes wait for clients that watch and do not read, and how many
+// of these were cut off: see Config.WatchBytes.
+func (s *Server) SlowWatches() (bytes int64, cut uint64) {
+	_, bytes = s.life.slow.stalled(time.Now())
+	return bytes, s.life.slow.cut()
+}
 
 // InProcess returns a client configuration that calls this server in memory as
 // the given user: the whole of authorization, admission and validation, without

@@ -124,6 +124,9 @@ type Config struct {
 	// replica. Who comes beyond that waits, small commands for small ones only. Default
 	// 40 MiB.
 	ProposalBytes int64
+	// ApplyBytes is how many bytes of committed entries are in memory for a state machine
+	// that is behind; the rest is read again when it comes to them. Default 16 MiB.
+	ApplyBytes int64
 	// SnapshotInterval is how often to look whether a snapshot is due; each
 	// time is drawn between this and its double. Default 60 s.
 	SnapshotInterval time.Duration
@@ -238,6 +241,9 @@ func (c Config) withDefaults() Config {
 	if c.ProposalBytes == 0 {
 		c.ProposalBytes = 40 << 20
 	}
+	if c.ApplyBytes == 0 {
+		c.ApplyBytes = 16 << 20
+	}
 	if c.SnapshotBytes == 0 {
 		c.SnapshotBytes = 256 << 20
 	}
@@ -329,6 +335,8 @@ func (c Config) Validate() error {
 		return bad("QueueBytes", "%d: must not be negative", c.QueueBytes)
 	case c.ProposalBytes < 1:
 		return bad("ProposalBytes", "%d: must be positive", c.ProposalBytes)
+	case c.ApplyBytes < 1:
+		return bad("ApplyBytes", "%d: must be positive", c.ApplyBytes)
 	case c.SnapshotBytes < 1:
 		return bad("SnapshotBytes", "%d: must be positive", c.SnapshotBytes)
 	case c.TrailingBytes < 1:

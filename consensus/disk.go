@@ -55,6 +55,11 @@ type disk struct {
 	portion int64
 	message uint64
 
+	// ahead is how many bytes of entries Raft may hold for the state machine, and applied
+	// the last one that this has applied: see notYet.
+	ahead   int64
+	applied atomic.Uint64
+
 	weighing sync.Mutex
 	weights  weights // of the entries in the log and, until they are on disk, none of the queue's
 
@@ -431,7 +436,11 @@ func (d *disk) GetLog(index uint64, l *raft.Log) error {
 		*l = raft.Log{Index: index, Type: laterType}
 		return nil
 	}
-	return d.read(index, l)
+	err := d.read(index, l)
+	if err == nil && l.Type == raft.LogCommand && d.notYet(index) {
+		l.Data, l.Extensions = nil, nil
+	}
+	return err
 }
 
 // read is GetLog of an entry in full.

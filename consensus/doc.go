@@ -89,8 +89,9 @@
 // (portion.go). The log on disk is bounded in bytes as well: by
 // SnapshotBytes a snapshot is due, and TrailingBytes of it stay after one (weigh.go).
 //
-// Not bounded in bytes are the up to MaxAppendEntries entries that Raft gives the state
-// machine at once. A command that waits for room is its caller's.
+// A command that waits for room is its caller's. What Raft hands the state machine of a
+// replica that is behind, at a start too, are ApplyBytes; the entries beyond come without
+// data, which the state machine reads a few MiB at a time (portion.go).
 //
 // # How a replica finds its cluster
 //

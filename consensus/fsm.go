@@ -83,6 +83,8 @@ type machine struct {
 	// durable waits until this replica has an entry on disk; false when it closes
 	// before.
 	durable func(index uint64) bool
+	// read reads an entry of the log that came without its data.
+	read func(index uint64, l *raft.Log) error
 	// stop ends the wait of a machine that met a corrupt entry.
 	stop <-chan struct{}
 
@@ -98,6 +100,7 @@ func newMachine(fsm FSM, stop <-chan struct{}) *machine {
 	return &machine{
 		fsm: fsm, stop: stop, newest: entryVersion,
 		onApply: func(uint64, uint64) {}, onCorrupt: func(error) {}, durable: func(uint64) bool { return true },
+		read:     func(index uint64, _ *raft.Log) error { return fmt.Errorf("entry %d has no data", index) },
 		advanced: make(chan struct{}), waiters: map[requestID]*waiter{},
 	}
 }
@@ -169,12 +172,29 @@ func (m *machine) Apply(l *raft.Log) any { return m.ApplyBatch([]*raft.Log{l})[0
 
 // ApplyBatch implements raft.BatchingFSM.
 func (m *machine) ApplyBatch(logs []*raft.Log) []any {
+	for rest := logs; len(rest) > 0; {
+		portion, read, err := m.portion(rest)
+		if !m.applyAll(portion, err) {
+			break
+		}
+		for _, l := range read {
+			l.Data = nil
+		}
+		rest = rest[len(portion):]
+	}
+	return make([]any, len(logs))
+}
+
+// applyAll applies entries, after which comes one that cannot be read if corrupt is not
+// nil. It returns false when the replica closes, having met something that it cannot go
+// on after.
+func (m *machine) applyAll(logs []*raft.Log, unread error) bool {
 	var (
 		entries = make([]Entry, 0, len(logs))
 		ids     = make([]requestID, 0, len(logs))
 		dropped []requestID
 	)
-	if !m.durable(logs[len(logs)-1].Index) {
+	if n := len(logs); n > 0 && !m.durable(logs[n-1].Index) {
 		m.mu.Lock()
 		m.corrupt = ErrClosed // lest Raft takes what is not applied for part of a snapshot
 		m.mu.Unlock()
@@ -217,6 +237,9 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 			ids = append(ids, e.id)
 		}
 	}
+	if corrupt == nil {
+		corrupt = unread
+	}
 	var results []any
 	if corrupt == nil && len(entries) > 0 {
 		if results, corrupt = m.fsm.ApplyBatch(entries); corrupt == nil && len(results) != len(entries) {
@@ -233,7 +256,7 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 			m.onCorrupt(corrupt)
 		}
 		<-m.stop
-		return make([]any, len(logs))
+		return false
 	}
 
 	last := logs[len(logs)-1]
@@ -258,7 +281,7 @@ func (m *machine) ApplyBatch(logs []*raft.Log) []any {
 	m.mu.Unlock()
 
 	m.onApply(last.Index, last.Term)
-	return make([]any, len(logs))
+	return true
 }
 
 // endTerms resolves who waits for an entry of a term before the one given:

@@ -22,6 +22,50 @@ import (
 // log and on no wire.
 const laterType raft.LogType = 0xff
 
+// Raft also reads all that is committed for a state machine that is behind, and keeps up to
+// 128 batches of MaxAppendEntries entries for it, at a start as well as when it is slow:
+// beyond Config.ApplyBytes it gets entries without their data, which the state machine reads
+// when it comes to them (machine.portion).
+
+// notYet reports that Raft has enough for the state machine, up to an entry that it reads.
+func (d *disk) notYet(index uint64) bool {
+	applied := d.applied.Load()
+	if d.ahead == 0 || index <= applied+1 {
+		return false
+	}
+	var bytes int64
+	d.weigh(func(w *weights) { bytes = w.after(applied) - w.after(index) })
+	return bytes > d.ahead && calledBy("raft.(*Raft).processLogs")
+}
+
+// applyPortion is how many bytes the state machine reads before it applies them.
+const applyPortion = 4 << 20
+
+// portion is the first of the entries, those without data read, and how many of these
+// there are: their data is let go of when they are applied.
+func (m *machine) portion(logs []*raft.Log) (portion, read []*raft.Log, err error) {
+	bytes := int64(0)
+	for i, l := range logs {
+		if l.Type != raft.LogCommand || l.Data != nil { // a command has a header at least
+			continue
+		}
+		if bytes >= applyPortion {
+			return logs[:i], read, nil
+		}
+		var full raft.Log
+		if err := m.read(l.Index, &full); err != nil {
+			return logs[:i], read, fmt.Errorf("read log entry %d to apply it: %w", l.Index, err)
+		}
+		if full.Term != l.Term || full.Type != l.Type {
+			return logs[:i], read, fmt.Errorf("log entry %d was of term %d when it was committed, and is of term %d", l.Index, l.Term, full.Term)
+		}
+		l.Data = full.Data
+		read = append(read, l)
+		bytes += inMemory(l)
+	}
+	return logs, read, nil
+}
+
 // later reports that the entry is one of those that are read when a message is sent. It is
 // asked when the entry is not in memory.
 func (d *disk) later(index uint64) bool {

@@ -241,6 +241,8 @@ func (r *Replica) useDisk() {
 	r.disk = newDisk(r.store, r.snapshots, r.log, r.stop)
 	r.disk.cache(4*r.cfg.MaxAppendEntries, r.cfg.LogCacheBytes)
 	r.disk.queue.limit = r.cfg.QueueBytes
+	r.disk.ahead = r.cfg.ApplyBytes
+	r.machine.read = r.disk.read
 	r.disk.portion, r.disk.message = r.cfg.MaxAppendBytes, uint64(r.cfg.MaxAppendEntries)
 	r.disk.leads = func() bool {
 		node := r.node.Load()
@@ -310,7 +312,10 @@ func (r *Replica) start() error {
 	r.trans.clock, r.trans.heard, r.trans.confirmed = r.touch.clock, r.hear, r.confirmed
 	r.trans.fill, r.trans.portions = r.disk.fill, r.disk.portions
 	r.trans.durable, r.trans.flush = r.disk.queue.durable, r.disk.queue.flush
-	r.machine.onApply = r.trans.applied
+	r.machine.onApply = func(index, term uint64) {
+		r.disk.applied.Store(index)
+		r.trans.applied(index, term)
+	}
 	r.trans.start()
 
 	notify := make(chan bool, 8)

@@ -41,6 +41,9 @@ type Event struct {
 // Created reports whether the event made a key that did not exist.
 func (e *Event) Created() bool { return e.Type == Put && e.Prev.ModRevision == 0 }
 
+// Size is that of the values before and after the change.
+func (e *Event) Size() int64 { return int64(len(e.KV.Value) + len(e.Prev.Value)) }
+
 const (
 	// eventOverhead is what an event costs beside its key and value, roughly.
 	eventOverhead = 384

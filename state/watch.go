@@ -10,8 +10,13 @@ import (
 	"sync/atomic"
 )
 
-// watchBatch is the greatest number of events that one Poll returns.
-const watchBatch = 512
+// watchBatch is the greatest number of events that one Poll returns, watchBatchBytes the
+// greatest size of them but for the last one: who asked holds them, whatever leaves the
+// history meanwhile.
+const (
+	watchBatch      = 512
+	watchBatchBytes = 1 << 20
+)
 
 // Watchers that fell behind the history are looked for when sweepEvery revisions, or
 // sweepBytes, have left it.
@@ -253,13 +258,16 @@ func (w *Watcher) Poll() ([]*Event, error) {
 		return nil, w.err
 	}
 	var events []*Event
+	var bytes int64
+	full := func() bool { return len(events) == watchBatch || bytes >= watchBatchBytes }
 	if from, holes := w.scanned, false; from < w.end {
-		for w.scanned < w.end && len(events) < watchBatch {
+		for w.scanned < w.end && !full() {
 			w.scanned++
 			if e := w.backlog.at(w.scanned); e == nil {
 				holes = true
 			} else if strings.HasPrefix(e.KV.Key, w.prefix) {
 				events = append(events, e)
+				bytes += e.Size()
 			}
 		}
 		if holes {
@@ -285,13 +293,14 @@ func (w *Watcher) Poll() ([]*Event, error) {
 			}
 			return events, nil
 		}
-		if len(events) == watchBatch {
-			w.progress = max(w.progress, events[watchBatch-1].Revision)
+		if full() {
+			w.progress = max(w.progress, events[len(events)-1].Revision)
 			return events, nil
 		}
 		w.position = next
 		if next.event.Revision > w.end {
 			events = append(events, next.event)
+			bytes += next.event.Size()
 		}
 	}
 }

@@ -27,6 +27,8 @@ type shares struct {
 	// proposals bounds the writes on their way to a leader, a fifth of each controller's
 	// clients.
 	proposals int64
+	// watches bounds what waits for clients that watch and do not read.
+	watches int64
 	// reports bounds what agents said and is not written yet, all agents together.
 	reports int64
 	// connections bounds what the connections of strangers take: see dividePorts.
@@ -60,6 +62,7 @@ func (c *config) memoryShares() (shares, error) {
 	s.objects = max(s.memory/64, 16<<20)
 	s.logCache = min(max(s.memory/128, 16<<20), 128<<20)
 	s.queue = min(max(s.memory/64, 32<<20), 256<<20)
+	s.watches = min(max(s.memory/128, 16<<20), 256<<20)
 	s.proposals = min(max(s.memory/128, 40<<20), 160<<20)
 	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
 	s.connections = max(s.memory/32, 24<<20)

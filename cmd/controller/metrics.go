@@ -47,6 +47,7 @@ var (
 	descConnsEnded    = desc("port_connections_closed_total", "Connections closed to keep a port within its limits: whose handshake was not finished, that gave way to others, that found no room.", "port", "reason")
 	descHeld          = desc("memory_held_bytes", "What a part of this controller's memory holds.", "share")
 	descRefused       = desc("state_refused_total", "Writes that this controller refused as leader because the state was full.")
+	descCut           = desc("watches_cut_total", "Clients that watched, did not read, and were cut off because what waited for such clients was too much.")
 	descFull          = desc("state_full", "1 while writes that make the state larger are refused.")
 	descCompacted     = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
 	descHistoryAge    = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
@@ -65,7 +66,7 @@ const maxPrefixes = 16
 func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
-		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descHistoryAge, descHistory, descHistoryBytes,
+		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descCut, descHistoryAge, descHistory, descHistoryBytes,
 		descHistoryLimit, descExpiry, descGossip, descGossipRefused} {
 		to <- d
 	}
@@ -121,6 +122,8 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	quota := k.quota.Status()
 	log := k.replica.Held()
 	reports := k.agents.ReportBytes()
+	slow, cut := k.api.SlowWatches()
+	counter(descCut, float64(cut))
 	connections := int64(0)
 	for _, l := range k.listeners {
 		stats := l.Stats()
@@ -136,7 +139,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"proposals": {k.shares.proposals, log.Proposals},
-		"reports":   {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
+		"watches":   {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)
 		if share == "all" {

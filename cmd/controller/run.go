@@ -197,6 +197,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Backend:          k.backend,
 		Trust:            k.trust,
 		Caches:           k.decoded,
+		WatchBytes:       k.shares.watches,
 		ServiceCIDR:      *services,
 		DialKubelet:      k.agents.DialKubelet,
 		NodeAddress:      k.agents.CheckNodeAddress,

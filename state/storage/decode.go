@@ -178,7 +178,7 @@ type eventKey struct {
 }
 
 // size is that of the values that the event's objects are made of.
-func (k eventKey) size() int64 { return int64(len(k.event.KV.Value) + len(k.event.Prev.Value)) }
+func (k eventKey) size() int64 { return k.event.Size() }
 
 // eventCache keeps the last events used, as many as its bounds allow, but always the
 // last one.

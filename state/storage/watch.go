@@ -43,6 +43,7 @@ type watch struct {
 	progress  chan struct{}   // asks for a bookmark now
 	last      int64           // revision of the last bookmark
 	lost      <-chan struct{} // closed when this replica is out of touch
+	holding   holdings
 }
 
 // Watch implements storage.Interface.
@@ -93,6 +94,7 @@ func (s *Store) Watch(ctx context.Context, key string, opts storage.ListOptions)
 	}
 	s.watches[w] = struct{}{}
 	s.mu.Unlock()
+	w.tell(ctx)
 	// The goroutine ends with the watch's context, which the caller owns.
 	go w.run(revision, initial, asked && opts.Predicate.AllowWatchBookmarks)
 	return w, nil
@@ -171,11 +173,19 @@ func (w *watch) follow(revision int64, initial, endBookmark bool) error {
 		if err != nil {
 			return err
 		}
+		held := int64(0)
 		for _, e := range batch {
+			held += e.Size()
+		}
+		for i, e := range batch {
+			w.holding.batch.Store(held)
 			if err := w.sendEvent(e); err != nil {
 				return err
 			}
+			held -= e.Size()
+			batch[i] = nil
 		}
+		w.holding.batch.Store(0)
 		if len(batch) > 0 {
 			continue
 		}
@@ -228,7 +238,7 @@ func (w *watch) sendAll(view state.View) error {
 		if !w.selection.selects(d.obj, d) {
 			return nil
 		}
-		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: newSharedObject(d.obj).forWatcher()})
+		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: newSharedObject(d.obj).forWatcher()}, len(kv.Value))
 	}
 	if !w.recursive {
 		if kv, ok := view.Get(w.key); ok {
@@ -236,7 +246,13 @@ func (w *watch) sendAll(view state.View) error {
 		}
 		return nil
 	}
+	held := int64(0) // by a client that does not read, whatever becomes of these objects
 	for kv := range view.Range(w.key, "") {
+		held += int64(len(kv.Value))
+	}
+	for kv := range view.Range(w.key, "") {
+		w.holding.batch.Store(held)
+		held -= int64(len(kv.Value))
 		if err := send(&kv); err != nil {
 			return err
 		}
@@ -270,11 +286,11 @@ func (w *watch) sendEvent(e *state.Event) error {
 	}
 	switch {
 	case isNow && wasBefore:
-		return w.send(apiwatch.Event{Type: apiwatch.Modified, Object: now.object.forWatcher()})
+		return w.send(apiwatch.Event{Type: apiwatch.Modified, Object: now.object.forWatcher()}, len(e.KV.Value))
 	case isNow:
-		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: now.object.forWatcher()})
+		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: now.object.forWatcher()}, len(e.KV.Value))
 	case wasBefore:
-		return w.send(apiwatch.Event{Type: apiwatch.Deleted, Object: before.object.forWatcher()})
+		return w.send(apiwatch.Event{Type: apiwatch.Deleted, Object: before.object.forWatcher()}, len(e.Prev.Value))
 	}
 	return nil
 }
@@ -298,14 +314,15 @@ func (w *watch) bookmark(revision int64, end bool) error {
 			return err
 		}
 	}
-	return w.send(apiwatch.Event{Type: apiwatch.Bookmark, Object: obj})
+	return w.send(apiwatch.Event{Type: apiwatch.Bookmark, Object: obj}, 0)
 }
 
 // send returns an error if the watch has ended: nothing may be sent after what
-// was not.
-func (w *watch) send(e apiwatch.Event) error {
+// was not. size is that of the value that the event is of.
+func (w *watch) send(e apiwatch.Event, size int) error {
 	select {
 	case w.results <- e:
+		w.holding.add(int64(size))
 		return nil
 	case <-w.ctx.Done():
 		return w.ctx.Err()
@@ -324,7 +341,7 @@ func (w *watch) fail(err error) {
 		status = apierrors.NewInternalError(err)
 	}
 	object := status.Status()
-	_ = w.send(apiwatch.Event{Type: apiwatch.Error, Object: &object}) // nobody is left to tell
+	_ = w.send(apiwatch.Event{Type: apiwatch.Error, Object: &object}, 0) // nobody is left to tell
 }
 
 // deletedCorrupt says that an object that could not be read is gone.

@@ -1,0 +1,218 @@
+package apiserver
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"k8s.io/apiserver/pkg/endpoints/request"
+
+	"timonel/state/storage"
+)
+
+const (
+	// slowAfter is for how long a client that watches may take nothing before it is slow.
+	slowAfter = 5 * time.Second
+	// slowPart is how much is written at once: who takes that is not slow.
+	slowPart = 64 << 10
+	// slowLook is how often slow clients are looked for.
+	slowLook = time.Second
+	// leastWatchBytes is the least bound of what they hold.
+	leastWatchBytes = 16 << 20
+)
+
+// slowWatches bounds what clients that watch and do not read keep in memory: what is being
+// written to them, and the events that wait behind it, which nothing else holds once they
+// have left the history. When there is more than the bound, those who have taken nothing
+// for the longest time are cut off, as upstream's watch cache does: they come back, and go on
+// after the last event that they have.
+type slowWatches struct {
+	limit int64
+
+	mu   sync.Mutex
+	open map[*slowWatch]struct{}
+	cuts uint64
+}
+
+func newSlowWatches(limit int64) *slowWatches {
+	return &slowWatches{limit: max(limit, leastWatchBytes), open: map[*slowWatch]struct{}{}}
+}
+
+// slowWatch is one client's watch.
+type slowWatch struct {
+	http.ResponseWriter
+	request *http.Request
+	holding storage.Holding
+
+	since   atomic.Int64 // when the write that goes on began, in Unix nanoseconds; 0: none does
+	writing atomic.Int64 // bytes of it
+	conn    atomic.Pointer[net.Conn]
+}
+
+// before is in front of the handlers of all requests, behind what says what they are.
+func (s *slowWatches) before(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if info, ok := request.RequestInfoFrom(r.Context()); !ok || info.Verb != "watch" || connOf(r) == nil {
+			next.ServeHTTP(w, r)
+			return
+		}
+		watch := &slowWatch{ResponseWriter: w, request: r}
+		s.mu.Lock()
+		s.open[watch] = struct{}{}
+		s.mu.Unlock()
+		defer func() {
+			s.mu.Lock()
+			delete(s.open, watch)
+			s.mu.Unlock()
+		}()
+		var to http.ResponseWriter = watch
+		if h, ok := w.(http.Hijacker); ok {
+			to = &hijackable{watch, h}
+		}
+		next.ServeHTTP(to, r.WithContext(storage.WithHolding(r.Context(), &watch.holding)))
+	})
+}
+
+// run looks after slow clients until ctx ends.
+func (s *slowWatches) run(ctx context.Context) {
+	tick := time.NewTicker(slowLook)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			s.look(time.Now())
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// stalled are the watches whose clients have taken nothing for some time, the slowest
+// first, and how much they hold.
+func (s *slowWatches) stalled(now time.Time) (stalled []*slowWatch, bytes int64) {
+	began := map[*slowWatch]int64{}
+	s.mu.Lock()
+	for w := range s.open {
+		if since := w.since.Load(); since != 0 && now.UnixNano()-since >= int64(slowAfter) {
+			stalled = append(stalled, w)
+			began[w] = since
+			bytes += w.bytes()
+		}
+	}
+	s.mu.Unlock()
+	slices.SortFunc(stalled, func(a, b *slowWatch) int { return int(min(max(began[a]-began[b], -1), 1)) })
+	return stalled, bytes
+}
+
+// look cuts off the slowest clients, if slow ones hold too much.
+func (s *slowWatches) look(now time.Time) {
+	stalled, bytes := s.stalled(now)
+	for _, w := range stalled {
+		if bytes <= s.limit {
+			return
+		}
+		held := w.bytes()
+		bytes -= held
+		s.mu.Lock()
+		s.cuts++
+		s.mu.Unlock()
+		slog.Warn("cut off a client that watches and does not read; it may come back", "from", w.request.RemoteAddr,
+			"client", w.request.UserAgent(), "path", w.request.URL.Path, "bytes", held, "limit", s.limit)
+		w.cut()
+	}
+}
+
+// cut is how many clients were cut off.
+func (s *slowWatches) cut() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cuts
+}
+
+// bytes is what the client has not taken.
+func (w *slowWatch) bytes() int64 { return w.writing.Load() + w.holding.Bytes() }
+
+// cut has the write that goes on fail, and with it the watch.
+func (w *slowWatch) cut() {
+	if conn := w.conn.Load(); conn != nil {
+		(*conn).Close()
+		return
+	}
+	// Resets an HTTP/2 stream, and ends an HTTP/1 connection.
+	if err := http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Unix(1, 0)); err != nil {
+		connOf(w.request).Close()
+	}
+}
+
+// write writes to the client, in parts, so that one who takes them slowly is not taken for
+// one who takes nothing.
+func (w *slowWatch) write(to io.Writer, b []byte) (n int, err error) {
+	w.writing.Store(int64(len(b)))
+	for part := range slices.Chunk(b, slowPart) {
+		w.since.Store(time.Now().UnixNano())
+		var m int
+		m, err = to.Write(part)
+		if n += m; err != nil {
+			break
+		}
+	}
+	w.since.Store(0)
+	w.writing.Store(0)
+	return n, err
+}
+
+// Write implements [http.ResponseWriter].
+func (w *slowWatch) Write(b []byte) (int, error) { return w.write(w.ResponseWriter, b) }
+
+// Flush implements [http.Flusher].
+func (w *slowWatch) Flush() {
+	if f, ok := w.ResponseWriter.(http.Flusher); ok {
+		w.since.Store(time.Now().UnixNano())
+		f.Flush()
+		w.since.Store(0)
+	}
+}
+
+// CloseNotify implements what upstream's filters ask of a writer.
+func (w *slowWatch) CloseNotify() <-chan bool {
+	if c, ok := w.ResponseWriter.(interface{ CloseNotify() <-chan bool }); ok {
+		return c.CloseNotify()
+	}
+	return nil
+}
+
+// Unwrap is for [http.ResponseController].
+func (w *slowWatch) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// hijackable is a watch over HTTP/1, which may become one over a WebSocket.
+type hijackable struct {
+	*slowWatch
+	hijacker http.Hijacker
+}
+
+// Hijack implements [http.Hijacker].
+func (h *hijackable) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buffered, err := h.hijacker.Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	h.conn.Store(&conn)
+	slow := &slowConn{Conn: conn, watch: h.slowWatch}
+	return slow, bufio.NewReadWriter(buffered.Reader, bufio.NewWriter(slow)), nil
+}
+
+// slowConn is the connection of a watch over a WebSocket.
+type slowConn struct {
+	net.Conn
+	watch *slowWatch
+}
+
+// Write implements [net.Conn].
+func (c *slowConn) Write(b []byte) (int, error) { return c.watch.write(c.Conn, b) }
