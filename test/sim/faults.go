@@ -80,7 +80,7 @@ func (f *faults) strike() {
 			l.node.start()
 		})
 	}
-	switch f.random.IntN(16) {
+	switch f.random.IntN(17) {
 	case 15:
 		f.fill(l)
 	case 13, 14:
@@ -102,7 +102,7 @@ func (f *faults) strike() {
 			l.crash()
 		}
 		restart(f.some(2 * time.Second))
-	case 1, 2, 3:
+	case 1, 2, 3, 16:
 		n := 1 + f.random.IntN(30)
 		f.say("%s crashes at its write number %d from now", name, n)
 		l.node.disk.medium.CutIn(n)
