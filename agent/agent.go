@@ -194,7 +194,8 @@ func (a *Agent) wire() {
 	a.stream = stream.New(stream.Config{
 		NodeName: a.cfg.Name, Version: a.cfg.Version, TLS: a.cfg.TLS, Controllers: a.controllers(),
 		Desired: a.store, Logger: a.log, Cluster: a.cluster, Node: a.setLive,
-		Tunnel: func(_ string, conn net.Conn) { a.kubelet.Serve(conn) },
+		Tunnel:     func(_ string, conn net.Conn) { a.kubelet.Serve(conn) },
+		GossipKeys: a.cfg.GossipKeys, GossipKeyIDs: a.cfg.GossipKeyIDs,
 	})
 	a.stream.SetNode(a.node)
 	ips := make([]string, 0, len(a.cfg.NodeIPs))

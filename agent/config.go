@@ -95,7 +95,12 @@ type Config struct {
 	// Joined is called, once, with the cluster's id when a controller has first
 	// said it; at once when it is known from before.
 	Joined func(clusterID string)
-	Logger *slog.Logger
+	// GossipKeys is called with the keys of the nodes' gossip pool that a controller
+	// tells, the first of which seals; without error they are kept. GossipKeyIDs names
+	// those that are kept. Nil: this agent takes part in no gossip.
+	GossipKeys   func(keys [][]byte) error
+	GossipKeyIDs func() []string
+	Logger       *slog.Logger
 }
 
 // DefaultPauseImage is made by images/build.

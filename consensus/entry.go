@@ -26,7 +26,7 @@ import (
 // comes in entries of that version alone.
 const (
 	// entryVersion is the newest that this package reads and writes.
-	entryVersion    = 2
+	entryVersion    = 3
 	entryHeaderSize = 30
 )
 

@@ -177,8 +177,12 @@ func (d *Dispatcher) watchTrust(ctx context.Context) error {
 	return err
 }
 
-// admitted ends the sessions of processes that are not their nodes' any more.
+// admitted ends the sessions of processes that are not their nodes' any more, and has
+// the others told of new keys.
 func (h *hub) admitted(c trust.Changes) {
+	if c.Reset || c.Gossip {
+		h.updateKeys()
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if c.Reset {

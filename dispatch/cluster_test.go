@@ -50,6 +50,7 @@ type cluster struct {
 	index       uint64
 	controllers map[string]*controller
 	known       map[string][]string // the controllers that each real agent was told of
+	gossipKeys  map[string][][]byte // that each real agent has kept
 }
 
 type controller struct {
@@ -83,9 +84,9 @@ func newCluster(t *testing.T, names ...string) *cluster {
 	bundle, err := pki.CreateBundle(filepath.Join(t.TempDir(), "pki"))
 	require.NoError(t, err)
 	c := &cluster{t: t, bundle: bundle, store: state.New(state.Options{}), gossip: newFakeGossip(), controllers: make(map[string]*controller),
-		known: make(map[string][]string)}
+		known: make(map[string][]string), gossipKeys: make(map[string][][]byte)}
 	c.nodes = make(map[string]pki.Node)
-	c.trust = trust.New(trust.Config{State: committer{c}})
+	c.trust = trust.New(trust.Config{State: committer{c}, Vault: bundle})
 	c.api = &fakeAPI{c: c}
 	for _, name := range names {
 		c.start(name)
@@ -173,6 +174,24 @@ func (c *cluster) knownTo(agent string) []string {
 	return c.known[agent]
 }
 
+// keep is what a real agent does with keys of gossip.
+func (c *cluster) keep(agent string, keys [][]byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gossipKeys[agent] = keys
+	return nil
+}
+
+// kept names the keys of gossip that a real agent has kept.
+func (c *cluster) kept(agent string) []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if keys := c.gossipKeys[agent]; keys != nil {
+		return pki.GossipKeyIDs(keys)
+	}
+	return []string{pki.GossipKeyID(c.bundle.GossipKey())}
+}
+
 func (c *cluster) addr(name string) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -257,7 +276,10 @@ type agent struct {
 
 func nodeObject(name string) *corev1.Node {
 	return &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"kubernetes.io/hostname": name}},
+		ObjectMeta: metav1.ObjectMeta{
+			Name: name, Labels: map[string]string{"kubernetes.io/hostname": name},
+			Annotations: map[string]string{gossipAnnotation: net.JoinHostPort(nodeAddress(name), "27946")},
+		},
 		Status: corev1.NodeStatus{
 			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: nodeAddress(name)}},
 			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: "AgentReady"}},
@@ -297,7 +319,7 @@ func (c *cluster) newCredentials(name string) pki.Node {
 	require.NoError(c.t, err)
 	cert, err := c.bundle.SignNode(request.CSR, name)
 	require.NoError(c.t, err)
-	return pki.Node{CA: c.bundle.CA(), Pair: pki.KeyPair{Cert: cert, Key: request.Key}, GossipKey: c.bundle.GossipKey()}
+	return pki.Node{CA: c.bundle.CA(), Pair: pki.KeyPair{Cert: cert, Key: request.Key}, GossipKeys: [][]byte{c.bundle.GossipKey()}}
 }
 
 func (c *cluster) nodeTLS(name string) *tls.Config {

@@ -59,9 +59,8 @@ type Config struct {
 	// Status is what `timonel status` shows of this controller; Agents is filled
 	// in here.
 	Status func(ctx context.Context) *pb.StatusResponse
-	// GossipPort is where agents are probed that gossip does not know. Default
-	// [gossip.DefaultPort].
-	GossipPort int
+	// Keys is what this controller knows of its own keys of gossip. Default: nothing.
+	Keys Keys
 	// Network says what of the Nodes' addresses and pod ranges other nodes are told.
 	Network Network
 	// ReportBytes bounds what all agents here said and is not written yet. Beyond it,
@@ -130,9 +129,6 @@ var errEnded = errors.New("this controller is stopping")
 func New(c Config) (*Dispatcher, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
-	}
-	if c.GossipPort == 0 {
-		c.GossipPort = gossip.DefaultPort
 	}
 	if c.ReportBytes <= 0 {
 		c.ReportBytes = defaultReports

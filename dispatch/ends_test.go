@@ -84,8 +84,9 @@ func (c *cluster) realAgent(name string, controllers ...string) (*stream.Client,
 	require.NoError(c.t, err)
 	client := stream.New(stream.Config{
 		NodeName: name, Version: "test", TLS: c.nodeTLS(name), Controllers: controllers, Desired: store,
-		Logger:  slog.New(slog.DiscardHandler),
-		Cluster: func(news *pb.Cluster) { c.tell(name, news.GetControllers()) },
+		Logger:     slog.New(slog.DiscardHandler),
+		Cluster:    func(news *pb.Cluster) { c.tell(name, news.GetControllers()) },
+		GossipKeys: func(keys [][]byte) error { return c.keep(name, keys) }, GossipKeyIDs: func() []string { return c.kept(name) },
 		Tunnel: func(target string, conn net.Conn) {
 			go func() { // as an HTTP server would
 				_ = http.Serve(&oneConn{conn: conn}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

@@ -189,15 +189,16 @@ func (a *fakeAPI) serve(r *http.Request) (runtime.Object, *apierrors.StatusError
 
 // fakeGossip is a pool whose members the test sets.
 type fakeGossip struct {
-	mu      sync.Mutex
-	members map[string]gossip.Member
-	wake    map[chan struct{}]struct{}
-	silent  map[string]bool // members that do not answer probes
-	probes  map[string]int
+	mu       sync.Mutex
+	members  map[string]gossip.Member
+	wake     map[chan struct{}]struct{}
+	silent   map[string]bool // members that do not answer probes
+	probes   map[string]int
+	probedAt map[string]string // where a member was that is not known
 }
 
 func newFakeGossip() *fakeGossip {
-	return &fakeGossip{members: map[string]gossip.Member{}, wake: map[chan struct{}]struct{}{}, silent: map[string]bool{}, probes: map[string]int{}}
+	return &fakeGossip{members: map[string]gossip.Member{}, wake: map[chan struct{}]struct{}{}, silent: map[string]bool{}, probes: map[string]int{}, probedAt: map[string]string{}}
 }
 
 func (g *fakeGossip) set(m gossip.Member) {
@@ -267,10 +268,11 @@ func (g *fakeGossip) Probe(ctx context.Context, name string) (time.Duration, err
 	return g.ProbeAddr(ctx, name, "")
 }
 
-func (g *fakeGossip) ProbeAddr(_ context.Context, name, _ string) (time.Duration, error) {
+func (g *fakeGossip) ProbeAddr(_ context.Context, name, addr string) (time.Duration, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.probes[name]++
+	g.probedAt[name] = addr
 	if g.silent[name] {
 		return 0, gossip.ErrNoAnswer
 	}

@@ -25,6 +25,7 @@ type hub struct {
 	users    map[objKey]map[*session]struct{} // who is to hear of an object
 	cluster  *pb.Cluster
 	withheld []string // what of the Nodes is not in cluster, and why
+	keys     *nodesKeys
 	feeds    map[*feed]struct{}
 }
 

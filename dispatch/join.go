@@ -62,6 +62,10 @@ func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinRespo
 	case err != nil:
 		return nil, status.Errorf(codes.Unavailable, "the cluster could not record the join: %v", err)
 	}
+	ring, err := d.config.Trust.GossipRing(pki.PoolNodes)
+	if err != nil {
+		return nil, status.Error(codes.Internal, err.Error())
+	}
 	cert, err := d.config.Bundle.SignNodeUntil(request, until)
 	if err != nil {
 		return nil, status.Error(codes.Internal, err.Error())
@@ -77,7 +81,8 @@ func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinRespo
 	out := &pb.JoinResponse{
 		Certificate: cert,
 		Ca:          d.config.Bundle.CA(),
-		GossipKey:   d.config.Bundle.GossipKey(),
+		GossipKey:   ring.Secrets[0],
+		GossipKeys:  ring.Secrets,
 		Controllers: d.config.Controllers(),
 	}
 	for _, m := range d.config.Gossip.Members() {

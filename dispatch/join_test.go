@@ -76,7 +76,8 @@ func TestJoin(t *testing.T) {
 	require.NoError(t, err)
 	require.ElementsMatch(t, c.addrs(), answer.Controllers)
 	require.Equal(t, c.bundle.GossipKey(), answer.GossipKey)
-	node := pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: request.Key}, GossipKey: answer.GossipKey}
+	require.Equal(t, [][]byte{c.bundle.GossipKey()}, answer.GossipKeys)
+	node := pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: request.Key}, GossipKeys: answer.GossipKeys}
 	require.NoError(t, node.Save(t.TempDir()+"/node"))
 	_, until, err := node.Validity()
 	require.NoError(t, err)
@@ -98,7 +99,7 @@ func TestTokenDoesNotTakeOverANode(t *testing.T) {
 	first, second := newCSR(t, "a1"), newCSR(t, "a1")
 	answer, err := c.joinTo("c1", secret, "a1", first.CSR)
 	require.NoError(t, err)
-	owner := tlsOf(t, pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: first.Key}, GossipKey: answer.GossipKey})
+	owner := tlsOf(t, pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: first.Key}, GossipKeys: answer.GossipKeys})
 	a := c.connectAs("c1", &pb.Hello{NodeName: "a1"}, owner)
 	a.batch()
 	for _, controller := range []string{"c1", "c2", "c3"} {
@@ -211,7 +212,7 @@ func TestANodeDoesNotFillTheLog(t *testing.T) {
 	c.put(nodeObject("a1"))
 	answer, err := c.joinTo("c1", secret, "a1", request.CSR)
 	require.NoError(t, err)
-	node := pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: request.Key}, GossipKey: answer.GossipKey}
+	node := pki.Node{CA: answer.Ca, Pair: pki.KeyPair{Cert: answer.Certificate, Key: request.Key}, GossipKeys: answer.GossipKeys}
 	config := tlsOf(t, node)
 	before := c.store.View().Revision()
 	_, first, err := node.Validity()

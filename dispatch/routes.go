@@ -3,8 +3,10 @@ package dispatch
 import (
 	"cmp"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -133,6 +135,28 @@ func internalIP(node *corev1.Node) string {
 		}
 	}
 	return ""
+}
+
+// gossipAnnotation is where a Node says at which host:port its gossip is.
+const gossipAnnotation = "timonel.io/gossip-address"
+
+// GossipAddress is the host:port where a node's gossip is: at the port that it says, of
+// an address that is its own. Empty: it does not say.
+func GossipAddress(node *corev1.Node) string {
+	host, port, err := net.SplitHostPort(node.Annotations[gossipAnnotation])
+	if n, e := strconv.Atoi(port); err != nil || e != nil || n < 1 || n > 65535 {
+		return ""
+	}
+	own := internalIP(node)
+	for _, a := range node.Status.Addresses {
+		if a.Type == corev1.NodeInternalIP && a.Address == host {
+			own = host
+		}
+	}
+	if own == "" {
+		return ""
+	}
+	return net.JoinHostPort(own, port)
 }
 
 // CheckNodeAddress says why a node may not have an address: nobody's may it be but

@@ -48,8 +48,13 @@ type session struct {
 	full    bool             // a full list follows, as Welcome says
 	first   bool             // nothing was synced on this stream yet
 	cluster *pb.Cluster
+	keys    *nodesKeys // the last that it was told, or had by itself
 	// sentNode is the last NodeSet.
 	sentNode []byte
+
+	// kept are the names of the keys of gossip that the agent has on its disk; nil of
+	// one that knows of no more than one key.
+	kept atomic.Pointer[[]string]
 
 	reports reports // what the agent said and is to be written
 }
@@ -117,6 +122,9 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 		first: true,
 	}
 	s.writer = newWriter(s.log)
+	if err := s.setKept(hello.GetGossipKeys()); err != nil {
+		return err
+	}
 	if err := s.catchUp(ctx, hello); err != nil {
 		return err
 	}
@@ -221,6 +229,10 @@ func (s *session) receive() error {
 			}
 		case *pb.AgentMessage_Request:
 			if err := s.request(m.Request, proto.Size(m.Request)); err != nil {
+				return err
+			}
+		case *pb.AgentMessage_GossipKeysKept:
+			if err := s.setKept(m.GossipKeysKept.GetIds()); err != nil {
 				return err
 			}
 		case *pb.AgentMessage_Goodbye:

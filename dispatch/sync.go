@@ -35,6 +35,9 @@ func (s *session) send(ctx context.Context) error {
 			if err := s.sendCluster(); err != nil {
 				return err
 			}
+			if err := s.sendKeys(); err != nil {
+				return err
+			}
 			if err := s.sync(); err != nil {
 				return err
 			}

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
-	"net"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -331,13 +329,9 @@ func (t *Tracker) follow(ctx context.Context, name string) error {
 
 // probeMissing keeps probing every node that has no stream, and no other.
 func (t *Tracker) probeMissing(ctx context.Context, work *sync.WaitGroup, probes chan struct{}) {
-	nodes := make(map[string]string) // name to address, if known
+	nodes := make(map[string]string) // name to where its gossip is, if known
 	for node := range t.d.config.Objects.Snapshot().Nodes().All() {
-		addr := internalIP(node)
-		if addr != "" {
-			addr = net.JoinHostPort(addr, strconv.Itoa(t.d.config.GossipPort))
-		}
-		nodes[node.Name] = addr
+		nodes[node.Name] = GossipAddress(node)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

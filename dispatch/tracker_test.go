@@ -160,3 +160,35 @@ func TestTrackerResetsAfterAPause(t *testing.T) {
 	eventually(t, "the clocks start again", func() bool { return tracker.Health().Since.After(since.Add(50 * time.Second)) })
 	require.Equal(t, tracker.Health().Since, tracker.Health().Nodes["a1"].StreamSince)
 }
+
+// A node that gossip does not know is probed where it says that its gossip is, at an
+// address that is its own, and not at all if it does not say.
+func TestTrackerProbesWhereNodesSay(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2")
+	said := func(name, at string) {
+		node := nodeObject(name)
+		if node.Annotations = nil; at != "" {
+			node.Annotations = map[string]string{gossipAnnotation: at}
+		}
+		c.put(node)
+	}
+	own := nodeAddress("a1")
+	said("a1", own+":27946")
+	said("a2", "")
+	said("a3", "192.0.2.1:7000") // nobody's of the cluster: its own address, at that port
+	said("a4", "nonsense")
+	said("a5", "192.0.2.1:70000")
+	c.track("c1")
+	at := func(name string) string {
+		c.gossip.mu.Lock()
+		defer c.gossip.mu.Unlock()
+		return c.gossip.probedAt[name]
+	}
+	eventually(t, "nodes are probed by both controllers, again and again", func() bool { return c.gossip.probed("a1") > 6 && c.gossip.probed("a3") > 6 })
+	require.Equal(t, own+":27946", at("a1"))
+	require.Equal(t, nodeAddress("a3")+":7000", at("a3"))
+	for _, name := range []string{"a2", "a4", "a5"} {
+		require.Zero(t, c.gossip.probed(name), "%s at %s", name, at(name))
+	}
+}

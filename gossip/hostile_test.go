@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"compress/lzw"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -255,4 +257,37 @@ func FuzzMessages(f *testing.F) {
 			require.LessOrEqual(t, len(out), 1<<16)
 		}
 	})
+}
+
+// TestNotOfThePoolAnyMore: whom the pool took when it knew less, and forgot, does not
+// come back when memberlist tells of its end.
+func TestNotOfThePoolAnyMore(t *testing.T) {
+	t.Parallel()
+	c := testConfig("c1")
+	var known atomic.Bool
+	c.Admit = func(string, string, netip.AddrPort) error {
+		if known.Load() {
+			return errors.New("it is not a member")
+		}
+		return nil
+	}
+	c1 := open(t, c)
+	x := newIntruder(t, c1)
+	silent, err := net.ListenPacket("udp", "127.0.0.1:0") // nobody else gets the port
+	require.NoError(t, err)
+	defer silent.Close()
+	x.packet(aliveMessage("ghost", RoleController, net.IPv4(127, 0, 0, 1), silent.LocalAddr().(*net.UDPAddr).Port, 1))
+	await(t, c1, "ghost", func(Member) bool { return true })
+	known.Store(true)
+	require.Eventually(t, func() bool { _, there := c1.Member("ghost"); return !there }, 20*time.Second, time.Millisecond)
+	deadline := time.Now().Add(time.Minute)
+	for c1.list.NumMembers() > 1 { // memberlist counts who lives
+		require.True(t, time.Now().Before(deadline), "memberlist does not find it dead")
+		_, there := c1.Member("ghost")
+		require.False(t, there)
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(20 * time.Millisecond) // what it told is taken by now
+	_, there := c1.Member("ghost")
+	require.False(t, there)
 }

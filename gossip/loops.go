@@ -91,12 +91,21 @@ func (p *Pool) forget() {
 		case (m.State == Dead || m.State == Left) && time.Since(m.Since) > p.config.Timings.KeepDead:
 			delete(p.members, name)
 		case p.admit(name, m.Role, m.Addr) != nil:
-			delete(p.members, name)
-			gone := m.Member
-			gone.State, gone.Since = Unknown, time.Now()
-			p.publish(gone)
+			p.drop(name)
 		}
 	}
+}
+
+// drop forgets whom the pool is not to have. The caller holds p.mu.
+func (p *Pool) drop(name string) {
+	m := p.members[name]
+	if m == nil {
+		return
+	}
+	delete(p.members, name)
+	gone := m.Member
+	gone.State, gone.Since = Unknown, time.Now()
+	p.publish(gone)
 }
 
 // watched are those to ping: who lives, and who is said to live again and has not

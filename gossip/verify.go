@@ -45,6 +45,12 @@ func (p *Pool) put(n *memberlist.Node, state State) {
 		p.addr = address(n)
 	}
 	old := p.members[n.Name]
+	if !self && p.admit(n.Name, m.Role, address(n)) != nil {
+		// It was let in when less was known, or is not of the pool any more. memberlist
+		// still has it, and tells of its end.
+		p.drop(n.Name)
+		return
+	}
 	e := &entry{Member: Member{Name: n.Name, Addr: address(n), Role: m.Role, Tags: m.Tags, State: state, Since: time.Now()}, gone: state}
 	if old == nil {
 		if *p.config.Watch && !self && state == Alive {

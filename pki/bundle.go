@@ -3,9 +3,7 @@ package pki
 import (
 	"bytes"
 	"crypto"
-	"crypto/hkdf"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
@@ -35,9 +33,6 @@ const (
 	TokenFile         = "token"
 	ClusterIDFile     = "cluster-id"
 )
-
-// gossipKeySize selects AES-256.
-const gossipKeySize = 32
 
 var bundleFiles = []struct {
 	name   string
@@ -132,11 +127,11 @@ func newBundleFiles(now time.Time) (map[string][]byte, error) {
 			return nil, err
 		}
 	}
-	random := make([]byte, gossipKeySize+16+16)
+	random := make([]byte, GossipKeySize+16+16)
 	if _, err := rand.Read(random); err != nil {
 		return nil, fmt.Errorf("read random bytes: %w", err)
 	}
-	gossip, secret, id := random[:gossipKeySize], random[gossipKeySize:gossipKeySize+16], random[gossipKeySize+16:]
+	gossip, secret, id := random[:GossipKeySize], random[GossipKeySize:GossipKeySize+16], random[GossipKeySize+16:]
 	files[GossipKeyFile] = []byte(base64.StdEncoding.EncodeToString(gossip) + "\n")
 	files[TokenFile] = []byte(Token{CAHash: hashCA(ca.cert), Secret: hex.EncodeToString(secret)}.String() + "\n")
 	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // a random UUID, version 4
@@ -186,8 +181,8 @@ func loadBundle(dir string, now func() time.Time) (*Bundle, error) {
 	if b.gossipKey, err = base64.StdEncoding.DecodeString(string(bytes.TrimSpace(files[GossipKeyFile]))); err != nil {
 		return nil, inFile(GossipKeyFile, fmt.Errorf("not base64: %w", err))
 	}
-	if len(b.gossipKey) != gossipKeySize {
-		return nil, inFile(GossipKeyFile, fmt.Errorf("the key has %d bytes instead of %d", len(b.gossipKey), gossipKeySize))
+	if len(b.gossipKey) != GossipKeySize {
+		return nil, inFile(GossipKeyFile, fmt.Errorf("the key has %d bytes instead of %d", len(b.gossipKey), GossipKeySize))
 	}
 	if b.token, err = ParseToken(string(files[TokenFile])); err != nil {
 		return nil, inFile(TokenFile, err)
@@ -243,24 +238,6 @@ func (b *Bundle) Dir() string { return b.dir }
 
 // ClusterID is the cluster's UUID.
 func (b *Bundle) ClusterID() string { return b.clusterID }
-
-// ControllersGossipKey is the AES-256 key of the controllers' gossip pool. It follows
-// from the authority's private key, which no agent has, so that a bundle of any age
-// has one.
-func (b *Bundle) ControllersGossipKey() ([]byte, error) {
-	secret, err := x509.MarshalPKCS8PrivateKey(b.ca.key)
-	if err != nil {
-		return nil, fmt.Errorf("derive the controllers' gossip key: %w", err)
-	}
-	key, err := hkdf.Key(sha256.New, secret, []byte(b.clusterID), "timonel controllers' gossip 1", gossipKeySize)
-	if err != nil {
-		return nil, fmt.Errorf("derive the controllers' gossip key: %w", err)
-	}
-	return key, nil
-}
-
-// GossipKey is the AES-256 key of the nodes' gossip pool, which agents are given.
-func (b *Bundle) GossipKey() []byte { return bytes.Clone(b.gossipKey) }
 
 // Token is the join token that comes with the bundle, as text: agents of a new
 // cluster join with it on its first day.

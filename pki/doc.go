@@ -6,7 +6,7 @@
 //	ca.crt, ca.key                            the cluster's certificate authority
 //	front-proxy-ca.crt, front-proxy-ca.key    signs the API aggregator's client
 //	sa.key                                    signs service account tokens
-//	gossip.key                                AES-256 key of the gossip pool
+//	gossip.key                                AES-256 key that the nodes' gossip pool begins with
 //	token                                     the join token of a new cluster's first day
 //	cluster-id                                the cluster's name for itself
 //

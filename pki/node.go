@@ -163,9 +163,10 @@ func nodeRequest(name string, key crypto.Signer) (NodeRequest, error) {
 
 // Node is what an agent keeps on its disk after it has joined.
 type Node struct {
-	CA        []byte  // the cluster's authority, PEM
-	Pair      KeyPair // the node's certificate and key
-	GossipKey []byte
+	CA   []byte  // the cluster's authority, PEM
+	Pair KeyPair // the node's certificate and key
+	// GossipKeys are the nodes' pool's: the first seals, any opens.
+	GossipKeys [][]byte
 }
 
 const (
@@ -179,18 +180,30 @@ func (n *Node) Save(dir string) error {
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("save node credentials: %w", err)
 	}
+	if err := SaveGossipKeys(dir, n.GossipKeys); err != nil {
+		return err
+	}
 	for _, f := range []struct {
 		name string
 		data []byte
 	}{
 		{CAFile, n.CA},
-		{GossipKeyFile, []byte(base64.StdEncoding.EncodeToString(n.GossipKey) + "\n")},
+		// For an agent of before there were several.
+		{GossipKeyFile, []byte(base64.StdEncoding.EncodeToString(n.GossipKeys[0]) + "\n")},
 		{nodeKeyFile, n.Pair.Key},
-		{nodeCertFile, n.Pair.Cert},
 	} {
 		if err := replaceFile(filepath.Join(dir, f.name), f.data, 0o600); err != nil {
 			return fmt.Errorf("save node credentials: %w", err)
 		}
+	}
+	return n.SaveCertificate(dir)
+}
+
+// SaveCertificate replaces the certificate in dir by one for the same key, and leaves
+// all else there.
+func (n *Node) SaveCertificate(dir string) error {
+	if err := replaceFile(filepath.Join(dir, nodeCertFile), n.Pair.Cert, 0o600); err != nil {
+		return fmt.Errorf("save node credentials: %w", err)
 	}
 	return nil
 }
@@ -210,8 +223,7 @@ func loadNode(dir, name string, now time.Time) (*Node, error) {
 		return nil, fmt.Errorf("load node credentials: %w", err)
 	}
 	n := &Node{Pair: KeyPair{Cert: certPEM}}
-	var gossip []byte
-	for file, to := range map[string]*[]byte{CAFile: &n.CA, nodeKeyFile: &n.Pair.Key, GossipKeyFile: &gossip} {
+	for file, to := range map[string]*[]byte{CAFile: &n.CA, nodeKeyFile: &n.Pair.Key} {
 		data, err := readFile(filepath.Join(dir, file), true)
 		if errors.Is(err, fs.ErrNotExist) {
 			return fail(file, errors.New("missing beside "+nodeCertFile+": remove the folder and join again"))
@@ -221,8 +233,11 @@ func loadNode(dir, name string, now time.Time) (*Node, error) {
 		}
 		*to = data
 	}
-	if n.GossipKey, err = base64.StdEncoding.DecodeString(strings.TrimSpace(string(gossip))); err != nil || len(n.GossipKey) != gossipKeySize {
-		return fail(GossipKeyFile, fmt.Errorf("not a base64 key of %d bytes: join again", gossipKeySize))
+	var file string
+	if n.GossipKeys, file, err = loadGossipKeys(dir); errors.Is(err, fs.ErrNotExist) {
+		return fail(file, errors.New("missing beside "+nodeCertFile+": remove the folder and join again"))
+	} else if err != nil {
+		return fail(file, err)
 	}
 	pair, err := n.Pair.TLS()
 	if err != nil {

@@ -203,7 +203,7 @@ func newNode(t *testing.T, b *Bundle, name string) *Node {
 	require.NoError(t, err)
 	cert, err := b.SignNode(request.CSR, name)
 	require.NoError(t, err)
-	return &Node{CA: b.CA(), Pair: KeyPair{Cert: cert, Key: request.Key}, GossipKey: b.GossipKey()}
+	return &Node{CA: b.CA(), Pair: KeyPair{Cert: cert, Key: request.Key}, GossipKeys: [][]byte{b.GossipKey()}}
 }
 
 func TestNodeSaveAndLoad(t *testing.T) {

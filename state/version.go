@@ -18,7 +18,8 @@ const VersionKey = "/timonel/cluster-version"
 //	1  commands and snapshots as of the first release
 //	2  log entries carry the cluster version; programs that do not know of it stand still;
 //	   snapshots may tell of a history with gaps
-const NewestVersion = 2
+//	3  the keys of gossip are in the state, and may be rotated
+const NewestVersion = 3
 
 // ErrNewerVersion is wrapped when a command, or a snapshot, is of a cluster version
 // or in a format that this program does not know. Nothing of it was applied; a

@@ -1,12 +1,13 @@
 // Package trust is who is who in the cluster, as the replicated state says: which
 // join tokens are good, which key a node's name is bound to, which keys were taken
-// back, and where the controllers are. Gossip says who answers; who somebody is
+// back, and with which keys members gossip. Gossip says who answers; who somebody is
 // stands here, and so it is the same on every controller.
 //
 //	/timonel/trust/tokens/ID          a join token: hash of its secret, expiry, uses
 //	/timonel/trust/nodes/NAME         the public key that a node's name is bound to
 //	/timonel/trust/revoked/KEY        a public key that is good for nothing any more
 //	/timonel/trust/founding           when the cluster was founded
+//	/timonel/trust/gossip/POOL        the keys of a pool of gossip, sealed for who has the bundle
 //
 // The keys are outside of the Kubernetes API's /registry, so that no API call
 // reaches them. Every change is one transaction on conditions, so that of two

@@ -43,6 +43,8 @@ type Config struct {
 	// Reserved says whose name a node may not have, and why: "" for a name that is
 	// free. It is asked besides the names that are reserved always. Default: none.
 	Reserved func(name string) (why string)
+	// Vault seals the keys of gossip. It is required for what is about them.
+	Vault Vault
 	// Now is the clock. Default [time.Now].
 	Now func() time.Time
 }
@@ -52,6 +54,7 @@ type Config struct {
 type Registry struct {
 	state    State
 	reserved func(name string) string
+	vault    Vault
 	now      func() time.Time
 	// turn is held by the one that changes records: many that join at once through
 	// this controller would only make each other begin anew.
@@ -60,7 +63,7 @@ type Registry struct {
 
 // New returns a registry of the records in c.State.
 func New(c Config) *Registry {
-	r := &Registry{state: c.State, reserved: c.Reserved, now: c.Now, turn: make(chan struct{}, 1)}
+	r := &Registry{state: c.State, reserved: c.Reserved, vault: c.Vault, now: c.Now, turn: make(chan struct{}, 1)}
 	if r.reserved == nil {
 		r.reserved = func(string) string { return "" }
 	}
@@ -198,6 +201,8 @@ type Changes struct {
 	Nodes []string
 	// Revoked are the keys that were revoked.
 	Revoked []string
+	// Gossip says that keys of gossip changed.
+	Gossip bool
 	// Keys are all keys that changed, those of other records included.
 	Keys []string
 }
@@ -238,6 +243,8 @@ func follow(ctx context.Context, watcher *state.Watcher, f func(Changes)) error 
 				c.Nodes = append(c.Nodes, name)
 			} else if hash, ok := strings.CutPrefix(key, revokedPrefix); ok && e.Type == state.Put {
 				c.Revoked = append(c.Revoked, hash)
+			} else if strings.HasPrefix(key, gossipPrefix) {
+				c.Gossip = true
 			}
 		}
 		f(c)

@@ -39,6 +39,10 @@ type Config struct {
 	Cluster func(*pb.Cluster)
 	// Node hears what the API says of this node: labels, taints, allocatable.
 	Node func(*corev1.Node)
+	// GossipKeys keeps the keys of gossip that a controller tells; GossipKeyIDs names
+	// those that are kept. Nil: there are none to keep.
+	GossipKeys   func(keys [][]byte) error
+	GossipKeyIDs func() []string
 	// DialTimeout bounds the attempt on one controller, up to its Welcome.
 	// Default 2 s.
 	DialTimeout time.Duration

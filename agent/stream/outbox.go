@@ -25,6 +25,7 @@ type outbox struct {
 	isDirty    map[types.UID]bool
 	events     []*corev1.Event
 	requests   []*pb.Request
+	kept       []string // names of keys of gossip, to say so
 	wake       chan struct{}
 }
 
@@ -98,6 +99,14 @@ func (o *outbox) addEvent(e *corev1.Event) {
 	o.signal()
 }
 
+// setKept queues the names of the keys of gossip that are kept.
+func (o *outbox) setKept(ids []string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.kept = ids
+	o.signal()
+}
+
 func (o *outbox) addRequest(r *pb.Request) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -111,7 +120,7 @@ func (o *outbox) hello() *corev1.Node {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.nodeDirty = false
-	o.requests = nil
+	o.requests, o.kept = nil, nil
 	for uid := range o.statuses {
 		o.mark(uid)
 	}
@@ -131,6 +140,10 @@ func (o *outbox) take() []*pb.AgentMessage {
 			out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_NodeStatus{NodeStatus: &pb.NodeStatus{Node: raw}}})
 		}
 		o.nodeDirty = false
+	}
+	if o.kept != nil {
+		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_GossipKeysKept{GossipKeysKept: &pb.GossipKeysKept{Ids: o.kept}}})
+		o.kept = nil
 	}
 	for _, r := range o.requests {
 		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_Request{Request: r}})

@@ -100,8 +100,13 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 		return nil, fmt.Errorf("encode the node: %w", err)
 	}
 	epoch, _ := cfg.Desired.Position()
+	var keys []string
+	if cfg.GossipKeyIDs != nil {
+		keys = cfg.GossipKeyIDs()
+	}
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
 		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
+		GossipKeys: keys,
 	}}}, nil
 }
 
@@ -179,6 +184,8 @@ func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[p
 			if cfg.Cluster != nil {
 				cfg.Cluster(m.Cluster)
 			}
+		case *pb.ControllerMessage_GossipKeys:
+			err = s.keepGossipKeys(m.GossipKeys.Keys)
 		case *pb.ControllerMessage_NodeSet:
 			node := &corev1.Node{}
 			if err = node.Unmarshal(m.NodeSet.Node); err == nil && cfg.Node != nil {
@@ -191,6 +198,20 @@ func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[p
 			s.client.log.Error("message from the controller", "controller", s.controller, "error", err)
 		}
 	}
+}
+
+// keepGossipKeys answers when the keys are kept. If they cannot be, the controllers go
+// on without this agent after a while, and tell it again when it connects.
+func (s *session) keepGossipKeys(keys [][]byte) error {
+	cfg := &s.client.cfg
+	if cfg.GossipKeys == nil || cfg.GossipKeyIDs == nil {
+		return nil
+	}
+	if err := cfg.GossipKeys(keys); err != nil {
+		return fmt.Errorf("keys of gossip: %w", err)
+	}
+	s.client.out.setKept(cfg.GossipKeyIDs())
+	return nil
 }
 
 func (s *session) reply(r *pb.Reply) {

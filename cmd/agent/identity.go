@@ -85,7 +85,7 @@ func (i *identity) once(ctx context.Context, ask func(context.Context, *pb.JoinR
 	if err != nil {
 		return err
 	}
-	if err := next.Save(i.dir); err != nil {
+	if err := next.SaveCertificate(i.dir); err != nil {
 		return err
 	}
 	i.node = &next

@@ -212,8 +212,12 @@ func (o *options) accept(token pki.Token, dir string, request pki.NodeRequest, r
 	if err := token.VerifyCA(resp.Ca); err != nil {
 		return nil, fmt.Errorf("join the cluster: %w", err)
 	}
+	keys := resp.GossipKeys
+	if len(keys) == 0 { // a controller of before there were several
+		keys = [][]byte{resp.GossipKey}
+	}
 	m := &membership{
-		node:  &pki.Node{CA: resp.Ca, Pair: pki.KeyPair{Cert: resp.Certificate, Key: request.Key}, GossipKey: resp.GossipKey},
+		node:  &pki.Node{CA: resp.Ca, Pair: pki.KeyPair{Cert: resp.Certificate, Key: request.Key}, GossipKeys: keys},
 		peers: peers{Controllers: resp.Controllers, Gossip: resp.GossipPeers},
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -13,14 +13,12 @@ import (
 	"slices"
 	"sync"
 	"syscall"
-	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"timonel/agent"
-	"timonel/gossip"
 )
 
 // run joins the cluster if need be and runs the agent until ctx ends.
@@ -58,8 +56,8 @@ func run(ctx context.Context, o *options) error {
 			cfg.Controllers = append(cfg.Controllers, addr)
 		}
 	}
-	pool := &pool{o: o, m: m, log: cfg.Logger, advertise: cfg.NodeIPs[0].String()}
-	cfg.Joined = pool.open
+	pool := &pool{o: o, join: m.peers.Gossip, keys: m.node.GossipKeys, log: cfg.Logger, advertise: cfg.NodeIPs[0].String()}
+	cfg.Joined, cfg.GossipKeys, cfg.GossipKeyIDs = pool.open, pool.setKeys, pool.keyIDs
 	defer pool.close()
 	a, err := agent.New(ctx, cfg)
 	if err != nil {
@@ -129,44 +127,4 @@ func lock(dir string) (unlock func(), err error) {
 		return nil, fmt.Errorf("--data-dir: lock: %w", err)
 	}
 	return func() { f.Close() }, nil
-}
-
-// pool is the agent's part in the gossip pool, from when it knows the cluster.
-type pool struct {
-	o         *options
-	m         *membership
-	log       *slog.Logger
-	advertise string
-
-	mu sync.Mutex
-	p  *gossip.Pool
-}
-
-// open joins the pool. An agent whose gossip port is taken still works by its
-// stream; it says so.
-func (p *pool) open(clusterID string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.p != nil {
-		return
-	}
-	got, err := gossip.Open(gossip.Config{
-		Name: p.o.name, Role: gossip.RoleAgent, ClusterID: clusterID, Keys: [][]byte{p.m.node.GossipKey},
-		BindAddr: p.advertise, AdvertiseAddr: p.advertise, Port: p.o.gossipPort, Join: p.m.peers.Gossip, Logger: p.log,
-	})
-	if err != nil {
-		p.log.Error("join the gossip pool: a failure of this node will be noticed later (is --gossip-port in use?)", "port", p.o.gossipPort, "error", err)
-		return
-	}
-	p.p = got
-}
-
-func (p *pool) close() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.p == nil {
-		return
-	}
-	_ = p.p.Leave(500 * time.Millisecond)
-	_ = p.p.Close()
 }

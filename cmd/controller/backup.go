@@ -101,6 +101,7 @@ func (k *controller) paths() map[string]http.Handler {
 	paths[tokensPath+"/"] = http.HandlerFunc(k.serveToken)
 	paths[nodesPath] = http.HandlerFunc(k.serveNodes)
 	paths[nodesPath+"/"] = http.HandlerFunc(k.serveNodeChange)
+	paths[gossipKeysPath] = http.HandlerFunc(k.serveGossipKeys)
 	for name, kind := range memberChanges {
 		paths[membersPath+"/"+name] = k.serveMemberChange(kind)
 	}

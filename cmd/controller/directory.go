@@ -17,6 +17,7 @@ import (
 	"timonel/consensus"
 	"timonel/dispatch"
 	"timonel/gossip"
+	"timonel/pki"
 	"timonel/state/objects"
 )
 
@@ -28,9 +29,6 @@ const (
 	tagRaft    = "raft"
 	tagGossip  = "gossip"
 )
-
-// gossipAnnotation is where a Node says at which host:port its gossip is.
-const gossipAnnotation = "timonel.io/gossip-address"
 
 // maxControllers bounds the controllers' gossip pool.
 const maxControllers = 64
@@ -201,7 +199,7 @@ func (d *directory) admitNode(name, role string, addr netip.AddrPort) error {
 		if !ok {
 			return fmt.Errorf("there is no Node %q", name)
 		}
-		if _, port, err := net.SplitHostPort(node.Annotations[gossipAnnotation]); err == nil && port != strconv.Itoa(int(addr.Port())) {
+		if _, port, err := net.SplitHostPort(dispatch.GossipAddress(node)); err == nil && port != strconv.Itoa(int(addr.Port())) {
 			return fmt.Errorf("port %d is not that of Node %s, which says %s", addr.Port(), name, port)
 		}
 		for _, a := range node.Status.Addresses {
@@ -244,15 +242,8 @@ func (d *directory) admitController(_, role string, _ netip.AddrPort) error {
 func (d *directory) nodeSeeds() []string {
 	out := d.memberHosts(d.config.gossipPort)
 	for node := range d.cache.Snapshot().Nodes().All() {
-		port := strconv.Itoa(d.config.gossipPort)
-		if _, said, err := net.SplitHostPort(node.Annotations[gossipAnnotation]); err == nil {
-			port = said
-		}
-		for _, a := range node.Status.Addresses {
-			if a.Type == corev1.NodeInternalIP {
-				out = append(out, net.JoinHostPort(a.Address, port))
-				break
-			}
+		if addr := dispatch.GossipAddress(node); addr != "" {
+			out = append(out, addr)
 		}
 	}
 	return out
@@ -350,6 +341,14 @@ func (d *directory) open(clusterID string, nodesKeys, controllersKeys [][]byte, 
 		return errors.Join(portError("gossip-port", err), d.controllers.Close())
 	}
 	return nil
+}
+
+// setKeys has a pool use other keys.
+func (d *directory) setKeys(pool string, keys [][]byte) error {
+	if pool == pki.PoolControllers {
+		return d.controllers.SetKeys(keys)
+	}
+	return d.nodes.SetKeys(keys)
 }
 
 // leave tells both pools that this controller goes, at the same time.

@@ -47,6 +47,7 @@ func (k *controller) lead(ctx context.Context) error {
 		group.Go(func() error { return ended(k.tracker.Run(ctx)) })
 		group.Go(func() error { return ended(k.raiseVersion(ctx)) })
 		group.Go(func() error { return ended(k.found(ctx)) })
+		group.Go(func() error { return ended(k.rotateKeys(ctx)) })
 		group.Go(func() error { return ended(storage.Expire(ctx, k.backend, k.log)) })
 		group.Go(func() error { return ended(runner.Run(ctx, term)) })
 		if k.scheduler != nil {

@@ -7,6 +7,7 @@ import (
 	"k8s.io/component-base/metrics/legacyregistry"
 
 	"timonel/gossip"
+	"timonel/trust"
 )
 
 // collector tells, on /metrics of the API, what is Timonel's own: the log, the
@@ -56,6 +57,7 @@ var (
 	descHistoryLimit  = desc("history_limit_bytes", "The bounds of history_bytes.", "part")
 	descExpiry        = desc("certificate_expiry_timestamp_seconds", "When a certificate that this controller has ends: of the authorities ca and front-proxy-ca, of its cluster port and Raft (cluster), of the API that it serves (api).", "of")
 	descGossip        = desc("gossip_members", "Members of the gossip pool.", "role", "state")
+	descGossipKeys    = desc("gossip_keys", "Keys that a pool of gossip takes: more than one while they are rotated.", "pool")
 	descGossipRefused = desc("gossip_refused_total", "What came by gossip and was not taken, by pool and reason.", "pool", "reason")
 )
 
@@ -67,7 +69,7 @@ func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
 		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descCut, descHistoryAge, descHistory, descHistoryBytes,
-		descHistoryLimit, descExpiry, descGossip, descGossipRefused} {
+		descHistoryLimit, descExpiry, descGossip, descGossipKeys, descGossipRefused} {
 		to <- d
 	}
 }
@@ -169,6 +171,9 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	}
 	for _, m := range k.directory.Members() {
 		counts[[2]string{m.Role, strings.ToLower(m.State.String())}]++
+	}
+	for _, pool := range trust.GossipPools {
+		gauge(descGossipKeys, float64(len(k.keys.secrets(pool))), pool)
 	}
 	for pool, refused := range map[string]map[string]uint64{"controllers": k.directory.controllers.Refused(), "nodes": k.directory.nodes.Refused()} {
 		for reason, n := range refused {

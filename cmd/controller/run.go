@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -41,6 +42,7 @@ type controller struct {
 	store     *state.Store
 	quota     *state.Quota
 	directory *directory
+	keys      *keyrings
 	peers     *peers
 	replica   *consensus.Replica
 	backend   backend
@@ -99,16 +101,10 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 		return err
 	}
 	defer clusterListener.Close()
-	ownKey, err := k.bundle.ControllersGossipKey()
-	if err != nil {
-		return err
-	}
-	k.directory = &directory{cache: k.cache, config: &k.config}
-	if err := k.directory.open(k.bundle.ClusterID(), [][]byte{k.bundle.GossipKey()}, [][]byte{ownKey}, k.log); err != nil {
+	if err := k.openGossip(ctx, identity); err != nil {
 		return err
 	}
 	defer k.directory.close()
-	k.peers = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.DialOptions()...)
 	defer k.peers.close()
 
 	if k.replica, err = k.openReplica(ctx, identity); err != nil {
@@ -118,7 +114,8 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	members := k.replica.Members
 	k.directory.log.Store(&members)
 	k.backend = backend{store: k.store, replica: k.replica}
-	k.trust = trust.New(trust.Config{State: k.backend, Reserved: k.reservedName})
+	k.trust = trust.New(trust.Config{State: k.backend, Reserved: k.reservedName, Vault: k.bundle})
+	k.keys.registry, k.keys.replica = k.trust, k.replica
 	if k.scheduler, err = k.newScheduler(); err != nil {
 		return err
 	}
@@ -163,6 +160,8 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	group.Go(func() error { return ended(k.watchPorts(ctx)) })
 	group.Go(func() error { return ended(tick(ctx, k.store)) })
 	group.Go(func() error { return ended(k.certificates.run(ctx)) })
+	group.Go(func() error { return ended(k.keys.follow(ctx)) })
+	group.Go(func() error { return ended(k.askForKeys(ctx, identity)) })
 	group.Go(func() error { return k.serve(ctx, group, files) })
 	err = group.Wait()
 	if leaveErr := k.directory.leave(leaveTimeout); leaveErr != nil {
@@ -239,6 +238,29 @@ func (k *controller) isLeader() bool {
 // apiAs is the API in memory, as a user with groups.
 func (k *controller) apiAs(name string, groups ...string) *rest.Config {
 	return k.api.InProcess(&user.DefaultInfo{Name: name, Groups: append(groups, user.AllAuthenticated)})
+}
+
+// openGossip joins both pools. A controller that knows nothing of the cluster but the
+// bundle asks the others first which keys these have now: with keys of before it would
+// find none but others like itself, and found a second cluster with them.
+func (k *controller) openGossip(ctx context.Context, identity *pki.Controller) error {
+	if err := os.MkdirAll(k.dataDir, 0o700); err != nil {
+		return fmt.Errorf("--data-dir: %w", err)
+	}
+	k.directory = &directory{cache: k.cache, config: &k.config}
+	k.peers = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.DialOptions()...)
+	var kept bool
+	var err error
+	if k.keys, kept, err = newKeyrings(k.bundle, k.dataDir, k.log); err != nil {
+		return err
+	}
+	if _, err := os.Stat(filepath.Join(k.dataDir, "raft")); !kept || errors.Is(err, fs.ErrNotExist) {
+		k.keys.ask(ctx, k.keySources(identity))
+	}
+	if err := k.directory.open(k.bundle.ClusterID(), k.keys.secrets(pki.PoolNodes), k.keys.secrets(pki.PoolControllers), k.log); err != nil {
+		return err
+	}
+	return k.keys.start(k.directory.setKeys)
 }
 
 func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) (*consensus.Replica, error) {

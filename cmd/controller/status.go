@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,7 +34,7 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 		Controllers: k.directory.clusterPorts,
 		Status:      k.status,
 		ReportBytes: k.shares.reports,
-		GossipPort:  k.gossipPort,
+		Keys:        k.keys,
 		Network:     k.network(),
 		Logger:      k.log,
 	})
@@ -78,7 +79,7 @@ func (k *controller) status(context.Context) *pb.StatusResponse {
 		Revision:      k.store.View().Revision(),
 		ResidentBytes: resident, AnonymousBytes: anonymous,
 		FsyncMicroseconds: uint64(s.Fsync / time.Microsecond),
-		Problems:          append(s.Problems, k.directory.problems()...),
+		Problems:          slices.Concat(s.Problems, k.directory.problems(), k.keys.sentences()),
 		ClusterVersion:    uint32(k.store.View().ClusterVersion()), NewestVersion: uint32(k.newest),
 	}
 	if problem := k.clusterVersion.problem(k.store); problem != "" {

@@ -56,7 +56,7 @@ func command() *cobra.Command {
 	})
 	root.AddGroup(&cobra.Group{ID: "cluster", Title: "The cluster:"},
 		&cobra.Group{ID: "machine", Title: "One of its machines (c1, c2, …, a1, a2, …):"})
-	for _, c := range []*cobra.Command{t.upCommand(), t.downCommand(), t.statusCommand(), t.tokenCommand(), t.nodeCommand(), t.initCommand(), t.membersCommand(), t.snapshotCommand(), t.kubectlCommand()} {
+	for _, c := range []*cobra.Command{t.upCommand(), t.downCommand(), t.statusCommand(), t.tokenCommand(), t.nodeCommand(), t.gossipCommand(), t.initCommand(), t.membersCommand(), t.snapshotCommand(), t.kubectlCommand()} {
 		c.GroupID = "cluster"
 		root.AddCommand(c)
 	}

@@ -225,6 +225,9 @@ func (t *tool) nodeChangeCommand(verb, short, long string) *cobra.Command {
 				return err
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "node %s: %s is done\n", args[0], verb)
+			if verb == "revoke" {
+				fmt.Fprintln(cmd.OutOrStdout(), "It knows the nodes' gossip key: `timonel gossip rotate-key --pool nodes` gives all others a new one.")
+			}
 			return nil
 		},
 	}

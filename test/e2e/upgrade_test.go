@@ -87,7 +87,7 @@ func TestUpgrade(t *testing.T) {
 			c.Run(t, "members", "transfer-leader", "c1")
 		}
 		status := c.Status(t)
-		if problems := strings.Join(status.Problems, "\n"); !strings.Contains(problems, "until all members' programs know 2: c3 ") {
+		if problems := strings.Join(status.Problems, "\n"); !strings.Contains(problems, "until all members' programs know 3: c3 ") {
 			return fmt.Errorf("problems: %s", problems)
 		}
 		return nil
@@ -102,7 +102,7 @@ func TestUpgrade(t *testing.T) {
 	write()
 	run("c3", newer)
 	harness.Eventually(t, 30*time.Second, "the cluster version rises", func() error {
-		if v := version(); v != 2 {
+		if v := version(); v != 3 {
 			return fmt.Errorf("it is %d", v)
 		}
 		return nil

@@ -92,6 +92,7 @@ type JoinResponse struct {
 	GossipKey     []byte                 `protobuf:"bytes,3,opt,name=gossip_key,json=gossipKey,proto3" json:"gossip_key,omitempty"`       // 32 bytes
 	Controllers   []string               `protobuf:"bytes,4,rep,name=controllers,proto3" json:"controllers,omitempty"`                    // host:port of every known cluster port
 	GossipPeers   []string               `protobuf:"bytes,5,rep,name=gossip_peers,json=gossipPeers,proto3" json:"gossip_peers,omitempty"` // host:port of every known gossip port
+	GossipKeys    [][]byte               `protobuf:"bytes,6,rep,name=gossip_keys,json=gossipKeys,proto3" json:"gossip_keys,omitempty"`    // of the nodes' pool: the first seals, any opens; gossip_key is the first
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -161,6 +162,13 @@ func (x *JoinResponse) GetGossipPeers() []string {
 	return nil
 }
 
+func (x *JoinResponse) GetGossipKeys() [][]byte {
+	if x != nil {
+		return x.GossipKeys
+	}
+	return nil
+}
+
 type AgentMessage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -172,6 +180,7 @@ type AgentMessage struct {
 	//	*AgentMessage_Event
 	//	*AgentMessage_Request
 	//	*AgentMessage_Goodbye
+	//	*AgentMessage_GossipKeysKept
 	Message       isAgentMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -277,6 +286,15 @@ func (x *AgentMessage) GetGoodbye() *Goodbye {
 	return nil
 }
 
+func (x *AgentMessage) GetGossipKeysKept() *GossipKeysKept {
+	if x != nil {
+		if x, ok := x.Message.(*AgentMessage_GossipKeysKept); ok {
+			return x.GossipKeysKept
+		}
+	}
+	return nil
+}
+
 type isAgentMessage_Message interface {
 	isAgentMessage_Message()
 }
@@ -309,6 +327,10 @@ type AgentMessage_Goodbye struct {
 	Goodbye *Goodbye `protobuf:"bytes,7,opt,name=goodbye,proto3,oneof"` // planned stop of the agent; containers go on
 }
 
+type AgentMessage_GossipKeysKept struct {
+	GossipKeysKept *GossipKeysKept `protobuf:"bytes,8,opt,name=gossip_keys_kept,json=gossipKeysKept,proto3,oneof"`
+}
+
 func (*AgentMessage_Hello) isAgentMessage_Message() {}
 
 func (*AgentMessage_NodeStatus) isAgentMessage_Message() {}
@@ -322,6 +344,8 @@ func (*AgentMessage_Event) isAgentMessage_Message() {}
 func (*AgentMessage_Request) isAgentMessage_Message() {}
 
 func (*AgentMessage_Goodbye) isAgentMessage_Message() {}
+
+func (*AgentMessage_GossipKeysKept) isAgentMessage_Message() {}
 
 type Hello struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -339,7 +363,10 @@ type Hello struct {
 	Have *Have `protobuf:"bytes,6,opt,name=have,proto3" json:"have,omitempty"`
 	// Names this process of the agent, drawn at its start. Of two processes with one
 	// node's certificate, one is served.
-	Instance      string `protobuf:"bytes,15,opt,name=instance,proto3" json:"instance,omitempty"`
+	Instance string `protobuf:"bytes,15,opt,name=instance,proto3" json:"instance,omitempty"`
+	// Names of the keys of gossip that the agent has kept, the first seals. None: it
+	// knows of no more than one.
+	GossipKeys    []string `protobuf:"bytes,16,rep,name=gossip_keys,json=gossipKeys,proto3" json:"gossip_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -421,6 +448,13 @@ func (x *Hello) GetInstance() string {
 		return x.Instance
 	}
 	return ""
+}
+
+func (x *Hello) GetGossipKeys() []string {
+	if x != nil {
+		return x.GossipKeys
+	}
+	return nil
 }
 
 // Have is all that an agent has. It is bounded by MaxHave.
@@ -1042,6 +1076,51 @@ func (x *Goodbye) GetReason() string {
 	return ""
 }
 
+// GossipKeysKept says that GossipKeys are on the agent's disk, and used.
+type GossipKeysKept struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ids           []string               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"` // names of the keys, in their order
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeysKept) Reset() {
+	*x = GossipKeysKept{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeysKept) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeysKept) ProtoMessage() {}
+
+func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeysKept.ProtoReflect.Descriptor instead.
+func (*GossipKeysKept) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *GossipKeysKept) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
 type ControllerMessage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -1056,6 +1135,7 @@ type ControllerMessage struct {
 	//	*ControllerMessage_Reply
 	//	*ControllerMessage_Cluster
 	//	*ControllerMessage_NodeSet
+	//	*ControllerMessage_GossipKeys
 	Message       isControllerMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1063,7 +1143,7 @@ type ControllerMessage struct {
 
 func (x *ControllerMessage) Reset() {
 	*x = ControllerMessage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1075,7 +1155,7 @@ func (x *ControllerMessage) String() string {
 func (*ControllerMessage) ProtoMessage() {}
 
 func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1088,7 +1168,7 @@ func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControllerMessage.ProtoReflect.Descriptor instead.
 func (*ControllerMessage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ControllerMessage) GetMessage() isControllerMessage_Message {
@@ -1188,6 +1268,15 @@ func (x *ControllerMessage) GetNodeSet() *NodeSet {
 	return nil
 }
 
+func (x *ControllerMessage) GetGossipKeys() *GossipKeys {
+	if x != nil {
+		if x, ok := x.Message.(*ControllerMessage_GossipKeys); ok {
+			return x.GossipKeys
+		}
+	}
+	return nil
+}
+
 type isControllerMessage_Message interface {
 	isControllerMessage_Message()
 }
@@ -1232,6 +1321,10 @@ type ControllerMessage_NodeSet struct {
 	NodeSet *NodeSet `protobuf:"bytes,10,opt,name=node_set,json=nodeSet,proto3,oneof"`
 }
 
+type ControllerMessage_GossipKeys struct {
+	GossipKeys *GossipKeys `protobuf:"bytes,11,opt,name=gossip_keys,json=gossipKeys,proto3,oneof"`
+}
+
 func (*ControllerMessage_Welcome) isControllerMessage_Message() {}
 
 func (*ControllerMessage_PodSet) isControllerMessage_Message() {}
@@ -1252,6 +1345,8 @@ func (*ControllerMessage_Cluster) isControllerMessage_Message() {}
 
 func (*ControllerMessage_NodeSet) isControllerMessage_Message() {}
 
+func (*ControllerMessage_GossipKeys) isControllerMessage_Message() {}
+
 type Welcome struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Controller    string                 `protobuf:"bytes,1,opt,name=controller,proto3" json:"controller,omitempty"` // the controller's name
@@ -1263,7 +1358,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +1370,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +1383,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Welcome) GetController() string {
@@ -1312,6 +1407,51 @@ func (x *Welcome) GetFull() bool {
 	return false
 }
 
+// GossipKeys are those of the nodes' pool, sent when the agent has others.
+type GossipKeys struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Keys          [][]byte               `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"` // 32 bytes each; the first seals, any opens
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeys) Reset() {
+	*x = GossipKeys{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeys) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeys) ProtoMessage() {}
+
+func (x *GossipKeys) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeys.ProtoReflect.Descriptor instead.
+func (*GossipKeys) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *GossipKeys) GetKeys() [][]byte {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
 // NodeSet is the agent's own Node as the API has it, sent before the pods that
 // are held against it and when what pods are held against has changed.
 type NodeSet struct {
@@ -1323,7 +1463,7 @@ type NodeSet struct {
 
 func (x *NodeSet) Reset() {
 	*x = NodeSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1335,7 +1475,7 @@ func (x *NodeSet) String() string {
 func (*NodeSet) ProtoMessage() {}
 
 func (x *NodeSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1348,7 +1488,7 @@ func (x *NodeSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSet.ProtoReflect.Descriptor instead.
 func (*NodeSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *NodeSet) GetNode() []byte {
@@ -1370,7 +1510,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1522,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1535,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -1424,7 +1564,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1576,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1589,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -1493,7 +1633,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1505,7 +1645,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1518,7 +1658,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -1554,7 +1694,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1566,7 +1706,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1579,7 +1719,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -1619,7 +1759,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1771,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1784,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -1664,7 +1804,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1676,7 +1816,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1829,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -1717,7 +1857,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +1869,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +1882,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -1781,7 +1921,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1793,7 +1933,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1806,7 +1946,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -1855,7 +1995,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +2007,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +2020,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -1913,7 +2053,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1925,7 +2065,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1938,7 +2078,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -1957,14 +2097,16 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x12\x10\n" +
-	"\x03csr\x18\x03 \x01(\fR\x03csr\"\xa4\x01\n" +
+	"\x03csr\x18\x03 \x01(\fR\x03csr\"\xc5\x01\n" +
 	"\fJoinResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x0e\n" +
 	"\x02ca\x18\x02 \x01(\fR\x02ca\x12\x1d\n" +
 	"\n" +
 	"gossip_key\x18\x03 \x01(\fR\tgossipKey\x12 \n" +
 	"\vcontrollers\x18\x04 \x03(\tR\vcontrollers\x12!\n" +
-	"\fgossip_peers\x18\x05 \x03(\tR\vgossipPeers\"\x88\x03\n" +
+	"\fgossip_peers\x18\x05 \x03(\tR\vgossipPeers\x12\x1f\n" +
+	"\vgossip_keys\x18\x06 \x03(\fR\n" +
+	"gossipKeys\"\xd0\x03\n" +
 	"\fAgentMessage\x12)\n" +
 	"\x05hello\x18\x01 \x01(\v2\x11.timonel.v1.HelloH\x00R\x05hello\x129\n" +
 	"\vnode_status\x18\x02 \x01(\v2\x16.timonel.v1.NodeStatusH\x00R\n" +
@@ -1974,8 +2116,9 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x0epod_terminated\x18\x04 \x01(\v2\x19.timonel.v1.PodTerminatedH\x00R\rpodTerminated\x12)\n" +
 	"\x05event\x18\x05 \x01(\v2\x11.timonel.v1.EventH\x00R\x05event\x12/\n" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
-	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbyeB\t\n" +
-	"\amessage\"\xd3\x01\n" +
+	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbye\x12F\n" +
+	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKeptB\t\n" +
+	"\amessage\"\xf4\x01\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
@@ -1983,7 +2126,9 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x0fresume_revision\x18\x04 \x01(\x03R\x0eresumeRevision\x12\x14\n" +
 	"\x05epoch\x18\x05 \x01(\tR\x05epoch\x12$\n" +
 	"\x04have\x18\x06 \x01(\v2\x10.timonel.v1.HaveR\x04have\x12\x1a\n" +
-	"\binstance\x18\x0f \x01(\tR\binstance\"}\n" +
+	"\binstance\x18\x0f \x01(\tR\binstance\x12\x1f\n" +
+	"\vgossip_keys\x18\x10 \x03(\tR\n" +
+	"gossipKeys\"}\n" +
 	"\x04Have\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +
@@ -2025,7 +2170,9 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x0fservice_account\x18\x02 \x01(\tR\x0eserviceAccount\x12#\n" +
 	"\rtoken_request\x18\x03 \x01(\fR\ftokenRequest\"!\n" +
 	"\aGoodbye\x12\x16\n" +
-	"\x06reason\x18\x01 \x01(\tR\x06reason\"\xa6\x04\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"\"\n" +
+	"\x0eGossipKeysKept\x12\x10\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\"\xe1\x04\n" +
 	"\x11ControllerMessage\x12/\n" +
 	"\awelcome\x18\x01 \x01(\v2\x13.timonel.v1.WelcomeH\x00R\awelcome\x12-\n" +
 	"\apod_set\x18\x02 \x01(\v2\x12.timonel.v1.PodSetH\x00R\x06podSet\x126\n" +
@@ -2040,14 +2187,19 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05reply\x18\b \x01(\v2\x11.timonel.v1.ReplyH\x00R\x05reply\x12/\n" +
 	"\acluster\x18\t \x01(\v2\x13.timonel.v1.ClusterH\x00R\acluster\x120\n" +
 	"\bnode_set\x18\n" +
-	" \x01(\v2\x13.timonel.v1.NodeSetH\x00R\anodeSetB\t\n" +
+	" \x01(\v2\x13.timonel.v1.NodeSetH\x00R\anodeSet\x129\n" +
+	"\vgossip_keys\x18\v \x01(\v2\x16.timonel.v1.GossipKeysH\x00R\n" +
+	"gossipKeysB\t\n" +
 	"\amessage\"S\n" +
 	"\aWelcome\x12\x1e\n" +
 	"\n" +
 	"controller\x18\x01 \x01(\tR\n" +
 	"controller\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x12\n" +
-	"\x04full\x18\x03 \x01(\bR\x04full\"\x1d\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\" \n" +
+	"\n" +
+	"GossipKeys\x12\x12\n" +
+	"\x04keys\x18\x01 \x03(\fR\x04keys\"\x1d\n" +
 	"\aNodeSet\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\fR\x04node\"6\n" +
 	"\x06PodSet\x12\x10\n" +
@@ -2107,7 +2259,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_agent_proto_rawDescData
 }
 
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),       // 0: timonel.v1.JoinRequest
 	(*JoinResponse)(nil),      // 1: timonel.v1.JoinResponse
@@ -2123,19 +2275,21 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*Request)(nil),           // 11: timonel.v1.Request
 	(*TokenRequest)(nil),      // 12: timonel.v1.TokenRequest
 	(*Goodbye)(nil),           // 13: timonel.v1.Goodbye
-	(*ControllerMessage)(nil), // 14: timonel.v1.ControllerMessage
-	(*Welcome)(nil),           // 15: timonel.v1.Welcome
-	(*NodeSet)(nil),           // 16: timonel.v1.NodeSet
-	(*PodSet)(nil),            // 17: timonel.v1.PodSet
-	(*PodRemove)(nil),         // 18: timonel.v1.PodRemove
-	(*ObjectSet)(nil),         // 19: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),      // 20: timonel.v1.ObjectRemove
-	(*Synced)(nil),            // 21: timonel.v1.Synced
-	(*TunnelOpen)(nil),        // 22: timonel.v1.TunnelOpen
-	(*Reply)(nil),             // 23: timonel.v1.Reply
-	(*Cluster)(nil),           // 24: timonel.v1.Cluster
-	(*NodeRoute)(nil),         // 25: timonel.v1.NodeRoute
-	(*Chunk)(nil),             // 26: timonel.v1.Chunk
+	(*GossipKeysKept)(nil),    // 14: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil), // 15: timonel.v1.ControllerMessage
+	(*Welcome)(nil),           // 16: timonel.v1.Welcome
+	(*GossipKeys)(nil),        // 17: timonel.v1.GossipKeys
+	(*NodeSet)(nil),           // 18: timonel.v1.NodeSet
+	(*PodSet)(nil),            // 19: timonel.v1.PodSet
+	(*PodRemove)(nil),         // 20: timonel.v1.PodRemove
+	(*ObjectSet)(nil),         // 21: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),      // 22: timonel.v1.ObjectRemove
+	(*Synced)(nil),            // 23: timonel.v1.Synced
+	(*TunnelOpen)(nil),        // 24: timonel.v1.TunnelOpen
+	(*Reply)(nil),             // 25: timonel.v1.Reply
+	(*Cluster)(nil),           // 26: timonel.v1.Cluster
+	(*NodeRoute)(nil),         // 27: timonel.v1.NodeRoute
+	(*Chunk)(nil),             // 28: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
 	3,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
@@ -2145,32 +2299,34 @@ var file_timonel_v1_agent_proto_depIdxs = []int32{
 	10, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
 	11, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
 	13, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	4,  // 7: timonel.v1.Hello.have:type_name -> timonel.v1.Have
-	5,  // 8: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
-	6,  // 9: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
-	12, // 10: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	15, // 11: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	17, // 12: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	18, // 13: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	19, // 14: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	20, // 15: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	21, // 16: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	22, // 17: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	23, // 18: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	24, // 19: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	16, // 20: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	25, // 21: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	0,  // 22: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	2,  // 23: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	26, // 24: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	1,  // 25: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	14, // 26: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	26, // 27: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	25, // [25:28] is the sub-list for method output_type
-	22, // [22:25] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	14, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	4,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
+	5,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
+	6,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
+	12, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	16, // 12: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	19, // 13: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	20, // 14: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	21, // 15: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	22, // 16: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	23, // 17: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	24, // 18: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	25, // 19: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	26, // 20: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	18, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	17, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	27, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	0,  // 24: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	2,  // 25: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	28, // 26: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	1,  // 27: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	15, // 28: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	28, // 29: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	27, // [27:30] is the sub-list for method output_type
+	24, // [24:27] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -2186,11 +2342,12 @@ func file_timonel_v1_agent_proto_init() {
 		(*AgentMessage_Event)(nil),
 		(*AgentMessage_Request)(nil),
 		(*AgentMessage_Goodbye)(nil),
+		(*AgentMessage_GossipKeysKept)(nil),
 	}
 	file_timonel_v1_agent_proto_msgTypes[11].OneofWrappers = []any{
 		(*Request_Token)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[14].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
 		(*ControllerMessage_Welcome)(nil),
 		(*ControllerMessage_PodSet)(nil),
 		(*ControllerMessage_PodRemove)(nil),
@@ -2201,6 +2358,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_Reply)(nil),
 		(*ControllerMessage_Cluster)(nil),
 		(*ControllerMessage_NodeSet)(nil),
+		(*ControllerMessage_GossipKeys)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2208,7 +2366,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

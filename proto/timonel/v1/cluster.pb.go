@@ -671,6 +671,208 @@ func (x *ClaimResponse) GetHeld() bool {
 	return false
 }
 
+type GossipKeysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeysRequest) Reset() {
+	*x = GossipKeysRequest{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeysRequest) ProtoMessage() {}
+
+func (x *GossipKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeysRequest.ProtoReflect.Descriptor instead.
+func (*GossipKeysRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
+}
+
+type GossipKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As they are in the state, sealed for who has the bundle. Of a pool without
+	// record the keys follow from the bundle.
+	Records       [][]byte `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
+	Newest        bool     `protobuf:"varint,2,opt,name=newest,proto3" json:"newest,omitempty"` // they are the cluster's, and not what the callee last knew
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeysResponse) Reset() {
+	*x = GossipKeysResponse{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeysResponse) ProtoMessage() {}
+
+func (x *GossipKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeysResponse.ProtoReflect.Descriptor instead.
+func (*GossipKeysResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *GossipKeysResponse) GetRecords() [][]byte {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+func (x *GossipKeysResponse) GetNewest() bool {
+	if x != nil {
+		return x.Newest
+	}
+	return false
+}
+
+type GossipKeptRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pool          string                 `protobuf:"bytes,1,opt,name=pool,proto3" json:"pool,omitempty"`
+	Ids           []string               `protobuf:"bytes,2,rep,name=ids,proto3" json:"ids,omitempty"` // names of the keys, in their order
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeptRequest) Reset() {
+	*x = GossipKeptRequest{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeptRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeptRequest) ProtoMessage() {}
+
+func (x *GossipKeptRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeptRequest.ProtoReflect.Descriptor instead.
+func (*GossipKeptRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *GossipKeptRequest) GetPool() string {
+	if x != nil {
+		return x.Pool
+	}
+	return ""
+}
+
+func (x *GossipKeptRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+type GossipKeptResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kept          bool                   `protobuf:"varint,1,opt,name=kept,proto3" json:"kept,omitempty"`      // by the controller itself
+	Agents        []string               `protobuf:"bytes,2,rep,name=agents,proto3" json:"agents,omitempty"`   // agents connected to it that have kept them
+	Lacking       []string               `protobuf:"bytes,3,rep,name=lacking,proto3" json:"lacking,omitempty"` // and those that have not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GossipKeptResponse) Reset() {
+	*x = GossipKeptResponse{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GossipKeptResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GossipKeptResponse) ProtoMessage() {}
+
+func (x *GossipKeptResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GossipKeptResponse.ProtoReflect.Descriptor instead.
+func (*GossipKeptResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *GossipKeptResponse) GetKept() bool {
+	if x != nil {
+		return x.Kept
+	}
+	return false
+}
+
+func (x *GossipKeptResponse) GetAgents() []string {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+func (x *GossipKeptResponse) GetLacking() []string {
+	if x != nil {
+		return x.Lacking
+	}
+	return nil
+}
+
 type StatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -679,7 +881,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +893,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +906,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{15}
 }
 
 type StatusResponse struct {
@@ -734,7 +936,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -746,7 +948,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -759,7 +961,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{12}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *StatusResponse) GetName() string {
@@ -907,7 +1109,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1121,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1134,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{13}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Member) GetName() string {
@@ -975,7 +1177,7 @@ type Expiry struct {
 
 func (x *Expiry) Reset() {
 	*x = Expiry{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -987,7 +1189,7 @@ func (x *Expiry) String() string {
 func (*Expiry) ProtoMessage() {}
 
 func (x *Expiry) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1000,7 +1202,7 @@ func (x *Expiry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Expiry.ProtoReflect.Descriptor instead.
 func (*Expiry) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Expiry) GetWhat() string {
@@ -1072,7 +1274,18 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1a\n" +
 	"\binstance\x18\x02 \x01(\tR\binstance\"#\n" +
 	"\rClaimResponse\x12\x12\n" +
-	"\x04held\x18\x01 \x01(\bR\x04held\"\x0f\n" +
+	"\x04held\x18\x01 \x01(\bR\x04held\"\x13\n" +
+	"\x11GossipKeysRequest\"F\n" +
+	"\x12GossipKeysResponse\x12\x18\n" +
+	"\arecords\x18\x01 \x03(\fR\arecords\x12\x16\n" +
+	"\x06newest\x18\x02 \x01(\bR\x06newest\"9\n" +
+	"\x11GossipKeptRequest\x12\x12\n" +
+	"\x04pool\x18\x01 \x01(\tR\x04pool\x12\x10\n" +
+	"\x03ids\x18\x02 \x03(\tR\x03ids\"Z\n" +
+	"\x12GossipKeptResponse\x12\x12\n" +
+	"\x04kept\x18\x01 \x01(\bR\x04kept\x12\x16\n" +
+	"\x06agents\x18\x02 \x03(\tR\x06agents\x12\x18\n" +
+	"\alacking\x18\x03 \x03(\tR\alacking\"\x0f\n" +
 	"\rStatusRequest\"\x81\x05\n" +
 	"\x0eStatusResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
@@ -1107,12 +1320,16 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\funix_seconds\x18\x02 \x01(\x03R\vunixSeconds\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind2S\n" +
 	"\tConsensus\x12F\n" +
-	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\xbf\x02\n" +
+	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\xd9\x03\n" +
 	"\x05Peers\x12G\n" +
 	"\bSessions\x12\x1b.timonel.v1.SessionsRequest\x1a\x1c.timonel.v1.SessionsResponse0\x01\x12<\n" +
 	"\x05Probe\x12\x18.timonel.v1.ProbeRequest\x1a\x19.timonel.v1.ProbeResponse\x120\n" +
 	"\x04Dial\x12\x11.timonel.v1.Chunk\x1a\x11.timonel.v1.Chunk(\x010\x01\x12<\n" +
-	"\x05Claim\x12\x18.timonel.v1.ClaimRequest\x1a\x19.timonel.v1.ClaimResponse\x12?\n" +
+	"\x05Claim\x12\x18.timonel.v1.ClaimRequest\x1a\x19.timonel.v1.ClaimResponse\x12K\n" +
+	"\n" +
+	"GossipKeys\x12\x1d.timonel.v1.GossipKeysRequest\x1a\x1e.timonel.v1.GossipKeysResponse\x12K\n" +
+	"\n" +
+	"GossipKept\x12\x1d.timonel.v1.GossipKeptRequest\x1a\x1e.timonel.v1.GossipKeptResponse\x12?\n" +
 	"\x06Status\x12\x19.timonel.v1.StatusRequest\x1a\x1a.timonel.v1.StatusResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
 
 var (
@@ -1127,45 +1344,53 @@ func file_timonel_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_cluster_proto_rawDescData
 }
 
-var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_timonel_v1_cluster_proto_goTypes = []any{
-	(*ForwardRequest)(nil),   // 0: timonel.v1.ForwardRequest
-	(*Proposal)(nil),         // 1: timonel.v1.Proposal
-	(*ForwardResponse)(nil),  // 2: timonel.v1.ForwardResponse
-	(*Proposed)(nil),         // 3: timonel.v1.Proposed
-	(*ReadIndex)(nil),        // 4: timonel.v1.ReadIndex
-	(*SessionsRequest)(nil),  // 5: timonel.v1.SessionsRequest
-	(*SessionsResponse)(nil), // 6: timonel.v1.SessionsResponse
-	(*ProbeRequest)(nil),     // 7: timonel.v1.ProbeRequest
-	(*ProbeResponse)(nil),    // 8: timonel.v1.ProbeResponse
-	(*ClaimRequest)(nil),     // 9: timonel.v1.ClaimRequest
-	(*ClaimResponse)(nil),    // 10: timonel.v1.ClaimResponse
-	(*StatusRequest)(nil),    // 11: timonel.v1.StatusRequest
-	(*StatusResponse)(nil),   // 12: timonel.v1.StatusResponse
-	(*Member)(nil),           // 13: timonel.v1.Member
-	(*Expiry)(nil),           // 14: timonel.v1.Expiry
-	(*Chunk)(nil),            // 15: timonel.v1.Chunk
+	(*ForwardRequest)(nil),     // 0: timonel.v1.ForwardRequest
+	(*Proposal)(nil),           // 1: timonel.v1.Proposal
+	(*ForwardResponse)(nil),    // 2: timonel.v1.ForwardResponse
+	(*Proposed)(nil),           // 3: timonel.v1.Proposed
+	(*ReadIndex)(nil),          // 4: timonel.v1.ReadIndex
+	(*SessionsRequest)(nil),    // 5: timonel.v1.SessionsRequest
+	(*SessionsResponse)(nil),   // 6: timonel.v1.SessionsResponse
+	(*ProbeRequest)(nil),       // 7: timonel.v1.ProbeRequest
+	(*ProbeResponse)(nil),      // 8: timonel.v1.ProbeResponse
+	(*ClaimRequest)(nil),       // 9: timonel.v1.ClaimRequest
+	(*ClaimResponse)(nil),      // 10: timonel.v1.ClaimResponse
+	(*GossipKeysRequest)(nil),  // 11: timonel.v1.GossipKeysRequest
+	(*GossipKeysResponse)(nil), // 12: timonel.v1.GossipKeysResponse
+	(*GossipKeptRequest)(nil),  // 13: timonel.v1.GossipKeptRequest
+	(*GossipKeptResponse)(nil), // 14: timonel.v1.GossipKeptResponse
+	(*StatusRequest)(nil),      // 15: timonel.v1.StatusRequest
+	(*StatusResponse)(nil),     // 16: timonel.v1.StatusResponse
+	(*Member)(nil),             // 17: timonel.v1.Member
+	(*Expiry)(nil),             // 18: timonel.v1.Expiry
+	(*Chunk)(nil),              // 19: timonel.v1.Chunk
 }
 var file_timonel_v1_cluster_proto_depIdxs = []int32{
 	1,  // 0: timonel.v1.ForwardRequest.proposals:type_name -> timonel.v1.Proposal
 	3,  // 1: timonel.v1.ForwardResponse.proposed:type_name -> timonel.v1.Proposed
 	4,  // 2: timonel.v1.ForwardResponse.reads:type_name -> timonel.v1.ReadIndex
-	13, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
-	14, // 4: timonel.v1.StatusResponse.expiries:type_name -> timonel.v1.Expiry
+	17, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
+	18, // 4: timonel.v1.StatusResponse.expiries:type_name -> timonel.v1.Expiry
 	0,  // 5: timonel.v1.Consensus.Forward:input_type -> timonel.v1.ForwardRequest
 	5,  // 6: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
 	7,  // 7: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
-	15, // 8: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
+	19, // 8: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
 	9,  // 9: timonel.v1.Peers.Claim:input_type -> timonel.v1.ClaimRequest
-	11, // 10: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
-	2,  // 11: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
-	6,  // 12: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
-	8,  // 13: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
-	15, // 14: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
-	10, // 15: timonel.v1.Peers.Claim:output_type -> timonel.v1.ClaimResponse
-	12, // 16: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
-	11, // [11:17] is the sub-list for method output_type
-	5,  // [5:11] is the sub-list for method input_type
+	11, // 10: timonel.v1.Peers.GossipKeys:input_type -> timonel.v1.GossipKeysRequest
+	13, // 11: timonel.v1.Peers.GossipKept:input_type -> timonel.v1.GossipKeptRequest
+	15, // 12: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
+	2,  // 13: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
+	6,  // 14: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
+	8,  // 15: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
+	19, // 16: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
+	10, // 17: timonel.v1.Peers.Claim:output_type -> timonel.v1.ClaimResponse
+	12, // 18: timonel.v1.Peers.GossipKeys:output_type -> timonel.v1.GossipKeysResponse
+	14, // 19: timonel.v1.Peers.GossipKept:output_type -> timonel.v1.GossipKeptResponse
+	16, // 20: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
+	13, // [13:21] is the sub-list for method output_type
+	5,  // [5:13] is the sub-list for method input_type
 	5,  // [5:5] is the sub-list for extension type_name
 	5,  // [5:5] is the sub-list for extension extendee
 	0,  // [0:5] is the sub-list for field type_name
@@ -1183,7 +1408,7 @@ func file_timonel_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_cluster_proto_rawDesc), len(file_timonel_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

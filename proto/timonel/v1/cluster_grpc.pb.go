@@ -128,11 +128,13 @@ var Consensus_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Peers_Sessions_FullMethodName = "/timonel.v1.Peers/Sessions"
-	Peers_Probe_FullMethodName    = "/timonel.v1.Peers/Probe"
-	Peers_Dial_FullMethodName     = "/timonel.v1.Peers/Dial"
-	Peers_Claim_FullMethodName    = "/timonel.v1.Peers/Claim"
-	Peers_Status_FullMethodName   = "/timonel.v1.Peers/Status"
+	Peers_Sessions_FullMethodName   = "/timonel.v1.Peers/Sessions"
+	Peers_Probe_FullMethodName      = "/timonel.v1.Peers/Probe"
+	Peers_Dial_FullMethodName       = "/timonel.v1.Peers/Dial"
+	Peers_Claim_FullMethodName      = "/timonel.v1.Peers/Claim"
+	Peers_GossipKeys_FullMethodName = "/timonel.v1.Peers/GossipKeys"
+	Peers_GossipKept_FullMethodName = "/timonel.v1.Peers/GossipKept"
+	Peers_Status_FullMethodName     = "/timonel.v1.Peers/Status"
 )
 
 // PeersClient is the client API for Peers service.
@@ -153,6 +155,11 @@ type PeersClient interface {
 	// Claim says that an agent's process wants to be its node's one. A stream of
 	// another process to the callee stays, and is answered with.
 	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
+	// GossipKeys tells the keys of gossip to a controller that does not know the
+	// newest, and so cannot find the others by gossip.
+	GossipKeys(ctx context.Context, in *GossipKeysRequest, opts ...grpc.CallOption) (*GossipKeysResponse, error)
+	// GossipKept says who of a controller and its agents has the keys of a pool.
+	GossipKept(ctx context.Context, in *GossipKeptRequest, opts ...grpc.CallOption) (*GossipKeptResponse, error)
 	// Status is what `timonel status` shows of one controller.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 }
@@ -217,6 +224,26 @@ func (c *peersClient) Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *peersClient) GossipKeys(ctx context.Context, in *GossipKeysRequest, opts ...grpc.CallOption) (*GossipKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GossipKeysResponse)
+	err := c.cc.Invoke(ctx, Peers_GossipKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peersClient) GossipKept(ctx context.Context, in *GossipKeptRequest, opts ...grpc.CallOption) (*GossipKeptResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GossipKeptResponse)
+	err := c.cc.Invoke(ctx, Peers_GossipKept_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *peersClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StatusResponse)
@@ -245,6 +272,11 @@ type PeersServer interface {
 	// Claim says that an agent's process wants to be its node's one. A stream of
 	// another process to the callee stays, and is answered with.
 	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
+	// GossipKeys tells the keys of gossip to a controller that does not know the
+	// newest, and so cannot find the others by gossip.
+	GossipKeys(context.Context, *GossipKeysRequest) (*GossipKeysResponse, error)
+	// GossipKept says who of a controller and its agents has the keys of a pool.
+	GossipKept(context.Context, *GossipKeptRequest) (*GossipKeptResponse, error)
 	// Status is what `timonel status` shows of one controller.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	mustEmbedUnimplementedPeersServer()
@@ -268,6 +300,12 @@ func (UnimplementedPeersServer) Dial(grpc.BidiStreamingServer[Chunk, Chunk]) err
 }
 func (UnimplementedPeersServer) Claim(context.Context, *ClaimRequest) (*ClaimResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Claim not implemented")
+}
+func (UnimplementedPeersServer) GossipKeys(context.Context, *GossipKeysRequest) (*GossipKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GossipKeys not implemented")
+}
+func (UnimplementedPeersServer) GossipKept(context.Context, *GossipKeptRequest) (*GossipKeptResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GossipKept not implemented")
 }
 func (UnimplementedPeersServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
@@ -347,6 +385,42 @@ func _Peers_Claim_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peers_GossipKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GossipKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeersServer).GossipKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peers_GossipKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeersServer).GossipKeys(ctx, req.(*GossipKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peers_GossipKept_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GossipKeptRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeersServer).GossipKept(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peers_GossipKept_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeersServer).GossipKept(ctx, req.(*GossipKeptRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Peers_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StatusRequest)
 	if err := dec(in); err != nil {
@@ -379,6 +453,14 @@ var Peers_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Claim",
 			Handler:    _Peers_Claim_Handler,
+		},
+		{
+			MethodName: "GossipKeys",
+			Handler:    _Peers_GossipKeys_Handler,
+		},
+		{
+			MethodName: "GossipKept",
+			Handler:    _Peers_GossipKept_Handler,
 		},
 		{
 			MethodName: "Status",
