@@ -74,7 +74,7 @@ func oneLife(t *testing.T, dir string, acked int, lasts time.Duration, begun fun
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run", "^TestKilledOnAFullDisk$")
-	cmd.Env = append(os.Environ(), killedEnv+"="+dir)
+	cmd.Env = append(os.Environ(), killedEnv+"="+dir, "TMPDIR="+t.TempDir()) // it removes nothing
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.StdoutPipe()
 	must(t, err)
