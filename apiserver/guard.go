@@ -168,10 +168,12 @@ func (l guardedListener) Accept() (net.Conn, error) {
 type guardedConn struct {
 	net.Conn
 
-	held    atomic.Bool // hold has nothing more to do
-	mu      sync.Mutex
-	closed  bool
-	release func()
+	held     atomic.Bool // hold has nothing more to do
+	known    atomic.Bool // somebody was authenticated on it: see strangers
+	refusals atomic.Int32
+	mu       sync.Mutex
+	closed   bool
+	release  func()
 }
 
 // hold ends the connection when the owner of its certificate is good no more. Of one

@@ -21,10 +21,11 @@ type lifecycle struct {
 	inTouch    func() (lost <-chan struct{}, err error)
 	guard      *trust.Guard // nil: nobody is ever revoked
 	slow       *slowWatches
+	strangers  *strangers
 }
 
 func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches) lifecycle {
-	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, discovered: make(chan struct{}), stopping: make(chan struct{})}
+	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -66,10 +67,12 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 
 	h = touch.after(h)
 	h = guard.after(h)
+	h = l.strangers.after(h)
 	unauthorized := genericapifilters.WithFailedAuthenticationAudit(genericapifilters.Unauthorized(c.Serializer), c.AuditBackend, c.AuditPolicyRuleEvaluator)
 	h = genericapifilters.WithAuthentication(h, c.Authentication.Authenticator, unauthorized, c.Authentication.APIAudiences, c.Authentication.RequestHeaderConfig)
 	h = genericfilters.WithCORS(h, c.CorsAllowedOriginList, nil, nil, nil, "true")
 	h = genericapifilters.WithWarningRecorder(h) // within the timeout, which makes its headers safe
+	h = l.strangers.within(h)
 	h = genericfilters.WithTimeoutForNonLongRunningRequests(h, c.LongRunningFunc)
 	h = genericapifilters.WithRequestDeadline(h, c.AuditBackend, c.AuditPolicyRuleEvaluator, c.LongRunningFunc, c.Serializer, c.RequestTimeout)
 	h = genericfilters.WithWaitGroup(h, c.LongRunningFunc, c.NonLongRunningRequestWaitGroup)
@@ -96,5 +99,6 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	h = genericapifilters.WithRequestReceivedTimestamp(h)
 	h = genericapifilters.WithMuxAndDiscoveryComplete(h, l.discovered)
 	h = genericfilters.WithPanicRecovery(h, c.RequestInfoResolver)
-	return genericapifilters.WithAuditInit(h)
+	h = genericapifilters.WithAuditInit(h)
+	return l.strangers.before(h)
 }

@@ -169,6 +169,10 @@ func (s *Server) SlowWatches() (bytes int64, cut uint64) {
 	return bytes, s.life.slow.cut()
 }
 
+// Strangers is how many requests of nobody known are served, and how many were refused for
+// that there were too many.
+func (s *Server) Strangers() (served int, refused uint64) { return s.life.strangers.count() }
+
 // InProcess returns a client configuration that calls this server in memory as
 // the given user: the whole of authorization, admission and validation, without
 // socket, TLS and rate limit. The handler sees the values of the request's

@@ -1,7 +1,6 @@
 package dispatch
 
 import (
-	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -62,22 +61,6 @@ type attempts struct {
 
 func newAttempts(now func() time.Time) *attempts {
 	return &attempts{now: now, sources: make(map[netip.Addr]*bucket), log: bucket{every: logEvery, burst: logBurst}}
-}
-
-// sourceOf is what failures from an address count for.
-func sourceOf(addr net.Addr) netip.Addr {
-	var ip netip.Addr
-	if addr != nil {
-		if p, err := netip.ParseAddrPort(addr.String()); err == nil {
-			ip = p.Addr().Unmap().WithZone("")
-		}
-	}
-	if ip.Is6() {
-		if net, err := ip.Prefix(64); err == nil {
-			ip = net.Addr()
-		}
-	}
-	return ip
 }
 
 // allowed says whether a source may try, and if not, when.

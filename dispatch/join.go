@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"timonel/gossip"
+	"timonel/internal/ports"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 	"timonel/trust"
@@ -34,7 +35,7 @@ func (d *Dispatcher) Join(ctx context.Context, r *pb.JoinRequest) (*pb.JoinRespo
 	if p, ok := peer.FromContext(ctx); ok {
 		from = p.Addr
 	}
-	source := sourceOf(from)
+	source := ports.SourceOf(from)
 	if wait, ok := d.joins.allowed(source); !ok {
 		return nil, status.Errorf(codes.ResourceExhausted, "too many joins from your address were refused: try again in %s", wait.Round(time.Second))
 	}

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"timonel/internal/ports"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 	"timonel/trust"
@@ -446,7 +447,7 @@ func TestFailuresCountBySource(t *testing.T) {
 		a.failed(netip.AddrFrom4(ip))
 	}
 	require.LessOrEqual(t, len(a.sources), sourcesMax)
-	v6 := func(s string) netip.Addr { return sourceOf(&net.TCPAddr{IP: net.ParseIP(s), Port: 1}) }
+	v6 := func(s string) netip.Addr { return ports.SourceOf(&net.TCPAddr{IP: net.ParseIP(s), Port: 1}) }
 	require.Equal(t, v6("2001:db8::1"), v6("2001:db8::ffff"))
 	require.NotEqual(t, v6("2001:db8::1"), v6("2001:db8:0:1::1"))
 	require.Equal(t, netip.MustParseAddr("10.0.0.1"), v6("::ffff:10.0.0.1"))

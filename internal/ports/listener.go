@@ -130,7 +130,7 @@ func (l *Listener) Accept() (net.Conn, error) {
 // admit makes room for a connection, or returns nil.
 func (l *Listener) admit(raw net.Conn) *Conn {
 	now := time.Now()
-	c := &Conn{Conn: raw, l: l, begun: now, source: addressOf(raw)}
+	c := &Conn{Conn: raw, l: l, begun: now, source: SourceOf(raw.RemoteAddr())}
 	c.active.Store(now.UnixNano())
 	var gone []*Conn
 	l.mu.Lock()
@@ -237,17 +237,24 @@ func (l *Listener) forget(c *Conn) {
 	}
 }
 
-func addressOf(c net.Conn) netip.Addr {
-	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
-		addr := a.AddrPort().Addr().Unmap().WithZone("")
-		if addr.Is6() {
-			if p, err := addr.Prefix(64); err == nil { // one host has all of it
-				return p.Addr()
-			}
+// SourceOf is whom what comes from an address counts for: an IPv4 address, or the /64 of an
+// IPv6 one, as one host has all of it. It is not valid for what is no address of IP.
+func SourceOf(a net.Addr) netip.Addr {
+	var ip netip.Addr
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		ip = tcp.AddrPort().Addr()
+	} else if a != nil {
+		if p, err := netip.ParseAddrPort(a.String()); err == nil {
+			ip = p.Addr()
 		}
-		return addr
 	}
-	return netip.Addr{}
+	ip = ip.Unmap().WithZone("")
+	if ip.Is6() {
+		if p, err := ip.Prefix(64); err == nil {
+			return p.Addr()
+		}
+	}
+	return ip
 }
 
 // reset closes a connection without leaving the kernel anything to wait for.
