@@ -7,6 +7,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"timonel/internal/durable"
 )
 
 // readPassing reads the list of the tests that must pass, one a line.
@@ -32,10 +34,7 @@ func writePassing(path string, list []string) error {
 	for _, name := range slices.Compact(list) {
 		fmt.Fprintln(&b, name)
 	}
-	if err := os.WriteFile(path+".new", b.Bytes(), 0o644); err != nil {
-		return err
-	}
-	return os.Rename(path+".new", path)
+	return durable.WriteFile(path, b.Bytes(), 0o644)
 }
 
 // verdict is what a run says about the list.
