@@ -18,6 +18,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -430,4 +431,10 @@ func (n *node) put(t testing.TB, k, v string) uint64 {
 		t.Fatalf("put %s=%s on %s: %v", k, v, n.cfg.ID, err)
 	}
 	return res.(uint64)
+}
+
+func heap() uint64 {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
 }

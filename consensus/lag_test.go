@@ -5,7 +5,6 @@ package consensus
 import (
 	"fmt"
 	"net"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -43,12 +42,6 @@ func TestAFollowerFarBehindCatchesUpOverASlowLink(t *testing.T) {
 	if most > before+entries<<20 {
 		t.Errorf("the heap grew from %d to %d MiB for %d MiB of entries", before>>20, most>>20, entries)
 	}
-}
-
-func heap() uint64 {
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	return m.HeapAlloc
 }
 
 // slowListener accepts connections of which each receives so many bytes in a second.
