@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
@@ -226,33 +227,39 @@ func (r *keyrings) fromState(ctx context.Context) (rings []trust.GossipRing, sur
 
 // follow uses what the state says, until ctx ends, whose error it returns.
 func (r *keyrings) follow(ctx context.Context) error {
-	wake := make(chan struct{}, 1)
-	var work sync.WaitGroup
-	defer work.Wait()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	work.Go(func() {
-		cancel(r.registry.Follow(ctx, func(c trust.Changes) {
+	return whileFollowing(ctx, r.registry, func(ctx context.Context, changed <-chan struct{}) error {
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-changed:
+			}
+			for !r.take(ctx) {
+				if !pause(ctx, keysRetry) {
+					return ctx.Err()
+				}
+			}
+		}
+	})
+}
+
+// whileFollowing runs f, and has changed say that the keys in the state may be others, as
+// they may be at the beginning. It returns when one of both ends, with why.
+func whileFollowing(ctx context.Context, registry *trust.Registry, f func(ctx context.Context, changed <-chan struct{}) error) error {
+	changed := make(chan struct{}, 1)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error {
+		return registry.Follow(ctx, func(c trust.Changes) {
 			if c.Reset || c.Gossip {
 				select {
-				case wake <- struct{}{}:
+				case changed <- struct{}{}:
 				default:
 				}
 			}
-		}))
+		})
 	})
-	for {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-wake:
-		}
-		for !r.take(ctx) {
-			if !pause(ctx, keysRetry) {
-				return context.Cause(ctx)
-			}
-		}
-	}
+	group.Go(func() error { return f(ctx, changed) })
+	return group.Wait()
 }
 
 // take uses what the state says, and reports whether that is what the cluster has.

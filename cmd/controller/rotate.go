@@ -163,33 +163,20 @@ func tally(ring trust.GossipRing, names, lives, have map[string]bool, why map[st
 // rotateKeys takes rotations of keys from step to step while this replica leads, until
 // ctx ends. While none is on it only waits.
 func (k *controller) rotateKeys(ctx context.Context) error {
-	wake := make(chan struct{}, 1)
-	var work sync.WaitGroup
-	defer work.Wait()
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	work.Go(func() {
-		cancel(k.trust.Follow(ctx, func(c trust.Changes) {
-			if c.Reset || c.Gossip {
-				select {
-				case wake <- struct{}{}:
-				default:
-				}
+	return whileFollowing(ctx, k.trust, func(ctx context.Context, changed <-chan struct{}) error {
+		for {
+			var again <-chan time.Time
+			if k.rotateOnce(ctx) {
+				again = time.After(rotateEvery)
 			}
-		}))
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-changed:
+			case <-again:
+			}
+		}
 	})
-	for {
-		var again <-chan time.Time
-		if k.rotateOnce(ctx) {
-			again = time.After(rotateEvery)
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-wake:
-		case <-again:
-		}
-	}
 }
 
 // rotateOnce reports whether a rotation is on.

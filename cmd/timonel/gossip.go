@@ -55,26 +55,23 @@ func (t *tool) gossipCommand() *cobra.Command {
 
 func (t *tool) gossipKeysCommand() *cobra.Command {
 	var a access
-	var output string
+	var output output
 	cmd := &cobra.Command{
 		Use: "keys", Short: "Show the keys of gossip by name, and who has them", Args: cobra.NoArgs,
 		Long: `Show the keys of both pools of gossip by name, which is a hash, and how many members
 have them; of a rotation that is on, its step and who is waited for.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("-o %q: want table or json", output)
-			}
 			var pools []gossipPool
 			if err := a.ask(t, cmd, http.MethodGet, gossipKeysPath, nil, &pools); err != nil {
 				return err
 			}
-			if output == "json" {
+			if output.json {
 				return printJSON(cmd.OutOrStdout(), pools)
 			}
 			return printGossipKeys(cmd.OutOrStdout(), pools)
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	a.flags(cmd)
 	return cmd
 }

@@ -76,24 +76,21 @@ func (a *access) change(t *tool, cmd *cobra.Command, path string, c memberChange
 
 func (t *tool) membersListCommand() *cobra.Command {
 	var a access
-	var output string
+	var output output
 	cmd := &cobra.Command{
 		Use: "list", Short: "List the members as the leader sees them", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("-o %q: want table or json", output)
-			}
 			list, err := a.members(cmd.Context(), t, cmd)
 			if err != nil {
 				return err
 			}
-			if output == "json" {
+			if output.json {
 				return printJSON(cmd.OutOrStdout(), list)
 			}
 			return printMemberList(cmd.OutOrStdout(), list)
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	a.flags(cmd)
 	return cmd
 }

@@ -182,20 +182,17 @@ func inspectFile(ctx context.Context, file string, s3 backup.S3Config) (backup.I
 }
 
 func snapshotInspectCommand() *cobra.Command {
-	var output string
+	var output output
 	var s3 backup.S3Config
 	cmd := &cobra.Command{
 		Use: "inspect FILE", Short: "Verify a snapshot file and show what is in it", Args: needFile,
 		Long: "Verify a snapshot file, or an object s3://bucket/key, and show what is in it.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("-o %q: want table or json", output)
-			}
 			info, err := inspectFile(cmd.Context(), args[0], s3)
 			if err != nil {
 				return err
 			}
-			if output == "json" {
+			if output.json {
 				return printJSON(cmd.OutOrStdout(), info)
 			}
 			table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
@@ -210,26 +207,17 @@ func snapshotInspectCommand() *cobra.Command {
 			return table.Flush()
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	s3.Flags(cmd.Flags(), "s3-")
 	return cmd
 }
 
-func printJSON(out io.Writer, value any) error {
-	encoder := json.NewEncoder(out)
-	encoder.SetIndent("", "  ")
-	return encoder.Encode(value)
-}
-
 func (t *tool) snapshotListCommand() *cobra.Command {
 	var a access
-	var output string
+	var output output
 	cmd := &cobra.Command{
 		Use: "list", Short: "List the scheduled snapshots that are kept", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("-o %q: want table or json", output)
-			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), time.Minute)
 			defer cancel()
 			body, err := a.get(ctx, t, cmd, "/timonel/v1/snapshots")
@@ -241,7 +229,7 @@ func (t *tool) snapshotListCommand() *cobra.Command {
 			if err := json.NewDecoder(body).Decode(&list); err != nil {
 				return fmt.Errorf("list snapshots: %w", err)
 			}
-			if output == "json" {
+			if output.json {
 				return printJSON(cmd.OutOrStdout(), list)
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "%s, as %s sees it: every %s, %d are kept.\n", list.Store, list.Controller, list.Interval, list.Retain)
@@ -256,7 +244,7 @@ func (t *tool) snapshotListCommand() *cobra.Command {
 			return table.Flush()
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	a.flags(cmd)
 	return cmd
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -14,13 +13,10 @@ import (
 )
 
 func (t *tool) statusCommand() *cobra.Command {
-	var output string
+	var output output
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show who leads, what is applied, members, nodes and pods", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return fmt.Errorf("-o %q: want table or json", output)
-			}
 			s, err := t.load()
 			if err != nil {
 				return err
@@ -29,15 +25,13 @@ func (t *tool) statusCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if output == "json" {
-				encoder := json.NewEncoder(cmd.OutOrStdout())
-				encoder.SetIndent("", "  ")
-				return encoder.Encode(status)
+			if output.json {
+				return printJSON(cmd.OutOrStdout(), status)
 			}
 			return printStatus(cmd.OutOrStdout(), status, time.Now())
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	return cmd
 }
 

@@ -29,6 +29,8 @@ func TestCommandLineErrors(t *testing.T) {
 		"no cluster's logs": {[]string{"logs", "c1"}, "timonel up"},
 		"two logs":          {[]string{"logs", "c1", "c2"}, "one machine"},
 		"output":            {[]string{"status", "-o", "yaml"}, "table or json"},
+		"token output":      {[]string{"token", "list", "-o", "yaml"}, "table or json"},
+		"node output":       {[]string{"node", "list", "-o", "yaml"}, "table or json"},
 		"subnet":            {[]string{"up", "--subnet", "here"}, "--subnet"},
 		"no snapshot file":  {[]string{"snapshot", "save"}, "name one file"},
 		"no such snapshot":  {[]string{"snapshot", "inspect", "/nowhere.snapshot"}, "/nowhere.snapshot: no such file"},

@@ -114,7 +114,7 @@ func (t *tool) tokenCreateCommand() *cobra.Command {
 
 func (t *tool) tokenListCommand() *cobra.Command {
 	var a access
-	var output string
+	var output output
 	cmd := &cobra.Command{
 		Use: "list", Short: "List the tokens that are good; their secrets are not kept", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -122,7 +122,7 @@ func (t *tool) tokenListCommand() *cobra.Command {
 			if err := a.ask(t, cmd, http.MethodGet, tokensPath, nil, &list); err != nil {
 				return err
 			}
-			if output == "json" {
+			if output.json {
 				return printJSON(cmd.OutOrStdout(), list)
 			}
 			table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
@@ -140,7 +140,7 @@ func (t *tool) tokenListCommand() *cobra.Command {
 			return table.Flush()
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	a.flags(cmd)
 	return cmd
 }
@@ -182,7 +182,7 @@ joins under this name with a good token gets it. It ends a revocation too.`))
 
 func (t *tool) nodeListCommand() *cobra.Command {
 	var a access
-	var output string
+	var output output
 	cmd := &cobra.Command{
 		Use: "list", Short: "List what nodes' names are bound to", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -190,7 +190,7 @@ func (t *tool) nodeListCommand() *cobra.Command {
 			if err := a.ask(t, cmd, http.MethodGet, nodesPath, nil, &list); err != nil {
 				return err
 			}
-			if output == "json" {
+			if output.json {
 				return printJSON(cmd.OutOrStdout(), list)
 			}
 			table := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 2, ' ', 0)
@@ -209,7 +209,7 @@ func (t *tool) nodeListCommand() *cobra.Command {
 			return table.Flush()
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
+	output.flag(cmd)
 	a.flags(cmd)
 	return cmd
 }
