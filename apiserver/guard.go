@@ -134,10 +134,7 @@ func (o *openRequest) end(why error) {
 		o.conn.Conn.Close()
 		return
 	}
-	// Resets the stream.
-	if err := http.NewResponseController(o.w).SetWriteDeadline(time.Unix(1, 0)); err != nil {
-		o.conn.Conn.Close()
-	}
+	o.conn.writesEnd(o.w, time.Unix(1, 0))
 }
 
 func (o *openRequest) done() {
@@ -194,6 +191,14 @@ func (c *guardedConn) hold(g *trust.Guard, leaf *x509.Certificate) {
 	if err == nil {
 		c.release = release
 		c.held.Store(true)
+	}
+}
+
+// writesEnd has what is left to write of an answer end by then: an HTTP/2 stream is reset,
+// and a connection of HTTP/1 ends.
+func (c *guardedConn) writesEnd(w http.ResponseWriter, by time.Time) {
+	if err := http.NewResponseController(w).SetWriteDeadline(by); err != nil {
+		c.Conn.Close()
 	}
 }
 

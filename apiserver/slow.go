@@ -145,10 +145,7 @@ func (w *slowWatch) cut() {
 		(*conn).Close()
 		return
 	}
-	// Resets an HTTP/2 stream, and ends an HTTP/1 connection.
-	if err := http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Unix(1, 0)); err != nil {
-		connOf(w.request).Close()
-	}
+	connOf(w.request).writesEnd(w.ResponseWriter, time.Unix(1, 0))
 }
 
 // write writes to the client, in parts, so that one who takes them slowly is not taken for

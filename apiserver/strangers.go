@@ -159,7 +159,7 @@ func (o *stranger) answered(w http.ResponseWriter, r *http.Request) {
 	known := o.left
 	o.mu.Unlock()
 	if !known && r.ProtoMajor > 1 { // on HTTP/1 there is one answer at a time
-		o.hurry(w)
+		o.conn.writesEnd(w, time.Now().Add(strangersPatience))
 		_ = http.NewResponseController(w).Flush() // it is lost, or the client takes it
 	}
 	o.mu.Lock()
@@ -184,15 +184,8 @@ func (o *stranger) refuse(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if r.ProtoMajor > 1 {
-		o.hurry(w)
+		o.conn.writesEnd(w, time.Now().Add(strangersPatience))
 	}
 	w.Header().Set("Retry-After", "1")
 	http.Error(w, "Too many requests from your address whose sender is not known yet, please try again later.", http.StatusTooManyRequests)
-}
-
-// hurry makes what is left to send end in time: a stream is reset if it does not.
-func (o *stranger) hurry(w http.ResponseWriter) {
-	if err := http.NewResponseController(w).SetWriteDeadline(time.Now().Add(strangersPatience)); err != nil {
-		o.conn.Conn.Close()
-	}
 }
