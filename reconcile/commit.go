@@ -26,12 +26,12 @@ func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) outcome {
 	for _, e := range result.Events {
 		t.recorder.record(l.reconciler.Name(), e)
 	}
-	if len(result.Changes) == 0 {
+	if len(result.Requests) == 0 {
 		return o
 	}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
-	for _, c := range result.Changes {
+	for _, c := range result.Requests {
 		select {
 		case t.requests <- struct{}{}:
 		case <-ctx.Done():
@@ -45,11 +45,11 @@ func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) outcome {
 			failed, kind := t.commit(ctx, l.reconciler.Name(), c)
 			mu.Lock()
 			defer mu.Unlock()
-			if failed != nil && kind == refused {
+			if failed != nil && kind == Refused {
 				o.failed = append(o.failed, *failed)
 			}
-			o.stale = o.stale || kind == stale
-			o.later = o.later || kind == unknown
+			o.stale = o.stale || kind == Stale
+			o.later = o.later || kind == Unknown
 		}()
 	}
 	wg.Wait()
@@ -75,70 +75,70 @@ func safely(r Reconciler, in Input, key Key) (result Result, err error) {
 	return r.Reconcile(in, key)
 }
 
-// answer is what the API made of a change.
-type answer int
+// Answer is what the API made of a change.
+type Answer int
 
 const (
-	made    answer = iota
-	stale          // the object is not what the snapshot showed: look again
-	moot           // it need not be tried again
-	refused        // it is wrong or forbidden
-	unknown        // the API did not say: try later
+	Made    Answer = iota
+	Stale          // the object is not what the snapshot showed: look again
+	Moot           // it need not be tried again
+	Refused        // it is wrong or forbidden
+	Unknown        // the API did not say: try later
 )
 
-// classify tells what an error of the API means for the next pass.
-func classify(err error) answer {
+// Classify tells what an error of the API means for the next pass.
+func Classify(err error) Answer {
 	switch {
 	case err == nil:
-		return made
+		return Made
 	case apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
-		return moot
+		return Moot
 	case apierrors.IsConflict(err), apierrors.IsNotFound(err), apierrors.IsAlreadyExists(err), apierrors.IsGone(err):
-		return stale
+		return Stale
 	case apierrors.IsTimeout(err), apierrors.IsServerTimeout(err), apierrors.IsTooManyRequests(err),
 		apierrors.IsServiceUnavailable(err), errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return unknown
+		return Unknown
 	}
 	var status apierrors.APIStatus
 	if !errors.As(err, &status) {
-		return unknown // no answer of the API at all
+		return Unknown // no answer of the API at all
 	}
-	return refused
+	return Refused
 }
 
 // commit makes one change and those that follow it.
-func (t *term) commit(ctx context.Context, component string, c Change) (*Failure, answer) {
+func (t *term) commit(ctx context.Context, component string, c Request) (*Failure, Answer) {
 	request, cancel := context.WithTimeout(ctx, t.cfg.RequestTimeout)
 	err := t.writer.Write(request, c)
 	cancel()
-	a := classify(err)
+	a := Classify(err)
 	switch a {
-	case made:
+	case Made:
 		if c.Event != nil {
 			t.recorder.record(component, *c.Event)
-			if c.Event.Object.Kind == nodeKind.Kind { // few, and what is asked for at night
+			if c.Event.Object.Kind == NodeKind.Kind { // few, and what is asked for at night
 				t.cfg.Log.Info(c.Event.Message, "reconciler", component, "node", c.Event.Object.Name, "reason", c.Event.Reason)
 			}
 		}
 		for _, then := range c.Then {
-			if failed, a := t.commit(ctx, component, then); a != made {
+			if failed, a := t.commit(ctx, component, then); a != Made {
 				return failed, a
 			}
 		}
-		return nil, made
-	case refused:
+		return nil, Made
+	case Refused:
 		t.cfg.Log.Warn("change refused", "reconciler", component, "change", c.String(), "err", err)
 		if c.FailEvent != nil {
 			e := *c.FailEvent
 			e.Message += ": " + err.Error()
 			t.recorder.record(component, e)
 		}
-	case unknown:
+	case Unknown:
 		if ctx.Err() == nil {
 			t.cfg.Log.Warn("change not made, will try again", "reconciler", component, "change", c.String(), "err", err)
 		}
 	default:
 		t.cfg.Log.Debug("change not made", "reconciler", component, "change", c.String(), "err", err)
 	}
-	return &Failure{Change: c, Err: err}, a
+	return &Failure{Request: c, Err: err}, a
 }

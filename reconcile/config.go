@@ -29,7 +29,7 @@ type Config struct {
 	// and after CustomResourceDefinitions and APIServices change. Default: discovery
 	// through Client.
 	Kinds func(ctx context.Context) (Kinds, error)
-	// Reconcilers are what to run; see Standard. Their names must differ.
+	// Reconcilers are what to run; see timonel/reconcile/standard. Their names must differ.
 	Reconcilers []Reconciler
 
 	// Health returns what is known of the nodes now. Required when a reconciler

@@ -14,7 +14,7 @@ import (
 	"k8s.io/utils/clock"
 )
 
-var eventsResource = corev1.SchemeGroupVersion.WithResource("events")
+var EventsResource = corev1.SchemeGroupVersion.WithResource("events")
 
 // eventBacklog is how many events wait to be written before more are dropped.
 const eventBacklog = 4096
@@ -64,7 +64,7 @@ func (r *recorder) record(component string, e Event) {
 	}
 }
 
-// run writes events until ctx ends.
+// Run writes events until ctx ends.
 func (r *recorder) run(ctx context.Context) {
 	for {
 		select {
@@ -82,14 +82,14 @@ func (r *recorder) write(ctx context.Context, ev *corev1.Event) {
 		return
 	}
 	ev = result.Event
-	c := create(eventsResource, ev)
+	c := Create(EventsResource, ev)
 	if ev.Count > 1 {
-		c = Change{Verb: Patch, Resource: eventsResource, Namespace: ev.Namespace, Name: ev.Name, PatchType: types.StrategicMergePatchType, Patch: result.Patch}
+		c = Request{Verb: VerbPatch, Resource: EventsResource, Namespace: ev.Namespace, Name: ev.Name, PatchType: types.StrategicMergePatchType, Patch: result.Patch}
 	}
 	err = r.writer.Write(ctx, c)
-	if c.Verb == Patch && apierrors.IsNotFound(err) { // the counted event has expired
+	if c.Verb == VerbPatch && apierrors.IsNotFound(err) { // the counted event has expired
 		ev.ResourceVersion = ""
-		err = r.writer.Write(ctx, create(eventsResource, ev))
+		err = r.writer.Write(ctx, Create(EventsResource, ev))
 	}
 	switch {
 	case err == nil:

@@ -1,11 +1,8 @@
 package reconcile
 
 import (
-	"errors"
 	"fmt"
 	"time"
-
-	corev1 "k8s.io/api/core/v1"
 )
 
 // GossipState is what the controllers' gossip pool says of a node.
@@ -46,173 +43,6 @@ type Health struct {
 	Nodes map[string]NodeHealth
 }
 
-// HealthConfig holds the times after which a silent node is declared unreachable.
-type HealthConfig struct {
-	// Settle is how long after Health.Since nothing is judged, so that streams
-	// can come back after an election or a pause. Default 5 s.
-	Settle time.Duration
-	// Confirm is how long both witnesses (no stream, and gossip or the probes of
-	// two controllers) must agree that a node is gone. Default 1 s.
-	Confirm time.Duration
-	// Alone is how long a node without a stream is given while no second witness
-	// agrees. Default 40 s.
-	Alone time.Duration
-	// Goodbye is how long an agent that announced its stop may be away. Default 40 s.
-	Goodbye time.Duration
-	// Probes is how many controllers' failed probes count as a second witness. Default 2.
-	Probes int
-	// Share is the share of the nodes, between 0 and 1, above which a loss within
-	// Window is taken for our own fault or the network's: no node is then given a
-	// NoExecute taint. Default 0.55.
-	Share float64
-	// ShareMin is how many nodes must be lost at least for that. Default 2.
-	ShareMin int
-	// Window is within what time losses count as one. Default 5 min.
-	Window time.Duration
-}
-
-// withDefaults returns the config with zero fields replaced by their defaults.
-func (c HealthConfig) withDefaults() HealthConfig {
-	set := func(d *time.Duration, v time.Duration) {
-		if *d == 0 {
-			*d = v
-		}
-	}
-	set(&c.Settle, 5*time.Second)
-	set(&c.Confirm, time.Second)
-	set(&c.Alone, 40*time.Second)
-	set(&c.Goodbye, 40*time.Second)
-	set(&c.Window, 5*time.Minute)
-	if c.Probes == 0 {
-		c.Probes = 2
-	}
-	if c.Share == 0 {
-		c.Share = 0.55
-	}
-	if c.ShareMin == 0 {
-		c.ShareMin = 2
-	}
-	return c
-}
-
-// Validate says which field has a value that makes no sense.
-func (c HealthConfig) Validate() error {
-	for _, f := range []struct {
-		name string
-		d    time.Duration
-	}{{"Settle", c.Settle}, {"Confirm", c.Confirm}, {"Alone", c.Alone}, {"Goodbye", c.Goodbye}, {"Window", c.Window}} {
-		if f.d < 0 {
-			return fmt.Errorf("HealthConfig.%s is %s: give a time that is not negative", f.name, f.d)
-		}
-	}
-	switch {
-	case c.Probes < 0:
-		return fmt.Errorf("HealthConfig.Probes is %d: give a number of controllers", c.Probes)
-	case c.Share < 0 || c.Share > 1:
-		return fmt.Errorf("HealthConfig.Share is %v: give a share between 0 and 1", c.Share)
-	case c.ShareMin < 0:
-		return errors.New("HealthConfig.ShareMin is negative: give a number of nodes")
-	}
-	return nil
-}
-
-// verdict is the judgement over one node.
-type verdict struct {
-	// Unreachable says that the node is to be treated as gone.
-	Unreachable bool
-	// Why is a sentence for people, set when Unreachable.
-	Why string
-	// Next is when the judgement may change with no news, zero for never.
-	Next time.Time
-}
-
-// judge decides whether a node is gone. A node with a stream never is. One
-// without is gone when a second witness has agreed for Confirm, or, with no
-// second witness, after Alone; after a goodbye it has the time of Goodbye.
-func (c HealthConfig) judge(h Health, node string, now time.Time) verdict {
-	n := h.Nodes[node]
-	if n.Stream {
-		return verdict{}
-	}
-	start := h.Since.Add(c.Settle)
-	gone := n.StreamSince
-	if gone.IsZero() {
-		gone = h.Since
-	}
-
-	due, why := latest(gone, h.Since).Add(c.Alone), "its stream is gone and nobody else has seen it fail"
-	if n.Goodbye {
-		due, why = latest(gone, h.Since).Add(c.Goodbye), "its agent said goodbye and has not come back"
-	} else if at, by, ok := c.secondWitness(n); ok {
-		if both := latest(at, gone, start).Add(c.Confirm); both.Before(due) {
-			due, why = both, "its stream is gone and "+by
-		}
-	}
-	due = latest(due, start)
-	if now.Before(due) {
-		return verdict{Next: due}
-	}
-	return verdict{Unreachable: true, Why: why}
-}
-
-// secondWitness returns since when, and by whom, a node without a stream is also missed.
-func (c HealthConfig) secondWitness(n NodeHealth) (time.Time, string, bool) {
-	switch n.Gossip {
-	case GossipSuspect:
-		return n.GossipSince, "gossip suspects it", true
-	case GossipDead, GossipLeft:
-		return n.GossipSince, "gossip says that it is gone", true
-	}
-	if n.ProbesFailed >= c.Probes {
-		return n.ProbesSince, fmt.Sprintf("%d controllers cannot reach it", n.ProbesFailed), true
-	}
-	return time.Time{}, "", false
-}
-
-// longTainted says whether a Node's eviction taint is from before the window in
-// which losses count as one, so that the Node was lost on its own.
-func (c HealthConfig) longTainted(node *corev1.Node, now time.Time) bool {
-	for _, t := range node.Spec.Taints {
-		if t.Effect == corev1.TaintEffectNoExecute && (t.Key == corev1.TaintNodeUnreachable || t.Key == corev1.TaintNodeNotReady) &&
-			t.TimeAdded != nil && now.Sub(t.TimeAdded.Time) > c.Window {
-			return true
-		}
-	}
-	return false
-}
-
-// lost is how many Nodes are lost at once, of those that were not lost long ago.
-type lost struct {
-	// noticed counts Nodes that are not ready or whose stream is gone, judged or
-	// not: when many vanish, not all are judged at the same moment. judged counts
-	// those that are not ready or judged unreachable.
-	noticed, judged, of int
-	// noticedMany and judgedMany say that the count is above what is taken for real.
-	noticedMany, judgedMany bool
-}
-
-// lost counts the Nodes that are lost.
-func (c HealthConfig) lost(in Input) lost {
-	var l lost
-	for node := range in.Snapshot.Nodes().All() {
-		if c.longTainted(node, in.Now) {
-			continue
-		}
-		l.of++
-		h := in.Health.Nodes[node.Name]
-		switch {
-		case !nodeReady(node) || c.judge(in.Health, node.Name, in.Now).Unreachable:
-			l.noticed++
-			l.judged++
-		case !h.Stream && !h.Goodbye:
-			l.noticed++
-		}
-	}
-	many := func(n int) bool { return n >= c.ShareMin && float64(n) > c.Share*float64(l.of) }
-	l.noticedMany, l.judgedMany = many(l.noticed), many(l.judged)
-	return l
-}
-
 // String renders health for logs.
 func (h Health) String() string {
 	streams := 0
@@ -222,15 +52,4 @@ func (h Health) String() string {
 		}
 	}
 	return fmt.Sprintf("%d of %d nodes with a stream", streams, len(h.Nodes))
-}
-
-// latest returns the last of the times.
-func latest(times ...time.Time) time.Time {
-	var out time.Time
-	for _, t := range times {
-		if t.After(out) {
-			out = t
-		}
-	}
-	return out
 }

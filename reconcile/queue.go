@@ -11,13 +11,13 @@ type item struct {
 	// queued says that it waits for its turn, running that it has it, dirty
 	// that it must run again after that.
 	queued, running, dirty bool
-	// next is when a timer makes it run, zero for none.
+	// Next is when a timer makes it run, zero for none.
 	next time.Time
 	// notBefore is when it may run at the earliest: back-off and pace.
 	notBefore time.Time
 	// tries counts the passes in a row that did not come through.
 	tries int
-	// failed is what the API refused in the last pass.
+	// Refused is what the API refused in the last pass.
 	failed []Failure
 }
 
@@ -62,16 +62,12 @@ type queue struct {
 func newQueue(reconcilers []Reconciler) *queue {
 	q := &queue{}
 	for _, r := range reconcilers {
-		l := &lane{reconciler: r, items: map[Key]*item{}}
-		if p, ok := r.(PacedReconciler); ok {
-			l.pace = p.Pace()
-		}
-		q.lanes = append(q.lanes, l)
+		q.lanes = append(q.lanes, &lane{reconciler: r, pace: traitsOf(r).Pace, items: map[Key]*item{}})
 	}
 	return q
 }
 
-// add makes key run soon: at once, or when its back-off or pace allows.
+// Add makes key run soon: at once, or when its back-off or pace allows.
 func (q *queue) add(l *lane, key Key, now time.Time) {
 	it := l.items[key]
 	if it == nil {
@@ -138,13 +134,13 @@ func (q *queue) take() (*lane, *item) {
 func (q *queue) done(l *lane, it *item, next time.Time, again bool, now time.Time) {
 	it.running = false
 	if l.pace > 0 {
-		it.notBefore = latest(it.notBefore, now.Add(l.pace))
+		it.notBefore = Latest(it.notBefore, now.Add(l.pace))
 	}
 	if it.dirty || again {
 		q.add(l, it.key, now)
 	}
 	if !next.IsZero() && !it.queued {
-		q.wake(l, it, latest(next, it.notBefore))
+		q.wake(l, it, Latest(next, it.notBefore))
 	}
 	if l.idle(it, now) {
 		delete(l.items, it.key)

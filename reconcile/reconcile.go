@@ -35,21 +35,27 @@ type HealthReconciler interface {
 	HealthKeys(before, after Health, s *objects.Snapshot) []Key
 }
 
-// PacedReconciler is a Reconciler that looks at many objects at once, so that
-// the Runner leaves a pause between two passes over the same key.
-type PacedReconciler interface {
-	Reconciler
-	// Pace is the shortest time between two passes over one key.
-	Pace() time.Duration
+// Traits are what the Runner must know of a Reconciler beside what it decides.
+type Traits struct {
+	// Pace is the shortest time between two passes over one key, for reconcilers
+	// that look at many objects at once.
+	Pace time.Duration
+	// Steady says that the reconciler works on many objects under one key and decides
+	// itself when to try again what the API has refused: it is not put off as a
+	// whole, and finds what was refused in Input.Failed at once.
+	Steady bool
+	// Kinds says that it looks at Input.Kinds, so that all of its keys are looked at
+	// again when the API begins to serve another kind.
+	Kinds bool
 }
 
-// SteadyReconciler is a Reconciler that works on many objects under one key and
-// decides itself when to try again what the API has refused: it is not put off
-// as a whole, and finds what was refused in Input.Failed at once.
-type SteadyReconciler interface {
-	Reconciler
-	// Steady marks the reconciler; it does nothing.
-	Steady()
+// traitsOf returns the Traits of a reconciler that has a method for them, and none
+// of another.
+func traitsOf(r Reconciler) Traits {
+	if t, ok := r.(interface{ Traits() Traits }); ok {
+		return t.Traits()
+	}
+	return Traits{}
 }
 
 // Key names what a Reconciler works on. Which fields are set is the Reconciler's choice.
@@ -58,6 +64,9 @@ type Key struct {
 	Namespace, Name string
 	UID             types.UID
 }
+
+// Singleton is the key of a reconciler that works on the cluster as a whole.
+var Singleton = Key{Name: "cluster"}
 
 // String renders the key for logs, without the fields that are empty.
 func (k Key) String() string {
@@ -83,7 +92,7 @@ type Input struct {
 	Seed uint64
 	// Snapshot is the cluster's state.
 	Snapshot *objects.Snapshot
-	// Changes returns what changed after a revision, with a snapshot that is
+	// Requests returns what changed after a revision, with a snapshot that is
 	// perhaps newer than Snapshot. It never waits. It is for reconcilers that keep
 	// a derived view from pass to pass, and may be nil in tests of others.
 	Changes func(after int64) objects.Changes
@@ -97,14 +106,14 @@ type Input struct {
 
 // Failure is a change that could not be made, and why.
 type Failure struct {
-	Change Change
-	Err    error
+	Request Request
+	Err     error
 }
 
-// failed returns the first refused change with the verb and resource, or nil.
-func (in Input) failed(verb Verb, resource schema.GroupVersionResource) *Failure {
+// Refused returns the first refused change with the verb and resource, or nil.
+func (in Input) Refused(verb Verb, resource schema.GroupVersionResource) *Failure {
 	for i := range in.Failed {
-		if in.Failed[i].Change.Verb == verb && in.Failed[i].Change.Resource == resource {
+		if in.Failed[i].Request.Verb == verb && in.Failed[i].Request.Resource == resource {
 			return &in.Failed[i]
 		}
 	}
@@ -113,20 +122,20 @@ func (in Input) failed(verb Verb, resource schema.GroupVersionResource) *Failure
 
 // Result is a decision.
 type Result struct {
-	// Changes are made at the same time, in no order. A change that must come
+	// Requests are made at the same time, in no order. A change that must come
 	// after another is in the other's Then.
-	Changes []Change
+	Requests []Request
 	// Events are recorded whatever becomes of the changes.
 	Events []Event
 	// Next is when to look again even if nothing changed; zero means only on a change.
 	Next time.Time
 }
 
-// change adds c to the result.
-func (r *Result) change(c Change) { r.Changes = append(r.Changes, c) }
+// Add adds c to the result.
+func (r *Result) Add(c Request) { r.Requests = append(r.Requests, c) }
 
-// at asks for another pass at t, unless an earlier one is asked for already.
-func (r *Result) at(t time.Time) {
+// At asks for another pass at t, unless an earlier one is asked for already.
+func (r *Result) At(t time.Time) {
 	if t.IsZero() {
 		return
 	}

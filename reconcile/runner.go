@@ -160,17 +160,9 @@ func (t *term) run(ctx context.Context) error {
 			t.healthChanged()
 		case k := <-kinds:
 			t.kinds = k
-			t.addFor(t.cfg.Cache.Snapshot(), func(r Reconciler) bool { _, ok := r.(KindsReconciler); return ok })
+			t.addFor(t.cfg.Cache.Snapshot(), func(r Reconciler) bool { return traitsOf(r).Kinds })
 		}
 	}
-}
-
-// KindsReconciler is a Reconciler that looks at Input.Kinds, so that all of its
-// keys are looked at again when the API begins to serve another kind.
-type KindsReconciler interface {
-	Reconciler
-	// FollowsKinds marks the reconciler; it does nothing.
-	FollowsKinds()
 }
 
 // currentHealth asks for the nodes' health and starts their clocks no earlier than this term.
@@ -271,7 +263,7 @@ func (t *term) changed(c objects.Changes, askKinds chan<- struct{}) {
 	}
 }
 
-// start gives turns to as many keys as may run at a time.
+// Start gives turns to as many keys as may run at a time.
 func (t *term) start(ctx context.Context, now time.Time) {
 	for t.running < t.cfg.Keys {
 		l, it := t.queue.take()
@@ -305,7 +297,7 @@ type outcome struct {
 	lane *lane
 	item *item
 	next time.Time
-	// failed are the refused changes, stale says that one found another state than
+	// Refused are the refused changes, stale says that one found another state than
 	// it expected, later that the API could not be asked.
 	failed       []Failure
 	stale, later bool
@@ -319,13 +311,13 @@ func (t *term) finish(o outcome) {
 	it := o.item
 	it.failed = o.failed
 	again := true
-	_, steady := o.lane.reconciler.(SteadyReconciler)
+	steady := traitsOf(o.lane.reconciler).Steady
 	switch {
 	case steady && len(o.failed) > 0 && !o.later && o.err == nil:
 		it.tries = 0
 	case len(o.failed) > 0 || o.later || o.err != nil || o.stale && it.tries >= staleTries:
 		it.tries++
-		it.notBefore = now.Add(backoff(it.tries, t.cfg.Seed+hashString(it.key.String())))
+		it.notBefore = now.Add(backoff(it.tries, t.cfg.Seed+Hash(it.key.String())))
 		t.cfg.Log.Debug("reconcile again", "reconciler", o.lane.reconciler.Name(), "key", it.key.String(), "tries", it.tries, "err", o.err)
 	case o.stale:
 		it.tries++

@@ -1,10 +1,11 @@
-package reconcile
+package reconcile_test
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,29 +18,34 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/clock"
 
+	"timonel/reconcile"
+	"timonel/reconcile/node"
+	"timonel/reconcile/policy"
+	"timonel/reconcile/storytest"
+	"timonel/reconcile/workload"
 	"timonel/state/objects"
 )
 
 // leader is a Runner on a world, with agents that run what is bound.
 type leader struct {
-	*world
+	*storytest.World
 	t      *testing.T
-	cfg    Config
+	cfg    reconcile.Config
 	cancel context.CancelFunc
 	done   chan error
 
 	mu     sync.Mutex
-	health Health
+	health reconcile.Health
 }
 
-func newLeader(t *testing.T, w *world, reconcilers ...Reconciler) *leader {
-	l := &leader{world: w, t: t, health: Health{}}
-	w.now = time.Now().Truncate(time.Second)
-	l.cfg = Config{
-		Cache: w.cache, Revision: w.revision, Writer: w,
-		Kinds:       func(context.Context) (Kinds, error) { return worldServes(), nil },
+func newLeader(t *testing.T, w *storytest.World, reconcilers ...reconcile.Reconciler) *leader {
+	l := &leader{World: w, t: t, health: reconcile.Health{}}
+	w.Now = time.Now().Truncate(time.Second)
+	l.cfg = reconcile.Config{
+		Cache: w.Cache, Revision: w.Revision, Writer: w,
+		Kinds:       func(context.Context) (reconcile.Kinds, error) { return storytest.Serves(), nil },
 		Reconcilers: reconcilers,
-		Health: func() Health {
+		Health: func() reconcile.Health {
 			l.mu.Lock()
 			defer l.mu.Unlock()
 			return l.health
@@ -51,7 +57,7 @@ func newLeader(t *testing.T, w *world, reconcilers ...Reconciler) *leader {
 
 func (l *leader) lead(term uint64) {
 	l.t.Helper()
-	r, err := NewRunner(l.cfg)
+	r, err := reconcile.NewRunner(l.cfg)
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -80,24 +86,14 @@ func (l *leader) await(what string, ok func(*objects.Snapshot) bool) time.Durati
 	defer cancel()
 	var revision int64
 	for {
-		s := l.cache.Snapshot()
+		s := l.Cache.Snapshot()
 		if ok(s) {
 			return time.Since(start)
 		}
 		revision = s.Revision()
-		if err := l.cache.WaitRevision(ctx, revision+1); err != nil {
-			l.t.Fatalf("waiting for %s: %v\n%s", what, err, strings.Join(l.keys(""), "\n"))
+		if err := l.Cache.WaitRevision(ctx, revision+1); err != nil {
+			l.t.Fatalf("waiting for %s: %v\n%s", what, err, strings.Join(l.List(""), "\n"))
 		}
-	}
-}
-
-func testNode(name string) *corev1.Node {
-	return &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{Name: name},
-		Status: corev1.NodeStatus{
-			Allocatable: resources("64", "256Gi"), Capacity: resources("64", "256Gi"),
-			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, Reason: "KubeletReady"}},
-		},
 	}
 }
 
@@ -114,27 +110,27 @@ func bound(s *objects.Snapshot) (n int) {
 // leader in the middle of a scaling, and expects the next one to complete it.
 func TestRunnerConverges(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	w.add(testNode("a1"))
-	w.add(testNode("a2"))
-	l := newLeader(t, w, allReconcilers(t)...)
-	l.health = Health{Nodes: map[string]NodeHealth{"a1": {Stream: true}, "a2": {Stream: true}}}
+	w := storytest.NewWorld(t)
+	w.Add(storytest.Node("a1"))
+	w.Add(storytest.Node("a2"))
+	l := newLeader(t, w, storytest.All(t)...)
+	l.health = reconcile.Health{Nodes: map[string]reconcile.NodeHealth{"a1": {Stream: true}, "a2": {Stream: true}}}
 	l.lead(1)
-	w.add(testDeployment("web", 3, 1, 0))
+	w.Add(storytest.Deployment("web", 3, 1, 0))
 	l.await("three bound pods", func(s *objects.Snapshot) bool { return bound(s) == 3 })
 
 	l.stop()
-	w.edit(deploymentsResource, "default", "web", func(obj map[string]any) { obj["spec"].(map[string]any)["replicas"] = int64(6) })
-	if n := bound(w.snapshot()); n != 3 {
+	w.Edit(reconcile.DeploymentsResource, "default", "web", func(obj map[string]any) { obj["spec"].(map[string]any)["replicas"] = int64(6) })
+	if n := bound(w.Snapshot()); n != 3 {
 		t.Fatalf("%d pods are bound while nobody leads", n)
 	}
-	l.cfg.Reconcilers = allReconcilers(t)
+	l.cfg.Reconcilers = storytest.All(t)
 	l.lead(2)
 	if took := l.await("six bound pods", func(s *objects.Snapshot) bool { return bound(s) == 6 }); took > 3*time.Second {
 		t.Errorf("the scaling took %s after the election", took)
 	}
 	for name := range map[string]bool{"a1": true, "a2": true} {
-		node, _ := w.snapshot().Nodes().Get("", name)
+		node, _ := w.Snapshot().Nodes().Get("", name)
 		if node.Spec.PodCIDR == "" {
 			t.Errorf("node %s has no range of pod addresses", name)
 		}
@@ -144,32 +140,32 @@ func TestRunnerConverges(t *testing.T) {
 // TestRunnerRests checks that a cluster in which nothing happens is not written to.
 func TestRunnerRests(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	w.add(testNode("a1"))
-	w.add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}})
-	l := newLeader(t, w, allReconcilers(t)...)
-	l.health = Health{Nodes: map[string]NodeHealth{"a1": {Stream: true}}}
+	w := storytest.NewWorld(t)
+	w.Add(storytest.Node("a1"))
+	w.Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}})
+	l := newLeader(t, w, storytest.All(t)...)
+	l.health = reconcile.Health{Nodes: map[string]reconcile.NodeHealth{"a1": {Stream: true}}}
 	var expired atomic.Int64
 	l.cfg.Expire = func(context.Context, time.Time) (time.Time, error) { expired.Add(1); return time.Time{}, nil }
 	l.lead(1)
-	w.add(testDeployment("web", 3, 1, 0))
+	w.Add(storytest.Deployment("web", 3, 1, 0))
 	l.await("a deployment with its pods", func(s *objects.Snapshot) bool {
 		d, ok := s.Deployments().Get("default", "web")
 		_, sa := s.ServiceAccounts().Get("default", "default")
 		return ok && sa && d.Status.Replicas == 3 && bound(s) == 3
 	})
 	// Let what is under way come to its end, and then leave it alone for several beats.
-	quiet := w.revision()
+	quiet := w.Revision()
 	for last := int64(0); last != quiet; {
 		last = quiet
-		timer := time.NewTimer(2 * beat)
+		timer := time.NewTimer(2 * reconcile.Beat)
 		<-timer.C
-		quiet = w.revision()
+		quiet = w.Revision()
 	}
-	timer := time.NewTimer(4 * beat)
+	timer := time.NewTimer(4 * reconcile.Beat)
 	<-timer.C
-	if now := w.revision(); now != quiet {
-		t.Errorf("the state went from revision %d to %d at rest: %v", quiet, now, w.writes)
+	if now := w.Revision(); now != quiet {
+		t.Errorf("the state went from revision %d to %d at rest: %v", quiet, now, w.Writes())
 	}
 	if expired.Load() == 0 {
 		t.Error("Expire was never called")
@@ -179,28 +175,30 @@ func TestRunnerRests(t *testing.T) {
 // scripted is a Reconciler for the tests of the Runner.
 type scripted struct {
 	name string
-	fn   func(Input, Key) (Result, error)
+	fn   func(reconcile.Input, reconcile.Key) (reconcile.Result, error)
 }
 
-func (s scripted) Name() string              { return s.name }
-func (scripted) All(*objects.Snapshot) []Key { return []Key{{Name: "k"}} }
-func (scripted) Keys(c objects.Changed, _ *objects.Snapshot) []Key {
+func (s scripted) Name() string                        { return s.name }
+func (scripted) All(*objects.Snapshot) []reconcile.Key { return []reconcile.Key{{Name: "k"}} }
+func (scripted) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.Key {
 	if c.Meta().GVK.Kind == "ConfigMap" {
-		return []Key{{Name: "k"}}
+		return []reconcile.Key{{Name: "k"}}
 	}
 	return nil
 }
-func (s scripted) Reconcile(in Input, k Key) (Result, error) { return s.fn(in, k) }
+func (s scripted) Reconcile(in reconcile.Input, k reconcile.Key) (reconcile.Result, error) {
+	return s.fn(in, k)
+}
 
 // TestRunnerSeesItsWrites checks that a key runs again only with a snapshot that
 // has what its last pass changed, and never twice at a time.
 func TestRunnerSeesItsWrites(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := storytest.NewWorld(t)
 	const want = 50
 	var running atomic.Int64
 	done := make(chan struct{})
-	l := newLeader(t, w, scripted{"counter", func(in Input, _ Key) (Result, error) {
+	l := newLeader(t, w, scripted{"counter", func(in reconcile.Input, _ reconcile.Key) (reconcile.Result, error) {
 		if running.Add(1) > 1 {
 			t.Error("the key runs twice at a time")
 		}
@@ -209,9 +207,9 @@ func TestRunnerSeesItsWrites(t *testing.T) {
 		for range in.Snapshot.ConfigMaps().All() {
 			n++
 		}
-		var result Result
+		var result reconcile.Result
 		if n < want { // a create under a name that is taken would be refused
-			result.change(create(configMapsResource, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("c%d", n)}}))
+			result.Add(reconcile.Create(reconcile.ConfigMapsResource, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: fmt.Sprintf("c%d", n)}}))
 		} else {
 			select {
 			case <-done:
@@ -227,10 +225,8 @@ func TestRunnerSeesItsWrites(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("the counter does not get there")
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.writes) != want {
-		t.Errorf("%d writes for %d objects: %v", len(w.writes), want, w.writes)
+	if writes := w.Writes(); len(writes) != want {
+		t.Errorf("%d writes for %d objects: %v", len(writes), want, writes)
 	}
 }
 
@@ -242,28 +238,28 @@ func TestRunnerTriesAgain(t *testing.T) {
 		err    error
 		failed bool // the next pass is told
 	}{
-		{"refused", apierrors.NewForbidden(configMapsResource.GroupResource(), "c", errors.New("exceeded quota")), true},
-		{"conflict", apierrors.NewConflict(configMapsResource.GroupResource(), "c", errors.New("changed")), false},
-		{"timeout", apierrors.NewServerTimeout(configMapsResource.GroupResource(), "create", 1), false},
+		{"refused", apierrors.NewForbidden(reconcile.ConfigMapsResource.GroupResource(), "c", errors.New("exceeded quota")), true},
+		{"conflict", apierrors.NewConflict(reconcile.ConfigMapsResource.GroupResource(), "c", errors.New("changed")), false},
+		{"timeout", apierrors.NewServerTimeout(reconcile.ConfigMapsResource.GroupResource(), "create", 1), false},
 		{"no answer", errors.New("connection refused"), false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t)
+			w := storytest.NewWorld(t)
 			var refusals atomic.Int64
-			w.refuse = func(c Change) error {
-				if c.Resource == configMapsResource && refusals.Add(1) <= 2 {
+			w.Refuse = func(c reconcile.Request) error {
+				if c.Resource == reconcile.ConfigMapsResource && refusals.Add(1) <= 2 {
 					return tc.err
 				}
 				return nil
 			}
 			told := make(chan bool, 100)
-			l := newLeader(t, w, scripted{"once", func(in Input, _ Key) (Result, error) {
+			l := newLeader(t, w, scripted{"once", func(in reconcile.Input, _ reconcile.Key) (reconcile.Result, error) {
 				told <- len(in.Failed) > 0
 				if _, ok := in.Snapshot.ConfigMaps().Get("default", "c"); ok {
-					return Result{}, nil
+					return reconcile.Result{}, nil
 				}
-				return Result{Changes: []Change{create(configMapsResource, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "c"}})}}, nil
+				return reconcile.Result{Requests: []reconcile.Request{reconcile.Create(reconcile.ConfigMapsResource, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "c"}})}}, nil
 			}})
 			l.lead(1)
 			l.await("the object", func(s *objects.Snapshot) bool { _, ok := s.ConfigMaps().Get("default", "c"); return ok })
@@ -280,12 +276,12 @@ func TestRunnerTriesAgain(t *testing.T) {
 // TestRunnerOutlivesPanics checks that a reconciler that panics on one key does not stop the others.
 func TestRunnerOutlivesPanics(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := storytest.NewWorld(t)
 	l := newLeader(t, w,
-		scripted{"broken", func(Input, Key) (Result, error) { panic("a nil map") }},
-		NamespaceDefaults{})
+		scripted{"broken", func(reconcile.Input, reconcile.Key) (reconcile.Result, error) { panic("a nil map") }},
+		policy.NamespaceDefaults{})
 	l.lead(1)
-	w.add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}})
+	w.Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}})
 	l.await("a service account", func(s *objects.Snapshot) bool { _, ok := s.ServiceAccounts().Get("shop", "default"); return ok })
 }
 
@@ -302,21 +298,21 @@ func (c jumpyClock) Now() time.Time { return time.Now().Add(time.Duration(c.ahea
 func TestRunnerNoticesPauses(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		w.add(testNode("a1"))
+		w := storytest.NewWorld(t)
+		w.Add(storytest.Node("a1"))
 		clk := jumpyClock{ahead: &atomic.Int64{}}
-		l := newLeader(t, w, NodeLifecycle{}, TaintEviction{})
+		l := newLeader(t, w, node.NodeLifecycle{}, node.TaintEviction{})
 		l.cfg.Clock = clk
 		// The stream is gone since long ago, by what this process remembers.
 		old := clk.Now().Add(-time.Minute)
-		l.health = Health{Since: old, Nodes: map[string]NodeHealth{"a1": {StreamSince: old, Gossip: GossipDead, GossipSince: old}}}
+		l.health = reconcile.Health{Since: old, Nodes: map[string]reconcile.NodeHealth{"a1": {StreamSince: old, Gossip: reconcile.GossipDead, GossipSince: old}}}
 		var resets atomic.Int64
 		l.cfg.ResetHealth = func() { resets.Add(1) }
 		l.lead(1)
 		ready := func() bool {
 			synctest.Wait()
-			node, _ := w.snapshot().Nodes().Get("", "a1")
-			return nodeReady(node)
+			node, _ := w.Snapshot().Nodes().Get("", "a1")
+			return reconcile.NodeReady(node)
 		}
 
 		time.Sleep(4 * time.Second) // a new term: less than Settle
@@ -335,8 +331,8 @@ func TestRunnerNoticesPauses(t *testing.T) {
 		if ready() {
 			t.Fatal("the node is not judged, although its stream did not come back")
 		}
-		node, _ := w.snapshot().Nodes().Get("", "a1")
-		if !evicts(node) {
+		node, _ := w.Snapshot().Nodes().Get("", "a1")
+		if !slices.ContainsFunc(node.Spec.Taints, func(t corev1.Taint) bool { return t.Effect == corev1.TaintEffectNoExecute }) {
 			t.Fatal("the node has no NoExecute taint")
 		}
 		l.stop()
@@ -345,43 +341,35 @@ func TestRunnerNoticesPauses(t *testing.T) {
 
 func TestConfigValidate(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
+	w := storytest.NewWorld(t)
 	good := newLeader(t, w).cfg
 	for _, tc := range []struct {
 		name, want string
-		change     func(*Config)
+		change     func(*reconcile.Config)
 	}{
-		{"no cache", "Config.Cache", func(c *Config) { c.Cache = nil }},
-		{"no revision", "Config.Revision", func(c *Config) { c.Revision = nil }},
-		{"no client", "Config.Client", func(c *Config) { c.Writer = nil }},
-		{"workers", "Config.Workers", func(c *Config) { c.Workers = -1 }},
-		{"twice", "two of the name", func(c *Config) { c.Reconcilers = []Reconciler{ReplicaSet{}, ReplicaSet{}} }},
-		{"no health", "Config.Health", func(c *Config) { c.Reconcilers, c.Health = []Reconciler{NodeLifecycle{}}, nil }},
-		{"share", "HealthConfig.Share", func(c *Config) { c.Reconcilers = []Reconciler{NodeLifecycle{Health: HealthConfig{Share: 2}}} }},
-		{"no range", "NodeIPAM.ClusterCIDR", func(c *Config) { c.Reconcilers = []Reconciler{NodeIPAM{}} }},
+		{"no cache", "Config.Cache", func(c *reconcile.Config) { c.Cache = nil }},
+		{"no revision", "Config.Revision", func(c *reconcile.Config) { c.Revision = nil }},
+		{"no client", "Config.Client", func(c *reconcile.Config) { c.Writer = nil }},
+		{"workers", "Config.Workers", func(c *reconcile.Config) { c.Workers = -1 }},
+		{"twice", "two of the name", func(c *reconcile.Config) {
+			c.Reconcilers = []reconcile.Reconciler{workload.ReplicaSet{}, workload.ReplicaSet{}}
+		}},
+		{"no health", "Config.Health", func(c *reconcile.Config) { c.Reconcilers, c.Health = []reconcile.Reconciler{node.NodeLifecycle{}}, nil }},
+		{"share", "HealthConfig.Share", func(c *reconcile.Config) {
+			c.Reconcilers = []reconcile.Reconciler{node.NodeLifecycle{Health: node.HealthConfig{Share: 2}}}
+		}},
+		{"no range", "NodeIPAM.ClusterCIDR", func(c *reconcile.Config) { c.Reconcilers = []reconcile.Reconciler{node.NodeIPAM{}} }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			c := good
 			tc.change(&c)
-			if _, err := NewRunner(c); err == nil || !strings.Contains(err.Error(), tc.want) {
+			if _, err := reconcile.NewRunner(c); err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got %v, want an error that names %s", err, tc.want)
 			}
 		})
 	}
-	if _, err := NewRunner(good); err != nil {
+	if _, err := reconcile.NewRunner(good); err != nil {
 		t.Errorf("a good config is refused: %v", err)
-	}
-}
-
-func TestBackoff(t *testing.T) {
-	t.Parallel()
-	last := time.Duration(0)
-	for tries := 1; tries < 40; tries++ {
-		d := backoff(tries, 7)
-		if d <= 0 || d > 75*time.Second || tries < 9 && d <= last {
-			t.Errorf("try %d waits %s after %s", tries, d, last)
-		}
-		last = d
 	}
 }

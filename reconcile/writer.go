@@ -17,7 +17,7 @@ import (
 // Writer makes changes. An error of the API is returned as it is, so that
 // k8s.io/apimachinery/pkg/api/errors can tell what it was.
 type Writer interface {
-	Write(ctx context.Context, c Change) error
+	Write(ctx context.Context, c Request) error
 }
 
 // restWriter makes changes through the API.
@@ -44,16 +44,16 @@ func newRESTWriter(config *rest.Config) (*restWriter, error) {
 
 // path is the URL path of the change's object, or of the collection for a
 // create and a deletecollection.
-func (c Change) path() []string {
+func (c Request) path() []string {
 	segments := []string{"api", c.Resource.Version}
 	if c.Resource.Group != "" {
 		segments = []string{"apis", c.Resource.Group, c.Resource.Version}
 	}
-	if c.Namespace != "" && c.Resource != namespacesResource {
+	if c.Namespace != "" && c.Resource != NamespacesResource {
 		segments = append(segments, "namespaces", c.Namespace)
 	}
 	segments = append(segments, c.Resource.Resource)
-	if (c.Verb != Create || c.Subresource != "") && c.Verb != DeleteCollection {
+	if (c.Verb != VerbCreate || c.Subresource != "") && c.Verb != VerbDeleteCollection {
 		segments = append(segments, c.Name)
 	}
 	if c.Subresource != "" {
@@ -63,18 +63,18 @@ func (c Change) path() []string {
 }
 
 // Write implements Writer.
-func (w *restWriter) Write(ctx context.Context, c Change) error {
+func (w *restWriter) Write(ctx context.Context, c Request) error {
 	var verb string
 	var body []byte
 	contentType := runtime.ContentTypeJSON
 	var err error
 	switch c.Verb {
-	case Create, Update:
-		verb = map[Verb]string{Create: "POST", Update: "PUT"}[c.Verb]
+	case VerbCreate, VerbUpdate:
+		verb = map[Verb]string{VerbCreate: "POST", VerbUpdate: "PUT"}[c.Verb]
 		body, contentType, err = w.encode(c.Object)
-	case Patch:
+	case VerbPatch:
 		verb, body, contentType = "PATCH", c.Patch, string(c.PatchType)
-	case Delete, DeleteCollection:
+	case VerbDelete, VerbDeleteCollection:
 		verb = "DELETE"
 		body, err = json.Marshal(metav1.DeleteOptions{
 			TypeMeta:      metav1.TypeMeta{Kind: "DeleteOptions", APIVersion: "v1"},

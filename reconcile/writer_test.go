@@ -11,18 +11,12 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 )
-
-func resources(cpu, memory string) corev1.ResourceList {
-	return corev1.ResourceList{
-		corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory), corev1.ResourcePods: resource.MustParse("110"),
-	}
-}
 
 // TestRESTWriter checks the requests that changes become.
 func TestRESTWriter(t *testing.T) {
@@ -31,24 +25,24 @@ func TestRESTWriter(t *testing.T) {
 	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}}
 	zero := int64(0)
 	background := metav1.DeletePropagationBackground
-	finalize := update(namespacesResource, ns)
+	finalize := Update(NamespacesResource, ns)
 	finalize.Subresource = "finalize"
-	deletion := remove(podsResource, pod)
+	deletion := Delete(PodsResource, pod)
 	deletion.GracePeriodSeconds, deletion.Propagation = &zero, &background
-	binding := Change{Verb: Create, Resource: podsResource, Subresource: "binding", Namespace: "shop", Name: "p",
+	binding := Request{Verb: VerbCreate, Resource: PodsResource, Subresource: "binding", Namespace: "shop", Name: "p",
 		Object: &corev1.Binding{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p"}, Target: corev1.ObjectReference{Kind: "Node", Name: "a1"}}}
 	for _, tc := range []struct {
 		name, request, body string
-		change              Change
+		change              Request
 	}{
-		{"create", "POST /api/v1/namespaces/shop/pods application/vnd.kubernetes.protobuf", "Pod p", create(podsResource, pod)},
+		{"create", "POST /api/v1/namespaces/shop/pods application/vnd.kubernetes.protobuf", "Pod p", Create(PodsResource, pod)},
 		{"bind", "POST /api/v1/namespaces/shop/pods/p/binding application/vnd.kubernetes.protobuf", "Binding p", binding},
-		{"status", "PUT /api/v1/namespaces/shop/pods/p/status application/vnd.kubernetes.protobuf", "Pod p", updateStatus(podsResource, pod)},
+		{"status", "PUT /api/v1/namespaces/shop/pods/p/status application/vnd.kubernetes.protobuf", "Pod p", UpdateStatus(PodsResource, pod)},
 		{"cluster-wide", "PUT /api/v1/namespaces/shop/finalize application/vnd.kubernetes.protobuf", "Namespace shop", finalize},
 		{"patch", "PATCH /api/v1/namespaces/shop/pods/p/status application/strategic-merge-patch+json", `{"metadata":{"uid":"u1"},"status":{"phase":"Failed"}}`,
-			statusPatch(pod, map[string]any{"phase": "Failed"})},
+			PatchPodStatus(pod, map[string]any{"phase": "Failed"})},
 		{"custom resource", "PATCH /apis/ships.example.org/v1/namespaces/shop/boats/p application/merge-patch+json", `{"a":1}`,
-			mergePatch(worldServes()[boatKind.GroupKind()].Resource, pod, "", map[string]any{"a": 1})},
+			MergePatch(schema.GroupVersionResource{Group: "ships.example.org", Version: "v1", Resource: "boats"}, pod, "", map[string]any{"a": 1})},
 		{"delete", "DELETE /api/v1/namespaces/shop/pods/p application/json",
 			`{"kind":"DeleteOptions","apiVersion":"v1","gracePeriodSeconds":0,"preconditions":{"uid":"u1"},"propagationPolicy":"Background"}`, deletion},
 	} {
@@ -65,7 +59,7 @@ func TestRESTWriter(t *testing.T) {
 						t.Errorf("the body is no object: %v", err)
 						return
 					}
-					body = gvk.Kind + " " + accessor(obj).GetName()
+					body = gvk.Kind + " " + Accessor(obj).GetName()
 				}
 				w.Header().Set("Content-Type", "application/json")
 				_, _ = w.Write([]byte(`{"kind":"Status","apiVersion":"v1","status":"Success"}`))
@@ -90,7 +84,7 @@ func TestRESTWriterErrors(t *testing.T) {
 	t.Parallel()
 	for _, contentType := range []string{runtime.ContentTypeJSON, runtime.ContentTypeProtobuf} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			status := apierrors.NewConflict(podsResource.GroupResource(), "p", io.EOF).ErrStatus
+			status := apierrors.NewConflict(PodsResource.GroupResource(), "p", io.EOF).ErrStatus
 			status.Kind, status.APIVersion = "Status", "v1"
 			raw, _ := json.Marshal(status)
 			if contentType == runtime.ContentTypeProtobuf {
@@ -105,8 +99,8 @@ func TestRESTWriterErrors(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = w.Write(context.Background(), Change{Verb: Patch, Resource: podsResource, Namespace: "shop", Name: "p", Patch: []byte("{}")})
-		if !apierrors.IsConflict(err) || classify(err) != stale {
+		err = w.Write(context.Background(), Request{Verb: VerbPatch, Resource: PodsResource, Namespace: "shop", Name: "p", Patch: []byte("{}")})
+		if !apierrors.IsConflict(err) || Classify(err) != Stale {
 			t.Errorf("%s: got %v, want a conflict", contentType, err)
 		}
 		server.Close()

@@ -10,6 +10,8 @@ import (
 	"timonel/dispatch"
 	"timonel/gossip"
 	"timonel/reconcile"
+	"timonel/reconcile/node"
+	"timonel/reconcile/standard"
 	"timonel/state/storage"
 )
 
@@ -20,8 +22,8 @@ func (k *controller) lead(ctx context.Context) error {
 	if err != nil {
 		return err // checked by validate
 	}
-	reconcilers, err := reconcile.Standard(reconcile.StandardConfig{
-		Health:      reconcile.HealthConfig{Share: k.lostShare},
+	reconcilers, err := standard.Reconcilers(standard.Config{
+		Health:      node.HealthConfig{Share: k.lostShare},
 		ClusterCIDR: pods,
 		RootCA:      k.bundle.CA(),
 	})

@@ -34,6 +34,8 @@ import (
 	"timonel/apiserver"
 	"timonel/pki"
 	"timonel/reconcile"
+	"timonel/reconcile/node"
+	"timonel/reconcile/standard"
 	"timonel/state"
 	"timonel/state/objects"
 	"timonel/state/storage/storagetest"
@@ -89,8 +91,8 @@ func start(t *testing.T) *cluster {
 		t.Fatal(err)
 	}
 	c.cache = objects.NewCache(c.backend.Store())
-	reconcilers, err := reconcile.Standard(reconcile.StandardConfig{
-		Health:      reconcile.HealthConfig{Settle: 100 * time.Millisecond, Confirm: 100 * time.Millisecond},
+	reconcilers, err := standard.Reconcilers(standard.Config{
+		Health:      node.HealthConfig{Settle: 100 * time.Millisecond, Confirm: 100 * time.Millisecond},
 		ClusterCIDR: netip.MustParsePrefix("10.244.0.0/16"), RootCA: []byte("the CA"),
 	})
 	if err != nil {

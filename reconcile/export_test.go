@@ -1,0 +1,4 @@
+package reconcile
+
+// Beat is how often the loop turns at least.
+const Beat = beat

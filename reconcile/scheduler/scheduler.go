@@ -1,0 +1,284 @@
+package scheduler
+
+import (
+	"cmp"
+	"maps"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"timonel/reconcile"
+	"timonel/sched"
+	"timonel/state/objects"
+)
+
+const (
+	// firstTry and lastTry bound how long a pod that could not be placed is left
+	// alone, whatever happens: it doubles from try to try.
+	firstTry, lastTry = time.Second, 10 * time.Second
+	// slowRetry is when to try again although nothing happened.
+	slowRetry = 5 * time.Minute
+	// portion is how many pods are planned before their bindings are committed.
+	portion = 500
+
+	selectedNodeAnnotation = "volume.kubernetes.io/selected-node"
+)
+
+var (
+	persistentVolumesResource      = corev1.SchemeGroupVersion.WithResource("persistentvolumes")
+	persistentVolumeClaimsResource = corev1.SchemeGroupVersion.WithResource("persistentvolumeclaims")
+)
+
+// Scheduler drives sched: it plans the pending pods under one key and turns the
+// plan into changes. What it keeps from pass to pass is derived from the
+// snapshots it has seen, and which pods are to be left alone for a while.
+type Scheduler struct {
+	cfg      sched.Config
+	planner  *sched.Planner
+	revision int64 // of the snapshot the planner followed to
+	waits    map[types.UID]wait
+}
+
+// wait is a pod that could not be placed.
+type wait struct {
+	tries int
+	until time.Time
+}
+
+// New returns a Scheduler. It fails on a config that cannot be.
+func New(cfg sched.Config) (*Scheduler, error) {
+	if cfg.MaxPods == 0 {
+		cfg.MaxPods = portion
+	}
+	planner, err := sched.NewPlanner(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &Scheduler{cfg: cfg, planner: planner, waits: map[types.UID]wait{}}, nil
+}
+
+// Name implements Reconciler.
+func (s *Scheduler) Name() string { return s.cfg.SchedulerName }
+
+// Traits implements reconcile.Reconciler: one pod that is refused holds up no other.
+func (s *Scheduler) Traits() reconcile.Traits { return reconcile.Traits{Steady: true} }
+
+// All implements Reconciler.
+func (s *Scheduler) All(*objects.Snapshot) []reconcile.Key {
+	return []reconcile.Key{reconcile.Singleton}
+}
+
+// Keys implements Reconciler: the key comes up when a pod wants a Node, or when
+// something changed that may make room for one that found none.
+func (s *Scheduler) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.Key {
+	if s.concerns(c) {
+		return []reconcile.Key{reconcile.Singleton}
+	}
+	return nil
+}
+
+func (s *Scheduler) concerns(c objects.Changed) bool {
+	switch o := c.Meta().Object.(type) {
+	case *corev1.Pod:
+		if c.Old == nil || c.New == nil {
+			return true
+		}
+		before, _ := c.Old.Object.(*corev1.Pod)
+		return before == nil || before.Spec.NodeName != o.Spec.NodeName || reconcile.PodEnded(before) != reconcile.PodEnded(o) ||
+			c.Old.Generation != c.New.Generation || (c.Old.DeletionTimestamp == nil) != (c.New.DeletionTimestamp == nil) ||
+			!maps.Equal(c.Old.Labels, c.New.Labels)
+	case *corev1.Node:
+		return nodeMatters(c)
+	case *corev1.PersistentVolumeClaim, *corev1.PersistentVolume:
+		return true
+	}
+	switch c.Meta().GVK.Kind {
+	case "StorageClass", "CSINode", "CSIDriver", "CSIStorageCapacity":
+		return true
+	}
+	return false
+}
+
+// nodeMatters says whether a Node changed in what decides about pods: not in
+// its heartbeats, images or addresses.
+func nodeMatters(c objects.Changed) bool {
+	if c.Old == nil || c.New == nil {
+		return true
+	}
+	before, _ := c.Old.Object.(*corev1.Node)
+	after, _ := c.New.Object.(*corev1.Node)
+	if before == nil || after == nil {
+		return true
+	}
+	return !maps.Equal(before.Labels, after.Labels) || before.Spec.Unschedulable != after.Spec.Unschedulable ||
+		!equality.Semantic.DeepEqual(before.Spec.Taints, after.Spec.Taints) ||
+		!equality.Semantic.DeepEqual(before.Status.Allocatable, after.Status.Allocatable) ||
+		reconcile.NodeReady(before) != reconcile.NodeReady(after)
+}
+
+// Reconcile implements Reconciler.
+func (s *Scheduler) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Result, error) {
+	s.follow(in)
+	s.noteRefused(in)
+	var result reconcile.Result
+	if s.planner.Pending() == 0 {
+		clear(s.waits)
+		return result, nil
+	}
+	plan, err := s.planner.Plan(in.Now, in.Seed, func(pod *corev1.Pod) bool {
+		w := s.waits[pod.UID]
+		if !w.until.After(in.Now) {
+			return false
+		}
+		result.At(w.until)
+		return true
+	})
+	if err != nil {
+		return result, err
+	}
+
+	for _, b := range plan.Bindings {
+		delete(s.waits, b.Pod.UID)
+		result.Add(bind(b))
+	}
+	claims := map[types.UID]bool{}
+	for _, w := range plan.Waiting {
+		for _, d := range w.Claims {
+			if !claims[d.Claim.UID] {
+				claims[d.Claim.UID] = true
+				result.Add(commitClaim(d, w.Node))
+			}
+		}
+		if w.Pod.Status.NominatedNodeName != w.Node {
+			result.Add(reconcile.PatchPodStatus(w.Pod, map[string]any{"nominatedNodeName": w.Node}))
+		}
+	}
+	for _, p := range plan.Preemptions {
+		for _, victim := range p.Victims {
+			result.Add(preempt(in, p, victim))
+		}
+	}
+	for _, f := range plan.Failures {
+		s.putOff(f.Pod, in.Now)
+		if c, ok := unplaced(in, f); ok {
+			result.Add(c)
+		}
+	}
+	switch {
+	case plan.Remaining > 0:
+		result.At(in.Now)
+	case len(plan.Failures) > 0 || len(plan.Waiting) > 0:
+		result.At(in.Now.Add(slowRetry))
+	}
+	return result, nil
+}
+
+// follow brings the planner to the newest snapshot. New room on the Nodes ends
+// the waits: nobody should wait for ten seconds for a Node that is there.
+func (s *Scheduler) follow(in reconcile.Input) {
+	changes := objects.Changes{Snapshot: in.Snapshot, Reset: true}
+	if s.revision > 0 && in.Changes != nil {
+		changes = in.Changes(s.revision)
+	}
+	s.planner.Follow(changes)
+	s.revision = changes.Snapshot.Revision()
+	if changes.Reset {
+		clear(s.waits)
+	}
+	for _, c := range changes.Changed {
+		if _, ok := c.Meta().Object.(*corev1.Node); ok && c.New != nil && nodeMatters(c) {
+			clear(s.waits)
+		}
+	}
+	for uid := range s.waits {
+		if _, ok := changes.Snapshot.Metas().ByUID(uid); !ok {
+			delete(s.waits, uid)
+		}
+	}
+}
+
+// noteRefused leaves pods alone for a while whose bindings the API refused.
+func (s *Scheduler) noteRefused(in reconcile.Input) {
+	for _, f := range in.Failed {
+		if m := reconcile.Accessor(f.Request.Object); m != nil && f.Request.Subresource == "binding" && !apierrors.IsNotFound(f.Err) {
+			s.putOffUID(m.GetUID(), in.Now)
+		}
+	}
+}
+
+func (s *Scheduler) putOff(pod *corev1.Pod, now time.Time) { s.putOffUID(pod.UID, now) }
+
+func (s *Scheduler) putOffUID(uid types.UID, now time.Time) {
+	w := s.waits[uid]
+	s.waits[uid] = wait{tries: w.tries + 1, until: now.Add(min(lastTry, firstTry<<min(w.tries, 8)))}
+}
+
+// bind returns the change that assigns a pod to its Node.
+func bind(b sched.Binding) reconcile.Request {
+	c := reconcile.Create(reconcile.PodsResource, &corev1.Pod{ObjectMeta: b.Pod.ObjectMeta})
+	c.Subresource = "binding"
+	c.Object = &corev1.Binding{
+		ObjectMeta: metav1.ObjectMeta{Namespace: b.Pod.Namespace, Name: b.Pod.Name, UID: b.Pod.UID},
+		Target:     corev1.ObjectReference{Kind: reconcile.NodeKind.Kind, Name: b.Node},
+	}
+	c.Event = reconcile.NewEvent(reconcile.PodKind, b.Pod, corev1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s", b.Pod.Namespace, b.Pod.Name, b.Node)
+	c.FailEvent = reconcile.NewEvent(reconcile.PodKind, b.Pod, corev1.EventTypeWarning, "FailedScheduling", "binding rejected")
+	return c
+}
+
+// unplaced returns the change that says in a pod's status why it has no Node, or
+// false if it says so already.
+func unplaced(in reconcile.Input, f sched.Failure) (reconcile.Request, bool) {
+	pod := f.Pod
+	old := reconcile.PodCondition(pod, corev1.PodScheduled)
+	said := old != nil && old.Status == corev1.ConditionFalse && old.Reason == f.Reason && old.Message == f.Message
+	if said && pod.Status.NominatedNodeName == f.NominatedNode {
+		return reconcile.Request{}, false
+	}
+	fields := map[string]any{}
+	if pod.Status.NominatedNodeName != f.NominatedNode {
+		fields["nominatedNodeName"] = nil
+		if f.NominatedNode != "" {
+			fields["nominatedNodeName"] = f.NominatedNode
+		}
+	}
+	if said {
+		return reconcile.PatchPodStatus(pod, fields), true
+	}
+	c := reconcile.PatchPodStatus(pod, fields, corev1.PodCondition{
+		Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Reason: f.Reason, Message: f.Message,
+		ObservedGeneration: pod.Generation,
+		LastTransitionTime: reconcile.ConditionTime(pod, corev1.PodScheduled, corev1.ConditionFalse, metav1.NewTime(in.Now).Rfc3339Copy()),
+	})
+	c.Event = reconcile.NewEvent(reconcile.PodKind, pod, corev1.EventTypeWarning, "FailedScheduling", "%s", f.Message)
+	return c, true
+}
+
+// preempt returns the change that ends a victim, and says why in its status before.
+func preempt(in reconcile.Input, p sched.Preemption, victim *corev1.Pod) reconcile.Request {
+	c := reconcile.Delete(reconcile.PodsResource, victim)
+	c.Event = reconcile.NewEvent(reconcile.PodKind, victim, corev1.EventTypeNormal, "Preempted", "Preempted by pod %s on node %s", p.Pod.UID, p.Node)
+	condition := corev1.PodCondition{
+		Type: corev1.DisruptionTarget, Status: corev1.ConditionTrue, Reason: corev1.PodReasonPreemptionByScheduler,
+		Message:            cmp.Or(p.Pod.Spec.SchedulerName, corev1.DefaultSchedulerName) + ": preempting to accommodate a higher priority pod",
+		LastTransitionTime: reconcile.ConditionTime(victim, corev1.DisruptionTarget, corev1.ConditionTrue, metav1.NewTime(in.Now).Rfc3339Copy()),
+	}
+	first := reconcile.PatchPodStatus(victim, nil, condition)
+	first.Then = []reconcile.Request{c}
+	return first
+}
+
+// commitClaim returns the change that ties a claim to the Node its pod is to run on.
+func commitClaim(d sched.ClaimDecision, node string) reconcile.Request {
+	if d.Volume != nil {
+		return reconcile.Update(persistentVolumesResource, d.Volume)
+	}
+	return reconcile.MergePatch(persistentVolumeClaimsResource, d.Claim, "", map[string]any{"metadata": map[string]any{
+		"uid": string(d.Claim.UID), "resourceVersion": d.Claim.ResourceVersion,
+		"annotations": map[string]string{selectedNodeAnnotation: node},
+	}})
+}

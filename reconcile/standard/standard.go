@@ -1,0 +1,61 @@
+// Package standard says which reconcilers every cluster runs.
+package standard
+
+import (
+	"fmt"
+	"net/netip"
+
+	"timonel/reconcile"
+	"timonel/reconcile/cleanup"
+	"timonel/reconcile/node"
+	"timonel/reconcile/policy"
+	"timonel/reconcile/scheduler"
+	"timonel/reconcile/service"
+	"timonel/reconcile/workload"
+	"timonel/sched"
+)
+
+// Config configures the reconcilers that every cluster runs.
+type Config struct {
+	// Scheduler says how pods are placed. Default sched.DefaultConfig().
+	Scheduler sched.Config
+	// Health holds the times after which a silent Node is declared unreachable.
+	Health node.HealthConfig
+	// ClusterCIDR is the range of all pods' addresses, NodeBits the prefix length of
+	// one Node's part. Without a range Nodes get none from here.
+	ClusterCIDR netip.Prefix
+	NodeBits    int
+	// RootCA is the cluster's CA bundle in PEM, published in every namespace.
+	RootCA []byte
+	// TerminatedPods is how many pods that have ended may stay. Default 12500; negative: any number.
+	TerminatedPods int
+}
+
+// Reconcilers returns the reconcilers that every cluster runs, the scheduler included.
+// More can be added to the slice: each needs a name of its own and nothing else.
+func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
+	if c.Scheduler.SchedulerName == "" {
+		c.Scheduler = sched.DefaultConfig()
+	}
+	scheduler, err := scheduler.New(c.Scheduler)
+	if err != nil {
+		return nil, fmt.Errorf("standard: Config.Scheduler: %w", err)
+	}
+	out := []reconcile.Reconciler{
+		scheduler,
+		node.NodeLifecycle{Health: c.Health},
+		node.TaintEviction{Health: c.Health},
+		workload.ReplicaSet{},
+		workload.Deployment{},
+		service.EndpointSlice{},
+		policy.NamespaceDefaults{RootCA: c.RootCA},
+		cleanup.Namespace{},
+		cleanup.GarbageCollector{},
+		cleanup.PodGC{},
+		cleanup.TerminatedPodGC{Threshold: c.TerminatedPods},
+	}
+	if c.ClusterCIDR.IsValid() {
+		out = append(out, node.NodeIPAM{ClusterCIDR: c.ClusterCIDR, NodeBits: c.NodeBits})
+	}
+	return out, nil
+}

@@ -1,0 +1,220 @@
+package workload
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"timonel/reconcile"
+	"timonel/state/objects"
+)
+
+// burstBytes is how large the pods that one pass creates may be together, by their
+// encoding. Each is a copy of a template that may have a MiB, and many times that in
+// memory, and as many ReplicaSets are worked on at a time as the runner takes keys.
+const burstBytes = 4 << 20
+
+// ReplicaSet keeps the number of pods that each ReplicaSet asks for.
+type ReplicaSet struct {
+	// Burst is how many pods one pass creates or deletes at most, large ones fewer.
+	// Default 500.
+	Burst int
+}
+
+// Name implements Reconciler.
+func (ReplicaSet) Name() string { return "replicaset-controller" }
+
+// All implements Reconciler.
+func (ReplicaSet) All(s *objects.Snapshot) []reconcile.Key {
+	var keys []reconcile.Key
+	for rs := range s.ReplicaSets().All() {
+		keys = append(keys, ReplicaSetKey(rs.Namespace, rs.Name))
+	}
+	return keys
+}
+
+// Keys implements Reconciler: a ReplicaSet follows itself, its pods, and pods
+// without a controller that it could adopt.
+func (ReplicaSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
+	now := c.Meta()
+	switch now.GVK.GroupKind() {
+	case reconcile.ReplicaSetKind.GroupKind():
+		return []reconcile.Key{ReplicaSetKey(now.Namespace, now.Name)}
+	case reconcile.PodKind.GroupKind():
+		var keys []reconcile.Key
+		for _, m := range reconcile.Versions(c) {
+			if ref := metav1.GetControllerOfNoCopy(m); ref != nil {
+				if ref.Kind == reconcile.ReplicaSetKind.Kind {
+					keys = append(keys, ReplicaSetKey(m.Namespace, ref.Name))
+				}
+				continue
+			}
+			if m != c.New {
+				continue
+			}
+			for rs := range s.ReplicaSets().InNamespace(m.Namespace) {
+				if reconcile.Selects(rs.Spec.Selector, m.Labels) {
+					keys = append(keys, ReplicaSetKey(rs.Namespace, rs.Name))
+				}
+			}
+		}
+		return keys
+	}
+	return nil
+}
+
+func ReplicaSetKey(namespace, name string) reconcile.Key {
+	return reconcile.Key{Group: "apps", Kind: reconcile.ReplicaSetKind.Kind, Namespace: namespace, Name: name}
+}
+
+// Reconcile implements Reconciler.
+func (r ReplicaSet) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Result, error) {
+	rs, ok := in.Snapshot.ReplicaSets().Get(key.Namespace, key.Name)
+	if !ok {
+		return reconcile.Result{}, nil
+	}
+	selector, err := metav1.LabelSelectorAsSelector(rs.Spec.Selector)
+	if err != nil {
+		return reconcile.Result{}, fmt.Errorf("replica set %s/%s: spec.selector: %w", rs.Namespace, rs.Name, err)
+	}
+	c := reconcile.Claim{Owner: rs, OwnerKind: reconcile.ReplicaSetKind, Resource: reconcile.PodsResource, Selector: selector}
+	var pods []*corev1.Pod
+	var terminating int32
+	for pod := range reconcile.OwnedPods(in.Snapshot, rs) {
+		switch {
+		case reconcile.PodActive(pod):
+			if c.Claims(pod) {
+				pods = append(pods, pod)
+			}
+		case !reconcile.PodEnded(pod) && metav1.IsControlledBy(pod, rs) && selector.Matches(labels.Set(pod.Labels)):
+			terminating++
+		}
+	}
+	if rs.DeletionTimestamp == nil {
+		for pod := range in.Snapshot.Pods().InNamespace(rs.Namespace) {
+			if metav1.GetControllerOfNoCopy(pod) == nil && reconcile.PodActive(pod) && c.Claims(pod) {
+				pods = append(pods, pod)
+			}
+		}
+	}
+
+	result := reconcile.Result{Requests: c.Requests}
+	if rs.DeletionTimestamp == nil {
+		r.manage(in, rs, pods, &result)
+		if len(result.Requests) > 0 && len(in.Failed) == 0 {
+			return result, nil // the next pass, which sees the pods, reports once instead of twice
+		}
+	}
+	r.status(in, rs, pods, terminating, &result)
+	return result, nil
+}
+
+// manage creates the pods that are missing and deletes those that are too many.
+func (r ReplicaSet) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, result *reconcile.Result) {
+	burst := r.Burst
+	if burst == 0 {
+		burst = 500
+	}
+	missing := int(replicasOf(rs)) - len(pods)
+	switch {
+	case missing > 0:
+		if held, until := holdBack(in, rs); held > 0 {
+			missing = max(missing-held, 0)
+			result.At(until)
+		}
+		missing = min(missing, burst, max(1, burstBytes/max(1, rs.Spec.Template.Size())))
+		if in.Refused(reconcile.VerbCreate, reconcile.PodsResource) != nil {
+			missing = min(missing, 1) // see whether one goes through before trying them all again
+		}
+		names := reconcile.NewNames(in, rs)
+		for range missing {
+			pod := podFromTemplate(rs, reconcile.ReplicaSetKind, &rs.Spec.Template, names.Next())
+			ch := reconcile.Create(reconcile.PodsResource, pod)
+			ch.Event = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
+			ch.FailEvent = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeWarning, "FailedCreate", "Error creating")
+			result.Add(ch)
+		}
+	case missing < 0:
+		for _, pod := range surplus(in, rs, pods, min(-missing, burst)) {
+			ch := reconcile.Delete(reconcile.PodsResource, pod)
+			ch.Event = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeNormal, "SuccessfulDelete", "Deleted pod: %s", pod.Name)
+			ch.FailEvent = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeWarning, "FailedDelete", "Error deleting")
+			result.Add(ch)
+		}
+	}
+}
+
+// status reports what there is of the pods, and asks for another pass when a
+// ready pod becomes available by the passing of time alone.
+func (r ReplicaSet) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, terminating int32, result *reconcile.Result) {
+	s := appsv1.ReplicaSetStatus{
+		Replicas:            int32(len(pods)),
+		TerminatingReplicas: &terminating,
+		ObservedGeneration:  rs.Generation,
+		Conditions:          slices.Clone(rs.Status.Conditions),
+	}
+	template := labels.SelectorFromSet(rs.Spec.Template.Labels)
+	for _, pod := range pods {
+		if template.Matches(labels.Set(pod.Labels)) {
+			s.FullyLabeledReplicas++
+		}
+		if reconcile.ReadyCondition(pod) == nil {
+			continue
+		}
+		s.ReadyReplicas++
+		switch due, ok := reconcile.AvailableAt(pod, rs.Spec.MinReadySeconds); {
+		case ok && !due.After(in.Now):
+			s.AvailableReplicas++
+		case ok:
+			result.At(due)
+		}
+	}
+
+	s.Conditions = slices.DeleteFunc(s.Conditions, func(c appsv1.ReplicaSetCondition) bool { return c.Type == appsv1.ReplicaSetReplicaFailure })
+	reason, failed := "FailedCreate", in.Refused(reconcile.VerbCreate, reconcile.PodsResource)
+	if failed == nil {
+		reason, failed = "FailedDelete", in.Refused(reconcile.VerbDelete, reconcile.PodsResource)
+	}
+	if failed != nil {
+		c := appsv1.ReplicaSetCondition{
+			Type: appsv1.ReplicaSetReplicaFailure, Status: corev1.ConditionTrue, Reason: reason,
+			Message: failed.Err.Error(), LastTransitionTime: metav1.NewTime(in.Now).Rfc3339Copy(),
+		}
+		for _, old := range rs.Status.Conditions {
+			if old.Type == c.Type {
+				c = old // the first failure stays, or every retry would be a write
+			}
+		}
+		s.Conditions = append(s.Conditions, c)
+	}
+	if equality.Semantic.DeepEqual(s, rs.Status) {
+		return
+	}
+	updated := rs.DeepCopy()
+	updated.Status = s
+	result.Add(reconcile.UpdateStatus(reconcile.ReplicaSetsResource, updated))
+}
+
+// podFromTemplate returns a new pod of an owner.
+func podFromTemplate(owner reconcile.Object, kind schema.GroupVersionKind, template *corev1.PodTemplateSpec, name string) *corev1.Pod {
+	t := template.DeepCopy()
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Name:            name,
+			GenerateName:    reconcile.NamePrefix(owner.GetName()),
+			Namespace:       owner.GetNamespace(),
+			Labels:          maps.Clone(t.Labels),
+			Annotations:     maps.Clone(t.Annotations),
+			Finalizers:      t.Finalizers,
+			OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(owner, kind)},
+		},
+		Spec: t.Spec,
+	}
+}
