@@ -88,6 +88,11 @@ var (
 	ConfigMapsResource      = corev1.SchemeGroupVersion.WithResource("configmaps")
 	ReplicaSetsResource     = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "replicasets"}
 	DeploymentsResource     = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "deployments"}
+
+	StatefulSetsResource           = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "statefulsets"}
+	ControllerRevisionsResource    = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "controllerrevisions"}
+	ReplicationControllersResource = corev1.SchemeGroupVersion.WithResource("replicationcontrollers")
+	PVCsResource                   = corev1.SchemeGroupVersion.WithResource("persistentvolumeclaims")
 )
 
 // The kinds that reconcilers own or refer to in events.
@@ -97,6 +102,11 @@ var (
 	NamespaceKind  = corev1.SchemeGroupVersion.WithKind("Namespace")
 	ReplicaSetKind = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "ReplicaSet"}
 	DeploymentKind = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "Deployment"}
+
+	StatefulSetKind           = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "StatefulSet"}
+	ControllerRevisionKind    = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "ControllerRevision"}
+	ReplicationControllerKind = corev1.SchemeGroupVersion.WithKind("ReplicationController")
+	PVCKind                   = corev1.SchemeGroupVersion.WithKind("PersistentVolumeClaim")
 )
 
 // Object is an object with metadata, as the generated API types are.

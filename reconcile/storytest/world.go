@@ -64,6 +64,10 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	{Group: "discovery.k8s.io", Version: "v1", Kind: "EndpointSlice"}:                "endpointslices",
 	corev1.SchemeGroupVersion.WithKind("Service"):                                    "services/specs",
 	{Group: "apps", Version: "v1", Kind: "DaemonSet"}:                                "daemonsets",
+	reconcile.StatefulSetKind:                                                        "statefulsets",
+	reconcile.ControllerRevisionKind:                                                 "controllerrevisions",
+	reconcile.ReplicationControllerKind:                                              "controllers",
+	reconcile.PVCKind:                                                                "persistentvolumeclaims",
 	{Group: "batch", Version: "v1", Kind: "Job"}:                                     "jobs",
 }
 
