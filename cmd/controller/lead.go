@@ -3,15 +3,18 @@ package main
 import (
 	"context"
 	"net/netip"
+	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
 
 	"timonel/consensus"
 	"timonel/dispatch"
 	"timonel/gossip"
+	"timonel/pki"
 	"timonel/reconcile"
 	"timonel/reconcile/node"
 	"timonel/reconcile/standard"
+	"timonel/reconcile/upstream"
 	"timonel/state/storage"
 )
 
@@ -44,6 +47,17 @@ func (k *controller) lead(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	controllers, err := upstream.New(upstream.Config{
+		Cache:     k.cache,
+		Client:    k.apiAs,
+		CAFile:    filepath.Join(k.bundleDir, pki.CAFile),
+		CAKeyFile: filepath.Join(k.bundleDir, pki.CAKeyFile),
+		Dir:       filepath.Join(k.dataDir, "upstream"),
+		Log:       k.log,
+	})
+	if err != nil {
+		return err
+	}
 	return k.replica.Lead(ctx, func(ctx context.Context, term uint64) error {
 		group, ctx := errgroup.WithContext(consensus.WithTerm(ctx, term))
 		group.Go(func() error { return ended(k.tracker.Run(ctx)) })
@@ -52,6 +66,7 @@ func (k *controller) lead(ctx context.Context) error {
 		group.Go(func() error { return ended(k.rotateKeys(ctx)) })
 		group.Go(func() error { return ended(storage.Expire(ctx, k.backend, k.log)) })
 		group.Go(func() error { return ended(runner.Run(ctx, term)) })
+		group.Go(func() error { return ended(controllers.Run(ctx)) })
 		if k.scheduler != nil {
 			group.Go(func() error { return ended(k.scheduler.Run(ctx)) })
 		}

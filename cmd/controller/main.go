@@ -10,12 +10,18 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 )
 
 // version is set by the linker (make build).
 var version = "dev"
 
 func main() {
+	// A worker of the API server's or of Kubernetes' controllers that panics is logged
+	// and goes on with its next piece of work, as in the kubelet: the other parts of this
+	// process, the log first of all, are not to end with it.
+	utilruntime.ReallyCrash = false
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	if err := command().ExecuteContext(ctx); err != nil {
@@ -25,6 +31,9 @@ func main() {
 }
 
 func command() *cobra.Command {
+	// cobra adds the flags that packages define for all programs; those of Kubernetes'
+	// are for its own.
+	pflag.CommandLine = pflag.NewFlagSet("controller", pflag.ContinueOnError)
 	c := defaultConfig()
 	cmd := &cobra.Command{
 		Use:           "controller",

@@ -169,26 +169,38 @@ type Changes struct {
 func (c *Cache) Changes(ctx context.Context, after int64) (Changes, error) {
 	for {
 		c.mu.Lock()
-		s, moved := c.snapshot, c.moved
-		if s.revision > 0 && s.revision != after {
-			if after < c.since || after > s.revision || c.inGap(after) {
-				c.mu.Unlock()
-				return Changes{Snapshot: s, Reset: true}, nil
-			}
-			i := sort.Search(len(c.changes), func(i int) bool { return c.changes[i].Revision > after })
-			if i < len(c.changes) {
-				changed := append([]Changed(nil), c.changes[i:]...)
-				c.mu.Unlock()
-				return Changes{Snapshot: s, Changed: changed}, nil
-			}
-		}
+		changes, moved := c.changesAfter(after), c.moved
 		c.mu.Unlock()
+		if changes.Reset || len(changes.Changed) > 0 {
+			return changes, nil
+		}
 		select {
 		case <-moved:
 		case <-ctx.Done():
 			return Changes{}, ctx.Err()
 		}
 	}
+}
+
+// ChangesNow is Changes without the wait: when there is nothing, it says so by the
+// newest snapshot alone.
+func (c *Cache) ChangesNow(after int64) Changes {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.changesAfter(after)
+}
+
+// changesAfter is what is known to have changed after a revision. c.mu is held.
+func (c *Cache) changesAfter(after int64) Changes {
+	s := c.snapshot
+	if s.revision == 0 || s.revision == after {
+		return Changes{Snapshot: s}
+	}
+	if after < c.since || after > s.revision || c.inGap(after) {
+		return Changes{Snapshot: s, Reset: true}
+	}
+	i := sort.Search(len(c.changes), func(i int) bool { return c.changes[i].Revision > after })
+	return Changes{Snapshot: s, Changed: append([]Changed(nil), c.changes[i:]...)}
 }
 
 // Trim forgets the oldest changes until what the others replaced is of that many bytes

@@ -1,11 +1,16 @@
 package objects
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"testing"
+	"time"
 
+	certificatesv1 "k8s.io/api/certificates/v1"
+	certificatesv1beta1 "k8s.io/api/certificates/v1beta1"
 	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
@@ -63,6 +68,40 @@ func TestKindsAreWhatTheirTablesSay(t *testing.T) {
 		if got := resourceOf(resource + "ns/name"); got != resource {
 			t.Errorf("the resource of %sns/name is %s", resource, got)
 		}
+	}
+}
+
+// What is stored in a beta version is decoded whole into the version after it.
+func TestDecodeOfTheVersionBefore(t *testing.T) {
+	t.Parallel()
+	begin := metav1.NewTime(time.Unix(1e9, 0))
+	stored := certificatesv1beta1.PodCertificateRequest{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "certificates.k8s.io/v1beta1", Kind: "PodCertificateRequest"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "p"},
+		Spec: certificatesv1beta1.PodCertificateRequestSpec{
+			SignerName: "s", PodName: "pod", PodUID: "1", ServiceAccountName: "sa", ServiceAccountUID: "2", NodeName: "n", NodeUID: "3",
+			MaxExpirationSeconds: new(int32(7)), StubPKCS10Request: []byte("stub"), UnverifiedUserAnnotations: map[string]string{"k": "v"},
+		},
+		Status: certificatesv1beta1.PodCertificateRequestStatus{
+			Conditions:       []metav1.Condition{{Type: "Issued", Status: metav1.ConditionTrue, Reason: "R", Message: "m", LastTransitionTime: begin}},
+			CertificateChain: "chain", NotBefore: &begin, NotAfter: &begin, BeginRefreshAt: &begin,
+		},
+	}
+	m, err := decode(&state.KV{Key: "/registry/podcertificaterequests/a/p", Value: encode(t, &stored), ModRevision: 7}, typedKinds()["podcertificaterequests/"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored.ResourceVersion = "7"
+	b, err := json.Marshal(stored)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want certificatesv1.PodCertificateRequest // which has all fields but two that ended
+	if err := json.Unmarshal(b, &want); err != nil {
+		t.Fatal(err)
+	}
+	if got := m.Object.(*certificatesv1.PodCertificateRequest); !apiequality.Semantic.DeepEqual(got, &want) {
+		t.Errorf("decoded %+v\nstored %+v", got, want)
 	}
 }
 

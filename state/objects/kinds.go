@@ -3,15 +3,22 @@ package objects
 import (
 	"strings"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	batchv1 "k8s.io/api/batch/v1"
 	certificatesv1 "k8s.io/api/certificates/v1"
+	certificatesv1beta1 "k8s.io/api/certificates/v1beta1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	resourcev1 "k8s.io/api/resource/v1"
+	resourcev1alpha3 "k8s.io/api/resource/v1alpha3"
 	schedulingv1 "k8s.io/api/scheduling/v1"
+	schedulingv1beta1 "k8s.io/api/scheduling/v1beta1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -72,6 +79,22 @@ func typedKinds() map[string]kind {
 		"priorityclasses/":            {schedulingv1.SchemeGroupVersion.WithKind("PriorityClass"), func() object { return &schedulingv1.PriorityClass{} }},
 		"storageclasses/":             {storagev1.SchemeGroupVersion.WithKind("StorageClass"), func() object { return &storagev1.StorageClass{} }},
 		"volumeattachments/":          {storagev1.SchemeGroupVersion.WithKind("VolumeAttachment"), func() object { return &storagev1.VolumeAttachment{} }},
+
+		// For upstream's controllers. What is stored in a beta version is decoded into the
+		// types of the version after it, whose encoding is the same.
+		"clusterroles/":                {rbacv1.SchemeGroupVersion.WithKind("ClusterRole"), func() object { return &rbacv1.ClusterRole{} }},
+		"deviceclasses/":               {resourcev1.SchemeGroupVersion.WithKind("DeviceClass"), func() object { return &resourcev1.DeviceClass{} }},
+		"devicetaintrules/":            {resourcev1.SchemeGroupVersion.WithKind("DeviceTaintRule"), func() object { return &resourcev1.DeviceTaintRule{} }},
+		"ipaddresses/":                 {networkingv1.SchemeGroupVersion.WithKind("IPAddress"), func() object { return &networkingv1.IPAddress{} }},
+		"podcertificaterequests/":      {certificatesv1beta1.SchemeGroupVersion.WithKind("PodCertificateRequest"), func() object { return &certificatesv1.PodCertificateRequest{} }},
+		"podgroups/":                   {schedulingv1beta1.SchemeGroupVersion.WithKind("PodGroup"), func() object { return &schedulingv1beta1.PodGroup{} }},
+		"resourceclaims/":              {resourcev1.SchemeGroupVersion.WithKind("ResourceClaim"), func() object { return &resourcev1.ResourceClaim{} }},
+		"resourceclaimtemplates/":      {resourcev1.SchemeGroupVersion.WithKind("ResourceClaimTemplate"), func() object { return &resourcev1.ResourceClaimTemplate{} }},
+		"resourcepoolstatusrequests/":  {resourcev1alpha3.SchemeGroupVersion.WithKind("ResourcePoolStatusRequest"), func() object { return &resourcev1alpha3.ResourcePoolStatusRequest{} }},
+		"resourceslices/":              {resourcev1.SchemeGroupVersion.WithKind("ResourceSlice"), func() object { return &resourcev1.ResourceSlice{} }},
+		"servicecidrs/":                {networkingv1.SchemeGroupVersion.WithKind("ServiceCIDR"), func() object { return &networkingv1.ServiceCIDR{} }},
+		"validatingadmissionpolicies/": {admissionv1.SchemeGroupVersion.WithKind("ValidatingAdmissionPolicy"), func() object { return &admissionv1.ValidatingAdmissionPolicy{} }},
+		"volumeattributesclasses/":     {storagev1.SchemeGroupVersion.WithKind("VolumeAttributesClass"), func() object { return &storagev1.VolumeAttributesClass{} }},
 	}
 }
 
