@@ -49,6 +49,7 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		workload.Deployment{},
 		service.EndpointSlice{},
 		policy.NamespaceDefaults{RootCA: c.RootCA},
+		policy.Disruption{},
 		cleanup.Namespace{},
 		cleanup.GarbageCollector{},
 		cleanup.PodGC{},

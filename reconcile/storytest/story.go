@@ -76,7 +76,7 @@ func All(t T) []reconcile.Reconciler {
 	}
 	return []reconcile.Reconciler{
 		workload.Deployment{}, workload.ReplicaSet{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
-		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, cleanup.GarbageCollector{},
+		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
 	}
 }

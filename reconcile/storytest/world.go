@@ -69,6 +69,7 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	reconcile.ReplicationControllerKind:                                              "controllers",
 	reconcile.PVCKind:                                                                "persistentvolumeclaims",
 	{Group: "batch", Version: "v1", Kind: "Job"}:                                     "jobs",
+	{Group: "policy", Version: "v1", Kind: "PodDisruptionBudget"}:                    "poddisruptionbudgets",
 }
 
 var clusterKinds = map[string]bool{"Node": true, "Namespace": true, "Fleet": true, "CustomResourceDefinition": true}

@@ -25,10 +25,14 @@ type Meta struct {
 	*metav1.ObjectMeta
 	// Object is the whole object if its kind has a table, else nil.
 	Object runtime.Object
+	// JSON is the whole object as it is stored, if that is JSON and its kind has no
+	// table, as custom resources and their definitions have none. The bytes are the
+	// store's: they cost nothing, and must not be changed.
+	JSON []byte
 	// Revision is the object's resourceVersion as a number.
 	Revision int64
 
-	size int // of the encoding of what is decoded
+	size int // of the encoding of what is decoded or kept
 }
 
 var protobufPrefix = []byte{'k', '8', 's', 0}
@@ -53,7 +57,7 @@ func decode(kv *state.KV, k kind) (*Meta, error) {
 	m.ResourceVersion = strconv.FormatInt(kv.ModRevision, 10)
 	m.ManagedFields = nil
 	if m.Object == nil {
-		m.size = m.ObjectMeta.Size()
+		m.size = m.ObjectMeta.Size() + len(m.JSON)
 	} else {
 		m.size = len(kv.Value)
 		m.Object.GetObjectKind().SetGroupVersionKind(m.GVK)
@@ -151,6 +155,7 @@ func decodeJSON(b []byte, k kind) (*Meta, error) {
 	}
 	m := &Meta{GVK: partial.GroupVersionKind(), ObjectMeta: &partial.ObjectMeta}
 	if k.new == nil || m.GVK != k.gvk {
+		m.JSON = b
 		return m, nil
 	}
 	o := k.new()

@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -49,6 +50,9 @@ func TestDecode(t *testing.T) {
 			}
 			if m.GVK != tt.want || (m.Object != nil) != tt.typed || m.Name != "p" || m.ResourceVersion != "7" || m.Revision != 7 {
 				t.Errorf("decoded %+v", m)
+			}
+			if want := tt.name == "JSON of a custom resource"; (m.JSON != nil) != want || want && (m.size < len(m.JSON) || !bytes.Equal(m.JSON, tt.value[1:])) {
+				t.Errorf("keeps %q and counts %d bytes", m.JSON, m.size)
 			}
 		})
 	}

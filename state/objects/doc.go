@@ -4,7 +4,8 @@
 // A [Cache] follows a [state.Store] and decodes each stored object once. Its
 // [Snapshot] costs nothing to take and never changes: typed tables of the kinds
 // that deciding needs, and the metadata ([Meta]) of every object of every kind,
-// custom resources included, found by key, UID, owner or namespace.
+// custom resources included (these with their JSON as well), found by key, UID,
+// owner or namespace.
 //
 //	cache := objects.NewCache(store)
 //	go cache.Run(ctx)
