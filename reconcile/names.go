@@ -47,14 +47,27 @@ func NewNames(in Input, owner metav1.Object) *Names {
 	}
 }
 
+// IndexPrefix is what the names of the pods of an owner that work on an index begin
+// with. A long owner's name is cut, not the index.
+func IndexPrefix(owner, index string) string {
+	end := "-" + index + "-"
+	if len(owner)+len(end) > maxName-nameSuffix {
+		owner = owner[:maxName-nameSuffix-len(end)]
+	}
+	return owner + end
+}
+
 // Next returns a name that none has.
-func (n *Names) Next() string {
+func (n *Names) Next() string { return n.NextOf(n.prefix) }
+
+// NextOf returns a name that none has and that begins with prefix.
+func (n *Names) NextOf(prefix string) string {
 	for {
 		suffix := make([]byte, nameSuffix)
 		for i := range suffix {
 			suffix[i] = nameLetters[n.random.IntN(len(nameLetters))]
 		}
-		name := n.prefix + string(suffix)
+		name := prefix + string(suffix)
 		if !n.used[name] && !n.Taken(name) {
 			n.used[name] = true
 			return name

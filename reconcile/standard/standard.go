@@ -12,6 +12,7 @@ import (
 	"timonel/reconcile/scheduler"
 	"timonel/reconcile/service"
 	"timonel/reconcile/workload"
+	"timonel/reconcile/workload/job"
 	"timonel/sched"
 )
 
@@ -47,6 +48,9 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		node.TaintEviction{Health: c.Health},
 		workload.ReplicaSet{},
 		workload.Deployment{},
+		job.Job{},
+		job.CronJob{},
+		job.TTL{},
 		service.EndpointSlice{},
 		policy.NamespaceDefaults{RootCA: c.RootCA},
 		policy.Disruption{},

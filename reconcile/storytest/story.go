@@ -26,6 +26,7 @@ import (
 	"timonel/reconcile/scheduler"
 	"timonel/reconcile/service"
 	"timonel/reconcile/workload"
+	"timonel/reconcile/workload/job"
 	"timonel/sched"
 )
 
@@ -75,7 +76,7 @@ func All(t T) []reconcile.Reconciler {
 		t.Fatalf("scheduler: %v", err)
 	}
 	return []reconcile.Reconciler{
-		workload.Deployment{}, workload.ReplicaSet{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
+		workload.Deployment{}, workload.ReplicaSet{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
 	}
@@ -349,6 +350,7 @@ func Stories(t *testing.T, folder string) {
 //	edit RESOURCE NS/NAME      merge YAML into an object, as a user does
 //	status RESOURCE NS/NAME    merge YAML into its status
 //	run-pods / end-pods        the agents run what is bound, or end what is terminating
+//	finish-pods PHASE          pods that have not ended do so: [exit=CODE] [prefix=NAME] [first=N]
 //	delete RESOURCE NS/NAME    delete, propagation=Foreground|Orphan|Background
 //	refuse VERB RESOURCE       the API forbids such changes; without arguments no more
 //	advance DURATION           let time pass
@@ -408,6 +410,8 @@ func (s *Story) command(t *testing.T, d *datadriven.TestData) string {
 				s.EndPod(pod.Namespace, pod.Name)
 			}
 		}
+	case "finish-pods":
+		s.finishPods(t, d)
 	case "delete":
 		r, ns, name := target()
 		c := reconcile.Request{Verb: reconcile.VerbDelete, Resource: r, Namespace: ns, Name: name}
@@ -442,6 +446,27 @@ func (s *Story) command(t *testing.T, d *datadriven.TestData) string {
 		t.Fatalf("%s: no such command", d.Cmd)
 	}
 	return ""
+}
+
+// finishPods lets pods that have not ended do so.
+func (s *Story) finishPods(t *testing.T, d *datadriven.TestData) {
+	left, exit, prefix := -1, 0, ""
+	for _, a := range d.CmdArgs[1:] {
+		switch a.Key {
+		case "exit":
+			d.ScanArgs(t, "exit", &exit)
+		case "first":
+			d.ScanArgs(t, "first", &left)
+		case "prefix":
+			d.ScanArgs(t, "prefix", &prefix)
+		}
+	}
+	for pod := range s.Snapshot().Pods().All() {
+		if left != 0 && !reconcile.PodEnded(pod) && strings.HasPrefix(pod.Name, prefix) {
+			s.FinishPod(pod.Namespace, pod.Name, corev1.PodPhase(d.CmdArgs[0].Key), exit)
+			left--
+		}
+	}
 }
 
 // expand makes copies of an object that says "copies: n"; %d in its name counts them.
@@ -510,14 +535,14 @@ func (s *Story) Show(prefix string) string {
 		s.mu.Lock()
 		u := unstructured.Unstructured{Object: s.live[key]}
 		fmt.Fprintf(&out, "%s %s", strings.ToLower(u.GetKind()), types.NamespacedName{Namespace: u.GetNamespace(), Name: u.GetName()})
-		for _, f := range [][]string{{"spec", "replicas"}, {"spec", "nodeName"}, {"spec", "podCIDR"}, {"status", "phase"}} {
+		for _, f := range [][]string{{"spec", "replicas"}, {"spec", "nodeName"}, {"spec", "podCIDR"}, {"status", "phase"}, {"status", "active"}, {"status", "succeeded"}, {"status", "failed"}} {
 			if v, ok, _ := unstructured.NestedFieldNoCopy(u.Object, f...); ok {
 				fmt.Fprintf(&out, " %s=%v", f[1], v)
 			}
 		}
 		conditions, _, _ := unstructured.NestedSlice(u.Object, "status", "conditions")
 		for _, c := range conditions {
-			if m, ok := c.(map[string]any); ok && (u.GetKind() == "Node" || u.GetKind() == "Pod") {
+			if m, ok := c.(map[string]any); ok && (u.GetKind() == "Node" || u.GetKind() == "Pod" || u.GetKind() == "Job") {
 				fmt.Fprintf(&out, " %v=%v", m["type"], m["status"])
 			}
 		}

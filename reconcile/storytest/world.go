@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 
 	"timonel/reconcile"
+	"timonel/reconcile/workload/job"
 	"timonel/state"
 	"timonel/state/objects"
 )
@@ -68,7 +69,8 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	reconcile.ControllerRevisionKind:                                                 "controllerrevisions",
 	reconcile.ReplicationControllerKind:                                              "controllers",
 	reconcile.PVCKind:                                                                "persistentvolumeclaims",
-	{Group: "batch", Version: "v1", Kind: "Job"}:                                     "jobs",
+	job.Kind:                                                                         "jobs",
+	job.CronJobKind:                                                                  "cronjobs",
 	{Group: "policy", Version: "v1", Kind: "PodDisruptionBudget"}:                    "poddisruptionbudgets",
 }
 
@@ -472,6 +474,18 @@ func (w *World) RunPod(namespace, name string) {
 	w.SetStatus(reconcile.PodsResource, namespace, name, map[string]any{
 		"phase":      "Running",
 		"conditions": []any{map[string]any{"type": "Ready", "status": "True", "lastTransitionTime": at}},
+	})
+}
+
+// FinishPod makes a pod end by itself, as an agent reports it.
+func (w *World) FinishPod(namespace, name string, phase corev1.PodPhase, exit int) {
+	at := w.Now.Format(time.RFC3339)
+	w.SetStatus(reconcile.PodsResource, namespace, name, map[string]any{
+		"phase":      string(phase),
+		"conditions": []any{map[string]any{"type": "Ready", "status": "False", "lastTransitionTime": at}},
+		"containerStatuses": []any{map[string]any{"name": "c", "state": map[string]any{
+			"terminated": map[string]any{"exitCode": exit, "finishedAt": at},
+		}}},
 	})
 }
 

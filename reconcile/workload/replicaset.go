@@ -16,10 +16,10 @@ import (
 	"timonel/state/objects"
 )
 
-// burstBytes is how large the pods that one pass creates may be together, by their
+// BurstBytes is how large the pods that one pass creates may be together, by their
 // encoding. Each is a copy of a template that may have a MiB, and many times that in
 // memory, and as many ReplicaSets are worked on at a time as the runner takes keys.
-const burstBytes = 4 << 20
+const BurstBytes = 4 << 20
 
 // ReplicaSet keeps the number of pods that each ReplicaSet asks for.
 type ReplicaSet struct {
@@ -129,13 +129,13 @@ func (r ReplicaSet) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*co
 			missing = max(missing-held, 0)
 			result.At(until)
 		}
-		missing = min(missing, burst, max(1, burstBytes/max(1, rs.Spec.Template.Size())))
+		missing = min(missing, burst, max(1, BurstBytes/max(1, rs.Spec.Template.Size())))
 		if in.Refused(reconcile.VerbCreate, reconcile.PodsResource) != nil {
 			missing = min(missing, 1) // see whether one goes through before trying them all again
 		}
 		names := reconcile.NewNames(in, rs)
 		for range missing {
-			pod := podFromTemplate(rs, reconcile.ReplicaSetKind, &rs.Spec.Template, names.Next())
+			pod := PodFromTemplate(rs, reconcile.ReplicaSetKind, &rs.Spec.Template, names.Next())
 			ch := reconcile.Create(reconcile.PodsResource, pod)
 			ch.Event = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
 			ch.FailEvent = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeWarning, "FailedCreate", "Error creating")
@@ -202,8 +202,8 @@ func (r ReplicaSet) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*co
 	result.Add(reconcile.UpdateStatus(reconcile.ReplicaSetsResource, updated))
 }
 
-// podFromTemplate returns a new pod of an owner.
-func podFromTemplate(owner reconcile.Object, kind schema.GroupVersionKind, template *corev1.PodTemplateSpec, name string) *corev1.Pod {
+// PodFromTemplate returns a new pod of an owner.
+func PodFromTemplate(owner reconcile.Object, kind schema.GroupVersionKind, template *corev1.PodTemplateSpec, name string) *corev1.Pod {
 	t := template.DeepCopy()
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{

@@ -63,7 +63,7 @@ func missedLess(a, b *corev1.Pod, onNode map[string]int, now time.Time) int {
 	aReady, bReady := reconcile.ReadyCondition(a), reconcile.ReadyCondition(b)
 	if c := cmp.Or(
 		first(a.Spec.NodeName == "", b.Spec.NodeName == ""),
-		cmp.Compare(phaseOrder(a), phaseOrder(b)),
+		cmp.Compare(PhaseOrder(a), PhaseOrder(b)),
 		first(aReady == nil, bReady == nil),
 		cmp.Compare(deletionCost(a), deletionCost(b)),
 		cmp.Compare(onNode[b.Spec.NodeName], onNode[a.Spec.NodeName]),
@@ -75,8 +75,8 @@ func missedLess(a, b *corev1.Pod, onNode map[string]int, now time.Time) int {
 			return c
 		}
 	}
-	aRestarts, aSidecars := restarts(a)
-	bRestarts, bSidecars := restarts(b)
+	aRestarts, aSidecars := Restarts(a)
+	bRestarts, bSidecars := Restarts(b)
 	if c := cmp.Or(cmp.Compare(bRestarts, aRestarts), cmp.Compare(bSidecars, aSidecars)); c != 0 {
 		return c
 	}
@@ -113,7 +113,8 @@ func magnitude(d time.Duration) int64 {
 	return int64(math.Log2(float64(d)))
 }
 
-func phaseOrder(pod *corev1.Pod) int {
+// PhaseOrder is lower for pods that have come less far.
+func PhaseOrder(pod *corev1.Pod) int {
 	switch pod.Status.Phase {
 	case corev1.PodUnknown:
 		return 1
@@ -136,8 +137,8 @@ func deletionCost(pod *corev1.Pod) int32 {
 	return int32(n)
 }
 
-// restarts returns the highest restart counts of a pod's containers and of its sidecars.
-func restarts(pod *corev1.Pod) (regular, sidecar int32) {
+// Restarts returns the highest restart counts of a pod's containers and of its sidecars.
+func Restarts(pod *corev1.Pod) (regular, sidecar int32) {
 	for i := range pod.Status.ContainerStatuses {
 		regular = max(regular, pod.Status.ContainerStatuses[i].RestartCount)
 	}
