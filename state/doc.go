@@ -6,7 +6,7 @@
 // deletes to do when all of them hold. Each change takes the next revision, so a
 // watch can resume between any two changes; a Kubernetes resourceVersion is such
 // a revision and is equal on every replica. The package reads no clock, draws no
-// random number and depends on nothing but the entries, so replicas that applied
+// random number and, but for the history, depends on nothing but the entries, so replicas that applied
 // the same entries are the same to the byte (see [View.Hash]) but for their history.
 //
 //	store := state.New(state.Options{})
@@ -36,6 +36,17 @@
 // for by directory (the keys up to the last slash: one resource in one namespace) in
 // families (that resource in all namespaces), and where some of a directory's events
 // were cut, only watches and reads of its keys are refused.
+//
+// At rest ([Store.Spill]) the history is in memory only as far as watches mostly resume.
+// The chunks before that are in files that have no names: the record of each event whole,
+// some 128 KiB of them compressed together, under a checksum that is kept in memory. Of
+// each event there it is known in memory to which directory it belongs, what it weighs and
+// when it came, some 20 bytes: so what the history drops, and why, does not depend on where
+// it is, and what has no event of the keys asked for is not read. What is read is
+// checked; when that fails, or a file cannot be written, or the files are larger than
+// they may be, the floor of all keys rises to there. A file's room is the disk's again
+// when all its events are gone and nobody reads it. Nothing is written while the store is
+// busy, and no writer waits for a read.
 //
 // Watchers of one prefix share one list of its events: an event is linked into
 // the list of each prefix that it matches, once, whatever the number of watchers,

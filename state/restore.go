@@ -32,6 +32,7 @@ func (s *Store) Restore(r io.Reader) error {
 	v.epoch = s.head.epoch + 1
 	s.head, s.changed, s.fresh = v, true, nil
 	s.shares, s.memos = newShares(), 0
+	s.spill.bytes, s.spill.disk = 0, 0 // its files are not of this history
 	h := &s.head.hist
 	for r := h.first; r < h.next; r++ {
 		if e := h.at(r); e != nil {
@@ -214,7 +215,7 @@ func (s *snapshotReader) gap(d *decoder) {
 		return
 	}
 	for range n {
-		s.v.hist.skip()
+		s.v.hist.gap()
 	}
 }
 

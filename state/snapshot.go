@@ -124,48 +124,73 @@ func (e *snapshotEncoder) view(v *version) {
 		e.floors(w)
 	}
 	gap := uint64(0)
-	for _, ev := range w.events {
-		if e.err != nil {
-			return
-		}
+	for r := w.first; r < v.hist.next && e.err == nil; r++ {
 		if gap == maxGap {
 			e.gap(gap)
 			gap = 0
 		}
-		if ev == nil {
+		if !w.has(r) {
 			gap++
 			continue
 		}
 		e.gap(gap)
 		gap = 0
-		e.event(v, w, ev, v.hist.timeAt(ev.Revision), v.hist.mustHash(ev.Revision))
+		past, time, err := w.event(r)
+		if err != nil { // what is before it is written already, so it is for another snapshot to do without
+			v.hist.lose(w.parts[(r-w.base)/historyChunk].cold, err)
+			e.err = err
+			return
+		}
+		e.event(v, w, past.event, time, past.hash)
 	}
 	e.gap(gap)
 	e.b = append(e.b[:0], recordEnd)
 	e.flush()
 }
 
-// window is the part of the history that goes into a snapshot: events from first on,
-// nil where one was dropped.
+// window is the part of the history that goes into a snapshot: what events there were
+// from first on when it was taken, whatever leaves the history meanwhile.
 type window struct {
-	first       int64
-	events      []*Event
+	first, base int64
+	parts       []part
 	watch, read int64
 	cut         map[string]int64
+}
+
+// part is a chunk: its events in memory, or which of those in its file there were.
+type part struct {
+	hot    *hotChunk
+	events []*Event
+	cold   *coldChunk
+	alive  [historyChunk / 64]uint64
 }
 
 // window takes what is left of the history of v. Without v.gaps it is what there is
 // without a gap.
 func (v *version) window() *window {
 	h := &v.hist
-	w := &window{first: h.first, events: make([]*Event, h.next-h.first)}
-	for r := h.next - 1; r >= h.first; r-- {
-		e := h.at(r)
-		if e == nil && !v.gaps() {
-			w.first, w.events = r+1, w.events[r+1-h.first:]
-			break
+	w := &window{first: h.first, base: h.base, parts: make([]part, len(h.chunks))}
+	for n, c := range h.chunks {
+		p := &w.parts[n]
+		if p.hot = c.hot.Load(); p.hot == nil {
+			p.cold = c.cold.Load()
+			for i := range p.alive {
+				p.alive[i] = p.cold.alive[i].Load()
+			}
+			continue
 		}
-		w.events[r-h.first] = e
+		p.events = make([]*Event, historyChunk)
+		for i := range p.events {
+			if h.base+int64(n*historyChunk+i) < h.next {
+				p.events[i] = p.hot.events[i].Load()
+			}
+		}
+	}
+	if !v.gaps() {
+		w.first = h.next
+		for w.first > h.first && w.slot(w.first-1) {
+			w.first--
+		}
 	}
 	h.floors.mu.RLock()
 	defer h.floors.mu.RUnlock()
@@ -173,9 +198,30 @@ func (v *version) window() *window {
 	return w
 }
 
+// slot says whether there was an event of a revision from base to the newest.
+func (w *window) slot(revision int64) bool {
+	i := revision - w.base
+	p := &w.parts[i/historyChunk]
+	i %= historyChunk
+	if p.events != nil {
+		return p.events[i] != nil
+	}
+	return p.alive[i/64]>>(i%64)&1 != 0
+}
+
 // has says whether the window has the event of a revision.
-func (w *window) has(revision int64) bool {
-	return revision >= w.first && w.events[revision-w.first] != nil
+func (w *window) has(revision int64) bool { return revision >= w.first && w.slot(revision) }
+
+// event returns an event that the window has, and when it came.
+func (w *window) event(revision int64) (past pastEvent, time int64, err error) {
+	i := revision - w.base
+	p := &w.parts[i/historyChunk]
+	i %= historyChunk
+	if p.events != nil {
+		return pastEvent{p.events[i], p.hot.hashes[i]}, p.hot.times[i], nil
+	}
+	past, err = p.cold.read(i)
+	return past, p.cold.time(i), err
 }
 
 func (e *snapshotEncoder) meta(v *version, first int64, keys uint64) {

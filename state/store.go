@@ -71,6 +71,15 @@ type Options struct {
 	// within 4 MiB, so that a watch resumes after a quiet night. Default 1,000;
 	// negative for none.
 	HistoryAgeless int
+	// HistoryFolder is where [Store.Spill] makes files. Default "": all of the history
+	// stays in memory.
+	HistoryFolder string
+	// HistoryRestBytes is how much of it Spill leaves in memory: the newest, after which
+	// watches mostly resume. Default 4 MiB.
+	HistoryRestBytes int64
+	// HistoryDiskBytes is the greatest size of those files; beyond it the oldest events
+	// go. Default twice HistoryBytes.
+	HistoryDiskBytes int64
 	// NewestVersion is the newest cluster version that this program can run under.
 	// Default [NewestVersion]; less is for tests of upgrades.
 	NewestVersion int
@@ -88,6 +97,12 @@ func (o Options) withDefaults() Options {
 	}
 	if o.HistoryAgeless == 0 {
 		o.HistoryAgeless = 1000
+	}
+	if o.HistoryRestBytes <= 0 {
+		o.HistoryRestBytes = 4 << 20
+	}
+	if o.HistoryDiskBytes <= 0 {
+		o.HistoryDiskBytes = 2 * o.HistoryBytes
 	}
 	if o.NewestVersion <= 0 {
 		o.NewestVersion = NewestVersion
@@ -147,6 +162,7 @@ type Store struct {
 	current atomic.Pointer[version]
 	past    pastVersions
 	waiters revisionWaiters
+	spill   spill
 }
 
 // version is one published state. It is immutable.
@@ -180,6 +196,9 @@ func New(o Options) *Store {
 		head:    version{revision: firstRevision, hist: newHistory(firstRevision + 1), clusterVersion: 1},
 		shares:  newShares(),
 		changed: true,
+	}
+	if s.options.HistoryFolder != "" {
+		s.spill.create = fileIn(s.options.HistoryFolder)
 	}
 	s.groups.init()
 	s.publishView()

@@ -185,8 +185,14 @@ const keptViews = 16
 type pastVersions struct {
 	mu          sync.Mutex // also serializes tree.Copy of published trees, which writes to them
 	checkpoints []*version // ascending revisions
-	recent      []*version // the last made or kept, oldest first
+	recent      []*recent  // the last made or kept, oldest first
 	epoch       uint64     // of the versions; see version.epoch
+}
+
+// recent is a version that was made or kept for who may ask again.
+type recent struct {
+	*version
+	asked bool // since rest was last called
 }
 
 // maxCheckpoints bounds the trees kept: each holds the nodes that were copied since.
@@ -205,9 +211,20 @@ func (p *pastVersions) published(v *version) {
 		odd := 0
 		p.checkpoints = slices.DeleteFunc(p.checkpoints, func(*version) bool { odd++; return odd%2 == 0 })
 	}
-	tooOld := func(r *version) bool { return r.revision < oldest }
-	p.checkpoints = slices.DeleteFunc(p.checkpoints, tooOld)
-	p.recent = slices.DeleteFunc(p.recent, tooOld)
+	p.checkpoints = slices.DeleteFunc(p.checkpoints, func(c *version) bool { return c.revision < oldest })
+	p.recent = slices.DeleteFunc(p.recent, func(r *recent) bool { return r.revision < oldest })
+}
+
+// rest forgets checkpoints before a revision, whose trees hold values that are in files,
+// and the versions that were not asked for since it was last called.
+func (p *pastVersions) rest(revision int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.checkpoints = slices.DeleteFunc(p.checkpoints, func(v *version) bool { return v.revision < revision })
+	p.recent = slices.DeleteFunc(p.recent, func(r *recent) bool { return !r.asked })
+	for _, r := range p.recent {
+		r.asked = false
+	}
 }
 
 func (p *pastVersions) reset() {
@@ -225,6 +242,7 @@ func (p *pastVersions) keep(v *version) {
 	}
 	for _, r := range p.recent {
 		if r.revision == v.revision {
+			r.asked = true
 			return
 		}
 	}
@@ -232,18 +250,25 @@ func (p *pastVersions) keep(v *version) {
 		copy(p.recent, p.recent[1:])
 		p.recent = p.recent[:keptViews-1]
 	}
-	p.recent = append(p.recent, v)
+	p.recent = append(p.recent, &recent{v, true})
 }
 
 // at rebuilds the state at a revision within current's history.
 func (p *pastVersions) at(revision int64, current *version) *version {
 	base := current
 	p.mu.Lock()
-	for _, list := range [][]*version{p.checkpoints, p.recent} {
-		for _, v := range list {
-			if v.epoch == current.epoch && v.revision >= revision && v.revision < base.revision {
-				base = v
-			}
+	nearer := func(v *version) bool {
+		return v.epoch == current.epoch && v.revision >= revision && v.revision < base.revision
+	}
+	for _, v := range p.checkpoints {
+		if nearer(v) {
+			base = v
+		}
+	}
+	for _, r := range p.recent {
+		if nearer(r.version) {
+			base = r.version
+			r.asked = r.asked || r.revision == revision
 		}
 	}
 	if base.revision == revision {

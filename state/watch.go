@@ -262,7 +262,13 @@ func (w *Watcher) Poll() ([]*Event, error) {
 	full := func() bool { return len(events) == watchBatch || bytes >= watchBatchBytes }
 	if from, holes := w.scanned, false; from < w.end {
 		for w.scanned < w.end && !full() {
-			w.scanned++
+			next := w.backlog.skip(w.scanned+1, w.prefix)
+			if next > w.scanned+1 {
+				holes = true // it is not known whether something was dropped there
+			}
+			if w.scanned = min(next, w.end); next > w.end {
+				break
+			}
 			if e := w.backlog.at(w.scanned); e == nil {
 				holes = true
 			} else if strings.HasPrefix(e.KV.Key, w.prefix) {
@@ -308,7 +314,9 @@ func (w *Watcher) Poll() ([]*Event, error) {
 // expire ends a watcher whose next event is older than the history window, so
 // that one that nobody reads does not hold events for ever. Store.mu is held.
 func (w *Watcher) expire(floor int64) {
-	w.mu.Lock()
+	if !w.mu.TryLock() { // somebody reads it, maybe from a slow disk
+		return
+	}
 	defer w.mu.Unlock()
 	if w.err != nil {
 		return

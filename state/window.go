@@ -168,15 +168,14 @@ func (s *shares) add(e *Event) {
 }
 
 // remove takes out the oldest event of its directory.
-func (s *shares) remove(e *Event) {
-	d := s.directories[directoryOf(e.KV.Key)]
-	if d.oldest() != e.Revision {
+func (s *shares) remove(revision int64, of holding) {
+	d := s.directories[of.directory]
+	if d.oldest() != revision {
 		panic("state: an event leaves the history out of order") // would break every bound; never seen
 	}
-	bytes, large := e.cost()
-	d.add(-bytes, -large)
-	d.family.add(-bytes, -large)
-	s.weight.add(-bytes, -large)
+	d.add(-of.bytes, -of.large)
+	d.family.add(-of.bytes, -of.large)
+	s.weight.add(-of.bytes, -of.large)
 	if d.begin++; d.begin == len(d.revisions) {
 		delete(s.directories, d.name)
 		if delete(d.family.directories, d); len(d.family.directories) == 0 {
@@ -259,8 +258,8 @@ func (s *Store) cut(of func(*weight) int64, limit int64) {
 func (s *Store) cutDirectory(d *directory, of func(*weight) int64, most int64) {
 	h, end := &s.head.hist, d.begin
 	for left := of(&d.weight); end < len(d.revisions) && left > most; end++ {
-		bytes, large := h.at(d.revisions[end]).cost()
-		left -= of(&weight{bytes, large})
+		held, _ := h.holds(d.revisions[end])
+		left -= of(&weight{held.bytes, held.large})
 	}
 	if end == d.begin {
 		return
@@ -275,11 +274,16 @@ func (s *Store) cutDirectory(d *directory, of func(*weight) int64, most int64) {
 // drop forgets the oldest event of its directory, if it is still there.
 func (s *Store) drop(revision int64) {
 	h := &s.head.hist
-	if e := h.at(revision); e != nil {
-		s.shares.remove(e)
-		h.empty(revision)
-		bytes, _ := e.cost()
-		s.dropped += bytes
+	held, ok := h.holds(revision)
+	if !ok {
+		return
+	}
+	s.shares.remove(revision, held)
+	h.empty(revision)
+	if held.cold {
+		s.thawed(revision, held.bytes)
+	} else {
+		s.dropped += held.bytes
 	}
 }
 
@@ -321,11 +325,14 @@ func (s *Store) Tick(now time.Time) {
 	}
 	last := h.first - 1 // that goes
 	for left := s.shares.bytes; last < read && (h.next-1-last > int64(s.options.HistoryAgeless) || left > agelessBytes); last++ {
-		if e := h.at(last + 1); e != nil {
-			bytes, _ := e.cost()
-			left -= bytes
+		if held, ok := h.holds(last + 1); ok {
+			left -= held.bytes
 		}
 	}
+	// What could not be read is gone, and so is all before it.
+	h.floors.mu.RLock()
+	last, read = max(last, min(h.floors.watch, h.next-1)), max(read, min(h.floors.read, h.next-1))
+	h.floors.mu.RUnlock()
 	if last < h.first {
 		last = 0
 	}
@@ -356,7 +363,7 @@ func (s *Store) emptyMemos() {
 	r := max(s.memos, h.base-1)
 	for r+1 < h.next && s.cameAt(r+1) <= s.now-memoAge {
 		r++
-		if e := h.at(r); e != nil && e.Prev.memo != nil {
+		if e := h.inMemory(r); e != nil && e.Prev.memo != nil {
 			e.Prev.memo.Store(nil)
 		}
 	}
@@ -366,8 +373,9 @@ func (s *Store) emptyMemos() {
 // HistoryStats says how far back the history of a replica goes.
 type HistoryStats struct {
 	// Bytes is what it holds beside the state, Large the part of it that counts
-	// against Options.HistoryLargeBytes.
-	Bytes, Large int64
+	// against Options.HistoryLargeBytes, Spilled the part that is not in memory but in
+	// files, which are Disk bytes.
+	Bytes, Large, Spilled, Disk int64
 	// Limit and LargeLimit are the bounds of the two.
 	Limit, LargeLimit int64
 	// Changes is how many events it has.
@@ -398,7 +406,7 @@ func (s *Store) History() HistoryStats {
 	defer s.mu.Unlock()
 	h := &s.head.hist
 	out := HistoryStats{
-		Bytes: s.shares.bytes, Large: s.shares.large, Limit: s.options.HistoryBytes,
+		Bytes: s.shares.bytes, Large: s.shares.large, Spilled: s.spill.bytes, Disk: s.spill.disk, Limit: s.options.HistoryBytes,
 		LargeLimit: max(s.options.HistoryLargeBytes, s.head.bytes/4), Cut: map[string]time.Duration{},
 	}
 	for _, d := range s.shares.directories {

@@ -55,7 +55,7 @@ var (
 	descCompacted        = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
 	descHistoryAge       = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
 	descHistory          = desc("history_changes", "Changes in the history that watches resume from.")
-	descHistoryBytes     = desc("history_bytes", "What the history holds beside the state; large is the part of values beyond 4 KiB.", "part")
+	descHistoryBytes     = desc("history_bytes", "What the history holds beside the state; large is the part of values beyond 4 KiB, spilled the part that is not in memory but in files of --data-dir, disk the size of those.", "part")
 	descHistoryLimit     = desc("history_limit_bytes", "The bounds of history_bytes.", "part")
 	descExpiry           = desc("certificate_expiry_timestamp_seconds", "When a certificate that this controller has ends: of the authorities ca and front-proxy-ca, of its cluster port and Raft (cluster), of the API that it serves (api).", "of")
 	descGossip           = desc("gossip_members", "Members of the gossip pool.", "role", "state")
@@ -143,7 +143,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	}
 	for share, bytes := range map[string][2]int64{
 		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
-		"history": {history.Limit, history.Bytes}, "objects": {k.shares.objects, k.decoded.Bytes()},
+		"history": {history.Limit, history.Bytes - history.Spilled}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"proposals": {k.shares.proposals, log.Proposals},
 		"watches":   {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
@@ -165,6 +165,8 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	gauge(descHistory, float64(history.Changes))
 	gauge(descHistoryBytes, float64(history.Bytes), "all")
 	gauge(descHistoryBytes, float64(history.Large), "large")
+	gauge(descHistoryBytes, float64(history.Spilled), "spilled")
+	gauge(descHistoryBytes, float64(history.Disk), "disk")
 	gauge(descHistoryLimit, float64(history.Limit), "all")
 	gauge(descHistoryLimit, float64(history.LargeLimit), "large")
 	for of, at := range k.certificates.expiries() {

@@ -89,7 +89,12 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(k.shares.memory / 10 * 9)
 	}
-	k.store = state.New(state.Options{HistoryAge: c.historyAge, HistoryChanges: c.historyRevisions, HistoryBytes: k.shares.history, NewestVersion: k.newest})
+	folder, err := c.historyFolder()
+	if err != nil {
+		return err
+	}
+	k.store = state.New(state.Options{HistoryAge: c.historyAge, HistoryChanges: c.historyRevisions, HistoryBytes: k.shares.history,
+		HistoryFolder: folder, NewestVersion: k.newest})
 	k.store.Tick(time.Now())
 	k.quota = state.NewQuota(k.store, k.shares.state, objects.Deleting)
 	k.decoded = storage.NewCaches(k.shares.objects)
@@ -261,6 +266,19 @@ func (k *controller) openGossip(ctx context.Context, identity *pki.Controller) e
 		return err
 	}
 	return k.keys.start(k.directory.setKeys)
+}
+
+// historyFolder is where what is not the newest of the history is at rest: in files
+// without names, of which nothing is left when this process ends.
+func (c *config) historyFolder() (string, error) {
+	folder := filepath.Join(c.dataDir, "history")
+	if err := os.RemoveAll(folder); err != nil { // a file that was not nameless yet
+		return "", fmt.Errorf("--data-dir: %w", err)
+	}
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return "", fmt.Errorf("--data-dir: %w", err)
+	}
+	return folder, nil
 }
 
 func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) (*consensus.Replica, error) {

@@ -19,13 +19,15 @@ const (
 	// idleGC is the GOGC of a controller that has little to do: its heap may grow
 	// by a quarter between collections.
 	idleGC = 25
-	// A busy one's may grow by what it allocates in four seconds, within these bounds, but by
-	// no less than Go's default of what lives and by no more than four times that: with
-	// a small state the collector would otherwise take a tenth of the processor. More
-	// is not good either: what outlives a collection lies scattered over all that was
-	// allocated since the one before, and keeps its pages from the system.
-	minGrowth, maxGrowth = 64 << 20, 256 << 20
-	minBusy, maxBusy     = 100, 400
+	// A busy one's may grow by what it allocates in four seconds, or in as long as it takes
+	// for a collection, which marks what lives at marked bytes a second, to be no more than a
+	// fortieth of a processor: within these bounds, but for Go's default of what lives, and
+	// by no more than four times that. More is not good: what outlives a
+	// collection lies scattered over all that was allocated since the one before, and
+	// keeps its pages from the system.
+	minGrowth, maxGrowth = 16 << 20, 256 << 20
+	maxBusy              = 400
+	marked               = 1 << 30
 	// busyRate is from how many bytes allocated per second a controller is busy.
 	// At that rate an idle one would collect every four seconds or so.
 	busyRate = 4 << 20
@@ -40,7 +42,7 @@ const (
 	idleLogCache = 1 << 20
 	// idleReplaced is what it keeps of replaced objects, for agents that come back: older
 	// ones are sent all that is theirs.
-	idleReplaced = 1 << 20
+	idleReplaced = 256 << 10
 )
 
 // trim lets go of what only a busy controller has a use for.
@@ -48,6 +50,9 @@ func (k *controller) trim() {
 	k.replica.Trim(idleLogCache)
 	k.decoded.Age()
 	k.cache.Trim(idleReplaced)
+	if err := k.store.Spill(); err != nil {
+		k.log.Warn("a part of the history is lost: watches and lists that would go on in it begin again", "error", err)
+	}
 }
 
 // tendMemory keeps the memory of a controller small while it has little to do,
@@ -176,8 +181,9 @@ func holdStack(depth int, release <-chan struct{}) {
 // busyGC is the GOGC of a busy controller with so many bytes live that allocates rate
 // bytes a second.
 func busyGC(live uint64, rate float64) int {
-	growth := min(max(uint64(4*rate), minGrowth), maxGrowth)
-	return int(min(max(growth*100/max(live, 1), minBusy), maxBusy))
+	seconds := max(4, 40*float64(live)/marked)
+	growth := min(max(seconds*rate, minGrowth), max(maxGrowth, float64(live)))
+	return int(min(growth*100/max(float64(live), 1), maxBusy))
 }
 
 func pause(ctx context.Context, d time.Duration) bool {

@@ -29,6 +29,7 @@ var rows = []struct{ name, title, wanted string }{
 	{"list", fmt.Sprintf("list of %d objects, 4 clients", listed), ""},
 	{"watch", fmt.Sprintf("events to %d watchers, 1 writer", watchers), ""},
 	{"memory", "idle memory, whole control plane", "≤ 200 MB (110 anon.) a controller"},
+	{"rest", "memory a minute after the rows above, whole control plane", "≤ 200 MB and twice the state a controller"},
 	{"kill", "leader killed: longest gap in writes", "≤ 1.0 s"},
 }
 
@@ -184,14 +185,9 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 		if err := sleep(ctx, o.settle); err != nil {
 			return err
 		}
-		var m measure
-		for _, p := range s.processes {
-			rss, anon, err := p.memory()
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(os.Stderr, "    %-24s %4.0f MB, %4.0f MB anonymous\n", p.name, rss, anon)
-			m.rss, m.anon = m.rss+rss, m.anon+anon
+		m, err := s.memory()
+		if err != nil {
+			return err
 		}
 		add("memory", m)
 		s.profile(ctx, o.profiles, "memory", "heap")()
@@ -239,6 +235,17 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 		}
 		add("watch", measure{rate: t.rate, p50: t.p50, p99: t.p99})
 	}
+	if wants("rest") && len(s.processes) > 0 {
+		if err := sleep(ctx, time.Minute); err != nil {
+			return err
+		}
+		m, err := s.memory()
+		if err != nil {
+			return err
+		}
+		add("rest", m)
+		s.profile(ctx, o.profiles, "rest", "heap")()
+	}
 	if wants("kill") && s.leader != nil {
 		gap, err := l.gap(ctx, max(8*time.Second, o.seconds), func() error {
 			leader, err := s.leader(ctx)
@@ -256,10 +263,23 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 	return nil
 }
 
+// memory is what all processes of the side hold.
+func (s *side) memory() (m measure, err error) {
+	for _, p := range s.processes {
+		rss, anon, err := p.memory()
+		if err != nil {
+			return m, err
+		}
+		fmt.Fprintf(os.Stderr, "    %-24s %4.0f MB, %4.0f MB anonymous\n", p.name, rss, anon)
+		m.rss, m.anon = m.rss+rss, m.anon+anon
+	}
+	return m, nil
+}
+
 func (m measure) text(row string) string {
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	switch row {
-	case "memory":
+	case "memory", "rest":
 		return fmt.Sprintf("%.0f MB (%.0f anon.)", m.rss, m.anon)
 	case "kill":
 		return fmt.Sprintf("%.2f s", m.gap.Seconds())

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -73,6 +74,8 @@ func newCluster(seed uint64, size int, w weather, log *slog.Logger) *cluster {
 	case 1:
 		c.options = state.Options{HistoryAge: 3 * time.Second, HistoryAgeless: 20}
 	}
+	// All but the newest chunk is taken out of memory whenever there is more.
+	c.options.HistoryFolder, c.options.HistoryRestBytes = os.TempDir(), 1
 	if age := c.options.HistoryAge - 2*historyTick; age < c.promised {
 		c.promised = age
 	}
@@ -185,6 +188,9 @@ func (n *node) start() {
 	c.ending.Go(func() { // the clock of its history
 		for ; l.ctx.Err() == nil; time.Sleep(historyTick) {
 			l.store.Tick(time.Now())
+			if err := l.store.Spill(); err != nil {
+				c.log.Warn("spill", "node", n.name, "err", err)
+			}
 		}
 	})
 	c.ending.Go(func() {
