@@ -39,7 +39,14 @@ type Claim struct {
 	OwnerKind schema.GroupVersionKind
 	Resource  schema.GroupVersionResource // of the objects claimed
 	Selector  labels.Selector
-	Requests  []Request
+	// Match says what else an object of the owner is like; nil for nothing.
+	Match    func(metav1.Object) bool
+	Requests []Request
+}
+
+// matches says whether an object is like one of the owner.
+func (c *Claim) matches(obj metav1.Object) bool {
+	return c.Selector.Matches(labels.Set(obj.GetLabels())) && (c.Match == nil || c.Match(obj))
 }
 
 // Claims says whether obj is the owner's, and notes what makes it so.
@@ -48,7 +55,7 @@ func (c *Claim) Claims(obj metav1.Object) bool {
 		if ref.UID != c.Owner.GetUID() {
 			return false
 		}
-		if c.Selector.Matches(labels.Set(obj.GetLabels())) {
+		if c.matches(obj) {
 			return true
 		}
 		if c.Owner.GetDeletionTimestamp() == nil {
@@ -58,7 +65,7 @@ func (c *Claim) Claims(obj metav1.Object) bool {
 		return false
 	}
 	if c.Owner.GetDeletionTimestamp() != nil || obj.GetDeletionTimestamp() != nil ||
-		c.Selector.Empty() || !c.Selector.Matches(labels.Set(obj.GetLabels())) {
+		c.Selector.Empty() || !c.matches(obj) {
 		return false
 	}
 	refs := slices.DeleteFunc(slices.Clone(obj.GetOwnerReferences()), func(r metav1.OwnerReference) bool { return r.UID == c.Owner.GetUID() })

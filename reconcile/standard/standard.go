@@ -48,6 +48,8 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		node.TaintEviction{Health: c.Health},
 		workload.ReplicaSet{},
 		workload.Deployment{},
+		workload.StatefulSet{},
+		workload.ReplicationController{},
 		job.Job{},
 		job.CronJob{},
 		job.TTL{},

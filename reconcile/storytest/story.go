@@ -76,7 +76,7 @@ func All(t T) []reconcile.Reconciler {
 		t.Fatalf("scheduler: %v", err)
 	}
 	return []reconcile.Reconciler{
-		workload.Deployment{}, workload.ReplicaSet{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
+		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
 	}

@@ -24,7 +24,7 @@ var ours = map[string]string{
 	names.PersistentVolumeProtectionController:      "persistentvolume-protection-controller",
 	names.PodGarbageCollectorController:             "pod-garbage-collector-controller",
 	names.ReplicaSetController:                      "replicaset-controller",
-	names.ReplicationControllerController:           "replicationcontroller-controller",
+	names.ReplicationControllerController:           "replication-controller",
 	names.RootCACertificatePublisherController:      "namespace-defaults-controller",
 	names.ServiceAccountController:                  "serviceaccount-controller",
 	names.ServiceAccountTokenController:             "serviceaccount-token-controller",

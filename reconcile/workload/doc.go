@@ -1,4 +1,13 @@
 // Package workload holds the reconcilers that keep as many pods, of the right
 // template, as their owners ask for. Those of work that ends are in a folder of their
 // own, timonel/reconcile/workload/job.
+//
+// ReplicaSets and ReplicationControllers share one engine; StatefulSets and
+// DaemonSets share the history of their templates ([StatefulSet], history.go).
+//
+// Where a StatefulSet differs from Kubernetes 1.37: a pod that cannot be made,
+// because somebody else's pod has its name or its claim is being deleted, holds up
+// no other pod of a parallel set; a revision is compared with the template as it is
+// encoded now, without filling in defaults that came after it was written; and a
+// set that is being deleted gets no new revision.
 package workload

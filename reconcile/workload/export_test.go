@@ -18,7 +18,7 @@ var FailedAtOnce = failedAtOnce
 
 // Manage is what a pass of ReplicaSet does about the number of pods.
 func Manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, result *reconcile.Result) {
-	ReplicaSet{}.manage(in, rs, pods, result)
+	ReplicaSet{}.engine().manage(in, rs, pods, result)
 }
 
 // The history that StatefulSets and DaemonSets share.

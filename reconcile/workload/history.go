@@ -91,6 +91,16 @@ func (h *history) next() int64 {
 	return 1
 }
 
+// named returns the revision of a name, nil when there is none.
+func (h *history) named(name string) *appsv1.ControllerRevision {
+	for _, rev := range h.revisions {
+		if rev.Name == name {
+			return rev
+		}
+	}
+	return nil
+}
+
 // equal returns the revisions that hold data, the oldest first.
 func (h *history) equal(data []byte) []*appsv1.ControllerRevision {
 	var out []*appsv1.ControllerRevision

@@ -43,26 +43,34 @@ func (ReplicaSet) All(s *objects.Snapshot) []reconcile.Key {
 // Keys implements Reconciler: a ReplicaSet follows itself, its pods, and pods
 // without a controller that it could adopt.
 func (ReplicaSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
+	return replicasKeys(c, reconcile.ReplicaSetKind, func(m *objects.Meta, add func(name string)) {
+		for rs := range s.ReplicaSets().InNamespace(m.Namespace) {
+			if reconcile.Selects(rs.Spec.Selector, m.Labels) {
+				add(rs.Name)
+			}
+		}
+	})
+}
+
+// replicasKeys returns the keys of owners of a kind that a change concerns; adopters
+// adds those of a changed pod's namespace that could adopt it.
+func replicasKeys(c objects.Changed, kind schema.GroupVersionKind, adopters func(m *objects.Meta, add func(name string))) []reconcile.Key {
+	key := func(namespace, name string) reconcile.Key {
+		return reconcile.Key{Group: kind.Group, Kind: kind.Kind, Namespace: namespace, Name: name}
+	}
 	now := c.Meta()
 	switch now.GVK.GroupKind() {
-	case reconcile.ReplicaSetKind.GroupKind():
-		return []reconcile.Key{ReplicaSetKey(now.Namespace, now.Name)}
+	case kind.GroupKind():
+		return []reconcile.Key{key(now.Namespace, now.Name)}
 	case reconcile.PodKind.GroupKind():
 		var keys []reconcile.Key
 		for _, m := range reconcile.Versions(c) {
-			if ref := metav1.GetControllerOfNoCopy(m); ref != nil {
-				if ref.Kind == reconcile.ReplicaSetKind.Kind {
-					keys = append(keys, ReplicaSetKey(m.Namespace, ref.Name))
-				}
-				continue
-			}
-			if m != c.New {
-				continue
-			}
-			for rs := range s.ReplicaSets().InNamespace(m.Namespace) {
-				if reconcile.Selects(rs.Spec.Selector, m.Labels) {
-					keys = append(keys, ReplicaSetKey(rs.Namespace, rs.Name))
-				}
+			ref := metav1.GetControllerOfNoCopy(m)
+			switch {
+			case ref != nil && ref.Kind == kind.Kind:
+				keys = append(keys, key(m.Namespace, ref.Name))
+			case ref == nil && m == c.New:
+				adopters(m, func(name string) { keys = append(keys, key(m.Namespace, name)) })
 			}
 		}
 		return keys
@@ -80,11 +88,33 @@ func (r ReplicaSet) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.
 	if !ok {
 		return reconcile.Result{}, nil
 	}
+	return r.engine().reconcile(in, rs)
+}
+
+func (r ReplicaSet) engine() replicas {
+	return replicas{kind: reconcile.ReplicaSetKind, burst: r.Burst, terminating: true, update: func(rs *appsv1.ReplicaSet) reconcile.Request {
+		return reconcile.UpdateStatus(reconcile.ReplicaSetsResource, rs)
+	}}
+}
+
+// replicas keeps the number of pods that an owner asks for: a ReplicaSet, or what can
+// be seen as one.
+type replicas struct {
+	kind  schema.GroupVersionKind
+	burst int
+	// terminating says that the owner's status has the number of terminating pods.
+	terminating bool
+	// update returns the request that writes the status of an owner seen as a ReplicaSet.
+	update func(*appsv1.ReplicaSet) reconcile.Request
+}
+
+// reconcile decides for one owner.
+func (r replicas) reconcile(in reconcile.Input, rs *appsv1.ReplicaSet) (reconcile.Result, error) {
 	selector, err := metav1.LabelSelectorAsSelector(rs.Spec.Selector)
 	if err != nil {
-		return reconcile.Result{}, fmt.Errorf("replica set %s/%s: spec.selector: %w", rs.Namespace, rs.Name, err)
+		return reconcile.Result{}, fmt.Errorf("%s %s/%s: spec.selector: %w", r.kind.Kind, rs.Namespace, rs.Name, err)
 	}
-	c := reconcile.Claim{Owner: rs, OwnerKind: reconcile.ReplicaSetKind, Resource: reconcile.PodsResource, Selector: selector}
+	c := reconcile.Claim{Owner: rs, OwnerKind: r.kind, Resource: reconcile.PodsResource, Selector: selector}
 	var pods []*corev1.Pod
 	var terminating int32
 	for pod := range reconcile.OwnedPods(in.Snapshot, rs) {
@@ -117,8 +147,8 @@ func (r ReplicaSet) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.
 }
 
 // manage creates the pods that are missing and deletes those that are too many.
-func (r ReplicaSet) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, result *reconcile.Result) {
-	burst := r.Burst
+func (r replicas) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, result *reconcile.Result) {
+	burst := r.burst
 	if burst == 0 {
 		burst = 500
 	}
@@ -135,17 +165,17 @@ func (r ReplicaSet) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*co
 		}
 		names := reconcile.NewNames(in, rs)
 		for range missing {
-			pod := PodFromTemplate(rs, reconcile.ReplicaSetKind, &rs.Spec.Template, names.Next())
+			pod := PodFromTemplate(rs, r.kind, &rs.Spec.Template, names.Next())
 			ch := reconcile.Create(reconcile.PodsResource, pod)
-			ch.Event = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
-			ch.FailEvent = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeWarning, "FailedCreate", "Error creating")
+			ch.Event = reconcile.NewEvent(r.kind, rs, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
+			ch.FailEvent = reconcile.NewEvent(r.kind, rs, corev1.EventTypeWarning, "FailedCreate", "Error creating")
 			result.Add(ch)
 		}
 	case missing < 0:
 		for _, pod := range surplus(in, rs, pods, min(-missing, burst)) {
 			ch := reconcile.Delete(reconcile.PodsResource, pod)
-			ch.Event = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeNormal, "SuccessfulDelete", "Deleted pod: %s", pod.Name)
-			ch.FailEvent = reconcile.NewEvent(reconcile.ReplicaSetKind, rs, corev1.EventTypeWarning, "FailedDelete", "Error deleting")
+			ch.Event = reconcile.NewEvent(r.kind, rs, corev1.EventTypeNormal, "SuccessfulDelete", "Deleted pod: %s", pod.Name)
+			ch.FailEvent = reconcile.NewEvent(r.kind, rs, corev1.EventTypeWarning, "FailedDelete", "Error deleting")
 			result.Add(ch)
 		}
 	}
@@ -153,12 +183,14 @@ func (r ReplicaSet) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*co
 
 // status reports what there is of the pods, and asks for another pass when a
 // ready pod becomes available by the passing of time alone.
-func (r ReplicaSet) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, terminating int32, result *reconcile.Result) {
+func (r replicas) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*corev1.Pod, terminating int32, result *reconcile.Result) {
 	s := appsv1.ReplicaSetStatus{
-		Replicas:            int32(len(pods)),
-		TerminatingReplicas: &terminating,
-		ObservedGeneration:  rs.Generation,
-		Conditions:          slices.Clone(rs.Status.Conditions),
+		Replicas:           int32(len(pods)),
+		ObservedGeneration: rs.Generation,
+		Conditions:         slices.Clone(rs.Status.Conditions),
+	}
+	if r.terminating {
+		s.TerminatingReplicas = &terminating
 	}
 	template := labels.SelectorFromSet(rs.Spec.Template.Labels)
 	for _, pod := range pods {
@@ -199,7 +231,7 @@ func (r ReplicaSet) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*co
 	}
 	updated := rs.DeepCopy()
 	updated.Status = s
-	result.Add(reconcile.UpdateStatus(reconcile.ReplicaSetsResource, updated))
+	result.Add(r.update(updated))
 }
 
 // PodFromTemplate returns a new pod of an owner.

@@ -65,6 +65,11 @@ func (t Table[T]) InNamespace(namespace string) iter.Seq[T] {
 	return t.scan(t.prefix + namespace + "/")
 }
 
+// Named yields the objects of a namespace whose names begin with prefix, in order of name.
+func (t Table[T]) Named(namespace, prefix string) iter.Seq[T] {
+	return t.scan(t.prefix + namespace + "/" + prefix)
+}
+
 func (t Table[T]) scan(prefix string) iter.Seq[T] {
 	return func(yield func(T) bool) {
 		for m := range scan(t.metas, prefix) {
