@@ -26,9 +26,10 @@ func (k *controller) lead(ctx context.Context) error {
 		return err // checked by validate
 	}
 	reconcilers, err := standard.Reconcilers(standard.Config{
-		Health:      node.HealthConfig{Share: k.lostShare},
-		ClusterCIDR: pods,
-		RootCA:      k.bundle.CA(),
+		Health:            node.HealthConfig{Share: k.lostShare},
+		ClusterCIDR:       pods,
+		RootCA:            k.bundle.CA(),
+		ServiceAccountKey: k.bundle.ServiceAccountSigner(),
 	})
 	if err != nil {
 		return err

@@ -93,7 +93,7 @@ func start(t *testing.T) *cluster {
 	c.cache = objects.NewCache(c.backend.Store())
 	reconcilers, err := standard.Reconcilers(standard.Config{
 		Health:      node.HealthConfig{Settle: 100 * time.Millisecond, Confirm: 100 * time.Millisecond},
-		ClusterCIDR: netip.MustParsePrefix("10.244.0.0/16"), RootCA: []byte("the CA"),
+		ClusterCIDR: netip.MustParsePrefix("10.244.0.0/16"), RootCA: []byte("the CA"), ServiceAccountKey: bundle.ServiceAccountSigner(),
 	})
 	if err != nil {
 		t.Fatal(err)

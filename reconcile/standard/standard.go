@@ -2,6 +2,7 @@
 package standard
 
 import (
+	"crypto"
 	"fmt"
 	"net/netip"
 
@@ -28,6 +29,9 @@ type Config struct {
 	NodeBits    int
 	// RootCA is the cluster's CA bundle in PEM, published in every namespace.
 	RootCA []byte
+	// ServiceAccountKey signs the tokens in Secrets of type kubernetes.io/service-account-token.
+	// Without one they stay empty.
+	ServiceAccountKey crypto.Signer
 	// TerminatedPods is how many pods that have ended may stay. Default 12500; negative: any number.
 	TerminatedPods int
 }
@@ -63,6 +67,13 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 	}
 	if c.ClusterCIDR.IsValid() {
 		out = append(out, node.NodeIPAM{ClusterCIDR: c.ClusterCIDR, NodeBits: c.NodeBits})
+	}
+	if c.ServiceAccountKey != nil {
+		signer, err := policy.NewTokenSigner(c.ServiceAccountKey)
+		if err != nil {
+			return nil, fmt.Errorf("standard: Config.ServiceAccountKey: %w", err)
+		}
+		out = append(out, policy.Tokens{Signer: signer, RootCA: c.RootCA})
 	}
 	return out, nil
 }

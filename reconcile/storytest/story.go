@@ -1,7 +1,10 @@
 package storytest
 
 import (
+	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -75,11 +78,25 @@ func All(t T) []reconcile.Reconciler {
 	if err != nil {
 		t.Fatalf("scheduler: %v", err)
 	}
+	signer, err := policy.NewTokenSigner(ServiceAccountKey(t))
+	if err != nil {
+		t.Fatalf("token signer: %v", err)
+	}
 	return []reconcile.Reconciler{
 		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
+		policy.Tokens{Signer: signer, RootCA: []byte("CA")},
 	}
+}
+
+// ServiceAccountKey is the same in every story, so that its tokens are.
+func ServiceAccountKey(t T) *ecdsa.PrivateKey {
+	key, err := ecdsa.ParseRawPrivateKey(elliptic.P256(), bytes.Repeat([]byte{7}, 32))
+	if err != nil {
+		t.Fatalf("service account key: %v", err)
+	}
+	return key
 }
 
 // Start queues every key, as a new leader does.
@@ -310,9 +327,16 @@ func flatten(path string, v any, out *[]string) {
 			flatten(sub, e, out)
 		}
 	default:
-		*out = append(*out, fmt.Sprintf("%s=%v", path, v))
+		value := fmt.Sprint(v)
+		if len(value) > longest {
+			value = value[:longest] + "…"
+		}
+		*out = append(*out, path+"="+value)
 	}
 }
+
+// longest is how much of a value a story shows: a token is not to be read.
+const longest = 300
 
 // Run works until there is nothing to do and returns what was done.
 func (s *Story) Run(limit int) string {

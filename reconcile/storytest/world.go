@@ -58,6 +58,8 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	reconcile.DeploymentKind:                                                         "deployments",
 	corev1.SchemeGroupVersion.WithKind("ServiceAccount"):                             "serviceaccounts",
 	corev1.SchemeGroupVersion.WithKind("ConfigMap"):                                  "configmaps",
+	corev1.SchemeGroupVersion.WithKind("Secret"):                                     "secrets",
+	corev1.SchemeGroupVersion.WithKind("Endpoints"):                                  "services/endpoints",
 	corev1.SchemeGroupVersion.WithKind("Event"):                                      "events",
 	{Group: "ships.example.org", Version: "v1", Kind: "Boat"}:                        "ships.example.org/boats",
 	{Group: "ships.example.org", Version: "v1", Kind: "Fleet"}:                       "ships.example.org/fleets",
@@ -77,7 +79,9 @@ var worldKinds = map[schema.GroupVersionKind]string{
 var clusterKinds = map[string]bool{"Node": true, "Namespace": true, "Fleet": true, "CustomResourceDefinition": true}
 
 // resourceName is the plural in the API.
-func resourceName(gvk schema.GroupVersionKind) string { return strings.ToLower(gvk.Kind) + "s" }
+func resourceName(gvk schema.GroupVersionKind) string {
+	return strings.TrimSuffix(strings.ToLower(gvk.Kind), "s") + "s" // Endpoints is its own plural
+}
 
 func Serves() reconcile.Kinds {
 	kinds := reconcile.Kinds{}
