@@ -9,7 +9,7 @@
 // show objects in and requests out (timonel/reconcile/storytest):
 //
 //	workload   as many pods of a template as their owner asks for
-//	service    which pods are behind a Service
+//	service    which pods are behind a Service, for old clients too
 //	node       who is alive, and what that means for pods
 //	scheduler  pods to nodes, as timonel/sched decides
 //	cleanup    what nobody wants any more

@@ -3,6 +3,7 @@ package service
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -13,7 +14,6 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"timonel/reconcile"
@@ -58,49 +58,35 @@ func (EndpointSlice) All(s *objects.Snapshot) []reconcile.Key {
 	return keys
 }
 
-// Keys implements Reconciler: a Service follows itself, its slices, and the pods
-// that it selects or did select, as far as they changed in what slices say.
+// Keys implements Reconciler: a Service follows itself, its slices, the pods that it
+// selects or did select, as far as they changed in what slices say, and those pods'
+// Nodes when they appear or change their zone.
 func (EndpointSlice) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	now := c.Meta()
 	switch now.GVK.GroupKind() {
 	case serviceKind.GroupKind():
 		return []reconcile.Key{serviceKey(now.Namespace, now.Name)}
 	case endpointSliceKind.GroupKind():
-		if now.Labels[discoveryv1.LabelManagedBy] == sliceManager {
-			return []reconcile.Key{serviceKey(now.Namespace, now.Labels[discoveryv1.LabelServiceName])}
+		var keys []reconcile.Key
+		for _, m := range reconcile.Versions(c) {
+			if m.Labels[discoveryv1.LabelManagedBy] == sliceManager {
+				keys = append(keys, serviceKey(m.Namespace, m.Labels[discoveryv1.LabelServiceName]))
+			}
 		}
+		return keys
 	case reconcile.PodKind.GroupKind():
-		if !endpointsMatter(c) {
+		return servicesOfPod(c, s)
+	case reconcile.NodeKind.GroupKind():
+		if c.New == nil || c.Old != nil && c.Old.Labels[corev1.LabelTopologyZone] == c.New.Labels[corev1.LabelTopologyZone] {
 			return nil
 		}
 		var keys []reconcile.Key
-		for svc := range s.Services().InNamespace(now.Namespace) {
-			if len(svc.Spec.Selector) == 0 {
-				continue
-			}
-			selector := labels.SelectorFromSet(svc.Spec.Selector)
-			if slices.ContainsFunc(reconcile.Versions(c), func(m *objects.Meta) bool { return selector.Matches(labels.Set(m.Labels)) }) {
-				keys = append(keys, serviceKey(svc.Namespace, svc.Name))
-			}
+		for pod := range s.PodsOnNode(now.Name) {
+			keys = append(keys, servicesOf(s, pod.Namespace, pod.Labels)...)
 		}
 		return keys
 	}
 	return nil
-}
-
-// endpointsMatter says whether a pod changed in what a slice says of it.
-func endpointsMatter(c objects.Changed) bool {
-	if c.Old == nil || c.New == nil {
-		return true
-	}
-	before, _ := c.Old.Object.(*corev1.Pod)
-	after, _ := c.New.Object.(*corev1.Pod)
-	if before == nil || after == nil {
-		return true
-	}
-	return !maps.Equal(before.Labels, after.Labels) || !slices.Equal(before.Status.PodIPs, after.Status.PodIPs) ||
-		(reconcile.ReadyCondition(before) == nil) != (reconcile.ReadyCondition(after) == nil) || reconcile.PodEnded(before) != reconcile.PodEnded(after) ||
-		(before.DeletionTimestamp == nil) != (after.DeletionTimestamp == nil) || before.Spec.NodeName != after.Spec.NodeName
 }
 
 // sliceGroup is what slices have in common: the family and the ports.
@@ -112,38 +98,59 @@ type sliceGroup struct {
 
 // Reconcile implements Reconciler.
 func (e EndpointSlice) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Result, error) {
+	var result reconcile.Result
 	svc, ok := in.Snapshot.Services().Get(key.Namespace, key.Name)
-	if !ok || svc.DeletionTimestamp != nil || len(svc.Spec.Selector) == 0 || svc.Spec.Type == corev1.ServiceTypeExternalName {
-		return reconcile.Result{}, nil // slices of a Service that is gone go with it, as its dependents
+	if !ok || !selects(svc) {
+		return result, nil // slices of a Service that is gone go with it, as its dependents
 	}
 	groups := e.wanted(in, svc)
+	w, trigger := newSliceWrites(in, svc, serviceKind), &triggerTime{}
 	existing := map[string][]*discoveryv1.EndpointSlice{}
-	var result reconcile.Result
-	for m := range in.Snapshot.OwnedBy(svc.UID) {
-		slice, ok := m.Object.(*discoveryv1.EndpointSlice)
-		if !ok || slice.Namespace != svc.Namespace || slice.DeletionTimestamp != nil || slice.Labels[discoveryv1.LabelManagedBy] != sliceManager {
-			continue
-		}
+	none := true
+	for slice := range ownSlices(in.Snapshot, svc) {
+		none = false
 		id := groupID(slice.AddressType, slice.Ports)
-		if _, wanted := groups[id]; !wanted {
-			result.Add(reconcile.Delete(endpointSlicesResource, slice))
+		if groups[id] == nil {
+			w.deleted = append(w.deleted, slice)
 			continue
 		}
 		existing[id] = append(existing[id], slice)
 	}
-	names := reconcile.NewNames(in, svc)
-	names.Taken = func(name string) bool {
-		_, ok := in.Snapshot.EndpointSlices().Get(svc.Namespace, name)
-		return ok
+	if none {
+		trigger.at(svc.CreationTimestamp.Time)
 	}
+	kept := map[discoveryv1.AddressType]int{}
 	for _, id := range slices.Sorted(maps.Keys(groups)) {
-		e.fill(svc, groups[id], existing[id], names, &result)
+		kept[groups[id].family] += e.fill(svc, groups[id], existing[id], w, trigger)
 	}
+	for _, family := range addressFamilies(svc) {
+		if kept[family] == 0 { // a slice that says that there are none
+			w.created = append(w.created, newSlice(svc, &sliceGroup{family: family}))
+		}
+	}
+	w.reuse()
+	for _, slice := range slices.Concat(w.created, w.updated) {
+		slice.Annotations = trigger.annotate(slice.Annotations)
+	}
+	w.requests(&result, svc.DeletionTimestamp == nil && !createsNothing(in.Snapshot, svc.Namespace))
 	return result, nil
 }
 
-// wanted returns the groups of endpoints that a Service is to have. A family
-// without any has one group without ports, whose slice says that there are none.
+// ownSlices yields the slices that are this controller's of a Service.
+func ownSlices(s *objects.Snapshot, svc *corev1.Service) iter.Seq[*discoveryv1.EndpointSlice] {
+	return func(yield func(*discoveryv1.EndpointSlice) bool) {
+		for m := range s.OwnedBy(svc.UID) {
+			slice, ok := m.Object.(*discoveryv1.EndpointSlice)
+			if ok && slice.Namespace == svc.Namespace && slice.DeletionTimestamp == nil &&
+				slice.Labels[discoveryv1.LabelManagedBy] == sliceManager && !yield(slice) {
+				return
+			}
+		}
+	}
+}
+
+// wanted returns the groups of endpoints that a Service is to have. Each family has
+// the group without ports, whose slice says that there are none if there are none.
 func (e EndpointSlice) wanted(in reconcile.Input, svc *corev1.Service) map[string]*sliceGroup {
 	groups := map[string]*sliceGroup{}
 	group := func(family discoveryv1.AddressType, ports []discoveryv1.EndpointPort) *sliceGroup {
@@ -153,12 +160,8 @@ func (e EndpointSlice) wanted(in reconcile.Input, svc *corev1.Service) map[strin
 		}
 		return groups[id]
 	}
-	families := addressFamilies(svc)
-	selector := labels.SelectorFromSet(svc.Spec.Selector)
-	for pod := range in.Snapshot.Pods().InNamespace(svc.Namespace) {
-		if reconcile.PodEnded(pod) || len(pod.Status.PodIPs) == 0 || !selector.Matches(labels.Set(pod.Labels)) {
-			continue
-		}
+	families, some := addressFamilies(svc), map[discoveryv1.AddressType]bool{}
+	for pod := range podsBehind(in.Snapshot, svc) {
 		node, found := in.Snapshot.Nodes().Get("", pod.Spec.NodeName)
 		if !found && !svc.Spec.PublishNotReadyAddresses {
 			continue
@@ -166,75 +169,97 @@ func (e EndpointSlice) wanted(in reconcile.Input, svc *corev1.Service) map[strin
 		ports := endpointPorts(svc, pod)
 		for _, family := range families {
 			if addresses := podAddresses(pod, family); len(addresses) > 0 {
+				some[family] = true
 				ep := endpoint(svc, pod, node, addresses)
 				group(family, ports).wanted[endpointID(&ep)] = ep
 			}
 		}
 	}
 	for _, family := range families {
-		if !slices.ContainsFunc(slices.Collect(maps.Values(groups)), func(g *sliceGroup) bool { return g.family == family }) {
+		if !some[family] {
 			group(family, nil)
 		}
 	}
 	return groups
 }
 
-// fill makes the existing slices of a group say what is wanted, changing as few as
-// it can: endpoints stay where they are, and new ones go where there is room.
-func (e EndpointSlice) fill(svc *corev1.Service, g *sliceGroup, existing []*discoveryv1.EndpointSlice, names *reconcile.Names, result *reconcile.Result) {
-	limit := cmp.Or(e.PerSlice, 100)
+// fill makes the existing slices of a group say what is wanted, changing as few as it
+// can, and returns how many there are then. Endpoints stay where they are. New ones go
+// first where something changes anyway, into the fullest slices; then, if they fit
+// whole, into the one slice that they fill best; else into new slices.
+func (e EndpointSlice) fill(svc *corev1.Service, g *sliceGroup, existing []*discoveryv1.EndpointSlice, w *sliceWrites, trigger *triggerTime) int {
+	limit, labels := cmp.Or(e.PerSlice, 100), sliceLabels(svc)
 	left := maps.Clone(g.wanted)
-	updated := make([]*discoveryv1.EndpointSlice, len(existing))
-	for i, slice := range existing {
+	var changed, same []*discoveryv1.EndpointSlice
+	for _, slice := range existing {
 		next := slice.DeepCopy()
-		next.Labels = sliceLabels(svc)
-		next.Endpoints = slices.DeleteFunc(next.Endpoints, func(ep discoveryv1.Endpoint) bool { _, ok := left[endpointID(&ep)]; return !ok })
-		for j := range next.Endpoints {
-			id := endpointID(&next.Endpoints[j])
-			want := left[id]
-			want.Hints, want.DeprecatedTopology = next.Endpoints[j].Hints, next.Endpoints[j].DeprecatedTopology
-			next.Endpoints[j] = want
-			delete(left, id)
+		next.Labels, next.Endpoints = labels, nil
+		for i := range slice.Endpoints {
+			was := &slice.Endpoints[i]
+			if want, ok := left[endpointID(was)]; ok {
+				trigger.endpoint(w.in.Snapshot, was, &want)
+				next.Endpoints = append(next.Endpoints, want)
+				delete(left, endpointID(was))
+			}
 		}
-		updated[i] = next
+		switch {
+		case equality.Semantic.DeepEqual(next.Endpoints, slice.Endpoints) && maps.Equal(labels, slice.Labels):
+			same = append(same, next)
+		case len(next.Endpoints) == 0 && len(slice.Endpoints) > 0:
+			w.deleted = append(w.deleted, slice)
+		default:
+			changed = append(changed, next)
+		}
 	}
 	added := slices.Sorted(maps.Keys(left))
-	take := func(n int) []discoveryv1.Endpoint {
-		out := make([]discoveryv1.Endpoint, 0, n)
+	take := func(slice *discoveryv1.EndpointSlice) {
+		n := max(0, min(len(added), limit-len(slice.Endpoints)))
 		for _, id := range added[:n] {
-			out = append(out, left[id])
+			want := left[id]
+			trigger.endpoint(w.in.Snapshot, nil, &want)
+			slice.Endpoints = append(slice.Endpoints, want)
 		}
 		added = added[n:]
-		return out
 	}
-	for _, next := range updated {
-		if n := min(len(added), limit-len(next.Endpoints)); n > 0 {
-			next.Endpoints = append(next.Endpoints, take(n)...)
-		}
+	slices.SortStableFunc(changed, func(a, b *discoveryv1.EndpointSlice) int { return cmp.Compare(len(b.Endpoints), len(a.Endpoints)) })
+	for _, slice := range changed {
+		take(slice)
 	}
-	kept := 0
-	for i, next := range updated {
-		switch {
-		case len(next.Endpoints) == 0 && (len(g.wanted) > 0 || kept > 0):
-			result.Add(reconcile.Delete(endpointSlicesResource, existing[i]))
-			continue
-		case !equality.Semantic.DeepEqual(next.Endpoints, existing[i].Endpoints) || !maps.Equal(next.Labels, existing[i].Labels):
-			result.Add(reconcile.Update(endpointSlicesResource, next))
+	kept := len(changed) + len(same)
+	for len(added) > 0 {
+		if i := bestFit(same, len(added), limit); i >= 0 {
+			take(same[i])
+			changed = append(changed, same[i])
+			break
 		}
+		slice := newSlice(svc, g)
+		take(slice)
+		w.created = append(w.created, slice)
 		kept++
 	}
-	for len(added) > 0 || kept == 0 {
-		slice := &discoveryv1.EndpointSlice{
-			ObjectMeta: metav1.ObjectMeta{
-				Name: names.Next(), GenerateName: reconcile.NamePrefix(svc.Name), Namespace: svc.Namespace, Labels: sliceLabels(svc),
-				OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(svc, serviceKind)},
-			},
-			AddressType: g.family, Ports: g.ports, Endpoints: take(min(len(added), limit)),
+	w.updated = append(w.updated, changed...)
+	return kept
+}
+
+// bestFit returns the fullest of the slices that have room for n more, or -1.
+func bestFit(of []*discoveryv1.EndpointSlice, n, limit int) int {
+	best := -1
+	for i, slice := range of {
+		if room := limit - len(slice.Endpoints); room >= n && (best < 0 || len(slice.Endpoints) > len(of[best].Endpoints)) {
+			best = i
 		}
-		c := reconcile.Create(endpointSlicesResource, slice)
-		c.FailEvent = reconcile.NewEvent(serviceKind, svc, corev1.EventTypeWarning, "FailedToUpdateEndpointSlices", "Error creating Endpoint Slice for Service %s/%s", svc.Namespace, svc.Name)
-		result.Add(c)
-		kept++
+	}
+	return best
+}
+
+// newSlice returns an empty slice for a group.
+func newSlice(svc *corev1.Service, g *sliceGroup) *discoveryv1.EndpointSlice {
+	return &discoveryv1.EndpointSlice{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: svc.Namespace, Labels: sliceLabels(svc),
+			OwnerReferences: []metav1.OwnerReference{*metav1.NewControllerRef(svc, serviceKind)},
+		},
+		AddressType: g.family, Ports: g.ports, Endpoints: []discoveryv1.Endpoint{},
 	}
 }
 
@@ -243,7 +268,7 @@ func sliceLabels(svc *corev1.Service) map[string]string {
 	out := map[string]string{}
 	maps.Copy(out, svc.Labels)
 	delete(out, corev1.IsHeadlessService)
-	if svc.Spec.ClusterIP == "" || svc.Spec.ClusterIP == corev1.ClusterIPNone {
+	if headless(svc) {
 		out[corev1.IsHeadlessService] = ""
 	}
 	out[discoveryv1.LabelServiceName] = svc.Name
@@ -256,6 +281,9 @@ func addressFamilies(svc *corev1.Service) []discoveryv1.AddressType {
 	var out []discoveryv1.AddressType
 	for _, f := range svc.Spec.IPFamilies {
 		out = append(out, discoveryv1.AddressType(f))
+	}
+	if len(out) == 0 && headless(svc) {
+		return []discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6}
 	}
 	if len(out) == 0 {
 		family := discoveryv1.AddressTypeIPv4
@@ -295,10 +323,47 @@ func endpoint(svc *corev1.Service, pod *corev1.Pod, node *corev1.Node, addresses
 			ep.Zone = &zone
 		}
 	}
-	if host := pod.Spec.Hostname; host != "" && pod.Spec.Subdomain == svc.Name {
+	if host := hostname(svc, pod); host != "" {
 		ep.Hostname = &host
 	}
+	ep.Hints = hints(svc, &ep)
 	return ep
+}
+
+// hints says which clients an endpoint is for, as far as the Service asks for traffic
+// to stay near: those of its zone, and with PreferSameNode those of its Node.
+func hints(svc *corev1.Service, ep *discoveryv1.Endpoint) *discoveryv1.EndpointHints {
+	if !*ep.Conditions.Ready || zonesByCapacity(svc) {
+		return nil
+	}
+	out := &discoveryv1.EndpointHints{}
+	switch deref(svc.Spec.TrafficDistribution) {
+	case corev1.ServiceTrafficDistributionPreferSameNode:
+		if ep.NodeName != nil {
+			out.ForNodes = []discoveryv1.ForNode{{Name: *ep.NodeName}}
+		}
+	case corev1.ServiceTrafficDistributionPreferSameZone, corev1.ServiceTrafficDistributionPreferClose:
+	default:
+		return nil
+	}
+	if ep.Zone != nil {
+		out.ForZones = []discoveryv1.ForZone{{Name: *ep.Zone}}
+	}
+	if len(out.ForNodes)+len(out.ForZones) == 0 {
+		return nil
+	}
+	return out
+}
+
+// zonesByCapacity says whether a Service asks, by an annotation that goes before its
+// trafficDistribution, for its endpoints to be dealt out to zones by their CPUs. That
+// is not done: traffic goes to all of them, as where Kubernetes knows no zones.
+func zonesByCapacity(svc *corev1.Service) bool {
+	mode, ok := svc.Annotations[corev1.DeprecatedAnnotationTopologyAwareHints]
+	if !ok {
+		mode = svc.Annotations[corev1.AnnotationTopologyMode]
+	}
+	return mode == "Auto" || mode == "auto"
 }
 
 // endpointPorts resolves a Service's ports on a pod; a name that the pod does not

@@ -58,6 +58,8 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		job.CronJob{},
 		job.TTL{},
 		service.EndpointSlice{},
+		service.Endpoints{},
+		service.EndpointSliceMirroring{},
 		policy.NamespaceDefaults{RootCA: c.RootCA},
 		policy.Disruption{},
 		cleanup.Namespace{},
