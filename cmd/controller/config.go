@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/spf13/pflag"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/consensus"
 )
@@ -25,6 +26,7 @@ type config struct {
 	advertiseIP     string
 	bootstrapExpect int
 	join            []string
+	tlsSAN          []string
 
 	apiPort, clusterPort, raftPort, gossipPort, controllersGossipPort int
 
@@ -73,6 +75,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.advertiseIP, "advertise-ip", c.advertiseIP, "address that the others reach this controller by (default: --bind-ip)")
 	f.IntVar(&c.bootstrapExpect, "bootstrap-expect", c.bootstrapExpect, "how many controllers form a new cluster: 1, 3 or 5")
 	f.StringSliceVar(&c.join, "join", c.join, "gossip addresses (host:port, of their --gossip-port) of other controllers to find the cluster by")
+	f.StringSliceVar(&c.tlsSAN, "tls-san", c.tlsSAN, "more addresses and names that clients reach the Kubernetes API by, such as a load balancer's, for the certificate that it is served with")
 	f.IntVar(&c.apiPort, "api-port", c.apiPort, "port of the Kubernetes API")
 	f.IntVar(&c.clusterPort, "cluster-port", c.clusterPort, "port of agents' streams and of calls between controllers")
 	f.IntVar(&c.raftPort, "raft-port", c.raftPort, "port of Raft's own connections")
@@ -115,6 +118,8 @@ func (c *config) complete() error {
 	if c.controllersGossipPort == 0 {
 		c.controllersGossipPort = c.gossipPort + 1
 	}
+	// As a flag, 'timonel up' could not give it to programs of before there was one.
+	c.tlsSAN = append(c.tlsSAN, strings.FieldsFunc(os.Getenv("TIMONEL_TLS_SAN"), func(r rune) bool { return r == ',' })...)
 	return c.validate()
 }
 
@@ -149,6 +154,11 @@ func (c *config) validate() error {
 	for _, seed := range c.join {
 		if _, port, err := net.SplitHostPort(seed); err != nil || port == "" {
 			bad("join", "%q is not host:port", seed)
+		}
+	}
+	for _, san := range c.tlsSAN {
+		if ip := net.ParseIP(san); ip == nil && len(validation.IsDNS1123Subdomain(strings.TrimPrefix(san, "*."))) > 0 || ip != nil && ip.IsUnspecified() {
+			bad("tls-san", "%q is neither an address nor a DNS name", san)
 		}
 	}
 	if c.logStore != consensus.LogStoreBolt && c.logStore != consensus.LogStoreWAL {

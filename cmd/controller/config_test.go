@@ -3,9 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"timonel/pki"
 )
 
 func TestConfigNamesTheWrongFlag(t *testing.T) {
@@ -30,6 +33,9 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 		{"unreachable address", func(c *config) { c.bindIP, c.advertiseIP = "0.0.0.0", "0.0.0.0" }, `--advertise-ip: "0.0.0.0"`},
 		{"even number", func(c *config) { c.bootstrapExpect = 2 }, "--bootstrap-expect: 2 is not 1, 3 or 5"},
 		{"seed without port", func(c *config) { c.join = []string{"10.0.0.2"} }, `--join: "10.0.0.2" is not host:port`},
+		{"names for the certificate", func(c *config) { c.tlsSAN = []string{"192.0.2.7", "2001:db8::7", "api.example.org", "*.example.org"} }, ""},
+		{"neither address nor name", func(c *config) { c.tlsSAN = []string{"https://api.example.org"} }, `--tls-san: "https://api.example.org"`},
+		{"every address", func(c *config) { c.tlsSAN = []string{"0.0.0.0"} }, `--tls-san: "0.0.0.0"`},
 		{"port", func(c *config) { c.apiPort = 70000 }, "--api-port: 70000"},
 		{"port twice", func(c *config) { c.raftPort = c.clusterPort }, "--raft-port: 7443 is also --cluster-port"},
 		{"network", func(c *config) { c.clusterCIDR = "10.244.0.1/16" }, "--cluster-cidr"},
@@ -58,6 +64,44 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 				t.Errorf("got %v, want %q", err, tc.want)
 			}
 		})
+	}
+}
+
+// The API's certificate is valid for what --tls-san and 'timonel up' name, and for
+// this controller's own addresses.
+func TestServingNames(t *testing.T) {
+	t.Setenv("TIMONEL_TLS_SAN", "10.77.0.1,lb.example.org")
+	c := defaultConfig()
+	c.name, c.dataDir, c.bundleDir, c.bindIP = "c1", t.TempDir(), filepath.Join(t.TempDir(), "bundle"), "10.0.0.1"
+	c.tlsSAN = []string{"192.0.2.7", "api.example.org"}
+	if err := c.complete(); err != nil {
+		t.Fatal(err)
+	}
+	ips, names, err := c.servingNames()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, err := pki.CreateBundle(c.bundleDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	identity, err := bundle.Controller(c.name, ips, names)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // as issued, and as renewed
+		pair, err := identity.Credentials().APIServing.TLS()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, host := range []string{"10.0.0.1", "10.96.0.1", "c1", "10.77.0.1", "lb.example.org", "192.0.2.7", "api.example.org"} {
+			if err := pair.Leaf.VerifyHostname(host); err != nil {
+				t.Errorf("who reaches the API by %s is refused: %v", host, err)
+			}
+		}
+		if err := identity.Renew(); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -71,11 +71,11 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if k.bundle, err = pki.LoadBundle(c.bundleDir); err != nil {
 		return err
 	}
-	ips, err := c.servingIPs()
+	ips, names, err := c.servingNames()
 	if err != nil {
 		return err
 	}
-	identity, err := k.bundle.Controller(c.name, ips, []string{c.name})
+	identity, err := k.bundle.Controller(c.name, ips, names)
 	if err != nil {
 		return err
 	}
@@ -314,19 +314,27 @@ func (k *controller) stepDown() {
 	}
 }
 
-// servingIPs are the addresses that the API's certificate is valid for.
-func (c config) servingIPs() ([]net.IP, error) {
+// servingNames are the addresses and names that the API's certificate is valid for,
+// and those that are made when it is renewed.
+func (c config) servingNames() (ips []net.IP, names []string, err error) {
 	_, services, err := net.ParseCIDR(c.serviceCIDR)
 	if err != nil {
-		return nil, fmt.Errorf("--service-cidr: %w", err)
+		return nil, nil, fmt.Errorf("--service-cidr: %w", err)
 	}
 	first := append(net.IP(nil), services.IP...)
 	first[len(first)-1]++ // the kubernetes Service's own
-	ips := []net.IP{net.ParseIP(c.advertiseIP), first}
+	ips, names = []net.IP{net.ParseIP(c.advertiseIP), first}, []string{c.name}
 	if bind := net.ParseIP(c.bindIP); !bind.IsUnspecified() && !bind.Equal(ips[0]) {
 		ips = append(ips, bind)
 	}
-	return ips, nil
+	for _, san := range c.tlsSAN {
+		if ip := net.ParseIP(san); ip != nil {
+			ips = append(ips, ip)
+		} else {
+			names = append(names, san)
+		}
+	}
+	return ips, names, nil
 }
 
 // portError adds to an error of listening which flag to change.

@@ -51,7 +51,9 @@ func (s *Spec) writeKubeconfig(bundle *pki.Bundle) error {
 	if err != nil {
 		return fmt.Errorf("write kubeconfig: %w", err)
 	}
-	config.Clusters[s.Name].TLSServerName = serverName // the load balancer has no certificate
+	// The certificates of controllers hold the load balancer's address, but for those
+	// of older programs.
+	config.Clusters[s.Name].TLSServerName = serverName
 	if err := clientcmd.WriteToFile(*config, s.Kubeconfig()); err != nil {
 		return fmt.Errorf("write kubeconfig: %w", err)
 	}

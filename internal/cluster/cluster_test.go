@@ -38,6 +38,7 @@ func TestFlagsOfProcesses(t *testing.T) {
 	controller := s.process("c2").Argv
 	require.Subset(t, controller, []string{"/bin/controller", "--name", "c2", "--bind-ip", "10.77.3.12", "--bootstrap-expect", "3",
 		"--join", "10.77.3.11:7946,10.77.3.12:7946,10.77.3.13:7946", "--cluster-cidr", "10.245.0.0/16", "--log-level=debug"})
+	require.Contains(t, s.process("c2").Env, "TIMONEL_TLS_SAN=10.77.3.1", "the load balancer's address")
 	agent := s.process("a1").Argv
 	require.Subset(t, agent, []string{"/bin/agent", "--name", "a1", "--node-ip", "10.77.3.101", "--token", "@" + s.tokenFile("a1"), "--images", "/images",
 		"--controllers", "10.77.3.11:7443,10.77.3.12:7443,10.77.3.13:7443", "--cgroup-root", "/timonel-test-a1"})

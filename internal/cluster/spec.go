@@ -206,6 +206,9 @@ func (s *Spec) process(name string) machines.Process {
 			"--join", s.addresses(GossipPort),
 			"--cluster-cidr", s.ClusterCIDR.String(), "--service-cidr", s.ServiceCIDR.String()}
 		p.Argv = append(p.Argv, s.ControllerFlags...)
+		// Clients reach them by the load balancer too. Not a flag: an older program
+		// would refuse one that it does not know.
+		p.Env = append(p.Env, "TIMONEL_TLS_SAN="+s.Network().Host().String())
 		return p
 	}
 	p.Argv = []string{s.program("agent"), "--name", name,
@@ -213,7 +216,7 @@ func (s *Spec) process(name string) machines.Process {
 		"--node-ip", address, "--images", s.Images, "--cgroup-root", s.CgroupRoot(name)}
 	p.Argv = append(p.Argv, s.AgentFlags...)
 	// All agents share the disk of this machine with whatever else is on it. Not a
-	// flag: an older program would refuse one that it does not know.
+	// flag, as above.
 	p.Env = append(p.Env, "TIMONEL_SHARED_DISK=1")
 	return p
 }
