@@ -8,7 +8,7 @@
 // rooms, each in a file of its own, told by stories in the room's testdata that
 // show objects in and requests out (timonel/reconcile/storytest):
 //
-//	workload   as many pods of a template as their owner asks for
+//	workload   as many pods of a template as their owner asks for, or one on each node
 //	service    which pods are behind a Service, for old clients too
 //	node       who is alive, and what that means for pods
 //	scheduler  pods to nodes, as timonel/sched decides

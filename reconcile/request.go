@@ -89,6 +89,7 @@ var (
 	ReplicaSetsResource     = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "replicasets"}
 	DeploymentsResource     = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "deployments"}
 
+	DaemonSetsResource             = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "daemonsets"}
 	StatefulSetsResource           = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "statefulsets"}
 	ControllerRevisionsResource    = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "controllerrevisions"}
 	ReplicationControllersResource = corev1.SchemeGroupVersion.WithResource("replicationcontrollers")
@@ -103,6 +104,7 @@ var (
 	ReplicaSetKind = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "ReplicaSet"}
 	DeploymentKind = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "Deployment"}
 
+	DaemonSetKind             = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "DaemonSet"}
 	StatefulSetKind           = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "StatefulSet"}
 	ControllerRevisionKind    = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "ControllerRevision"}
 	ReplicationControllerKind = corev1.SchemeGroupVersion.WithKind("ReplicationController")

@@ -54,6 +54,7 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		workload.Deployment{},
 		workload.StatefulSet{},
 		workload.ReplicationController{},
+		workload.DaemonSet{},
 		job.Job{},
 		job.CronJob{},
 		job.TTL{},

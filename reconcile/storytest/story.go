@@ -83,7 +83,7 @@ func All(t T) []reconcile.Reconciler {
 		t.Fatalf("token signer: %v", err)
 	}
 	return []reconcile.Reconciler{
-		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
+		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, workload.DaemonSet{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
 		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3},
@@ -317,6 +317,10 @@ func flatten(path string, v any, out *[]string) {
 			flatten(sub, v[k], out)
 		}
 	case []any:
+		if path == "spec.tolerations" {
+			*out = append(*out, path+"="+briefly(v))
+			return
+		}
 		for i, e := range v {
 			sub := fmt.Sprintf("%s[%d]", path, i)
 			if m, ok := e.(map[string]any); ok {
@@ -337,6 +341,16 @@ func flatten(path string, v any, out *[]string) {
 
 // longest is how much of a value a story shows: a token is not to be read.
 const longest = 300
+
+// briefly renders tolerations, of which the pods of a DaemonSet have many, in a line.
+func briefly(tolerations []any) string {
+	var out []string
+	for _, t := range tolerations {
+		m, _ := t.(map[string]any)
+		out = append(out, strings.TrimPrefix(fmt.Sprint(m["key"]), "node.kubernetes.io/")+fmt.Sprintf(":%v", m["effect"]))
+	}
+	return strings.Join(out, " ")
+}
 
 // Run works until there is nothing to do and returns what was done.
 func (s *Story) Run(limit int) string {

@@ -66,7 +66,7 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	{Group: "apiextensions.k8s.io", Version: "v1", Kind: "CustomResourceDefinition"}: "apiextensions.k8s.io/customresourcedefinitions",
 	{Group: "discovery.k8s.io", Version: "v1", Kind: "EndpointSlice"}:                "endpointslices",
 	corev1.SchemeGroupVersion.WithKind("Service"):                                    "services/specs",
-	{Group: "apps", Version: "v1", Kind: "DaemonSet"}:                                "daemonsets",
+	reconcile.DaemonSetKind:                                                          "daemonsets",
 	reconcile.StatefulSetKind:                                                        "statefulsets",
 	reconcile.ControllerRevisionKind:                                                 "controllerrevisions",
 	reconcile.ReplicationControllerKind:                                              "controllers",
