@@ -21,7 +21,7 @@ type coldChunk struct {
 	since int64 // the least of the times
 	times [historyChunk]uint32
 
-	alive [historyChunk / 64]atomic.Uint64
+	alive atomic.Uint64 // a bit for each event, from the lowest on
 	*coldEvents
 }
 
@@ -46,13 +46,13 @@ type block struct {
 // last is the revision of the last event.
 func (c *coldChunk) last() int64 { return c.first + historyChunk - 1 }
 
-func (c *coldChunk) has(i int64) bool { return c.alive[i/64].Load()>>(i%64)&1 != 0 }
+func (c *coldChunk) has(i int64) bool { return c.alive.Load()>>i&1 != 0 }
 
 // empty drops an event. The store's lock is held.
-func (c *coldChunk) empty(i int64) { c.alive[i/64].And(^(uint64(1) << (i % 64))) }
+func (c *coldChunk) empty(i int64) { c.alive.And(^(uint64(1) << i)) }
 
 // isEmpty says that no event is left.
-func (c *coldChunk) isEmpty() bool { return c.alive[0].Load()|c.alive[1].Load() == 0 }
+func (c *coldChunk) isEmpty() bool { return c.alive.Load() == 0 }
 
 // bare is the chunk without what its events had.
 func (c *coldChunk) bare() *coldChunk {

@@ -59,8 +59,8 @@ func (e *Event) cost() (bytes, large int64) {
 	return eventOverhead + int64(len(e.KV.Key)) + n, max(0, n-largeValue)
 }
 
-// historyChunk is how many events lie together.
-const historyChunk = 128
+// historyChunk is how many events lie together, no more than a coldChunk has bits for.
+const historyChunk = 64
 
 // chunk is a part of the history: in memory, or in a file. What it has in a file it
 // has got before it lets go of what it has in memory.

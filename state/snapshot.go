@@ -162,7 +162,7 @@ type part struct {
 	hot    *hotChunk
 	events []*Event
 	cold   *coldChunk
-	alive  [historyChunk / 64]uint64
+	alive  uint64
 }
 
 // window takes what is left of the history of v. Without v.gaps it is what there is
@@ -174,9 +174,7 @@ func (v *version) window() *window {
 		p := &w.parts[n]
 		if p.hot = c.hot.Load(); p.hot == nil {
 			p.cold = c.cold.Load()
-			for i := range p.alive {
-				p.alive[i] = p.cold.alive[i].Load()
-			}
+			p.alive = p.cold.alive.Load()
 			continue
 		}
 		p.events = make([]*Event, historyChunk)
@@ -206,7 +204,7 @@ func (w *window) slot(revision int64) bool {
 	if p.events != nil {
 		return p.events[i] != nil
 	}
-	return p.alive[i/64]>>(i%64)&1 != 0
+	return p.alive>>i&1 != 0
 }
 
 // has says whether the window has the event of a revision.

@@ -215,7 +215,7 @@ func (s *Store) chilled(cold *coldChunk) {
 	hot := chunk.hot.Load()
 	for i := range hot.events {
 		if hot.events[i].Load() != nil {
-			cold.alive[i/64].Or(1 << (i % 64))
+			cold.alive.Or(1 << i)
 			cold.file.alive++
 			s.spill.bytes += int64(cold.bytes[i])
 		}

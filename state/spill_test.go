@@ -365,13 +365,13 @@ func TestSpilledHistoryDiskIsFull(t *testing.T) {
 	if h := s.History(); h.Disk != 0 || h.Spilled != 0 || h.Changes > 2*historyChunk {
 		t.Errorf("%+v", h)
 	}
-	if got, err := resume(s, "", now-100); err != nil || len(got) != 100 {
+	if got, err := resume(s, "", now-30); err != nil || len(got) != 30 {
 		t.Errorf("%d events, %v", len(got), err)
 	}
 	d.room.Store(1 << 30)
 	write()
 	s.mustSpill(t)
-	if got, err := resume(s, "", now-100); err != nil || len(got) != 1100 || s.History().Spilled == 0 {
+	if got, err := resume(s, "", now-30); err != nil || len(got) != 1030 || s.History().Spilled == 0 {
 		t.Errorf("%d events, %v", len(got), err)
 	}
 }
