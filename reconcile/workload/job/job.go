@@ -165,6 +165,14 @@ func untrack(pod *corev1.Pod) reconcile.Request {
 	return c
 }
 
+// track is the request that makes a pod count after all that runs and has no
+// finalizer: a leader died when it was about to delete it, or a user took it off.
+func track(pod *corev1.Pod) reconcile.Request {
+	meta := reconcile.Pinned(pod)
+	meta["finalizers"] = append(slices.Clone(pod.Finalizers), batchv1.JobTrackingFinalizer)
+	return reconcile.MergePatch(reconcile.PodsResource, pod, "", map[string]any{"metadata": meta})
+}
+
 // owner returns the Job that a pod names as its controller, or nil if there is none.
 func owner(s *objects.Snapshot, pod *corev1.Pod) *batchv1.Job {
 	ref := metav1.GetControllerOfNoCopy(pod)

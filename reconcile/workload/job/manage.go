@@ -30,6 +30,11 @@ func (p *pass) manage() int32 {
 	if p.deleteSurplus(int(max(0, active-wanted))) {
 		return active // an index may have both too many pods and none: deleting comes first
 	}
+	for _, pod := range p.active {
+		if !tracked(pod) {
+			p.result.Add(track(pod))
+		}
+	}
 	missing := wanted - active
 	if p.replacesEnded() {
 		missing -= p.terminating
@@ -85,6 +90,9 @@ func (p *pass) delete(pod *corev1.Pod, forget bool) {
 // without an index, with one that it does not have, or with one that another pod has
 // too, are among them whatever n is.
 func (p *pass) surplus(n int) []*corev1.Pod {
+	if n <= 0 && (!indexed(p.job) || p.oneEach()) {
+		return nil // as in nearly all passes: nothing need be sorted
+	}
 	left := slices.SortedStableFunc(slices.Values(p.active), missedLess)
 	var out []*corev1.Pod
 	if indexed(p.job) {
@@ -108,6 +116,19 @@ func (p *pass) surplus(n int) []*corev1.Pod {
 		out = append(out, left[:min(more, len(left))]...)
 	}
 	return out
+}
+
+// oneEach says whether each pod that runs has an index of its own.
+func (p *pass) oneEach() bool {
+	seen := make(map[int]bool, len(p.active))
+	for _, pod := range p.active {
+		i := indexOf(pod)
+		if !p.inRange(pod) || seen[i] {
+			return false
+		}
+		seen[i] = true
+	}
+	return true
 }
 
 // missedLess orders pods by how little they are missed, as Kubernetes does for Jobs:

@@ -139,7 +139,8 @@ func (p *pass) count() {
 	var done, broken []int
 	for _, pod := range p.pods {
 		switch {
-		case !tracked(pod) || !p.inRange(pod):
+		case !tracked(pod) || !p.inRange(pod) || p.countedFailed[pod.UID]:
+			// One that was deleted, counted as failed, and has succeeded after all stays failed.
 		case pod.Status.Phase == corev1.PodSucceeded:
 			done = append(done, indexOf(pod))
 		case p.breaksIndex(pod):
