@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/cgroup"
@@ -56,6 +57,7 @@ type Agent struct {
 	kernel  kernelFacts
 
 	nodeChanged chan struct{}
+	volumes     chan struct{} // some may be to delete
 	synced      chan struct{}
 	joined      sync.Once
 
@@ -63,8 +65,9 @@ type Agent struct {
 	node       *corev1.Node
 	live       *corev1.Node // as the API has it; nil until a controller said so
 	capacity   corev1.ResourceList
-	networkBad string // why the pod network does not work
-	runtimeBad string // why containerd does not
+	deleted    []types.UID // volumes of which nothing is left, in the order of node.Health
+	networkBad string      // why the pod network does not work
+	runtimeBad string      // why containerd does not
 }
 
 // New checks the machine, starts or adopts containerd and reads the desired
@@ -83,7 +86,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o711); err != nil {
 		return nil, fmt.Errorf("make the data folder: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), synced: make(chan struct{}, 1)}
+	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1)}
 	var err error
 	network := cfg.network()
 	network.Keep = podnet.HostsOf(a.controllers()...)
@@ -157,7 +160,7 @@ func (a *Agent) describe(ctx context.Context) error {
 	a.facts = node.Facts{
 		Name: a.cfg.Name, IPs: a.cfg.NodeIPs, Labels: a.cfg.Labels, Taints: a.cfg.Taints, MaxPods: a.cfg.MaxPods,
 		DataDir: a.cfg.DataDir, Runtime: v.RuntimeName + "://" + strings.TrimPrefix(v.RuntimeVersion, "v"),
-		GossipAt: a.cfg.GossipAddress, StartedAt: time.Now(),
+		GossipAt: a.cfg.GossipAddress, LocalDir: a.cfg.dir("local-volumes"), StartedAt: time.Now(),
 	}
 	if a.capacity, err = node.Resources(&a.facts); err != nil {
 		return err
@@ -175,7 +178,7 @@ func (a *Agent) describe(ctx context.Context) error {
 func (a *Agent) updateNode() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions()}, a.node, time.Now())
+	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions(), Deleted: a.deleted}, a.node, time.Now())
 	if err != nil {
 		return err
 	}
@@ -203,7 +206,7 @@ func (a *Agent) wire() {
 		ips = append(ips, ip.String())
 	}
 	a.pods = pod.NewManager(pod.Config{
-		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
+		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, LocalDir: a.cfg.dir("local-volumes"), CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
 		Runtime: a.runtime, Images: a.runtime.Images, Layers: a.runtime.Layer, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
@@ -223,9 +226,14 @@ func (a *Agent) wire() {
 	})
 	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Logger: a.log})
 	a.store.Observe(desired.Observer{
-		PodSet:        a.pods.Set,
-		PodRemoved:    a.pods.Remove,
-		ObjectChanged: a.pods.ObjectChanged,
+		PodSet:     a.pods.Set,
+		PodRemoved: a.pods.Remove,
+		ObjectChanged: func(kind, namespace, name string) {
+			a.pods.ObjectChanged(kind, namespace, name)
+			if kind == desired.KindVolume {
+				a.volumesChanged()
+			}
+		},
 		Synced: func() {
 			epoch, _ := a.store.Position()
 			a.join(epoch)
@@ -281,6 +289,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.stream.Run(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.collect(ctx) })
+	g.Go(func() error { return a.deleteVolumes(ctx) })
 	err := g.Wait()
 	return errors.Join(err, a.store.Close(), a.runtime.Close())
 }

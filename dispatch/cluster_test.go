@@ -241,6 +241,10 @@ func keyOf(o runtime.Object) string {
 		return "/registry/configmaps/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.Secret:
 		return "/registry/secrets/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.PersistentVolumeClaim:
+		return "/registry/persistentvolumeclaims/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.PersistentVolume:
+		return "/registry/persistentvolumes/" + m.GetName()
 	case *corev1.ServiceAccount:
 		return "/registry/serviceaccounts/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.Event:
@@ -481,6 +485,10 @@ func describe(t *testing.T, m *pb.ControllerMessage) string {
 			o = &corev1.ConfigMap{}
 		case kindSecret:
 			o = &corev1.Secret{}
+		case kindClaim:
+			o = &corev1.PersistentVolumeClaim{}
+		case kindVolume:
+			o = &corev1.PersistentVolume{}
 		default:
 			o = &corev1.ServiceAccount{}
 		}

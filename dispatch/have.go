@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"fmt"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
@@ -32,10 +33,11 @@ func usable(have *pb.Have) bool {
 // controller encode them.
 func (s *session) compare(snapshot *objects.Snapshot, have *pb.Have) error {
 	pods, refs := make(map[podKey]*corev1.Pod), make(map[objKey]struct{})
-	for pod := range snapshot.PodsOnNode(s.node) {
+	bound := slices.Collect(snapshot.PodsOnNode(s.node))
+	for _, pod := range bound {
 		pods[keyOfPod(pod)] = pod
-		references(pod, snapshot, func(k objKey) { refs[k] = struct{}{} })
 	}
+	wanted(s.node, bound, snapshot, func(k objKey) { refs[k] = struct{}{} })
 	for _, p := range have.GetPods() {
 		k := podKey{p.GetNamespace(), p.GetName(), types.UID(p.GetUid())}
 		s.pods[k] = 0

@@ -37,7 +37,8 @@ func (a *agent) take(m *pb.ControllerMessage) {
 		o := map[string]interface {
 			metav1.Object
 			Unmarshal([]byte) error
-		}{kindConfigMap: &corev1.ConfigMap{}, kindSecret: &corev1.Secret{}, kindServiceAccount: &corev1.ServiceAccount{}}[m.ObjectSet.Kind]
+		}{kindConfigMap: &corev1.ConfigMap{}, kindSecret: &corev1.Secret{}, kindServiceAccount: &corev1.ServiceAccount{},
+			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}}[m.ObjectSet.Kind]
 		require.NoError(a.t, o.Unmarshal(m.ObjectSet.Object))
 		a.objs[m.ObjectSet.Kind+"/"+o.GetName()] = &pb.HaveObject{
 			Kind: m.ObjectSet.Kind, Namespace: o.GetNamespace(), Name: o.GetName(), Uid: string(o.GetUID()),

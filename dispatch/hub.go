@@ -92,6 +92,13 @@ func (h *hub) wakeFor(changes []objects.Changed, routes chan<- struct{}) {
 				h.wakeUsers(objKey{kindSecret, o.Namespace, o.Name})
 			case *corev1.ServiceAccount:
 				h.wakeUsers(objKey{kindServiceAccount, o.Namespace, o.Name})
+			case *corev1.PersistentVolumeClaim:
+				h.wakeUsers(objKey{kindClaim, o.Namespace, o.Name})
+			case *corev1.PersistentVolume:
+				h.wakeUsers(objKey{kindVolume, "", o.Name})
+				if s := h.sessions[o.Annotations[objects.NodeAnnotation]]; s != nil && o.DeletionTimestamp != nil {
+					notify(s.wake)
+				}
 			}
 		}
 	}

@@ -77,7 +77,7 @@ func (s *session) writeNode(ctx context.Context) error {
 
 func (s *session) createNode(ctx context.Context, said *corev1.Node) (*corev1.Node, error) {
 	node := &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{Name: s.node, Labels: said.Labels, Annotations: said.Annotations},
+		ObjectMeta: metav1.ObjectMeta{Name: s.node, Labels: said.Labels, Annotations: annotate(nil, said.Annotations)},
 		Spec:       corev1.NodeSpec{Taints: said.Spec.Taints, ProviderID: said.Spec.ProviderID},
 		Status:     said.Status,
 	}
@@ -90,7 +90,7 @@ func (s *session) createNode(ctx context.Context, said *corev1.Node) (*corev1.No
 
 // updateNode writes what of the agent's report differs from the live object.
 func (s *session) updateNode(ctx context.Context, live, said *corev1.Node) error {
-	labels, annotations := withAll(live.Labels, said.Labels), withAll(live.Annotations, said.Annotations)
+	labels, annotations := withAll(live.Labels, said.Labels), annotate(live.Annotations, said.Annotations)
 	if !maps.Equal(labels, live.Labels) || !maps.Equal(annotations, live.Annotations) {
 		node := live.DeepCopy()
 		node.Labels, node.Annotations = labels, annotations
@@ -110,6 +110,18 @@ func (s *session) updateNode(ctx context.Context, live, said *corev1.Node) error
 		return fmt.Errorf("write status of node %s: %w", s.node, err)
 	}
 	return nil
+}
+
+// annotate is withAll for annotations, of which an agent takes those back that it says
+// to be empty.
+func annotate(live, said map[string]string) map[string]string {
+	out := withAll(live, said)
+	for k, v := range said {
+		if v == "" {
+			delete(out, k)
+		}
+	}
+	return out
 }
 
 // withAll is a map with the entries of another in it.

@@ -12,6 +12,8 @@ const (
 	kindConfigMap      = "ConfigMap"
 	kindSecret         = "Secret"
 	kindServiceAccount = "ServiceAccount"
+	kindClaim          = "PersistentVolumeClaim"
+	kindVolume         = "PersistentVolume" // without a namespace
 )
 
 // objKey names an object that pods refer to.
@@ -20,9 +22,22 @@ type objKey struct{ kind, namespace, name string }
 // defaultServiceAccount is that of a pod that names none.
 const defaultServiceAccount = "default"
 
+// wanted calls add with each object that a node needs: what its pods refer to, and
+// those of its own volumes that it is to delete.
+func wanted(node string, pods []*corev1.Pod, s *objects.Snapshot, add func(objKey)) {
+	for _, pod := range pods {
+		references(pod, s, add)
+	}
+	for pv := range s.PVsOnNode(node) {
+		if pv.DeletionTimestamp != nil {
+			addNamed(add, kindVolume, "", pv.Name)
+		}
+	}
+}
+
 // references calls add with each object that a pod needs: ConfigMaps and Secrets
-// of its environment, volumes and image pulls, its ServiceAccount, and the pull
-// secrets of that.
+// of its environment, volumes and image pulls, its ServiceAccount, the pull
+// secrets of that, its claims and their volumes.
 func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	ns := pod.Namespace
 	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
@@ -81,6 +96,12 @@ func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 		if v.CSI != nil && v.CSI.NodePublishSecretRef != nil {
 			secret(v.CSI.NodePublishSecretRef.Name)
 		}
+		if name := objects.ClaimName(pod, v); name != "" {
+			addNamed(add, kindClaim, ns, name)
+			if claim, ok := s.PVCs().Get(ns, name); ok {
+				addNamed(add, kindVolume, "", claim.Spec.VolumeName)
+			}
+		}
 		if v.Projected == nil {
 			continue
 		}
@@ -120,6 +141,14 @@ func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 		}
 	case kindServiceAccount:
 		if o, ok := s.ServiceAccounts().Get(k.namespace, k.name); ok {
+			return o, revisionOf(o)
+		}
+	case kindClaim:
+		if o, ok := s.PVCs().Get(k.namespace, k.name); ok {
+			return o, revisionOf(o)
+		}
+	case kindVolume:
+		if o, ok := s.PVs().Get("", k.name); ok {
 			return o, revisionOf(o)
 		}
 	}

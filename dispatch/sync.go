@@ -68,9 +68,7 @@ func (s *session) sync() error {
 	}
 	pods := slices.Collect(snapshot.PodsOnNode(s.node))
 	refs := make(map[objKey]struct{})
-	for _, pod := range pods {
-		references(pod, snapshot, func(k objKey) { refs[k] = struct{}{} })
-	}
+	wanted(s.node, pods, snapshot, func(k objKey) { refs[k] = struct{}{} })
 	s.d.hub.setRefs(s, refs)
 	// What changed before setRefs is in this snapshot, what changes later wakes us.
 	sent, err := s.sendObjects(s.d.config.Objects.Snapshot(), refs)
@@ -78,12 +76,12 @@ func (s *session) sync() error {
 		return err
 	}
 
-	wanted := make(map[podKey]*corev1.Pod, len(pods))
+	bound := make(map[podKey]*corev1.Pod, len(pods))
 	for _, pod := range pods {
-		wanted[keyOfPod(pod)] = pod
+		bound[keyOfPod(pod)] = pod
 	}
 	for _, k := range sortedPods(s.pods) {
-		if wanted[k] != nil {
+		if bound[k] != nil {
 			continue
 		}
 		delete(s.pods, k)

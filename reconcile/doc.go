@@ -12,6 +12,7 @@
 //	service    which pods are behind a Service, for old clients too
 //	node       who is alive, and what that means for pods
 //	scheduler  pods to nodes, as timonel/sched decides
+//	storage    which claim has which volume, and how it comes to be
 //	cleanup    what nobody wants any more
 //	policy     what a namespace allows and gives
 //	standard   the list of those that every cluster runs

@@ -94,6 +94,7 @@ var (
 	ControllerRevisionsResource    = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "controllerrevisions"}
 	ReplicationControllersResource = corev1.SchemeGroupVersion.WithResource("replicationcontrollers")
 	PVCsResource                   = corev1.SchemeGroupVersion.WithResource("persistentvolumeclaims")
+	PVsResource                    = corev1.SchemeGroupVersion.WithResource("persistentvolumes")
 )
 
 // The kinds that reconcilers own or refer to in events.
@@ -109,6 +110,7 @@ var (
 	ControllerRevisionKind    = schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "ControllerRevision"}
 	ReplicationControllerKind = corev1.SchemeGroupVersion.WithKind("ReplicationController")
 	PVCKind                   = corev1.SchemeGroupVersion.WithKind("PersistentVolumeClaim")
+	PVKind                    = corev1.SchemeGroupVersion.WithKind("PersistentVolume")
 )
 
 // Object is an object with metadata, as the generated API types are.

@@ -11,7 +11,7 @@ var volume = []Field{
 	{"nfs", Refused, "", ""},
 	{"iscsi", Refused, "", ""},
 	{"glusterfs", Refused, "", ""},
-	{"persistentVolumeClaim", Refused, "", ""},
+	{"persistentVolumeClaim", Done, "volume", "local and hostPath volumes, the node's own among them; with others pods wait, and say so: FailedMount"},
 	{"rbd", Refused, "", ""},
 	{"flexVolume", Refused, "", ""},
 	{"cinder", Refused, "", ""},
@@ -30,9 +30,13 @@ var volume = []Field{
 	{"scaleIO", Refused, "", ""},
 	{"storageos", Refused, "", ""},
 	{"csi", Refused, "", ""},
-	{"ephemeral", Refused, "", ""},
+	{"ephemeral", Done, "volume", "as persistentVolumeClaim"},
 	{"image", Refused, "", ""},
 }
+
+var claimSource = []Field{{"claimName", Done, "volume", ""}, {"readOnly", Done, "volume", ""}}
+
+var ephemeralSource = []Field{{"volumeClaimTemplate", Meaningless, "", "the controllers make the claim of it"}}
 
 var hostPathSource = []Field{{"path", Done, "volume", ""}, {"type", Done, "volume", ""}}
 

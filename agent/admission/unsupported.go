@@ -169,7 +169,7 @@ func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...a
 }
 
 // volumes are the sources that a node can make; all others are refused.
-var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected"}
+var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral"}
 
 // projections are the sources within a projected volume.
 var projections = []string{"secret", "configMap", "downwardAPI", "serviceAccountToken"}

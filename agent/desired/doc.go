@@ -1,5 +1,5 @@
 // Package desired keeps what the controllers last asked of this node: its pods
-// and the ConfigMaps, Secrets and ServiceAccounts that they refer to. It is
+// and the ConfigMaps, Secrets, ServiceAccounts, claims and volumes that they refer to. It is
 // kept in memory for the pod workers and on disk for the next start, so that a
 // node that is cut off goes on by its last known desired state, after a reboot
 // too.

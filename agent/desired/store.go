@@ -1,6 +1,7 @@
 package desired
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,8 @@ const (
 	KindConfigMap      = "ConfigMap"
 	KindSecret         = "Secret"
 	KindServiceAccount = "ServiceAccount"
+	KindClaim          = "PersistentVolumeClaim"
+	KindVolume         = "PersistentVolume" // of a pod's claim, or the node's own and being deleted
 )
 
 // object is what the generated API types have in common here.
@@ -39,9 +42,15 @@ type key string
 // kind of the object that a key below objects/ names.
 func (k key) kind() string { return filepath.Base(filepath.Dir(filepath.Dir(string(k)))) }
 
-func podKey(uid types.UID) key            { return key(filepath.Join("pods", string(uid))) }
-func statusKey(uid types.UID) key         { return key(filepath.Join("status", string(uid))) }
-func objectKey(kind, ns, name string) key { return key(filepath.Join("objects", kind, ns, name)) }
+func podKey(uid types.UID) key    { return key(filepath.Join("pods", string(uid))) }
+func statusKey(uid types.UID) key { return key(filepath.Join("status", string(uid))) }
+
+// clusterNamespace is the folder of objects without a namespace; no namespace is called so.
+const clusterNamespace = "_"
+
+func objectKey(kind, ns, name string) key {
+	return key(filepath.Join("objects", kind, cmp.Or(ns, clusterNamespace), name))
+}
 func newObject(kind string) (object, error) {
 	switch kind {
 	case KindConfigMap:
@@ -50,6 +59,10 @@ func newObject(kind string) (object, error) {
 		return &corev1.Secret{}, nil
 	case KindServiceAccount:
 		return &corev1.ServiceAccount{}, nil
+	case KindClaim:
+		return &corev1.PersistentVolumeClaim{}, nil
+	case KindVolume:
+		return &corev1.PersistentVolume{}, nil
 	}
 	return nil, fmt.Errorf("objects of kind %q are not known to this agent; is it older than the controller?", kind)
 }
@@ -320,6 +333,31 @@ func (s *Store) Secret(namespace, name string) (*corev1.Secret, bool) {
 func (s *Store) ServiceAccount(namespace, name string) (*corev1.ServiceAccount, bool) {
 	obj, ok := s.object(KindServiceAccount, namespace, name).(*corev1.ServiceAccount)
 	return obj, ok
+}
+
+// PersistentVolumeClaim returns a claim that a pod uses.
+func (s *Store) PersistentVolumeClaim(namespace, name string) (*corev1.PersistentVolumeClaim, bool) {
+	obj, ok := s.object(KindClaim, namespace, name).(*corev1.PersistentVolumeClaim)
+	return obj, ok
+}
+
+// PersistentVolume returns a volume that a pod's claim has, or that is this node's to delete.
+func (s *Store) PersistentVolume(name string) (*corev1.PersistentVolume, bool) {
+	obj, ok := s.object(KindVolume, "", name).(*corev1.PersistentVolume)
+	return obj, ok
+}
+
+// PersistentVolumes returns all that the node was told of.
+func (s *Store) PersistentVolumes() []*corev1.PersistentVolume {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*corev1.PersistentVolume
+	for _, o := range s.objects {
+		if pv, ok := o.(*corev1.PersistentVolume); ok {
+			out = append(out, pv)
+		}
+	}
+	return out
 }
 
 func (s *Store) object(kind, namespace, name string) object {

@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent/hostile"
 )
@@ -33,6 +34,7 @@ type Facts struct {
 	Reserved  corev1.ResourceList
 	Runtime   string // such as containerd://1.6.20
 	GossipAt  string // annotation: where gossip reaches this node
+	LocalDir  string // annotation: where the volumes are that are this node's own
 	StartedAt time.Time
 }
 
@@ -42,6 +44,8 @@ type Health struct {
 	Network string // why pods get no network; empty: they do
 	// Pressure are the conditions of what the node is short of.
 	Pressure []corev1.NodeConditionType
+	// Deleted are volumes that are being deleted and of which nothing is left here.
+	Deleted []types.UID
 }
 
 // Resources returns the machine's capacity.
@@ -113,8 +117,12 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
 		},
 	}
+	n.Annotations = map[string]string{"timonel.io/deleted-volumes": joined(h.Deleted)}
 	if f.GossipAt != "" {
-		n.Annotations = map[string]string{"timonel.io/gossip-address": f.GossipAt}
+		n.Annotations["timonel.io/gossip-address"] = f.GossipAt
+	}
+	if f.LocalDir != "" {
+		n.Annotations["timonel.io/local-volumes"] = f.LocalDir
 	}
 	for _, ip := range f.IPs {
 		n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ip.String()})
@@ -122,6 +130,17 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 	n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeHostName, Address: f.Name})
 	n.Status.Conditions = conditions(h, old, now)
 	return n, nil
+}
+
+func joined(uids []types.UID) string {
+	var b strings.Builder
+	for i, uid := range uids {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString(string(uid))
+	}
+	return b.String()
 }
 
 // Pids is how many process ids the kernel gives, and how many are given.

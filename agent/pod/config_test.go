@@ -31,6 +31,12 @@ func (o objects) Secret(_, name string) (*corev1.Secret, bool) {
 	return &corev1.Secret{Data: d}, ok
 }
 
+func (objects) PersistentVolumeClaim(_, _ string) (*corev1.PersistentVolumeClaim, bool) {
+	return nil, false
+}
+
+func (objects) PersistentVolume(string) (*corev1.PersistentVolume, bool) { return nil, false }
+
 func TestEnvironment(t *testing.T) {
 	t.Parallel()
 	m := &Manager{cfg: Config{

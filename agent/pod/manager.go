@@ -60,6 +60,8 @@ type Config struct {
 	NodeName string
 	// Dir holds pods/ (volumes and files) and logs/ (containers' output).
 	Dir string
+	// LocalDir holds the node's own PersistentVolumes.
+	LocalDir string
 	// CgroupRoot is the cgroup below which all pods are.
 	CgroupRoot string
 	SeccompDir string
@@ -129,10 +131,25 @@ func NewManager(cfg Config) *Manager {
 		volumes: volume.New(volume.Config{
 			Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens,
 			Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
+			Node: cfg.NodeName, LocalDir: cfg.LocalDir, Labels: func() map[string]string {
+				if cfg.Node == nil {
+					return nil
+				}
+				if node := cfg.Node().Object; node != nil {
+					return node.Labels
+				}
+				return nil
+			},
 		}),
 		images:  image.New(cfg.Images, cfg.Now, log),
 		workers: map[types.UID]*worker{}, owner: map[string]types.UID{}, strays: map[string]bool{},
 	}
+}
+
+// DeleteVolumes deletes those of the node's own volumes that are being deleted, as
+// [volume.Manager.DeleteLocal].
+func (m *Manager) DeleteVolumes(ctx context.Context, volumes []*corev1.PersistentVolume) ([]types.UID, error) {
+	return m.volumes.DeleteLocal(ctx, volumes)
 }
 
 // LogDir is the folder of a pod's container logs.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -163,6 +164,9 @@ func (w *worker) refersTo(kind, namespace, name string) bool {
 	w.mu.Lock()
 	pod := w.pod
 	w.mu.Unlock()
+	if kind == desired.KindVolume { // the claims that it may be of are the pod's
+		return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return volume.ClaimOf(pod, &v) != "" })
+	}
 	if pod.Namespace != namespace {
 		return false
 	}
@@ -176,6 +180,9 @@ func (w *worker) refersTo(kind, namespace, name string) bool {
 	}
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i].VolumeSource
+		if kind == desired.KindClaim && volume.ClaimOf(pod, &pod.Spec.Volumes[i]) == name {
+			return true
+		}
 		if v.ConfigMap != nil && kind == desired.KindConfigMap && v.ConfigMap.Name == name ||
 			v.Secret != nil && kind == desired.KindSecret && v.Secret.SecretName == name {
 			return true

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,6 +24,8 @@ import (
 type Objects interface {
 	ConfigMap(namespace, name string) (*corev1.ConfigMap, bool)
 	Secret(namespace, name string) (*corev1.Secret, bool)
+	PersistentVolumeClaim(namespace, name string) (*corev1.PersistentVolumeClaim, bool)
+	PersistentVolume(name string) (*corev1.PersistentVolume, bool)
 }
 
 // Tokens asks a controller for a service account token.
@@ -32,6 +35,12 @@ type Tokens func(ctx context.Context, namespace, serviceAccount string, tr *auth
 type Config struct {
 	// Dir has one folder a pod, named by its uid.
 	Dir string
+	// Node is this node's name, LocalDir the folder of the volumes that are its own,
+	// one a PersistentVolume.
+	Node, LocalDir string
+	// Labels are this node's, nil while they are not known: volumes that are for other
+	// nodes are not mounted.
+	Labels func() map[string]string
 	Objects
 	Tokens Tokens
 	// Allocatable is the node's, for resourceFieldRef without a limit.
@@ -42,7 +51,12 @@ type Config struct {
 }
 
 // Manager makes and removes volumes. Calls for one pod must not overlap.
-type Manager struct{ cfg Config }
+type Manager struct {
+	cfg Config
+
+	mu    sync.Mutex
+	users map[string][]types.UID // pods that have it, by PersistentVolume
+}
 
 // Mounts are a pod's volumes that are ready: host paths by volume name.
 type Mounts map[string]string
@@ -55,7 +69,7 @@ func New(cfg Config) *Manager {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	return &Manager{cfg: cfg}
+	return &Manager{cfg: cfg, users: map[string][]types.UID{}}
 }
 
 // ErrUnsupported marks a volume of a type that this agent cannot mount, now or
@@ -101,6 +115,9 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 		return path, never, err
 	case s.HostPath != nil:
 		return s.HostPath.Path, never, hostPath(s.HostPath)
+	case s.PersistentVolumeClaim != nil, s.Ephemeral != nil:
+		path, err := m.claimed(ctx, pod, v)
+		return path, never, err
 	case s.ConfigMap != nil:
 		if err := p.configMap(s.ConfigMap.Name, s.ConfigMap.Items, s.ConfigMap.Optional, mode(s.ConfigMap.DefaultMode)); err != nil {
 			return "", never, err
@@ -126,7 +143,7 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 		path, err := p.write(apiPlugin(v), v.Name)
 		return path, p.refresh, err
 	}
-	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI or projected", typeOf(s), ErrUnsupported)
+	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI, projected, persistentVolumeClaim or ephemeral", typeOf(s), ErrUnsupported)
 }
 
 func mode(m *int32) int32 {
@@ -137,7 +154,7 @@ func mode(m *int32) int32 {
 }
 
 // typeOf names the field of a volume source that is set, as in YAML.
-func typeOf(s *corev1.VolumeSource) string {
+func typeOf[T corev1.VolumeSource | corev1.PersistentVolumeSource](s *T) string {
 	v := reflect.ValueOf(s).Elem()
 	for i := range v.NumField() {
 		if !v.Field(i).IsNil() {
@@ -156,9 +173,9 @@ func fsGroup(pod *corev1.Pod) *int64 {
 }
 
 // ReadOnly says whether containers may only read a volume, whatever their mounts
-// say: what shows API data is written by the agent alone.
+// say: what shows API data is written by the agent alone, and a claim may be used so.
 func ReadOnly(v *corev1.Volume) bool {
-	return apiPlugin(v) != ""
+	return apiPlugin(v) != "" || v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly
 }
 
 // OnDisk says whether a volume takes its room on the node's disk: what containers
@@ -269,11 +286,12 @@ func (m *Manager) Release(ctx context.Context, uid types.UID) error {
 	if err := hostile.Unmount(m.PodDir(uid)); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
-	for _, name := range []string{"subpaths", "volumes", "tokens"} {
+	for _, name := range []string{"subpaths", "volumes", "tokens", claimsDir} {
 		if err := dir.RemoveAll(ctx, name); err != nil {
 			return fmt.Errorf("volumes of pod %s: %w", uid, err)
 		}
 	}
+	m.unuse(uid)
 	return nil
 }
 
@@ -289,5 +307,6 @@ func (m *Manager) Teardown(ctx context.Context, uid types.UID) error {
 	if err := hostile.RemoveAll(ctx, dir); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
+	m.unuse(uid)
 	return nil
 }

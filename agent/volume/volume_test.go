@@ -21,6 +21,18 @@ import (
 type fakeObjects struct {
 	maps    map[string]*corev1.ConfigMap
 	secrets map[string]*corev1.Secret
+	claims  map[string]*corev1.PersistentVolumeClaim
+	volumes map[string]*corev1.PersistentVolume
+}
+
+func (f *fakeObjects) PersistentVolumeClaim(_, name string) (*corev1.PersistentVolumeClaim, bool) {
+	o, ok := f.claims[name]
+	return o, ok
+}
+
+func (f *fakeObjects) PersistentVolume(name string) (*corev1.PersistentVolume, bool) {
+	o, ok := f.volumes[name]
+	return o, ok
 }
 
 func (f *fakeObjects) ConfigMap(_, name string) (*corev1.ConfigMap, bool) {

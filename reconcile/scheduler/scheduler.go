@@ -28,11 +28,6 @@ const (
 	selectedNodeAnnotation = "volume.kubernetes.io/selected-node"
 )
 
-var (
-	persistentVolumesResource      = corev1.SchemeGroupVersion.WithResource("persistentvolumes")
-	persistentVolumeClaimsResource = corev1.SchemeGroupVersion.WithResource("persistentvolumeclaims")
-)
-
 // Scheduler drives sched: it plans the pending pods under one key and turns the
 // plan into changes. What it keeps from pass to pass is derived from the
 // snapshots it has seen, and which pods are to be left alone for a while.
@@ -275,9 +270,9 @@ func preempt(in reconcile.Input, p sched.Preemption, victim *corev1.Pod) reconci
 // commitClaim returns the change that ties a claim to the Node its pod is to run on.
 func commitClaim(d sched.ClaimDecision, node string) reconcile.Request {
 	if d.Volume != nil {
-		return reconcile.Update(persistentVolumesResource, d.Volume)
+		return reconcile.Update(reconcile.PVsResource, d.Volume)
 	}
-	return reconcile.MergePatch(persistentVolumeClaimsResource, d.Claim, "", map[string]any{"metadata": map[string]any{
+	return reconcile.MergePatch(reconcile.PVCsResource, d.Claim, "", map[string]any{"metadata": map[string]any{
 		"uid": string(d.Claim.UID), "resourceVersion": d.Claim.ResourceVersion,
 		"annotations": map[string]string{selectedNodeAnnotation: node},
 	}})

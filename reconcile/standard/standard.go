@@ -12,6 +12,7 @@ import (
 	"timonel/reconcile/policy"
 	"timonel/reconcile/scheduler"
 	"timonel/reconcile/service"
+	"timonel/reconcile/storage"
 	"timonel/reconcile/workload"
 	"timonel/reconcile/workload/job"
 	"timonel/sched"
@@ -63,6 +64,12 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		service.EndpointSliceMirroring{},
 		policy.NamespaceDefaults{RootCA: c.RootCA},
 		policy.Disruption{},
+		storage.Binder{},
+		storage.Class{},
+		storage.ClaimProtection{},
+		storage.VolumeProtection{},
+		storage.AttributesProtection{},
+		storage.Ephemeral{},
 		cleanup.Namespace{},
 		cleanup.GarbageCollector{},
 		cleanup.PodGC{},

@@ -28,6 +28,7 @@ import (
 	"timonel/reconcile/policy"
 	"timonel/reconcile/scheduler"
 	"timonel/reconcile/service"
+	"timonel/reconcile/storage"
 	"timonel/reconcile/workload"
 	"timonel/reconcile/workload/job"
 	"timonel/sched"
@@ -87,6 +88,7 @@ func All(t T) []reconcile.Reconciler {
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
 		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3},
+		storage.Binder{}, storage.Class{}, storage.ClaimProtection{}, storage.VolumeProtection{}, storage.AttributesProtection{}, storage.Ephemeral{},
 	}
 }
 

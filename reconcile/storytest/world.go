@@ -74,13 +74,26 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	job.Kind:                                                                         "jobs",
 	job.CronJobKind:                                                                  "cronjobs",
 	{Group: "policy", Version: "v1", Kind: "PodDisruptionBudget"}:                    "poddisruptionbudgets",
+	reconcile.PVKind:                                                                 "persistentvolumes",
+	{Group: "storage.k8s.io", Version: "v1", Kind: "StorageClass"}:                   "storageclasses",
+	{Group: "storage.k8s.io", Version: "v1", Kind: "VolumeAttributesClass"}:          "volumeattributesclasses",
 }
 
-var clusterKinds = map[string]bool{"Node": true, "Namespace": true, "Fleet": true, "CustomResourceDefinition": true}
+var clusterKinds = map[string]bool{
+	"Node": true, "Namespace": true, "Fleet": true, "CustomResourceDefinition": true,
+	"PersistentVolume": true, "StorageClass": true, "VolumeAttributesClass": true,
+}
 
 // resourceName is the plural in the API.
 func resourceName(gvk schema.GroupVersionKind) string {
-	return strings.TrimSuffix(strings.ToLower(gvk.Kind), "s") + "s" // Endpoints is its own plural
+	name := strings.ToLower(gvk.Kind)
+	switch {
+	case strings.HasSuffix(name, "ss"):
+		return name + "es"
+	case strings.HasSuffix(name, "s"): // Endpoints is its own plural
+		return name
+	}
+	return name + "s"
 }
 
 func Serves() reconcile.Kinds {
@@ -311,6 +324,10 @@ func (w *World) create(key string, obj map[string]any) {
 	case "Namespace":
 		if _, ok, _ := unstructured.NestedFieldNoCopy(obj, "spec", "finalizers"); !ok {
 			_ = unstructured.SetNestedStringSlice(obj, []string{"kubernetes"}, "spec", "finalizers")
+		}
+	case "PersistentVolume", "PersistentVolumeClaim":
+		if _, ok, _ := unstructured.NestedFieldNoCopy(obj, "status", "phase"); !ok {
+			_ = unstructured.SetNestedField(obj, "Pending", "status", "phase")
 		}
 	case "Pod":
 		if _, ok, _ := unstructured.NestedFieldNoCopy(obj, "status", "phase"); !ok {

@@ -14,12 +14,13 @@ var ours = map[string]string{
 	names.EndpointSliceController:                   "endpointslice-controller",
 	names.EndpointSliceMirroringController:          "endpoint-slice-mirroring-controller",
 	names.EndpointsController:                       "endpoint-controller",
+	names.EphemeralVolumeController:                 "ephemeral-volume-controller",
 	names.GarbageCollectorController:                "garbage-collector-controller",
 	names.JobController:                             "job-controller",
 	names.NamespaceController:                       "namespace-controller",
 	names.NodeIpamController:                        "node-ipam-controller",
 	names.NodeLifecycleController:                   "node-lifecycle-controller",
-	names.PersistentVolumeBinderController:          "persistentvolume-binder-controller",
+	names.PersistentVolumeBinderController:          "persistentvolume-controller",
 	names.PersistentVolumeClaimProtectionController: "persistentvolumeclaim-protection-controller",
 	names.PersistentVolumeProtectionController:      "persistentvolume-protection-controller",
 	names.PodGarbageCollectorController:             "pod-garbage-collector-controller",
@@ -30,6 +31,7 @@ var ours = map[string]string{
 	names.ServiceAccountTokenController:             "serviceaccount-token-controller",
 	names.StatefulSetController:                     "statefulset-controller",
 	names.TTLAfterFinishedController:                "ttl-after-finished-controller",
+	names.VolumeAttributesClassProtectionController: "volumeattributesclass-protection-controller",
 	names.TaintEvictionController:                   "taint-eviction-controller",
 }
 
@@ -74,9 +76,7 @@ func run() []started {
 		{names.ValidatingAdmissionPolicyStatusController, on(resource("admissionregistration.k8s.io", "v1", "validatingadmissionpolicies"))},
 		{names.LegacyServiceAccountTokenCleanerController, on(resource("", "v1", "secrets"))},
 		{names.PersistentVolumeAttachDetachController, on(resource("storage.k8s.io", "v1", "csidrivers"), resource("storage.k8s.io", "v1", "volumeattachments"))},
-		{names.EphemeralVolumeController, on(resource("", "v1", "pods"))},
 		{names.PersistentVolumeExpanderController, on(resource("", "v1", "persistentvolumeclaims"))},
-		{names.VolumeAttributesClassProtectionController, on(resource("storage.k8s.io", "v1", "volumeattributesclasses"))},
 		{names.ResourceClaimController, on(claims, templates)},
 		{names.DeviceTaintEvictionController, on(slices, rules)},
 		// These are behind features that are off in upstream too; they run where they are on.

@@ -82,7 +82,7 @@ func NewCache(store *state.Store, options ...Option) *Cache {
 
 func (c *Cache) clear() {
 	c.metas = newTree()
-	c.indexes = indexes{byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree()}
+	c.indexes = indexes{byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree(), byVolume: newTree()}
 	c.undecodable = map[string]bool{}
 }
 
@@ -100,7 +100,7 @@ func rank(tree *metaTree, key string) int {
 func (c *Cache) freeze(revision int64) *Snapshot {
 	return &Snapshot{
 		revision: revision, prefix: c.prefix, metas: c.metas.Copy(),
-		indexes: indexes{byUID: c.byUID.Copy(), byOwner: c.byOwner.Copy(), byNamespace: c.byNamespace.Copy(), byNode: c.byNode.Copy()},
+		indexes: indexes{byUID: c.byUID.Copy(), byOwner: c.byOwner.Copy(), byNamespace: c.byNamespace.Copy(), byNode: c.byNode.Copy(), byVolume: c.byVolume.Copy()},
 	}
 }
 
@@ -387,6 +387,9 @@ func (c *Cache) index(m *Meta) {
 	if pod, ok := m.Object.(*corev1.Pod); ok && pod.Spec.NodeName != "" {
 		c.byNode.Set(pod.Spec.NodeName+"/"+m.Key, m)
 	}
+	for key := range volumeKeys(m) {
+		c.byVolume.Set(key+m.Key, m)
+	}
 }
 
 func (c *Cache) unindex(m *Meta) {
@@ -401,5 +404,8 @@ func (c *Cache) unindex(m *Meta) {
 	}
 	if pod, ok := m.Object.(*corev1.Pod); ok && pod.Spec.NodeName != "" {
 		c.byNode.Delete(pod.Spec.NodeName + "/" + m.Key)
+	}
+	for key := range volumeKeys(m) {
+		c.byVolume.Delete(key + m.Key)
 	}
 }

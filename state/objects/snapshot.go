@@ -28,6 +28,7 @@ type indexes struct {
 	byOwner     *metaTree
 	byNamespace *metaTree
 	byNode      *metaTree // pods only
+	byVolume    *metaTree // pods, volumes and claims: volumes.go
 }
 
 // Revision is the store's revision that the snapshot shows.

@@ -1620,8 +1620,9 @@ func (x *PodRemove) GetRevision() int64 {
 	return 0
 }
 
-// ObjectSet is a ConfigMap, Secret or ServiceAccount that a pod of this node
-// refers to. Objects are sent before the pods that need them.
+// ObjectSet is a ConfigMap, Secret, ServiceAccount, claim or volume that a pod of this
+// node refers to, or a volume that the node is to delete. Objects are sent before the
+// pods that need them.
 type ObjectSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
