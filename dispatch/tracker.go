@@ -11,8 +11,10 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"k8s.io/utils/clock"
 
 	"timonel/gossip"
+	"timonel/internal/stall"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -39,7 +41,7 @@ type Health struct {
 // Times of the tracker.
 const (
 	trackInterval  = 200 * time.Millisecond
-	pauseLimit     = 1500 * time.Millisecond // a tick that is later than this means that we were away
+	pauseLimit     = 1500 * time.Millisecond // looks at the clock that are further apart than this mean that we were away
 	probeInterval  = 300 * time.Millisecond  // between the probes of a node without a stream
 	probeSlow      = 2 * time.Second         // the same once it has been gone for long
 	probeSlowAfter = 30 * time.Second
@@ -164,7 +166,8 @@ func (t *Tracker) Run(ctx context.Context) error {
 
 	tick := time.NewTicker(trackInterval)
 	defer tick.Stop()
-	last := t.now()
+	pauses := stall.New(trackerClock{now: t.now}, trackInterval, pauseLimit)
+	work.Go(func() { pauses.Run(ctx) })
 	for {
 		select {
 		case <-ctx.Done():
@@ -183,16 +186,23 @@ func (t *Tracker) Run(ctx context.Context) error {
 		}
 		// After each of them, so that a pause is noticed before what comes after it
 		// is believed.
-		now := t.now()
-		if away := now.Sub(last); away > pauseLimit {
+		if away := pauses.Away(); away > 0 {
 			t.log.Warn("this controller was away; every node's clock starts again", "for", away.Round(time.Millisecond))
 			t.Reset()
 		}
-		last = now
 		t.followPeers(ctx, &work, followed)
 		t.probeMissing(ctx, &work, probes)
 	}
 }
+
+// trackerClock is the clock of a tracker for its watch over pauses.
+type trackerClock struct {
+	clock.RealClock
+	now func() time.Time
+}
+
+// Now implements clock.PassiveClock.
+func (c trackerClock) Now() time.Time { return c.now() }
 
 // node returns what is known of a node, made if need be. The caller holds t.mu.
 func (t *Tracker) node(name string) *track {

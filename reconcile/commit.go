@@ -12,15 +12,16 @@ import (
 )
 
 // pass evaluates one key, makes the changes, and waits until the cache shows them.
-func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) outcome {
-	o := outcome{lane: l, item: it}
+func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) *outcome {
+	o := &outcome{lane: l, item: it}
+	slots := t.slots(l)
 	select {
-	case t.evaluate <- struct{}{}:
+	case slots.evaluate <- struct{}{}:
 	case <-ctx.Done():
 		return o
 	}
 	result, err := safely(l.reconciler, in, it.key)
-	<-t.evaluate
+	<-slots.evaluate
 
 	o.next, o.err = result.Next, err
 	for _, e := range result.Events {
@@ -29,30 +30,20 @@ func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) outcome {
 	if len(result.Requests) == 0 {
 		return o
 	}
-	var mu sync.Mutex
+	slow, others := slowStart(result.Requests)
 	var wg sync.WaitGroup
-	for _, c := range result.Requests {
-		select {
-		case t.requests <- struct{}{}:
-		case <-ctx.Done():
-			wg.Wait()
-			return o
+	wg.Go(func() { t.makeAll(ctx, l, others, o) })
+	for n := 1; len(slow) > 0 && ctx.Err() == nil; n *= 2 {
+		n = min(n, len(slow))
+		if bad := t.makeAll(ctx, l, slow[:n], o); bad {
+			break
 		}
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			defer func() { <-t.requests }()
-			failed, kind := t.commit(ctx, l.reconciler.Name(), c)
-			mu.Lock()
-			defer mu.Unlock()
-			if failed != nil && kind == Refused {
-				o.failed = append(o.failed, *failed)
-			}
-			o.stale = o.stale || kind == Stale
-			o.later = o.later || kind == Unknown
-		}()
+		slow = slow[n:]
 	}
 	wg.Wait()
+	if ctx.Err() != nil {
+		return o
+	}
 
 	// What was committed is in this replica's state already. The next pass must see it.
 	wait, cancel := context.WithTimeout(ctx, catchUp)
@@ -62,6 +53,47 @@ func (t *term) pass(ctx context.Context, l *lane, it *item, in Input) outcome {
 		o.later = true
 	}
 	return o
+}
+
+// slowStart tells the requests that are made in growing batches from the others.
+func slowStart(requests []Request) (slow, others []Request) {
+	for _, c := range requests {
+		if c.SlowStart {
+			slow = append(slow, c)
+		} else {
+			others = append(others, c)
+		}
+	}
+	return slow, others
+}
+
+// makeAll makes requests at the same time and notes in o what became of them. It says
+// whether one was refused or not answered.
+func (t *term) makeAll(ctx context.Context, l *lane, requests []Request, o *outcome) (bad bool) {
+	slots := t.slots(l)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, c := range requests {
+		select {
+		case slots.requests <- struct{}{}:
+		case <-ctx.Done():
+			return bad
+		}
+		wg.Go(func() {
+			defer func() { <-slots.requests }()
+			failed, kind := t.commit(ctx, l.reconciler.Name(), c)
+			o.mu.Lock()
+			defer o.mu.Unlock()
+			if failed != nil && kind == Refused {
+				o.failed = append(o.failed, *failed)
+			}
+			o.stale = o.stale || kind == Stale
+			o.later = o.later || kind == Unknown
+			bad = bad || kind == Refused || kind == Unknown
+		})
+	}
+	wg.Wait()
+	return bad
 }
 
 // safely calls a reconciler and makes an error of a panic: one object that a

@@ -50,9 +50,12 @@ type Config struct {
 	// Default 30 s.
 	ExpirePoll time.Duration
 
-	// Workers is how many requests to the API run at a time. Default 64.
+	// Workers is how many requests to the API run at a time. Reconcilers that depend on
+	// the nodes' health have a fourth as many besides. Default 64.
 	Workers int
-	// Keys is how many keys are worked on at a time. Default 256.
+	// Keys is how many keys are worked on at a time, a fourth of them of one reconciler
+	// at most. Each of those that depend on the nodes' health has as many of its own.
+	// Default 256.
 	Keys int
 	// Stall is how long this process may make no progress before it counts as paused. Default 2 s.
 	Stall time.Duration

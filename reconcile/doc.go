@@ -27,7 +27,10 @@
 // defaulting, validation, admission and quota hold for them and Raft shares
 // appends, and lets a key run again only once the cache shows what its last
 // pass has changed. So a reconciler needs no memory of what it has asked for.
-// A request that found another state than the snapshot's is simply decided anew.
+// A request that found another state than the snapshot's is simply decided anew. A key
+// for which something was refused waits, longer each time, until its own object is
+// edited. No reconciler takes all the slots there are, and those that judge the
+// nodes' health have slots of their own.
 //
 //	reconcilers, err := standard.Reconcilers(standard.Config{…})
 //	runner, err := reconcile.NewRunner(reconcile.Config{Cache: cache, Client: api, Reconcilers: reconcilers, …})

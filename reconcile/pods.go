@@ -66,6 +66,16 @@ func PatchPodStatus(pod *corev1.Pod, fields map[string]any, conditions ...corev1
 	return c
 }
 
+// MergeConditions returns the change that merges conditions by type into the status of
+// this version of a pod.
+func MergeConditions(pod *corev1.Pod, conditions ...corev1.PodCondition) Request {
+	c := MergePatch(PodsResource, pod, "status", map[string]any{
+		"metadata": Pinned(pod), "status": map[string]any{"conditions": conditions},
+	})
+	c.PatchType = types.StrategicMergePatchType
+	return c
+}
+
 // ConditionTime keeps the time of a condition that does not change its status.
 func ConditionTime(pod *corev1.Pod, t corev1.PodConditionType, status corev1.ConditionStatus, now metav1.Time) metav1.Time {
 	if c := PodCondition(pod, t); c != nil && c.Status == status {

@@ -102,6 +102,11 @@ type Input struct {
 	Kinds Kinds
 	// Failed holds the changes of this key's previous pass that the API refused.
 	Failed []Failure
+	// Since is when the first of the passes was that all asked to be looked at again
+	// (Result.Next) or were refused something, up to the last one. Zero: the last one
+	// asked for nothing. It dates what a reconciler found and the state does not: it
+	// begins anew with a term.
+	Since time.Time
 }
 
 // Failure is a change that could not be made, and why.

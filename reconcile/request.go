@@ -48,6 +48,11 @@ type Request struct {
 	Propagation        *metav1.DeletionPropagation
 	GracePeriodSeconds *int64
 
+	// SlowStart says that a refusal of this request means one of all alike. Those of a
+	// pass are made in batches of one, two, four and so on, and what is left when one
+	// was refused is not made.
+	SlowStart bool
+
 	// Then are made one after another once this change has succeeded.
 	Then []Request
 	// Event is recorded once this change has succeeded.

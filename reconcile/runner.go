@@ -8,12 +8,13 @@ import (
 
 	"k8s.io/utils/clock"
 
+	"timonel/internal/stall"
 	"timonel/state/objects"
 )
 
 const (
-	// beat is how often the runner's loop turns at least, so that a longer gap
-	// between two turns means that the process was held up.
+	// beat is how often the clock is looked at, so that a longer gap between two looks
+	// means that the process was held up, and how often the loop turns at least.
 	beat = 500 * time.Millisecond
 	// catchUp is how long to wait for the cache after a commit before going on without.
 	catchUp = 5 * time.Second
@@ -60,16 +61,31 @@ type term struct {
 	recorder *recorder
 	wg       sync.WaitGroup
 
-	// evaluate and requests bound what runs at a time.
-	evaluate, requests chan struct{}
-	finished           chan outcome
-	running            int
+	// ordinary and urgent bound what the lanes of either sort do at a time.
+	ordinary, urgent slots
+	finished         chan *outcome
 
 	// since is the start of every node's clock: the beginning of the term or the end of the last stall.
-	since, lastBeat time.Time
-	health          Health
-	kinds           Kinds
-	passes          uint64
+	since  time.Time
+	pauses *stall.Watch
+	health Health
+	kinds  Kinds
+	passes uint64
+}
+
+// slots bound what runs at a time: evaluations, and requests to the API.
+type slots struct{ evaluate, requests chan struct{} }
+
+func newSlots(requests int) slots {
+	return slots{evaluate: make(chan struct{}, max(2, runtime.GOMAXPROCS(0))), requests: make(chan struct{}, requests)}
+}
+
+// slots are those of a lane.
+func (t *term) slots(l *lane) slots {
+	if l.urgent {
+		return t.urgent
+	}
+	return t.ordinary
 }
 
 // Run reconciles until ctx ends, and returns once everything it started has
@@ -79,12 +95,12 @@ func (r *Runner) Run(ctx context.Context, number uint64) error {
 	now := r.cfg.Clock.Now()
 	t := &term{
 		Runner: r, number: number,
-		queue:    newQueue(r.cfg.Reconcilers),
+		queue:    newQueue(r.cfg.Reconcilers, r.cfg.Keys),
 		recorder: newRecorder(r.writer, r.cfg.Host, r.cfg.Clock, r.cfg.Log),
-		evaluate: make(chan struct{}, max(2, runtime.GOMAXPROCS(0))),
-		requests: make(chan struct{}, r.cfg.Workers),
-		finished: make(chan outcome, r.cfg.Keys),
-		since:    now, lastBeat: now,
+		ordinary: newSlots(r.cfg.Workers),
+		urgent:   newSlots(max(1, r.cfg.Workers/4)),
+		finished: make(chan *outcome, r.cfg.Keys+len(r.cfg.Reconcilers)*max(1, r.cfg.Keys/laneShare)),
+		since:    now, pauses: stall.New(r.cfg.Clock, beat, r.cfg.Stall),
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer t.wg.Wait()
@@ -106,6 +122,7 @@ func (t *term) run(ctx context.Context) error {
 	changes := make(chan objects.Changes)
 	kinds := make(chan Kinds)
 	askKinds := make(chan struct{}, 1)
+	t.spawn(func() { t.pauses.Run(ctx) })
 	t.spawn(func() { t.recorder.run(ctx) })
 	t.spawn(func() { t.followKinds(ctx, askKinds, kinds) })
 	if t.cfg.Expire != nil {
@@ -177,18 +194,15 @@ func (t *term) currentHealth() Health {
 	return h
 }
 
-// checkStall notices that the process was stopped, or held up, since the loop
-// turned last. Both clocks are looked at: the monotonic one stands still while a
-// machine is suspended.
+// checkStall starts every node's clock again when the process was stopped, or held
+// up, since the loop turned last. Work that keeps the loop long is no pause.
 func (t *term) checkStall() {
-	now := t.cfg.Clock.Now()
-	gap := max(now.Sub(t.lastBeat), now.Round(0).Sub(t.lastBeat.Round(0)))
-	t.lastBeat = now
-	if gap < t.cfg.Stall {
+	away := t.pauses.Away()
+	if away == 0 {
 		return
 	}
-	t.cfg.Log.Warn("this controller was paused or stalled: the clock of every node starts again", "for", gap.Round(time.Millisecond))
-	t.since = now
+	t.cfg.Log.Warn("this controller was paused or stalled: the clock of every node starts again", "for", away.Round(time.Millisecond))
+	t.since = t.cfg.Clock.Now()
 	if t.cfg.ResetHealth != nil {
 		t.cfg.ResetHealth()
 	}
@@ -251,6 +265,9 @@ func (t *term) changed(c objects.Changes, askKinds chan<- struct{}) {
 	for _, ch := range c.Changed {
 		for _, l := range t.queue.lanes {
 			for _, key := range l.reconciler.Keys(ch, c.Snapshot) {
+				if edits(ch, key) {
+					t.queue.edited(l, key)
+				}
 				t.queue.add(l, key, now)
 			}
 		}
@@ -265,17 +282,17 @@ func (t *term) changed(c objects.Changes, askKinds chan<- struct{}) {
 
 // Start gives turns to as many keys as may run at a time.
 func (t *term) start(ctx context.Context, now time.Time) {
-	for t.running < t.cfg.Keys {
+	for {
 		l, it := t.queue.take()
 		if it == nil {
 			return
 		}
-		t.running++
 		t.passes++
+		it.started = now
 		in := Input{
 			Now: now, Seed: t.cfg.Seed + t.number<<32 + t.passes,
 			Snapshot: t.cfg.Cache.Snapshot(), Changes: t.changesSince,
-			Health: t.health, Kinds: t.kinds, Failed: it.failed,
+			Health: t.health, Kinds: t.kinds, Failed: it.failed, Since: it.since,
 		}
 		t.spawn(func() { t.finished <- t.pass(ctx, l, it, in) })
 	}
@@ -297,6 +314,8 @@ type outcome struct {
 	lane *lane
 	item *item
 	next time.Time
+	// mu guards what follows while requests are made.
+	mu sync.Mutex
 	// Refused are the refused changes, stale says that one found another state than
 	// it expected, later that the API could not be asked.
 	failed       []Failure
@@ -305,8 +324,7 @@ type outcome struct {
 }
 
 // finish ends the turn of a key and decides when it has another.
-func (t *term) finish(o outcome) {
-	t.running--
+func (t *term) finish(o *outcome) {
 	now := t.cfg.Clock.Now()
 	it := o.item
 	it.failed = o.failed
@@ -323,6 +341,9 @@ func (t *term) finish(o outcome) {
 		it.tries++
 	default:
 		it.tries, again, it.notBefore = 0, false, time.Time{}
+	}
+	if it.edited { // while the pass ran, which knew nothing of it
+		it.tries, it.notBefore = min(it.tries, 1), time.Time{}
 	}
 	if o.err != nil {
 		t.cfg.Log.Warn("reconcile failed", "reconciler", o.lane.reconciler.Name(), "key", it.key.String(), "err", o.err)

@@ -8,9 +8,9 @@ import (
 )
 
 var (
-	statusAffinity     = unresolvable("node(s) didn't match pod affinity rules")
-	statusAntiAffinity = unschedulable("node(s) didn't match pod anti-affinity rules")
-	statusExistingAnti = unschedulable("node(s) didn't satisfy existing pods anti-affinity rules")
+	statusAffinity     = unresolvable(causePodAffinity, "node(s) didn't match pod affinity rules")
+	statusAntiAffinity = unschedulable(causePodAffinity, "node(s) didn't match pod anti-affinity rules")
+	statusExistingAnti = unschedulable(causeOthersAffinity, "node(s) didn't satisfy existing pods anti-affinity rules")
 )
 
 // domainKey is one domain of one topology.

@@ -25,6 +25,14 @@
 // of resources (1) and images already present (1). Ties are broken by the seed.
 // A pod placed in a call is seen by every later pod of that call.
 //
+// # Trying again
+//
+// A [Queue] holds the pending pods. One that fits nowhere is tried again when a
+// change comes that may cure what spoke against it (hints.go, upstream's queueing
+// hints), no sooner than its back-off of 1 to 10 s allows, or after five minutes; it
+// is then behind those of its priority that were tried longer ago. So a cluster whose
+// pending pods nothing can cure is at rest, and they hold up no others.
+//
 // # Scale
 //
 // A [Cluster] holds per-node sums, parsed pods and counts of pods that match

@@ -20,27 +20,35 @@ type status struct {
 	reasons []string
 	// unresolvable: evicting pods from the node would not help.
 	unresolvable bool
+	// cause is the filter that says so.
+	cause Causes
 	// err: the pod or what it refers to cannot be understood.
 	err error
 }
 
 func (s *status) text() string { return strings.Join(s.reasons, ", ") }
 
-func unschedulable(reasons ...string) *status { return &status{reasons: reasons} }
+func unschedulable(cause Causes, reasons ...string) *status {
+	return &status{reasons: reasons, cause: cause}
+}
 
-func unresolvable(reasons ...string) *status { return &status{reasons: reasons, unresolvable: true} }
+func unresolvable(cause Causes, reasons ...string) *status {
+	return &status{reasons: reasons, unresolvable: true, cause: cause}
+}
 
-func failed(format string, args ...any) *status { return &status{err: fmt.Errorf(format, args...)} }
+func failed(format string, args ...any) *status {
+	return &status{err: fmt.Errorf(format, args...), cause: causeError}
+}
 
 // The verdicts that need no details, shared and never changed. The words are
 // upstream's.
 var (
-	statusUnschedulable = unresolvable("node(s) were unschedulable")
-	statusTainted       = unresolvable("node(s) had untolerated taint(s)")
-	statusNodeAffinity  = unresolvable("node(s) didn't match Pod's node affinity/selector")
-	statusNotNamed      = unresolvable("node(s) didn't satisfy plugin(s) [NodeAffinity]")
-	statusPorts         = unschedulable("node(s) didn't have free ports for the requested pod ports")
-	statusFeatures      = unresolvable("node(s) didn't match Pod's required features")
+	statusUnschedulable = unresolvable(causeUnschedulable, "node(s) were unschedulable")
+	statusTainted       = unresolvable(causeTaints, "node(s) had untolerated taint(s)")
+	statusNodeAffinity  = unresolvable(causeNodeAffinity, "node(s) didn't match Pod's node affinity/selector")
+	statusNotNamed      = unresolvable(causeNodeAffinity, "node(s) didn't satisfy plugin(s) [NodeAffinity]")
+	statusPorts         = unschedulable(causePorts, "node(s) didn't have free ports for the requested pod ports")
+	statusFeatures      = unresolvable(causeFeatures, "node(s) didn't match Pod's required features")
 
 	taintUnschedulable = corev1.Taint{Key: corev1.TaintNodeUnschedulable, Effect: corev1.TaintEffectNoSchedule}
 )
@@ -101,10 +109,10 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 	c := &candidate{p: p}
 	spec := &p.pod.Spec
 	if p.err != nil {
-		return c, unresolvable("parsing pod: " + p.err.Error())
+		return c, unresolvable(causePod, "parsing pod: "+p.err.Error())
 	}
 	if len(spec.ResourceClaims) > 0 {
-		return c, unresolvable("pod uses spec.resourceClaims and dynamic resource allocation is not supported by this scheduler")
+		return c, unresolvable(causePod, "pod uses spec.resourceClaims and dynamic resource allocation is not supported by this scheduler")
 	}
 	c.nodeAffinity = nodeaffinity.GetRequiredNodeAffinity(p.pod)
 	c.selective = len(spec.NodeSelector) > 0
@@ -112,7 +120,7 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 		c.selective = true
 		var conflict bool
 		if c.only, conflict = namedNodes(a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution); conflict {
-			return c, unresolvable("pod affinity terms conflict")
+			return c, unresolvable(causePod, "pod affinity terms conflict")
 		}
 	}
 	if c.selective {
@@ -251,7 +259,7 @@ func (r *round) filterNode(c *candidate, n *nodeInfo) *status {
 		return statusPorts
 	}
 	if reasons, never := n.insufficient(c.p); len(reasons) > 0 {
-		return &status{reasons: reasons, unresolvable: never}
+		return &status{reasons: reasons, unresolvable: never, cause: causeResources}
 	}
 	if c.volumes != nil {
 		if s := r.filterVolumes(c, n); s != nil {

@@ -57,9 +57,9 @@ type Input struct {
 	// Cluster is derived from the same view by [Build] or [Cluster.Advance].
 	// Nil: built for this call.
 	Cluster *Cluster
-	// Skip leaves out pending pods, such as those that wait for a back-off.
-	// It must give the same answer for the same pod. Nil: none.
-	Skip func(*corev1.Pod) bool
+	// Pods are the pending pods to try, in that order, as a [Queue] gives them; those
+	// that do not wait for a node in Cluster are left out. Nil: all, by priority and age.
+	Pods iter.Seq[*corev1.Pod]
 }
 
 // Plan is what to do. Lists are in the order in which pods were taken.
@@ -76,7 +76,8 @@ type Plan struct {
 	// provisioned there first.
 	Waiting []Waiting
 	// Remaining counts pending pods that were not tried because of
-	// [Config.MaxPods] or [Config.MaxVictimSearches].
+	// [Config.MaxPods] or [Config.MaxVictimSearches]; of those that [Input.Pods]
+	// gave it counts the first alone.
 	Remaining int
 }
 
@@ -98,6 +99,9 @@ type Failure struct {
 	// NominatedNode is the node where room is being made for the pod, to be
 	// written to status.nominatedNodeName; empty to clear it.
 	NominatedNode string
+	// Causes are the filters that spoke against the nodes. They say which changes
+	// can help; see [Queue].
+	Causes Causes
 }
 
 // Preemption evicts Victims from Node to make room for Pod.

@@ -1,6 +1,7 @@
 package sched
 
 import (
+	"iter"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -9,10 +10,12 @@ import (
 )
 
 // Planner plans one snapshot after another and keeps what it derived between
-// them, so that a plan costs what changed and what is pending, not what exists.
+// them, so that a plan costs what changed and what is to be tried, not what exists.
 // Its plans are those that [Schedule] makes from the same snapshot. It has one
 // user at a time.
 type Planner struct {
+	// Queue says which pods to try.
+	*Queue
 	cfg      Config
 	snapshot *objects.Snapshot
 	cluster  *Cluster
@@ -24,32 +27,26 @@ func NewPlanner(c Config) (*Planner, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	return &Planner{cfg: c}, nil
+	return &Planner{Queue: NewQueue(c.SchedulerName), cfg: c}, nil
 }
 
 // Follow moves on to a later snapshot. The first changes it is given, and any
 // with Reset set, may be incomplete; all others must be those since the
 // snapshot it has.
-func (p *Planner) Follow(changes objects.Changes) {
+func (p *Planner) Follow(changes objects.Changes, now time.Time) {
 	p.snapshot = changes.Snapshot
 	state := FromObjects(changes.Snapshot)
 	if p.cluster == nil || changes.Reset {
+		changes.Reset = true
 		p.cluster = Build(state)
-		return
+	} else {
+		p.cluster = p.cluster.Advance(state, Refs(changes.Changed))
 	}
-	p.cluster = p.cluster.Advance(state, Refs(changes.Changed))
-}
-
-// Pending is how many pods wait for a node, whichever scheduler they name.
-func (p *Planner) Pending() int {
-	if p.cluster == nil {
-		return 0
-	}
-	return p.cluster.queue.Len()
+	p.follow(changes, p.cluster, state, now)
 }
 
 // Plan plans the pending pods of the snapshot that it followed to last. See
 // [Input] for the arguments.
-func (p *Planner) Plan(now time.Time, seed uint64, skip func(*corev1.Pod) bool) (Plan, error) {
-	return Schedule(p.cfg, Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Skip: skip})
+func (p *Planner) Plan(now time.Time, seed uint64, pods iter.Seq[*corev1.Pod]) (Plan, error) {
+	return Schedule(p.cfg, Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Pods: pods})
 }

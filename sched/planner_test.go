@@ -91,7 +91,7 @@ func TestPlannerFollowsTheStore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.Pending() != 0 {
+	if p.Len() != 0 {
 		t.Error("pods pending before anything was followed")
 	}
 	revision := int64(0)
@@ -102,7 +102,7 @@ func TestPlannerFollowsTheStore(t *testing.T) {
 			t.Fatal(err)
 		}
 		revision = changes.Snapshot.Revision()
-		p.Follow(changes)
+		p.Follow(changes, epoch)
 		plan, err := p.Plan(epoch, 1, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -121,8 +121,8 @@ func TestPlannerFollowsTheStore(t *testing.T) {
 	}
 	s.put(t, makeNode("a1"))
 	got := plan()
-	if len(got.Bindings) != 1 || p.Pending() != 1 {
-		t.Fatalf("with a node: %s%d pending", describePlan(got), p.Pending())
+	if len(got.Bindings) != 1 || p.Len() != 1 {
+		t.Fatalf("with a node: %s%d pending", describePlan(got), p.Len())
 	}
 	bound := got.Bindings[0].Pod.DeepCopy()
 	bound.Spec.NodeName = "a1"

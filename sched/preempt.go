@@ -14,8 +14,8 @@ import (
 )
 
 var (
-	statusNoVictims = unresolvable("No preemption victims found for incoming pod")
-	statusUnhelpful = unresolvable("Preemption is not helpful for scheduling")
+	statusNoVictims = unresolvable(0, "No preemption victims found for incoming pod")
+	statusUnhelpful = unresolvable(0, "Preemption is not helpful for scheduling")
 )
 
 // nodeVictims is one node where evicting pods makes room.

@@ -20,18 +20,28 @@ func Schedule(c Config, in Input) (Plan, error) {
 	}
 	r := newRound(&c, in)
 	tried := 0
-	in.Cluster.queue.Scan(func(p *podInfo) bool {
-		if p.pod.Spec.SchedulerName != c.SchedulerName || (in.Skip != nil && in.Skip(p.pod)) {
+	// try says whether there was room in this call for the pod.
+	try := func(p *podInfo) bool {
+		if p.pod.Spec.SchedulerName != c.SchedulerName {
 			return true
 		}
 		if (c.MaxPods > 0 && tried == c.MaxPods) || (c.MaxVictimSearches > 0 && r.searches == c.MaxVictimSearches) {
 			r.plan.Remaining++
-			return true
+			return false
 		}
 		tried++
 		r.schedule(p)
 		return true
-	})
+	}
+	if in.Pods == nil {
+		in.Cluster.queue.Scan(func(p *podInfo) bool { try(p); return true })
+		return r.plan, nil
+	}
+	for pod := range in.Pods {
+		if p, ok := in.Cluster.pods.Get(podKey(pod.Namespace, pod.Name)); ok && pending(p.pod) && !try(p) {
+			break
+		}
+	}
 	return r.plan, nil
 }
 
@@ -76,7 +86,7 @@ type round struct {
 	// searches counts how often victims were looked for.
 	searches int
 	// hopeless maps what a pod asks for to the failure of an equal pod.
-	hopeless map[string]string
+	hopeless map[string]hopeless
 
 	// affinities keeps which nodes node selectors match; see affinityAnswers.
 	affinities map[string][]uint8
@@ -84,6 +94,12 @@ type round struct {
 	// statuses by slot of the pod being scheduled; nil: passed or not tried.
 	statuses []*status
 	scratch  scratch
+}
+
+// hopeless is what a pod was told that fits nowhere.
+type hopeless struct {
+	message string
+	causes  Causes
 }
 
 // roundCount is a matchCount by slot, brought up to date by placements.
@@ -102,7 +118,7 @@ func newRound(c *Config, in Input) *round {
 		counts:     map[string]*roundCount{},
 		nominated:  map[int32][]*podInfo{},
 		evicted:    map[*podInfo]bool{},
-		hopeless:   map[string]string{},
+		hopeless:   map[string]hopeless{},
 		affinities: map[string][]uint8{},
 		statuses:   make([]*status, len(cl.nodes)),
 	}
@@ -123,14 +139,14 @@ func newRound(c *Config, in Input) *round {
 // schedule decides about one pod and adds the decision to the plan.
 func (r *round) schedule(p *podInfo) {
 	if len(r.cluster.order) == 0 {
-		r.fail(p, corev1.PodReasonUnschedulable, "no nodes available to schedule pods", "")
+		r.fail(p, corev1.PodReasonUnschedulable, "no nodes available to schedule pods", "", causeNoNodes)
 		return
 	}
 	signature := ""
 	if len(r.hopeless) > 0 {
 		if signature = r.signature(p); signature != "" {
-			if message, ok := r.hopeless[signature]; ok {
-				r.fail(p, corev1.PodReasonUnschedulable, message, "")
+			if h, ok := r.hopeless[signature]; ok {
+				r.fail(p, corev1.PodReasonUnschedulable, h.message, "", h.causes)
 				return
 			}
 		}
@@ -146,15 +162,15 @@ func (r *round) schedule(p *podInfo) {
 		return
 	}
 	if len(feasible) == 0 {
-		message := r.fitMessage(r.statuses, nil)
+		message, causes := r.fitMessage(r.statuses, nil), r.causes()
 		preempted, nominated, extra := r.preempt(c)
-		r.fail(p, corev1.PodReasonUnschedulable, message+extra, nominated)
+		r.fail(p, corev1.PodReasonUnschedulable, message+extra, nominated, causes)
 		if !preempted && nominated == "" {
 			if signature == "" {
 				signature = r.signature(p)
 			}
 			if signature != "" {
-				r.hopeless[signature] = message + extra
+				r.hopeless[signature] = hopeless{message + extra, causes}
 			}
 		}
 		return
@@ -169,7 +185,7 @@ func (r *round) schedule(p *podInfo) {
 // reject records a pod that no node was tried for.
 func (r *round) reject(c *candidate, s *status) {
 	if s.err != nil {
-		r.fail(c.p, corev1.PodReasonSchedulerError, s.err.Error(), "")
+		r.fail(c.p, corev1.PodReasonSchedulerError, s.err.Error(), "", s.cause)
 		return
 	}
 	for i := range r.statuses {
@@ -179,13 +195,24 @@ func (r *round) reject(c *candidate, s *status) {
 	if !r.cfg.DisablePreemption {
 		message += r.preemptionUnhelpful(c)
 	}
-	r.fail(c.p, corev1.PodReasonUnschedulable, message, "")
+	r.fail(c.p, corev1.PodReasonUnschedulable, message, "", s.cause)
 }
 
-func (r *round) fail(p *podInfo, reason, message, nominated string) {
+func (r *round) fail(p *podInfo, reason, message, nominated string, causes Causes) {
 	r.plan.Failures = append(r.plan.Failures, Failure{
-		Pod: p.pod, Reason: reason, Message: message, NominatedNode: nominated,
+		Pod: p.pod, Reason: reason, Message: message, NominatedNode: nominated, Causes: causes,
 	})
+}
+
+// causes are the filters that refused the pod on some node.
+func (r *round) causes() Causes {
+	var out Causes
+	for _, slot := range r.cluster.order {
+		if s := r.statuses[slot]; s != nil {
+			out |= s.cause
+		}
+	}
+	return out
 }
 
 // place takes room for the pod on a node, so that later pods see it, and adds

@@ -9,8 +9,8 @@ import (
 )
 
 var (
-	statusSpread        = unschedulable("node(s) didn't match pod topology spread constraints")
-	statusSpreadNoLabel = unresolvable("node(s) didn't match pod topology spread constraints (missing required label)")
+	statusSpread        = unschedulable(causeSpread, "node(s) didn't match pod topology spread constraints")
+	statusSpreadNoLabel = unresolvable(causeSpread, "node(s) didn't match pod topology spread constraints (missing required label)")
 )
 
 // spreadConstraint is a topology spread constraint, parsed, with the pods it

@@ -14,11 +14,11 @@ import (
 )
 
 var (
-	statusDisk          = unschedulable("node(s) had no available disk")
-	statusOncePod       = unschedulable("node(s) unavailable due to PersistentVolumeClaim with ReadWriteOncePod access mode already in-use by another pod")
-	statusMaxVolumes    = unschedulable("node(s) exceed max volume count")
-	statusZone          = unresolvable("node(s) had no available volume zone")
-	statusUnboundClaims = unresolvable("pod has unbound immediate PersistentVolumeClaims")
+	statusDisk          = unschedulable(causeVolumeUse, "node(s) had no available disk")
+	statusOncePod       = unschedulable(causeVolumeUse, "node(s) unavailable due to PersistentVolumeClaim with ReadWriteOncePod access mode already in-use by another pod")
+	statusMaxVolumes    = unschedulable(causeVolumeLimits, "node(s) exceed max volume count")
+	statusZone          = unresolvable(causeVolumeZone, "node(s) had no available volume zone")
+	statusUnboundClaims = unresolvable(causeVolumeBinding, "pod has unbound immediate PersistentVolumeClaims")
 )
 
 const (
@@ -124,17 +124,17 @@ func (r *round) usableClaim(pod *corev1.Pod, name string, isEphemeral bool) (*co
 	claim, ok := r.in.State.PersistentVolumeClaim(pod.Namespace, name)
 	switch {
 	case !ok && isEphemeral:
-		return nil, unresolvable(fmt.Sprintf("waiting for ephemeral volume controller to create the persistentvolumeclaim %q", name))
+		return nil, unresolvable(causeVolumeBinding, fmt.Sprintf("waiting for ephemeral volume controller to create the persistentvolumeclaim %q", name))
 	case !ok:
-		return nil, unresolvable(fmt.Sprintf("persistentvolumeclaim %q not found", name))
+		return nil, unresolvable(causeVolumeBinding, fmt.Sprintf("persistentvolumeclaim %q not found", name))
 	case claim.Status.Phase == corev1.ClaimLost:
-		return nil, unresolvable(fmt.Sprintf("persistentvolumeclaim %q bound to non-existent persistentvolume %q", name, claim.Spec.VolumeName))
+		return nil, unresolvable(causeVolumeBinding, fmt.Sprintf("persistentvolumeclaim %q bound to non-existent persistentvolume %q", name, claim.Spec.VolumeName))
 	case claim.DeletionTimestamp != nil:
-		return nil, unresolvable(fmt.Sprintf("persistentvolumeclaim %q is being deleted", name))
+		return nil, unresolvable(causeVolumeBinding, fmt.Sprintf("persistentvolumeclaim %q is being deleted", name))
 	}
 	if isEphemeral {
 		if err := ephemeral.VolumeIsForPod(pod, claim); err != nil {
-			return nil, unresolvable(err.Error())
+			return nil, unresolvable(causeVolumeBinding, err.Error())
 		}
 	}
 	return claim, nil
@@ -281,7 +281,7 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 	if len(v.delayed) > 0 {
 		_, reason, err := r.decideClaims(v, n)
 		if err != nil {
-			return &status{err: err}
+			return &status{err: err, cause: causeError}
 		}
 		if reason != "" {
 			reasons = append(reasons, reason)
@@ -291,7 +291,7 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 		reasons = append(reasons, reasonVolumeMissing)
 	}
 	if len(reasons) > 0 {
-		return unresolvable(reasons...)
+		return unresolvable(causeVolumeBinding, reasons...)
 	}
 	if !zonesMatch(v.zones, n.node.Labels) {
 		return statusZone

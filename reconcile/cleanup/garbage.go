@@ -56,22 +56,28 @@ func (GarbageCollector) Keys(c objects.Changed, s *objects.Snapshot) []reconcile
 		keys = append(keys, garbageKey(c.New))
 	}
 	// The dependents of an object that is gone, or that another one replaced
-	// under the same name, have lost an owner. Those of one that begins to be
-	// deleted in the foreground are to be deleted.
-	if c.Old != nil && (c.New == nil || c.New.UID != c.Old.UID || c.Old.DeletionTimestamp == nil && c.New.DeletionTimestamp != nil) {
+	// under the same name, have lost an owner. Those of one that begins to wait for
+	// them, whether it is being deleted since now or was before, are to be deleted.
+	if c.Old != nil && (c.New == nil || c.New.UID != c.Old.UID || waits(c.New) != waits(c.Old)) {
 		for dependent := range s.OwnedBy(c.Old.UID) {
 			keys = append(keys, garbageKey(dependent))
 		}
 	}
-	// An owner that waits for its dependents may wait for this one no longer.
-	if c.Old != nil {
-		for i := range c.Old.OwnerReferences {
-			if owner, ok := s.Metas().ByUID(c.Old.OwnerReferences[i].UID); ok && owner.DeletionTimestamp != nil && garbageWork(owner, s) {
+	// An owner that waits for its dependents may wait for this one no longer, and
+	// one that gives them up has another to give up.
+	for _, m := range reconcile.Versions(c) {
+		for i := range m.OwnerReferences {
+			if owner, ok := s.Metas().ByUID(m.OwnerReferences[i].UID); ok && owner.DeletionTimestamp != nil && garbageWork(owner, s) {
 				keys = append(keys, garbageKey(owner))
 			}
 		}
 	}
 	return keys
+}
+
+// waits says whether an object is to be gone after its dependents.
+func waits(m *objects.Meta) bool {
+	return m.DeletionTimestamp != nil && hasFinalizer(m, metav1.FinalizerDeleteDependents)
 }
 
 func garbageKey(m *objects.Meta) reconcile.Key {
@@ -186,7 +192,7 @@ func (g GarbageCollector) collect(in reconcile.Input, m *objects.Meta, kind reco
 		for dependent := range in.Snapshot.OwnedBy(m.UID) {
 			// Its owner waits for it, so it waits for its own dependents in turn.
 			policy = metav1.DeletePropagationForeground
-			if dependent.DeletionTimestamp != nil && hasFinalizer(dependent, metav1.FinalizerDeleteDependents) {
+			if waits(dependent) {
 				unblock = true // perhaps a circle, in which everyone would wait for ever
 			}
 		}
@@ -234,7 +240,7 @@ const (
 func (GarbageCollector) ownerState(in reconcile.Input, m *objects.Meta, ref *metav1.OwnerReference) ownerState {
 	owner, ok := in.Snapshot.Metas().ByUID(ref.UID)
 	if ok && isOwner(owner, m, ref) {
-		if owner.DeletionTimestamp != nil && hasFinalizer(owner, metav1.FinalizerDeleteDependents) {
+		if waits(owner) {
 			return ownerWaiting
 		}
 		return ownerSolid

@@ -17,8 +17,8 @@ import (
 // terminating ones that never got a Node. A pod on a Node that is merely
 // unreachable stays until the Node comes back or an operator speaks.
 type PodGC struct {
-	// Grace is how old a pod on a Node that does not exist must be, because a Node
-	// may register after a pod was bound to it. Default 40 s.
+	// Grace is how long a Node must have been missing, since this control plane found
+	// it so, before its pods are removed: it may register again. Default 40 s.
 	Grace time.Duration
 }
 
@@ -93,6 +93,11 @@ func (g PodGC) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Resul
 	if ok && !outOfService(node) {
 		return result, nil
 	}
+	missing := in.Since
+	if missing.IsZero() {
+		missing = in.Now
+	}
+	due := missing.Add(cmp.Or(g.Grace, 40*time.Second))
 	for pod := range in.Snapshot.PodsOnNode(key.Name) {
 		if forced(pod) {
 			continue
@@ -103,13 +108,9 @@ func (g PodGC) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Resul
 			}
 			continue
 		}
-		bound := pod.CreationTimestamp
-		if c := reconcile.PodCondition(pod, corev1.PodScheduled); c != nil && c.Status == corev1.ConditionTrue {
-			bound = c.LastTransitionTime
-		}
-		if due := bound.Add(cmp.Or(g.Grace, 40*time.Second)); due.After(in.Now) {
+		if due.After(in.Now) {
 			result.At(due)
-			continue
+			return result, nil
 		}
 		result.Add(forceDelete(in, pod, &corev1.PodCondition{
 			Type: corev1.DisruptionTarget, Status: corev1.ConditionTrue,

@@ -46,7 +46,7 @@ func (NodeLifecycle) All(s *objects.Snapshot) []reconcile.Key {
 }
 
 // Keys implements Reconciler: a Node follows itself, and pods that claim to be
-// ready on a Node that is not.
+// ready on a Node that is not, or not on one that is.
 func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	if c.New == nil {
 		return nil
@@ -67,10 +67,14 @@ func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 		return keys
 	case reconcile.PodKind:
 		pod, ok := c.New.Object.(*corev1.Pod)
-		if !ok || pod.Spec.NodeName == "" || reconcile.ReadyCondition(pod) == nil {
+		if !ok || pod.Spec.NodeName == "" {
 			return nil
 		}
-		if node, ok := s.Nodes().Get("", pod.Spec.NodeName); ok && !reconcile.NodeReady(node) {
+		node, ok := s.Nodes().Get("", pod.Spec.NodeName)
+		if !ok {
+			return nil
+		}
+		if reconcile.NodeReady(node) && takenReadiness(pod) != nil || !reconcile.NodeReady(node) && reconcile.ReadyCondition(pod) != nil {
 			return []reconcile.Key{reconcile.NodeKey(node.Name)}
 		}
 	}
@@ -108,8 +112,10 @@ func (n NodeLifecycle) Reconcile(in reconcile.Input, key reconcile.Key) (reconci
 		return result, nil // taints and pods follow the conditions, in the next pass
 	}
 	n.taints(in, cfg, node, v, &result)
-	if v.Unreachable {
+	if ready := reconcile.NodeCondition(node, corev1.NodeReady); v.Unreachable || ready != nil && ready.Status != corev1.ConditionTrue {
 		n.podsNotReady(in, node, &result)
+	} else if ready != nil {
+		n.podsReady(in, node, &result)
 	}
 	return result, nil
 }
@@ -309,6 +315,32 @@ func (n NodeLifecycle) podsNotReady(in reconcile.Input, node *corev1.Node, resul
 		patch.Event = reconcile.NewEvent(reconcile.PodKind, pod, corev1.EventTypeWarning, "NodeNotReady", "Node is not ready")
 		result.Add(patch)
 	}
+}
+
+// podsReady gives back the readiness that podsNotReady took: the agent, whose stream may
+// never have broken, has nothing new to say of its pods.
+func (n NodeLifecycle) podsReady(in reconcile.Input, node *corev1.Node, result *reconcile.Result) {
+	for pod := range in.Snapshot.PodsOnNode(node.Name) {
+		ready := takenReadiness(pod)
+		if ready == nil {
+			continue
+		}
+		c := *ready
+		c.Status, c.LastTransitionTime = corev1.ConditionTrue, metav1.NewTime(in.Now).Rfc3339Copy()
+		result.Add(reconcile.MergeConditions(pod, c))
+	}
+}
+
+// takenReadiness returns the Ready condition of a pod whose readiness podsNotReady took,
+// or nil. It says no without a reason, which an agent always gives, and although the
+// containers are ready.
+func takenReadiness(pod *corev1.Pod) *corev1.PodCondition {
+	ready, containers := reconcile.PodCondition(pod, corev1.PodReady), reconcile.PodCondition(pod, corev1.ContainersReady)
+	if ready == nil || ready.Status != corev1.ConditionFalse || ready.Reason != "" || reconcile.PodEnded(pod) ||
+		containers == nil || containers.Status != corev1.ConditionTrue {
+		return nil
+	}
+	return ready
 }
 
 // metaNode returns the Node that a Meta is of, or nil.

@@ -3,11 +3,11 @@ package scheduler
 import (
 	"cmp"
 	"maps"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -17,11 +17,10 @@ import (
 )
 
 const (
-	// firstTry and lastTry bound how long a pod that could not be placed is left
-	// alone, whatever happens: it doubles from try to try.
-	firstTry, lastTry = time.Second, 10 * time.Second
-	// slowRetry is when to try again although nothing happened.
-	slowRetry = 5 * time.Minute
+	// recount is how often a pod's condition is written again when only the numbers in
+	// its message are others: a node more or less would otherwise be a write for each
+	// pod that waits.
+	recount = time.Minute
 	// portion is how many pods are planned before their bindings are committed.
 	portion = 500
 
@@ -30,18 +29,13 @@ const (
 
 // Scheduler drives sched: it plans the pending pods under one key and turns the
 // plan into changes. What it keeps from pass to pass is derived from the
-// snapshots it has seen, and which pods are to be left alone for a while.
+// snapshots it has seen, and from what became of the pods it has tried.
 type Scheduler struct {
 	cfg      sched.Config
 	planner  *sched.Planner
 	revision int64 // of the snapshot the planner followed to
-	waits    map[types.UID]wait
-}
-
-// wait is a pod that could not be placed.
-type wait struct {
-	tries int
-	until time.Time
+	// told is when a pod's condition was written last.
+	told map[types.UID]time.Time
 }
 
 // New returns a Scheduler. It fails on a config that cannot be.
@@ -53,7 +47,7 @@ func New(cfg sched.Config) (*Scheduler, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Scheduler{cfg: cfg, planner: planner, waits: map[types.UID]wait{}}, nil
+	return &Scheduler{cfg: cfg, planner: planner, told: map[types.UID]time.Time{}}, nil
 }
 
 // Name implements Reconciler.
@@ -83,13 +77,15 @@ func (s *Scheduler) concerns(c objects.Changed) bool {
 			return true
 		}
 		before, _ := c.Old.Object.(*corev1.Pod)
-		return before == nil || before.Spec.NodeName != o.Spec.NodeName || reconcile.PodEnded(before) != reconcile.PodEnded(o) ||
+		return before == nil || before.Spec.NodeName != o.Spec.NodeName || before.Status.NominatedNodeName != o.Status.NominatedNodeName || reconcile.PodEnded(before) != reconcile.PodEnded(o) ||
 			c.Old.Generation != c.New.Generation || (c.Old.DeletionTimestamp == nil) != (c.New.DeletionTimestamp == nil) ||
 			!maps.Equal(c.Old.Labels, c.New.Labels)
 	case *corev1.Node:
 		return nodeMatters(c)
 	case *corev1.PersistentVolumeClaim, *corev1.PersistentVolume:
 		return true
+	case *corev1.Namespace:
+		return c.Old == nil || c.New == nil || !maps.Equal(c.Old.Labels, c.New.Labels)
 	}
 	switch c.Meta().GVK.Kind {
 	case "StorageClass", "CSINode", "CSIDriver", "CSIStorageCapacity":
@@ -120,24 +116,14 @@ func (s *Scheduler) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Re
 	s.follow(in)
 	s.noteRefused(in)
 	var result reconcile.Result
-	if s.planner.Pending() == 0 {
-		clear(s.waits)
-		return result, nil
-	}
-	plan, err := s.planner.Plan(in.Now, in.Seed, func(pod *corev1.Pod) bool {
-		w := s.waits[pod.UID]
-		if !w.until.After(in.Now) {
-			return false
-		}
-		result.At(w.until)
-		return true
-	})
+	plan, err := s.planner.Plan(in.Now, in.Seed, s.planner.Ready(in.Now))
 	if err != nil {
 		return result, err
 	}
+	s.planner.Tried(plan, in.Now)
+	result.At(s.planner.Next(in.Now))
 
 	for _, b := range plan.Bindings {
-		delete(s.waits, b.Pod.UID)
 		result.Add(bind(b))
 	}
 	claims := map[types.UID]bool{}
@@ -158,58 +144,40 @@ func (s *Scheduler) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Re
 		}
 	}
 	for _, f := range plan.Failures {
-		s.putOff(f.Pod, in.Now)
-		if c, ok := unplaced(in, f); ok {
+		if c, ok := s.unplaced(in, f); ok {
 			result.Add(c)
+			s.told[f.Pod.UID] = in.Now
 		}
 	}
-	switch {
-	case plan.Remaining > 0:
-		result.At(in.Now)
-	case len(plan.Failures) > 0 || len(plan.Waiting) > 0:
-		result.At(in.Now.Add(slowRetry))
+	if len(s.told) > 2*s.planner.Len()+portion {
+		maps.DeleteFunc(s.told, func(_ types.UID, at time.Time) bool { return in.Now.Sub(at) >= recount })
 	}
 	return result, nil
 }
 
-// follow brings the planner to the newest snapshot. New room on the Nodes ends
-// the waits: nobody should wait for ten seconds for a Node that is there.
+// follow brings the planner to the newest snapshot.
 func (s *Scheduler) follow(in reconcile.Input) {
 	changes := objects.Changes{Snapshot: in.Snapshot, Reset: true}
 	if s.revision > 0 && in.Changes != nil {
 		changes = in.Changes(s.revision)
 	}
-	s.planner.Follow(changes)
+	s.planner.Follow(changes, in.Now)
 	s.revision = changes.Snapshot.Revision()
-	if changes.Reset {
-		clear(s.waits)
-	}
-	for _, c := range changes.Changed {
-		if _, ok := c.Meta().Object.(*corev1.Node); ok && c.New != nil && nodeMatters(c) {
-			clear(s.waits)
-		}
-	}
-	for uid := range s.waits {
-		if _, ok := changes.Snapshot.Metas().ByUID(uid); !ok {
-			delete(s.waits, uid)
-		}
-	}
 }
 
-// noteRefused leaves pods alone for a while whose bindings the API refused.
+// noteRefused has pods tried again, after a while, for which the API refused something.
 func (s *Scheduler) noteRefused(in reconcile.Input) {
+	others := false
 	for _, f := range in.Failed {
-		if m := reconcile.Accessor(f.Request.Object); m != nil && f.Request.Subresource == "binding" && !apierrors.IsNotFound(f.Err) {
-			s.putOffUID(m.GetUID(), in.Now)
+		if m := reconcile.Accessor(f.Request.Object); m != nil && f.Request.Subresource == "binding" {
+			s.planner.Refused(m.GetUID(), in.Now)
+		} else {
+			others = true
 		}
 	}
-}
-
-func (s *Scheduler) putOff(pod *corev1.Pod, now time.Time) { s.putOffUID(pod.UID, now) }
-
-func (s *Scheduler) putOffUID(uid types.UID, now time.Time) {
-	w := s.waits[uid]
-	s.waits[uid] = wait{tries: w.tries + 1, until: now.Add(min(lastTry, firstTry<<min(w.tries, 8)))}
+	if others {
+		s.planner.RefusedOthers(in.Now)
+	}
 }
 
 // bind returns the change that assigns a pod to its Node.
@@ -226,11 +194,12 @@ func bind(b sched.Binding) reconcile.Request {
 }
 
 // unplaced returns the change that says in a pod's status why it has no Node, or
-// false if it says so already.
-func unplaced(in reconcile.Input, f sched.Failure) (reconcile.Request, bool) {
+// false if it says so already, or did a moment ago with other numbers.
+func (s *Scheduler) unplaced(in reconcile.Input, f sched.Failure) (reconcile.Request, bool) {
 	pod := f.Pod
 	old := reconcile.PodCondition(pod, corev1.PodScheduled)
-	said := old != nil && old.Status == corev1.ConditionFalse && old.Reason == f.Reason && old.Message == f.Message
+	said := old != nil && old.Status == corev1.ConditionFalse && old.Reason == f.Reason &&
+		(old.Message == f.Message || in.Now.Sub(s.told[pod.UID]) < recount && withoutNumbers(old.Message) == withoutNumbers(f.Message))
 	if said && pod.Status.NominatedNodeName == f.NominatedNode {
 		return reconcile.Request{}, false
 	}
@@ -251,6 +220,16 @@ func unplaced(in reconcile.Input, f sched.Failure) (reconcile.Request, bool) {
 	})
 	c.Event = reconcile.NewEvent(reconcile.PodKind, pod, corev1.EventTypeWarning, "FailedScheduling", "%s", f.Message)
 	return c, true
+}
+
+// withoutNumbers is a message with its numbers taken out.
+func withoutNumbers(message string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, message)
 }
 
 // preempt returns the change that ends a victim, and says why in its status before.

@@ -32,6 +32,7 @@ import (
 	"timonel/reconcile/workload"
 	"timonel/reconcile/workload/job"
 	"timonel/sched"
+	"timonel/state/objects"
 )
 
 // Story runs reconcilers on a world, one key at a time, in an order that is
@@ -44,6 +45,7 @@ type Story struct {
 	failed      map[string][]reconcile.Failure
 	next        map[string]timed
 	hold        map[string]time.Time // no earlier than this, because something was refused
+	since       map[string]time.Time // Input.Since
 	followed    int64
 	seed        uint64
 	out         *strings.Builder
@@ -70,7 +72,7 @@ func (w work) String() string { return w.r.Name() + " " + w.key.String() + strin
 func New(w *World, reconcilers ...reconcile.Reconciler) *Story {
 	return &Story{
 		World: w, reconcilers: reconcilers, Kinds: Serves(), Health: reconcile.Health{Since: w.Now.Add(-time.Hour)},
-		failed: map[string][]reconcile.Failure{}, next: map[string]timed{}, hold: map[string]time.Time{}, out: &strings.Builder{},
+		failed: map[string][]reconcile.Failure{}, next: map[string]timed{}, hold: map[string]time.Time{}, since: map[string]time.Time{}, out: &strings.Builder{},
 	}
 }
 
@@ -155,6 +157,21 @@ func (s *Story) follow() {
 	}
 }
 
+// changes is Input.Changes.
+func (s *Story) changes(after int64) objects.Changes {
+	snapshot := s.Snapshot()
+	if snapshot.Revision() == after {
+		return objects.Changes{Snapshot: snapshot}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	changes, err := s.Cache.Changes(ctx, after)
+	if err != nil {
+		s.t.Fatalf("changes after %d: %v", after, err)
+	}
+	return changes
+}
+
 // setHealth changes the health and queues what that concerns.
 func (s *Story) setHealth(h reconcile.Health) {
 	before := s.Health
@@ -182,7 +199,7 @@ func (s *Story) Step() bool {
 	s.todo = slices.Delete(s.todo, i, i+1)
 	s.seed++
 	result, err := w.r.Reconcile(reconcile.Input{
-		Now: s.Now, Seed: s.seed, Snapshot: s.Snapshot(), Health: s.Health, Kinds: s.Kinds, Failed: s.failed[w.String()],
+		Now: s.Now, Seed: s.seed, Snapshot: s.Snapshot(), Changes: s.changes, Health: s.Health, Kinds: s.Kinds, Failed: s.failed[w.String()], Since: s.since[w.String()],
 	}, w.key)
 	if err != nil {
 		fmt.Fprintf(s.out, "%s: error: %v\n", w.r.Name(), err)
@@ -195,8 +212,28 @@ func (s *Story) Step() bool {
 	for _, e := range result.Events {
 		s.event(e, nil)
 	}
+	batch, inBatch := 1, 0 // of those that start slowly
+	refused := false
 	for _, c := range result.Requests {
+		if !c.SlowStart {
+			s.make(w, c)
+			continue
+		}
+		if inBatch == batch && !refused {
+			batch, inBatch = 2*batch, 0
+		}
+		if inBatch == batch {
+			continue // one of the batch before was refused
+		}
+		inBatch++
+		before := len(s.failed[w.String()])
 		s.make(w, c)
+		refused = refused || len(s.failed[w.String()]) > before
+	}
+	if _, again := s.next[w.String()]; !again {
+		delete(s.since, w.String())
+	} else if s.since[w.String()].IsZero() {
+		s.since[w.String()] = s.Now
 	}
 	return true
 }

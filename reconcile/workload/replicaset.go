@@ -160,13 +160,11 @@ func (r replicas) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*core
 			result.At(until)
 		}
 		missing = min(missing, burst, max(1, BurstBytes/max(1, rs.Spec.Template.Size())))
-		if in.Refused(reconcile.VerbCreate, reconcile.PodsResource) != nil {
-			missing = min(missing, 1) // see whether one goes through before trying them all again
-		}
 		names := reconcile.NewNames(in, rs)
 		for range missing {
 			pod := PodFromTemplate(rs, r.kind, &rs.Spec.Template, names.Next())
 			ch := reconcile.Create(reconcile.PodsResource, pod)
+			ch.SlowStart = true
 			ch.Event = reconcile.NewEvent(r.kind, rs, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
 			ch.FailEvent = reconcile.NewEvent(r.kind, rs, corev1.EventTypeWarning, "FailedCreate", "Error creating")
 			result.Add(ch)
