@@ -48,24 +48,13 @@ func (NodeLifecycle) All(s *objects.Snapshot) []reconcile.Key {
 // Keys implements Reconciler: a Node follows itself, and pods that claim to be
 // ready on a Node that is not, or not on one that is.
 func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
-	if c.New == nil {
-		return nil
-	}
-	switch c.New.GVK {
+	switch c.Meta().GVK {
 	case reconcile.NodeKind:
-		keys := []reconcile.Key{reconcile.NodeKey(c.New.Name)}
-		before, after := metaNode(c.Old), metaNode(c.New)
-		if before == nil || after == nil || reconcile.NodeReady(before) == reconcile.NodeReady(after) {
-			return keys
-		}
-		// How many Nodes are lost decides about each that is.
-		for node := range s.Nodes().All() {
-			if node.Name != c.New.Name && !reconcile.NodeReady(node) {
-				keys = append(keys, reconcile.NodeKey(node.Name))
-			}
-		}
-		return keys
+		return append(lostKeys(c, s), reconcile.NodeKey(c.Meta().Name))
 	case reconcile.PodKind:
+		if c.New == nil {
+			return nil
+		}
 		pod, ok := c.New.Object.(*corev1.Pod)
 		if !ok || pod.Spec.NodeName == "" {
 			return nil
@@ -79,6 +68,21 @@ func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 		}
 	}
 	return nil
+}
+
+// lostKeys are the keys of the Nodes that are not ready, if a change of a Node is one in
+// how many Nodes are lost of how many: that decides about each that is.
+func lostKeys(c objects.Changed, s *objects.Snapshot) (keys []reconcile.Key) {
+	before, after := metaNode(c.Old), metaNode(c.New)
+	if before != nil && after != nil && reconcile.NodeReady(before) == reconcile.NodeReady(after) && lostSince(before).Equal(lostSince(after)) {
+		return nil
+	}
+	for node := range s.Nodes().All() {
+		if node.Name != c.Meta().Name && !reconcile.NodeReady(node) {
+			keys = append(keys, reconcile.NodeKey(node.Name))
+		}
+	}
+	return keys
 }
 
 // HealthKeys implements HealthReconciler: the Nodes whose health differs, and all

@@ -40,18 +40,20 @@ func (TaintEviction) All(s *objects.Snapshot) []reconcile.Key {
 	return keys
 }
 
-// Keys implements Reconciler: Nodes and pods, as far as a NoExecute taint is about.
+// Keys implements Reconciler: Nodes and pods, as far as a NoExecute taint is about, and
+// how many Nodes are lost.
 func (TaintEviction) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
-	if c.New == nil {
-		return nil
-	}
-	switch o := c.New.Object.(type) {
+	switch o := c.Meta().Object.(type) {
 	case *corev1.Node:
-		if evicts(o) {
-			return []reconcile.Key{reconcile.NodeKey(o.Name)}
+		keys := lostKeys(c, s)
+		for _, m := range reconcile.Versions(c) {
+			if evicts(metaNode(m)) {
+				return append(keys, reconcile.NodeKey(o.Name))
+			}
 		}
+		return keys
 	case *corev1.Pod:
-		if o.Spec.NodeName == "" || o.DeletionTimestamp != nil {
+		if c.New == nil || o.Spec.NodeName == "" || o.DeletionTimestamp != nil {
 			return nil
 		}
 		if node, ok := s.Nodes().Get("", o.Spec.NodeName); ok && evicts(node) {

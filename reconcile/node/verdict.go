@@ -136,13 +136,19 @@ func (c HealthConfig) secondWitness(n reconcile.NodeHealth) (time.Time, string, 
 // longTainted says whether a Node's eviction taint is from before the window in
 // which losses count as one, so that the Node was lost on its own.
 func (c HealthConfig) longTainted(node *corev1.Node, now time.Time) bool {
+	since := lostSince(node)
+	return !since.IsZero() && now.Sub(since) > c.Window
+}
+
+// lostSince is when a Node got the first of its eviction taints, zero for none.
+func lostSince(node *corev1.Node) (since time.Time) {
 	for _, t := range node.Spec.Taints {
 		if t.Effect == corev1.TaintEffectNoExecute && (t.Key == corev1.TaintNodeUnreachable || t.Key == corev1.TaintNodeNotReady) &&
-			t.TimeAdded != nil && now.Sub(t.TimeAdded.Time) > c.Window {
-			return true
+			t.TimeAdded != nil && (since.IsZero() || t.TimeAdded.Time.Before(since)) {
+			since = t.TimeAdded.Time
 		}
 	}
-	return false
+	return since
 }
 
 // lost is how many Nodes are lost at once, of those that were not lost long ago.
