@@ -9,13 +9,16 @@
 // leader for as long as its term lasts. What differs:
 //
 //   - They read our object cache by package feed, so that they hold no copy of the state
-//     and watch nothing. The publisher of ClusterTrustBundles alone makes an informer of
-//     its own, of the one bundle that it keeps.
+//     and watch nothing. Two have more: the publisher of ClusterTrustBundles makes an
+//     informer of its own, of the one bundle that it keeps, and the storage version
+//     migrator has the graph of the garbage collector, from the first migration on.
 //   - Each acts as its own service account, whose role the API server makes at its
 //     start, through the API in memory. A request carries the values of the context
 //     of Run, and with them the term: what one says too late is refused.
 //   - One that has nothing to do is not there. It is built when the first object of a
 //     kind exists that it works on, and ends with the term.
+//   - One that does not end with the term is left alone after a moment: its requests
+//     are refused, and it is told of no change.
 //   - One that panics, or returns, is built anew, later each time. A panic in a
 //     goroutine that it started without upstream's crash handler still ends the
 //     process, and so does klog.Fatal; none of those here calls that once it is built.

@@ -41,7 +41,6 @@ var leftOut = map[string]string{
 	names.TokenCleanerController:                   "off in upstream too; the API takes no bootstrap tokens, and Timonel's join tokens expire by themselves",
 	names.SELinuxWarningController:                 "off in upstream too; it only warns, of volumes on nodes with SELinux",
 	names.StorageVersionGarbageCollectorController: "behind a feature that is off in upstream too (StorageVersionAPI, alpha): there are no StorageVersions",
-	names.StorageVersionMigratorController:         "it needs the graph of upstream's garbage collector, a copy of all objects' metadata; a StorageVersionMigration is not carried out",
 }
 
 // started is one of upstream's controllers that runs here.
@@ -79,6 +78,7 @@ func run() []started {
 		{names.PersistentVolumeExpanderController, on(resource("", "v1", "persistentvolumeclaims"))},
 		{names.ResourceClaimController, on(claims, templates)},
 		{names.DeviceTaintEvictionController, on(slices, rules)},
+		{names.StorageVersionMigratorController, on(resource("storagemigration.k8s.io", "v1", "storageversionmigrations"))},
 		// These are behind features that are off in upstream too; they run where they are on.
 		{names.PodGroupProtectionController, on(resource("scheduling.k8s.io", "v1beta1", "podgroups"))},
 		{names.ResourcePoolStatusRequestController, on(resource("resource.k8s.io", "v1alpha3", "resourcepoolstatusrequests"))},

@@ -4,13 +4,17 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"net/netip"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
 	"k8s.io/kubernetes/cmd/kube-controller-manager/app"
+
+	"timonel/reconcile/standard"
 )
 
 // namesOfUpstream reads the constants of upstream's list of controllers.
@@ -67,6 +71,16 @@ func TestEveryNameOfUpstream(t *testing.T) {
 	}
 	for name, in := range lists {
 		t.Errorf("%s is in the lists %v and no name of upstream's", name, in)
+	}
+	// What a reconciler does, none of upstream's does too.
+	reconcilers, err := standard.Reconcilers(standard.Config{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/16")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range reconcilers {
+		if slices.ContainsFunc(run(), func(s started) bool { return s.name == r.Name() }) || leftOut[r.Name()] != "" {
+			t.Errorf("%s is a reconciler of Timonel, and not in the list of ours", r.Name())
+		}
 	}
 	descriptors := app.NewControllerDescriptors()
 	for _, s := range run() {

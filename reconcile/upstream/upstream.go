@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -47,6 +48,10 @@ const (
 	leastPause = time.Second
 	mostPause  = time.Minute
 )
+
+// endPatience is how long a controller may take to end with its term. A replica cannot
+// lead again before all have ended or are given up.
+const endPatience = 5 * time.Second
 
 // mapperPeriod is how old what is known of the API's resources may be for the
 // controllers that map kinds, as in upstream.
@@ -191,7 +196,18 @@ var errNotBuilt = errors.New("off")
 // keep runs a controller until ctx ends, again when it fails.
 func (c *Controllers) keep(ctx context.Context, name string, control func(context.Context) error) error {
 	for pause := leastPause; ; pause = min(2*pause, mostPause) {
-		err := recovered(ctx, control)
+		done := make(chan error, 1)
+		go func() { done <- recovered(ctx, control) }()
+		var err error
+		select {
+		case err = <-done:
+		case <-ctx.Done():
+			select {
+			case <-done:
+			case <-time.After(endPatience):
+				c.Log.Warn("one of Kubernetes' controllers did not end with the term and is left alone, what it writes is refused", "name", name)
+			}
+		}
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -230,7 +246,7 @@ func (c *Controllers) control(ctx context.Context, name string, source *feed.Fee
 	if name == names.CertificateSigningRequestSigningController {
 		factory.Hide(certificatesv1.SchemeGroupVersion.WithResource("certificatesigningrequests"), wantsTimonel)
 	}
-	controller, err := c.descriptors[name].BuildController(ctx, app.ControllerContext{
+	environment := app.ControllerContext{
 		ClientBuilder:                   builder,
 		InformerFactory:                 factory,
 		ObjectOrMetadataInformerFactory: factory,
@@ -239,7 +255,15 @@ func (c *Controllers) control(ctx context.Context, name string, source *feed.Fee
 		InformersStarted:                informersStarted,
 		ResyncPeriod:                    func() time.Duration { return 0 },
 		ControllerManagerMetrics:        c.metrics,
-	})
+	}
+	beside := func(context.Context) {}
+	if name == names.StorageVersionMigratorController {
+		var err error
+		if beside, err = addGraph(ctx, &environment); err != nil {
+			return err
+		}
+	}
+	controller, err := c.descriptors[name].BuildController(ctx, environment)
 	if err != nil {
 		return err
 	}
@@ -252,6 +276,10 @@ func (c *Controllers) control(ctx context.Context, name string, source *feed.Fee
 	factory.Start(nil)
 	close(informersStarted)
 	c.Log.Info("one of Kubernetes' controllers starts", "name", name)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer end()
+	wg.Go(func() { beside(ctx) })
 	controller.Run(ctx)
 	return errors.New("it returned")
 }

@@ -24,7 +24,9 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	storagemigrationv1 "k8s.io/api/storagemigration/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	apiresource "k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/wait"
@@ -181,6 +183,17 @@ func TestQuotaInTwoTerms(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		// Admission counts an object before it is there, so that a count of upstream's at
+		// its start may miss it; another limit makes it count again.
+		c.until("another limit", func(ctx context.Context) (bool, error) {
+			q, err := c.client.CoreV1().ResourceQuotas("default").Get(ctx, "q", metav1.GetOptions{})
+			if err != nil {
+				return false, err
+			}
+			q.Spec.Hard["services"] = *apiresource.NewQuantity(int64(10+term), apiresource.DecimalSI)
+			_, err = c.client.CoreV1().ResourceQuotas("default").Update(ctx, q, metav1.UpdateOptions{})
+			return err == nil, err
+		})
 		c.until("ConfigMaps", c.used("q", "configmaps=2"))
 		if err := configMap("c"); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "exceeded quota: q, requested: configmaps=1, used: configmaps=2, limited: configmaps=2") {
 			t.Errorf("over quota: %v", err)
@@ -269,4 +282,60 @@ func TestRolesAndCertificates(t *testing.T) {
 		}
 		return false, fmt.Errorf("its conditions are %v", csr.Status.Conditions)
 	})
+}
+
+// A StorageVersionMigration is carried out, once the graph that it needs is there.
+func TestStorageVersionMigration(t *testing.T) {
+	c := start(t)
+	defer c.lead()()
+	ctx := t.Context()
+	c.until("the API serves", func(ctx context.Context) (bool, error) {
+		_, err := c.client.CoreV1().ConfigMaps("default").Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "a"}}, metav1.CreateOptions{})
+		return err == nil || apierrors.IsAlreadyExists(err), err
+	})
+	migrations := c.client.StoragemigrationV1().StorageVersionMigrations()
+	if _, err := migrations.Create(ctx, &storagemigrationv1.StorageVersionMigration{
+		ObjectMeta: metav1.ObjectMeta{Name: "m"},
+		Spec:       storagemigrationv1.StorageVersionMigrationSpec{Resource: metav1.GroupResource{Resource: "configmaps"}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.until("the migration succeeds", func(ctx context.Context) (bool, error) {
+		m, err := migrations.Get(ctx, "m", metav1.GetOptions{})
+		if err != nil {
+			return false, err
+		}
+		if !meta.IsStatusConditionTrue(m.Status.Conditions, string(storagemigrationv1.MigrationSucceeded)) {
+			return false, fmt.Errorf("its conditions are %v", m.Status.Conditions)
+		}
+		return true, nil
+	})
+}
+
+// One that does not end with its term is given up, so that the replica may lead again.
+func TestControllerThatDoesNotEnd(t *testing.T) {
+	t.Parallel()
+	c := &Controllers{Config: Config{Log: slog.New(slog.NewTextHandler(t.Output(), nil))}}
+	ctx, cancel := context.WithCancel(t.Context())
+	begun, never := make(chan struct{}), make(chan struct{})
+	defer close(never)
+	go func() { <-begun; cancel() }()
+	if err := c.keep(ctx, "stubborn", func(context.Context) error { close(begun); <-never; return nil }); !errors.Is(err, context.Canceled) {
+		t.Errorf("keep: %v", err)
+	}
+}
+
+// One that panics or returns is built anew; one that is off is not.
+func TestControllerThatFails(t *testing.T) {
+	t.Parallel()
+	c := &Controllers{Config: Config{Log: slog.New(slog.NewTextHandler(t.Output(), nil))}}
+	tries := 0
+	if err := c.keep(t.Context(), "clumsy", func(context.Context) error {
+		if tries++; tries == 1 {
+			panic("oops")
+		}
+		return errNotBuilt
+	}); err != nil || tries != 2 {
+		t.Errorf("keep: %v after %d tries", err, tries)
+	}
 }

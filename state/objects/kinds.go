@@ -20,6 +20,8 @@ import (
 	schedulingv1 "k8s.io/api/scheduling/v1"
 	schedulingv1beta1 "k8s.io/api/scheduling/v1beta1"
 	storagev1 "k8s.io/api/storage/v1"
+	storagemigrationv1 "k8s.io/api/storagemigration/v1"
+	storagemigrationv1beta1 "k8s.io/api/storagemigration/v1beta1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -93,6 +95,7 @@ func typedKinds() map[string]kind {
 		"resourcepoolstatusrequests/":  {resourcev1alpha3.SchemeGroupVersion.WithKind("ResourcePoolStatusRequest"), func() object { return &resourcev1alpha3.ResourcePoolStatusRequest{} }},
 		"resourceslices/":              {resourcev1.SchemeGroupVersion.WithKind("ResourceSlice"), func() object { return &resourcev1.ResourceSlice{} }},
 		"servicecidrs/":                {networkingv1.SchemeGroupVersion.WithKind("ServiceCIDR"), func() object { return &networkingv1.ServiceCIDR{} }},
+		"storageversionmigrations/":    {storagemigrationv1beta1.SchemeGroupVersion.WithKind("StorageVersionMigration"), func() object { return &storagemigrationv1.StorageVersionMigration{} }},
 		"validatingadmissionpolicies/": {admissionv1.SchemeGroupVersion.WithKind("ValidatingAdmissionPolicy"), func() object { return &admissionv1.ValidatingAdmissionPolicy{} }},
 		"volumeattributesclasses/":     {storagev1.SchemeGroupVersion.WithKind("VolumeAttributesClass"), func() object { return &storagev1.VolumeAttributesClass{} }},
 	}
