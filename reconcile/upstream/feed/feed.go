@@ -12,6 +12,7 @@ import (
 // Feed follows a cache and wakes the handlers of the kinds that changed.
 type Feed struct {
 	cache *objects.Cache
+	from  *objects.Snapshot // what was there when it was made: handlers hear of what is newer
 
 	mu        sync.Mutex
 	informers map[*informer]bool // those that were started
@@ -19,12 +20,14 @@ type Feed struct {
 
 // New returns a feed from a cache. It does nothing until it runs.
 func New(cache *objects.Cache) *Feed {
-	return &Feed{cache: cache, informers: map[*informer]bool{}}
+	return &Feed{cache: cache, from: cache.Snapshot(), informers: map[*informer]bool{}}
 }
 
-// Run feeds the informers of all factories until ctx ends, whose error it returns.
+// Run feeds the informers of all factories until ctx ends, whose error it returns. It
+// is called once. A handler that was told of everything before it runs misses nothing.
 func (f *Feed) Run(ctx context.Context) error {
-	at := f.cache.Snapshot()
+	at := f.from
+	f.from = nil // it is not kept
 	for {
 		changes, err := f.cache.Changes(ctx, at.Revision())
 		if err != nil {

@@ -345,10 +345,11 @@ func TestSlowHandlerIsToldTheDifference(t *testing.T) {
 	want := map[string]string{}
 	for i := range 10 {
 		name := fmt.Sprint("p", i)
-		w.put(podKey("a", name), pod("a", name, "n1", i, 0))
+		w.wait(w.put(podKey("a", name), pod("a", name, "n1", i, 0)))
 		want["a/"+name] = fmt.Sprint(i, ".0")
 	}
 	w.factory.Start(nil)
+	pace <- struct{}{} // it is in its first call
 	fast.until(t, "the fast one", want)
 
 	// While the slow one is in its first call: one goes, one is replaced, one changes,
@@ -421,6 +422,32 @@ func TestQuietHandlerMovesOn(t *testing.T) {
 	if got := len(quiet.told["n"]); got != 1 {
 		t.Errorf("the quiet one was told %d times of a node that did not change", got)
 	}
+}
+
+// What changes after a handler was told and before the feed runs is told when it does.
+func TestChangeBeforeItRuns(t *testing.T) {
+	t.Parallel()
+	w := start(t)
+	feed := New(w.cache)
+	factory := feed.NewFactory(t.Context())
+	handler := newRecorder()
+	registration, err := factory.Core().V1().Pods().Informer().AddEventHandler(handler)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.wait(w.put(podKey("a", "p"), pod("a", "p", "n", 1, 0)))
+	factory.Start(nil)
+	handler.until(t, "the handler", map[string]string{"a/p": "1.0"})
+	<-registration.HasSyncedChecker().Done()
+	l := registration.(*listener)
+	for atRest := false; !atRest; time.Sleep(time.Millisecond) {
+		l.mu.Lock()
+		atRest = !l.busy
+		l.mu.Unlock()
+	}
+	w.wait(w.put(podKey("a", "p"), pod("a", "p", "n", 1, 1)))
+	go feed.Run(t.Context())
+	handler.until(t, "the handler", map[string]string{"a/p": "1.1"})
 }
 
 // A handler that was added late is told what is there, one that was removed nothing
