@@ -89,8 +89,8 @@ func TestNodeRefusesPods(t *testing.T) {
 	})
 	refuse("users", "PodFeatureUnsupported", "spec.hostUsers", func(p *corev1.Pod) { p.Spec.HostUsers = ptr.To(false) })
 	refuse("class", "PodFeatureUnsupported", "spec.runtimeClassName", func(p *corev1.Pod) { p.Spec.RuntimeClassName = ptr.To("gvisor") })
-	refuse("claim", "PodFeatureUnsupported", "persistentVolumeClaim", func(p *corev1.Pod) {
-		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "data"}}}}
+	refuse("csi", "PodFeatureUnsupported", "csi", func(p *corev1.Pod) {
+		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.example.com"}}}}
 	})
 	refuse("image", "PodFeatureUnsupported", "image", func(p *corev1.Pod) {
 		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{Image: &corev1.ImageVolumeSource{Reference: "x"}}}}

@@ -145,7 +145,7 @@ func TestItemsAndErrors(t *testing.T) {
 		{"secret", corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{SecretName: "s", DefaultMode: &secretMode}}, map[string]string{"k": "v"}, ""},
 		{"downward", corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{Items: []corev1.DownwardAPIVolumeFile{{Path: "l", FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.labels"}}}}},
 			map[string]string{"l": `a="b"`}, ""},
-		{"unsupported", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "c"}}, nil, "type persistentVolumeClaim are not supported"},
+		{"unsupported", corev1.VolumeSource{NFS: &corev1.NFSVolumeSource{Server: "s", Path: "/p"}}, nil, "type nfs are not supported"},
 		{"a host path that is a file", corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/etc/passwd", Type: new(corev1.HostPathDirectory)}}, nil, "is not a directory"},
 		{"a host path that is not", corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: "/does/not/exist", Type: new(corev1.HostPathSocket)}}, nil, "does not exist"},
 	} {

@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -405,17 +406,23 @@ func (s *Story) Run(limit int) string {
 	return s.out.String() + "...and so on\n"
 }
 
-// Stories tells the stories in the files of a folder, each in a world of its own
-// with every reconciler that needs nothing but the state.
+// Stories tells the stories in the .txt files of a folder, each in a world of its own
+// with every reconciler that needs nothing but the state. Folders in it are others'.
 func Stories(t *testing.T, folder string) {
-	datadriven.Walk(t, folder, func(t *testing.T, path string) {
-		w := NewWorld(t)
-		s := New(w, All(t)...)
-		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
-			w.t = t
-			return s.command(t, d)
+	paths, err := filepath.Glob(filepath.Join(folder, "*.txt"))
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("no stories in %s: %v", folder, err)
+	}
+	for _, path := range paths {
+		t.Run(strings.TrimSuffix(filepath.Base(path), ".txt"), func(t *testing.T) {
+			w := NewWorld(t)
+			s := New(w, All(t)...)
+			datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
+				w.t = t
+				return s.command(t, d)
+			})
 		})
-	})
+	}
 }
 
 // command does what one command of a story file says:
