@@ -121,6 +121,10 @@ func start(t *testing.T) *cluster {
 	for _, name := range []string{"a1", "a2"} {
 		c.addNode(name)
 	}
+	c.await("the namespace default and its account", func(s *objects.Snapshot) bool {
+		_, ok := s.ServiceAccounts().Get("default", "default")
+		return ok
+	})
 	return c
 }
 
@@ -500,9 +504,6 @@ func (c *cluster) quota() {
 func TestRest(t *testing.T) {
 	c := start(t)
 	_, err := c.client.AppsV1().Deployments("default").Create(c.ctx(), deployment("web", 3), metav1.CreateOptions{})
-	for apierrors.IsForbidden(err) { // the service account is not there yet
-		_, err = c.client.AppsV1().Deployments("default").Create(c.ctx(), deployment("web", 3), metav1.CreateOptions{})
-	}
 	c.must(err)
 	c.await("a deployment", complete("web", 3))
 	revision := func() int64 { return c.backend.Store().View().Revision() }
