@@ -154,7 +154,7 @@ type TerminatedPodGC struct {
 // Name implements Reconciler.
 func (TerminatedPodGC) Name() string { return "terminated-pod-garbage-collector-controller" }
 
-// Traits implements reconcile.Reconciler: a pass looks at every pod.
+// Traits implements reconcile.Reconciler: a pass looks at every pod that has ended.
 func (TerminatedPodGC) Traits() reconcile.Traits { return reconcile.Traits{Pace: 20 * time.Second} }
 
 // All implements Reconciler.
@@ -177,18 +177,10 @@ func (TerminatedPodGC) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.
 func (g TerminatedPodGC) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Result, error) {
 	threshold := cmp.Or(g.Threshold, 12500)
 	var result reconcile.Result
-	if threshold < 0 || in.Snapshot.Pods().Len() <= threshold {
+	if threshold < 0 || in.Snapshot.EndedPodsLen() <= threshold {
 		return result, nil
 	}
-	var ended []*corev1.Pod
-	for pod := range in.Snapshot.Pods().All() {
-		if reconcile.PodEnded(pod) && pod.DeletionTimestamp == nil {
-			ended = append(ended, pod)
-		}
-	}
-	if len(ended) <= threshold {
-		return result, nil
-	}
+	ended := slices.Collect(in.Snapshot.EndedPods())
 	slices.SortFunc(ended, func(a, b *corev1.Pod) int {
 		aEvicted, bEvicted := a.Status.Reason == "Evicted", b.Status.Reason == "Evicted"
 		switch {

@@ -77,8 +77,8 @@ func lostKeys(c objects.Changed, s *objects.Snapshot) (keys []reconcile.Key) {
 	if before != nil && after != nil && reconcile.NodeReady(before) == reconcile.NodeReady(after) && lostSince(before).Equal(lostSince(after)) {
 		return nil
 	}
-	for node := range s.Nodes().All() {
-		if node.Name != c.Meta().Name && !reconcile.NodeReady(node) {
+	for node := range s.UnreadyNodes() {
+		if node.Name != c.Meta().Name {
 			keys = append(keys, reconcile.NodeKey(node.Name))
 		}
 	}

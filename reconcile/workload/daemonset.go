@@ -186,8 +186,8 @@ func (d *daemons) claim(selector labels.Selector) {
 			d.pods = append(d.pods, pod)
 		}
 	}
-	for pod := range d.in.Snapshot.Pods().InNamespace(d.ds.Namespace) {
-		if metav1.GetControllerOfNoCopy(pod) == nil && c.Claims(pod) {
+	for pod := range d.in.Snapshot.OrphanPods(d.ds.Namespace) {
+		if c.Claims(pod) {
 			d.pods = append(d.pods, pod)
 		}
 	}

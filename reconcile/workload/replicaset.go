@@ -128,8 +128,8 @@ func (r replicas) reconcile(in reconcile.Input, rs *appsv1.ReplicaSet) (reconcil
 		}
 	}
 	if rs.DeletionTimestamp == nil {
-		for pod := range in.Snapshot.Pods().InNamespace(rs.Namespace) {
-			if metav1.GetControllerOfNoCopy(pod) == nil && reconcile.PodActive(pod) && c.Claims(pod) {
+		for pod := range in.Snapshot.OrphanPods(rs.Namespace) {
+			if reconcile.PodActive(pod) && c.Claims(pod) {
 				pods = append(pods, pod)
 			}
 		}

@@ -12,7 +12,6 @@ import (
 
 	"github.com/tidwall/btree"
 	"golang.org/x/time/rate"
-	corev1 "k8s.io/api/core/v1"
 
 	"timonel/state"
 )
@@ -82,7 +81,7 @@ func NewCache(store *state.Store, options ...Option) *Cache {
 
 func (c *Cache) clear() {
 	c.metas = newTree()
-	c.indexes = indexes{byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree(), byVolume: newTree()}
+	c.indexes = newIndexes()
 	c.undecodable = map[string]bool{}
 }
 
@@ -100,7 +99,7 @@ func rank(tree *metaTree, key string) int {
 func (c *Cache) freeze(revision int64) *Snapshot {
 	return &Snapshot{
 		revision: revision, prefix: c.prefix, metas: c.metas.Copy(),
-		indexes: indexes{byUID: c.byUID.Copy(), byOwner: c.byOwner.Copy(), byNamespace: c.byNamespace.Copy(), byNode: c.byNode.Copy(), byVolume: c.byVolume.Copy()},
+		indexes: c.indexes.copy(),
 	}
 }
 
@@ -372,40 +371,4 @@ func (c *Cache) apply(key string, kv *state.KV, deleted bool) Changed {
 		c.index(ch.New)
 	}
 	return ch
-}
-
-func (c *Cache) index(m *Meta) {
-	if m.UID != "" {
-		c.byUID.Set(string(m.UID), m)
-	}
-	for i := range m.OwnerReferences {
-		c.byOwner.Set(string(m.OwnerReferences[i].UID)+"/"+m.Key, m)
-	}
-	if m.Namespace != "" {
-		c.byNamespace.Set(m.Namespace+"/"+m.Key, m)
-	}
-	if pod, ok := m.Object.(*corev1.Pod); ok && pod.Spec.NodeName != "" {
-		c.byNode.Set(pod.Spec.NodeName+"/"+m.Key, m)
-	}
-	for key := range volumeKeys(m) {
-		c.byVolume.Set(key+m.Key, m)
-	}
-}
-
-func (c *Cache) unindex(m *Meta) {
-	if now, ok := c.byUID.Get(string(m.UID)); ok && now == m {
-		c.byUID.Delete(string(m.UID))
-	}
-	for i := range m.OwnerReferences {
-		c.byOwner.Delete(string(m.OwnerReferences[i].UID) + "/" + m.Key)
-	}
-	if m.Namespace != "" {
-		c.byNamespace.Delete(m.Namespace + "/" + m.Key)
-	}
-	if pod, ok := m.Object.(*corev1.Pod); ok && pod.Spec.NodeName != "" {
-		c.byNode.Delete(pod.Spec.NodeName + "/" + m.Key)
-	}
-	for key := range volumeKeys(m) {
-		c.byVolume.Delete(key + m.Key)
-	}
 }

@@ -13,6 +13,10 @@
 //	for pod := range s.PodsOnNode("a1") { … }
 //	rs, ok := s.ReplicaSets().Get("default", "web-5d4f")
 //
+// Beside the tables there are indexes, which are folds over the changes, each equal to
+// building it anew: pods by node, without a controller and ended, what an owner owns,
+// Nodes that are not ready.
+//
 // [Cache.Changes] tells the runner which objects changed since a snapshot.
 //
 // Objects are k8s.io/api's external versions as they are stored. They are shared

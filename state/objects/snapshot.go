@@ -21,16 +21,6 @@ type Snapshot struct {
 	indexes
 }
 
-// indexes find objects other than by key. Their keys are what is looked for, a
-// slash, and the object's storage key.
-type indexes struct {
-	byUID       *metaTree // by UID alone
-	byOwner     *metaTree
-	byNamespace *metaTree
-	byNode      *metaTree // pods only
-	byVolume    *metaTree // pods, volumes and claims: volumes.go
-}
-
 // Revision is the store's revision that the snapshot shows.
 func (s *Snapshot) Revision() int64 { return s.revision }
 

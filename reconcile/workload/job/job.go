@@ -59,8 +59,8 @@ func (Job) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		}
 		if job, ok := now.Object.(*batchv1.Job); ok && c.Old == nil && isTrue(job.Spec.ManualSelector) {
 			// It alone can select pods that were there before it.
-			for pod := range s.Pods().InNamespace(job.Namespace) {
-				if metav1.GetControllerOfNoCopy(pod) == nil && reconcile.Selects(job.Spec.Selector, pod.Labels) {
+			for pod := range s.OrphanPods(job.Namespace) {
+				if reconcile.Selects(job.Spec.Selector, pod.Labels) {
 					keys = append(keys, podKey(pod.Namespace, pod.Name))
 				}
 			}

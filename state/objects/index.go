@@ -1,0 +1,118 @@
+package objects
+
+import (
+	"iter"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// indexes find objects other than by key. Their keys are what is looked for, a
+// slash, and the object's storage key, unless said otherwise.
+type indexes struct {
+	byUID       *metaTree // by UID alone
+	byOwner     *metaTree
+	byNamespace *metaTree
+
+	byNode  *metaTree // pods
+	orphans *metaTree // pods without a controller, by namespace
+	ended   *metaTree // pods that have ended and are not being deleted, by key alone
+
+	byVolume *metaTree // pods, volumes and claims: volumes.go
+
+	unready *metaTree // Nodes that are not ready, by key alone
+}
+
+func newIndexes() indexes {
+	return indexes{
+		byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree(), orphans: newTree(), ended: newTree(),
+		byVolume: newTree(), unready: newTree(),
+	}
+}
+
+func (x *indexes) copy() indexes {
+	return indexes{
+		byUID: x.byUID.Copy(), byOwner: x.byOwner.Copy(), byNamespace: x.byNamespace.Copy(), byNode: x.byNode.Copy(),
+		orphans: x.orphans.Copy(), ended: x.ended.Copy(),
+		byVolume: x.byVolume.Copy(), unready: x.unready.Copy(),
+	}
+}
+
+// each calls f for every place of an object in the indexes that follow from it alone,
+// byUID aside.
+func (x *indexes) each(m *Meta, f func(tree *metaTree, key string)) {
+	for i := range m.OwnerReferences {
+		f(x.byOwner, string(m.OwnerReferences[i].UID)+"/"+m.Key)
+	}
+	if m.Namespace != "" {
+		f(x.byNamespace, m.Namespace+"/"+m.Key)
+	}
+	for key := range volumeKeys(m) {
+		f(x.byVolume, key+m.Key)
+	}
+	switch o := m.Object.(type) {
+	case *corev1.Pod:
+		if o.Spec.NodeName != "" {
+			f(x.byNode, o.Spec.NodeName+"/"+m.Key)
+		}
+		if metav1.GetControllerOfNoCopy(o) == nil {
+			f(x.orphans, o.Namespace+"/"+m.Key)
+		}
+		if o.DeletionTimestamp == nil && (o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed) {
+			f(x.ended, m.Key)
+		}
+	case *corev1.Node:
+		if !ready(o) {
+			f(x.unready, m.Key)
+		}
+	}
+}
+
+func (x *indexes) index(m *Meta) {
+	if m.UID != "" {
+		x.byUID.Set(string(m.UID), m)
+	}
+	x.each(m, func(tree *metaTree, key string) { tree.Set(key, m) })
+}
+
+func (x *indexes) unindex(m *Meta) {
+	if now, ok := x.byUID.Get(string(m.UID)); ok && now == m {
+		x.byUID.Delete(string(m.UID))
+	}
+	x.each(m, func(tree *metaTree, key string) { tree.Delete(key) })
+}
+
+// OrphanPods yields the pods of a namespace that have no controller, in order of name.
+func (s *Snapshot) OrphanPods(namespace string) iter.Seq[*corev1.Pod] {
+	return objectsOf[*corev1.Pod](scan(s.orphans, namespace+"/"))
+}
+
+// EndedPods yields the pods that have succeeded or failed and are not being deleted.
+func (s *Snapshot) EndedPods() iter.Seq[*corev1.Pod] {
+	return objectsOf[*corev1.Pod](scan(s.ended, ""))
+}
+
+// EndedPodsLen is how many EndedPods there are.
+func (s *Snapshot) EndedPodsLen() int { return s.ended.Len() }
+
+// UnreadyNodes yields the Nodes whose Ready condition is not True, in order of name.
+func (s *Snapshot) UnreadyNodes() iter.Seq[*corev1.Node] {
+	return objectsOf[*corev1.Node](scan(s.unready, ""))
+}
+
+func objectsOf[T any](metas iter.Seq[*Meta]) iter.Seq[T] {
+	return func(yield func(T) bool) {
+		for m := range metas {
+			if !yield(m.Object.(T)) {
+				return
+			}
+		}
+	}
+}
+
+func ready(node *corev1.Node) bool {
+	return slices.ContainsFunc(node.Status.Conditions, func(c corev1.NodeCondition) bool {
+		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+	})
+}
