@@ -4,6 +4,7 @@ package apitest
 
 import (
 	"testing"
+	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -43,7 +44,12 @@ func TestServiceAccountTokenSecrets(t *testing.T) {
 		c.must(err)
 		return r.Status
 	}
-	if got := review(tokens["good"]); !got.Authenticated || got.User.Username != "system:serviceaccount:default:robot" || got.User.UID != string(account.UID) {
+	got := review(tokens["good"])
+	// What the API server knows of Secrets, by an informer, may be a moment behind.
+	for end := time.Now().Add(20 * time.Second); !got.Authenticated && time.Now().Before(end); got = review(tokens["good"]) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if !got.Authenticated || got.User.Username != "system:serviceaccount:default:robot" || got.User.UID != string(account.UID) {
 		t.Errorf("a token from a Secret: %+v", got)
 	}
 	if got := review(tokens["invalid"]); got.Authenticated {
