@@ -8,7 +8,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime/schema"
-	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/state/objects"
 )
@@ -81,9 +80,7 @@ func PatchOwners(resource schema.GroupVersionResource, obj metav1.Object, refs [
 	} else {
 		meta["ownerReferences"] = refs
 	}
-	c := MergePatch(resource, obj, "", map[string]any{"metadata": meta})
-	c.PatchType = types.MergePatchType
-	return c
+	return MergePatch(resource, obj, "", map[string]any{"metadata": meta})
 }
 
 // OwnedPods yields the pods that name owner among their owners.

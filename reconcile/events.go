@@ -64,7 +64,7 @@ func (r *recorder) record(component string, e Event) {
 	}
 }
 
-// Run writes events until ctx ends.
+// run writes events until ctx ends.
 func (r *recorder) run(ctx context.Context) {
 	for {
 		select {

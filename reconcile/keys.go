@@ -26,9 +26,3 @@ func NodeCondition(node *corev1.Node, t corev1.NodeConditionType) *corev1.NodeCo
 	}
 	return nil
 }
-
-// NodeReady says whether a Node says that it is ready.
-func NodeReady(node *corev1.Node) bool {
-	c := NodeCondition(node, corev1.NodeReady)
-	return c != nil && c.Status == corev1.ConditionTrue
-}

@@ -1,20 +1,18 @@
 package reconcile
 
 import (
+	"maps"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"timonel/state/objects"
 )
 
-// PodEnded says whether all of a pod's containers have stopped for good.
-func PodEnded(pod *corev1.Pod) bool {
-	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
-}
-
 // PodActive says whether a pod counts as a replica.
-func PodActive(pod *corev1.Pod) bool { return !PodEnded(pod) && pod.DeletionTimestamp == nil }
+func PodActive(pod *corev1.Pod) bool { return !objects.PodEnded(pod) && pod.DeletionTimestamp == nil }
 
 // PodCondition returns a pod's condition of a type, or nil.
 func PodCondition(pod *corev1.Pod, t corev1.PodConditionType) *corev1.PodCondition {
@@ -52,26 +50,24 @@ func AvailableAt(pod *corev1.Pod, minReadySeconds int32) (time.Time, bool) {
 // PatchPodStatus returns the change that merges conditions by type, and other
 // fields as given, into the status of a pod, as long as it is the same pod.
 func PatchPodStatus(pod *corev1.Pod, fields map[string]any, conditions ...corev1.PodCondition) Request {
-	status := map[string]any{}
-	for k, v := range fields {
-		status[k] = v
+	status := maps.Clone(fields)
+	if status == nil {
+		status = map[string]any{}
 	}
 	if len(conditions) > 0 {
 		status["conditions"] = conditions
 	}
-	c := MergePatch(PodsResource, pod, "status", map[string]any{
-		"metadata": map[string]any{"uid": string(pod.UID)}, "status": status,
-	})
-	c.PatchType = types.StrategicMergePatchType
-	return c
+	return patchStatus(pod, map[string]any{"uid": string(pod.UID)}, status)
 }
 
 // MergeConditions returns the change that merges conditions by type into the status of
 // this version of a pod.
 func MergeConditions(pod *corev1.Pod, conditions ...corev1.PodCondition) Request {
-	c := MergePatch(PodsResource, pod, "status", map[string]any{
-		"metadata": Pinned(pod), "status": map[string]any{"conditions": conditions},
-	})
+	return patchStatus(pod, Pinned(pod), map[string]any{"conditions": conditions})
+}
+
+func patchStatus(pod *corev1.Pod, metadata, status map[string]any) Request {
+	c := MergePatch(PodsResource, pod, "status", map[string]any{"metadata": metadata, "status": status})
 	c.PatchType = types.StrategicMergePatchType
 	return c
 }

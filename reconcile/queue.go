@@ -17,7 +17,7 @@ type item struct {
 	// queued says that it waits for its turn, running that it has it, dirty
 	// that it must run again after that.
 	queued, running, dirty bool
-	// Next is when a timer makes it run, zero for none.
+	// next is when a timer makes it run, zero for none.
 	next time.Time
 	// notBefore and paced are when it may run at the earliest, by its back-off and by
 	// its lane's pace.
@@ -30,7 +30,7 @@ type item struct {
 	since time.Time
 	// tries counts the passes in a row that did not come through.
 	tries int
-	// Refused is what the API refused in the last pass.
+	// failed is what the API refused in the last pass.
 	failed []Failure
 }
 
@@ -92,7 +92,7 @@ func newQueue(reconcilers []Reconciler, slots int) *queue {
 	return q
 }
 
-// Add makes key run soon: at once, or when its back-off or pace allows.
+// add makes key run soon: at once, or when its back-off or pace allows.
 func (q *queue) add(l *lane, key Key, now time.Time) {
 	it := l.items[key]
 	if it == nil {

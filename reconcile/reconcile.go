@@ -92,7 +92,7 @@ type Input struct {
 	Seed uint64
 	// Snapshot is the cluster's state.
 	Snapshot *objects.Snapshot
-	// Requests returns what changed after a revision, with a snapshot that is
+	// Changes returns what changed after a revision, with a snapshot that is
 	// perhaps newer than Snapshot. It never waits. It is for reconcilers that keep
 	// a derived view from pass to pass, and may be nil in tests of others.
 	Changes func(after int64) objects.Changes

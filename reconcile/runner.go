@@ -280,7 +280,7 @@ func (t *term) changed(c objects.Changes, askKinds chan<- struct{}) {
 	}
 }
 
-// Start gives turns to as many keys as may run at a time.
+// start gives turns to as many keys as may run at a time.
 func (t *term) start(ctx context.Context, now time.Time) {
 	for {
 		l, it := t.queue.take()
@@ -291,22 +291,11 @@ func (t *term) start(ctx context.Context, now time.Time) {
 		it.started = now
 		in := Input{
 			Now: now, Seed: t.cfg.Seed + t.number<<32 + t.passes,
-			Snapshot: t.cfg.Cache.Snapshot(), Changes: t.changesSince,
+			Snapshot: t.cfg.Cache.Snapshot(), Changes: t.cfg.Cache.ChangesNow,
 			Health: t.health, Kinds: t.kinds, Failed: it.failed, Since: it.since,
 		}
 		t.spawn(func() { t.finished <- t.pass(ctx, l, it, in) })
 	}
-}
-
-// changesSince is Input.Changes.
-func (t *term) changesSince(after int64) objects.Changes {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel() // there may be nothing to wait for
-	c, err := t.cfg.Cache.Changes(ctx, after)
-	if err != nil {
-		return objects.Changes{Snapshot: t.cfg.Cache.Snapshot(), Reset: t.cfg.Cache.Snapshot().Revision() != after}
-	}
-	return c
 }
 
 // outcome is what became of a pass.
@@ -316,7 +305,7 @@ type outcome struct {
 	next time.Time
 	// mu guards what follows while requests are made.
 	mu sync.Mutex
-	// Refused are the refused changes, stale says that one found another state than
+	// failed are the refused changes, stale says that one found another state than
 	// it expected, later that the API could not be asked.
 	failed       []Failure
 	stale, later bool

@@ -312,7 +312,7 @@ func TestRunnerNoticesPauses(t *testing.T) {
 		ready := func() bool {
 			synctest.Wait()
 			node, _ := w.Snapshot().Nodes().Get("", "a1")
-			return reconcile.NodeReady(node)
+			return objects.NodeReady(node)
 		}
 
 		time.Sleep(4 * time.Second) // a new term: less than Settle

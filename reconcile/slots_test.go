@@ -189,7 +189,7 @@ func TestBulkWorkDoesNotDelayTheJudgementOfNodes(t *testing.T) {
 		l.lead(1)
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		if a1, _ := w.Snapshot().Nodes().Get("", "a1"); reconcile.NodeReady(a1) {
+		if a1, _ := w.Snapshot().Nodes().Get("", "a1"); objects.NodeReady(a1) {
 			t.Error("a node that is gone is not judged while the API holds up others' requests")
 		}
 		close(blocked)

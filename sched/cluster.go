@@ -9,6 +9,8 @@ import (
 	"github.com/tidwall/btree"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/component-helpers/nodedeclaredfeatures"
+
+	"timonel/state/objects"
 )
 
 // Cluster is what scheduling needs of nodes and pods, worked out ahead: sums per
@@ -224,7 +226,7 @@ func (e *editor) setPod(key string, pod *corev1.Pod) {
 	if known {
 		e.removePod(key, old)
 	}
-	if pod != nil && !terminal(pod) {
+	if pod != nil && !objects.PodEnded(pod) {
 		e.addPod(key, makePodInfo(pod))
 	}
 }

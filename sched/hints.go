@@ -87,7 +87,7 @@ func always(causes Causes) []hint {
 
 // room is the node on which a pod takes room or is to take it; empty: none.
 func room(pod *corev1.Pod) string {
-	if pod == nil || terminal(pod) || pod.Spec.NodeName == "" && pod.DeletionTimestamp != nil {
+	if pod == nil || objects.PodEnded(pod) || pod.Spec.NodeName == "" && pod.DeletionTimestamp != nil {
 		return ""
 	}
 	return cmp.Or(pod.Spec.NodeName, pod.Status.NominatedNodeName)

@@ -10,6 +10,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	corev1helpers "k8s.io/component-helpers/scheduling/corev1"
+
+	"timonel/state/objects"
 )
 
 // podInfo is a pod with what the scheduler needs of it worked out. It is never
@@ -222,15 +224,11 @@ func (p *podInfo) hasTerms() bool {
 // occupies reports whether the pod takes room on the node it names: it does
 // until it is gone or its containers are done.
 func occupies(pod *corev1.Pod) bool {
-	return pod.Spec.NodeName != "" && !terminal(pod)
+	return pod.Spec.NodeName != "" && !objects.PodEnded(pod)
 }
 
 // pending reports whether the pod waits for a node and may be given one.
 func pending(pod *corev1.Pod) bool {
-	return pod.Spec.NodeName == "" && !terminal(pod) && pod.DeletionTimestamp == nil &&
+	return pod.Spec.NodeName == "" && !objects.PodEnded(pod) && pod.DeletionTimestamp == nil &&
 		len(pod.Spec.SchedulingGates) == 0
-}
-
-func terminal(pod *corev1.Pod) bool {
-	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 }

@@ -131,7 +131,7 @@ func forceDelete(in reconcile.Input, pod *corev1.Pod, condition *corev1.PodCondi
 	now := int64(0)
 	c := reconcile.Delete(reconcile.PodsResource, pod)
 	c.GracePeriodSeconds = &now
-	if reconcile.PodEnded(pod) {
+	if objects.PodEnded(pod) {
 		return c
 	}
 	var conditions []corev1.PodCondition
@@ -167,7 +167,7 @@ func (TerminatedPodGC) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.
 	if c.New == nil || c.New.GVK != reconcile.PodKind {
 		return nil
 	}
-	if pod, ok := c.New.Object.(*corev1.Pod); !ok || !reconcile.PodEnded(pod) {
+	if pod, ok := c.New.Object.(*corev1.Pod); !ok || !objects.PodEnded(pod) {
 		return nil
 	}
 	return []reconcile.Key{reconcile.Singleton}

@@ -63,7 +63,7 @@ func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 		if !ok {
 			return nil
 		}
-		if reconcile.NodeReady(node) && takenReadiness(pod) != nil || !reconcile.NodeReady(node) && reconcile.ReadyCondition(pod) != nil {
+		if objects.NodeReady(node) && takenReadiness(pod) != nil || !objects.NodeReady(node) && reconcile.ReadyCondition(pod) != nil {
 			return []reconcile.Key{reconcile.NodeKey(node.Name)}
 		}
 	}
@@ -73,8 +73,8 @@ func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 // lostKeys are the keys of the Nodes that are not ready, if a change of a Node is one in
 // how many Nodes are lost of how many: that decides about each that is.
 func lostKeys(c objects.Changed, s *objects.Snapshot) (keys []reconcile.Key) {
-	before, after := metaNode(c.Old), metaNode(c.New)
-	if before != nil && after != nil && reconcile.NodeReady(before) == reconcile.NodeReady(after) && lostSince(before).Equal(lostSince(after)) {
+	before, after := objects.As[*corev1.Node](c.Old), objects.As[*corev1.Node](c.New)
+	if before != nil && after != nil && objects.NodeReady(before) == objects.NodeReady(after) && lostSince(before).Equal(lostSince(after)) {
 		return nil
 	}
 	for node := range s.UnreadyNodes() {
@@ -340,18 +340,9 @@ func (n NodeLifecycle) podsReady(in reconcile.Input, node *corev1.Node, result *
 // containers are ready.
 func takenReadiness(pod *corev1.Pod) *corev1.PodCondition {
 	ready, containers := reconcile.PodCondition(pod, corev1.PodReady), reconcile.PodCondition(pod, corev1.ContainersReady)
-	if ready == nil || ready.Status != corev1.ConditionFalse || ready.Reason != "" || reconcile.PodEnded(pod) ||
+	if ready == nil || ready.Status != corev1.ConditionFalse || ready.Reason != "" || objects.PodEnded(pod) ||
 		containers == nil || containers.Status != corev1.ConditionTrue {
 		return nil
 	}
 	return ready
-}
-
-// metaNode returns the Node that a Meta is of, or nil.
-func metaNode(m *objects.Meta) *corev1.Node {
-	if m == nil {
-		return nil
-	}
-	node, _ := m.Object.(*corev1.Node)
-	return node
 }

@@ -47,7 +47,7 @@ func (TaintEviction) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 	case *corev1.Node:
 		keys := lostKeys(c, s)
 		for _, m := range reconcile.Versions(c) {
-			if evicts(metaNode(m)) {
+			if evicts(objects.As[*corev1.Node](m)) {
 				return append(keys, reconcile.NodeKey(o.Name))
 			}
 		}
@@ -96,7 +96,7 @@ func (e TaintEviction) Reconcile(in reconcile.Input, key reconcile.Key) (reconci
 		return result, nil
 	}
 	for pod := range in.Snapshot.PodsOnNode(node.Name) {
-		if pod.DeletionTimestamp != nil || reconcile.PodEnded(pod) {
+		if pod.DeletionTimestamp != nil || objects.PodEnded(pod) {
 			continue
 		}
 		due, ever := evictionTime(pod, standing, in.Now)

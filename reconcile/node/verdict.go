@@ -8,6 +8,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/reconcile"
+	"timonel/state/objects"
 )
 
 // HealthConfig holds the times after which a silent node is declared unreachable.
@@ -171,7 +172,7 @@ func (c HealthConfig) lost(in reconcile.Input) lost {
 		l.of++
 		h := in.Health.Nodes[node.Name]
 		switch {
-		case !reconcile.NodeReady(node) || c.judge(in.Health, node.Name, in.Now).Unreachable:
+		case !objects.NodeReady(node) || c.judge(in.Health, node.Name, in.Now).Unreachable:
 			l.noticed++
 			l.judged++
 		case !h.Stream && !h.Goodbye:

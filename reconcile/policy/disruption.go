@@ -89,7 +89,7 @@ func (Disruption) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 // podKeys returns the keys that a changed pod concerns: its budgets, if the change is
 // one that they count, and itself.
 func podKeys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
-	before, now := podOf(c.Old), podOf(c.New)
+	before, now := objects.As[*corev1.Pod](c.Old), objects.As[*corev1.Pod](c.New)
 	var keys []reconcile.Key
 	if now != nil && announced(now) != nil {
 		keys = append(keys, podKey(now))
@@ -111,14 +111,6 @@ func podKeys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		keys = append(keys, podKey(now))
 	}
 	return keys
-}
-
-func podOf(m *objects.Meta) *corev1.Pod {
-	if m == nil {
-		return nil
-	}
-	pod, _ := m.Object.(*corev1.Pod)
-	return pod
 }
 
 // countedAlike says whether two versions of a pod are the same to every budget.

@@ -77,7 +77,7 @@ func (s *Scheduler) concerns(c objects.Changed) bool {
 			return true
 		}
 		before, _ := c.Old.Object.(*corev1.Pod)
-		return before == nil || before.Spec.NodeName != o.Spec.NodeName || before.Status.NominatedNodeName != o.Status.NominatedNodeName || reconcile.PodEnded(before) != reconcile.PodEnded(o) ||
+		return before == nil || before.Spec.NodeName != o.Spec.NodeName || before.Status.NominatedNodeName != o.Status.NominatedNodeName || objects.PodEnded(before) != objects.PodEnded(o) ||
 			c.Old.Generation != c.New.Generation || (c.Old.DeletionTimestamp == nil) != (c.New.DeletionTimestamp == nil) ||
 			!maps.Equal(c.Old.Labels, c.New.Labels)
 	case *corev1.Node:
@@ -108,7 +108,7 @@ func nodeMatters(c objects.Changed) bool {
 	return !maps.Equal(before.Labels, after.Labels) || before.Spec.Unschedulable != after.Spec.Unschedulable ||
 		!equality.Semantic.DeepEqual(before.Spec.Taints, after.Spec.Taints) ||
 		!equality.Semantic.DeepEqual(before.Status.Allocatable, after.Status.Allocatable) ||
-		reconcile.NodeReady(before) != reconcile.NodeReady(after)
+		objects.NodeReady(before) != objects.NodeReady(after)
 }
 
 // Reconcile implements Reconciler.

@@ -18,7 +18,7 @@ func podsBehind(s *objects.Snapshot, svc *corev1.Service) iter.Seq[*corev1.Pod] 
 	selector := labels.SelectorFromSet(svc.Spec.Selector)
 	return func(yield func(*corev1.Pod) bool) {
 		for pod := range s.Pods().InNamespace(svc.Namespace) {
-			if reconcile.PodEnded(pod) || len(pod.Status.PodIPs) == 0 || !selector.Matches(labels.Set(pod.Labels)) {
+			if objects.PodEnded(pod) || len(pod.Status.PodIPs) == 0 || !selector.Matches(labels.Set(pod.Labels)) {
 				continue
 			}
 			if !yield(pod) {
@@ -73,7 +73,7 @@ func endpointsMatter(c objects.Changed) bool {
 		return true
 	}
 	return !maps.Equal(before.Labels, after.Labels) || !slices.Equal(before.Status.PodIPs, after.Status.PodIPs) ||
-		(reconcile.ReadyCondition(before) == nil) != (reconcile.ReadyCondition(after) == nil) || reconcile.PodEnded(before) != reconcile.PodEnded(after) ||
+		(reconcile.ReadyCondition(before) == nil) != (reconcile.ReadyCondition(after) == nil) || objects.PodEnded(before) != objects.PodEnded(after) ||
 		(before.DeletionTimestamp == nil) != (after.DeletionTimestamp == nil) || before.Spec.NodeName != after.Spec.NodeName
 }
 

@@ -99,7 +99,7 @@ func (p *pass) sayWaiting(claim *corev1.PersistentVolumeClaim) {
 
 // over says whether a pod has ended, or is being deleted and nothing of it runs.
 func over(pod *corev1.Pod) bool {
-	if reconcile.PodEnded(pod) {
+	if objects.PodEnded(pod) {
 		return true
 	}
 	runs := func(list []corev1.ContainerStatus) bool {

@@ -546,7 +546,7 @@ func (s *Story) finishPods(t *testing.T, d *datadriven.TestData) {
 		}
 	}
 	for pod := range s.Snapshot().Pods().All() {
-		if left != 0 && !reconcile.PodEnded(pod) && strings.HasPrefix(pod.Name, prefix) {
+		if left != 0 && !objects.PodEnded(pod) && strings.HasPrefix(pod.Name, prefix) {
 			s.FinishPod(pod.Namespace, pod.Name, corev1.PodPhase(d.CmdArgs[0].Key), exit)
 			left--
 		}

@@ -99,7 +99,7 @@ func sameDaemon(a, b *objects.Meta) bool {
 // daemonSetsOfNode returns the DaemonSets whose pods may run on a node where they might
 // not before, or the other way round.
 func daemonSetsOfNode(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
-	before, now := nodeOf(c.Old), nodeOf(c.New)
+	before, now := objects.As[*corev1.Node](c.Old), objects.As[*corev1.Node](c.New)
 	if before != nil && now != nil &&
 		equality.Semantic.DeepEqual(before.Labels, now.Labels) && equality.Semantic.DeepEqual(before.Spec.Taints, now.Spec.Taints) {
 		return nil
@@ -111,14 +111,6 @@ func daemonSetsOfNode(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		}
 	}
 	return keys
-}
-
-func nodeOf(m *objects.Meta) *corev1.Node {
-	if m == nil {
-		return nil
-	}
-	node, _ := m.Object.(*corev1.Node)
-	return node
 }
 
 // daemons is what one pass over a DaemonSet works on.
@@ -204,7 +196,7 @@ func (d *daemons) look() {
 	}
 	d.onNode = map[string][]*corev1.Pod{}
 	for _, pod := range d.pods {
-		if reconcile.PodEnded(pod) && pod.DeletionTimestamp != nil {
+		if objects.PodEnded(pod) && pod.DeletionTimestamp != nil {
 			continue // it waits for its removal, and nobody waits for it
 		}
 		if name := targetNode(pod); name != "" {

@@ -14,6 +14,7 @@ import (
 	"timonel/reconcile"
 	"timonel/reconcile/storytest"
 	"timonel/reconcile/workload"
+	"timonel/state/objects"
 )
 
 // TestDaemonSetInvariants changes nodes, pods and the template at random while the
@@ -72,7 +73,7 @@ func TestDaemonSetInvariants(t *testing.T) {
 				on := target(c.Object.(*corev1.Pod))
 				n := 0
 				for pod := range w.Snapshot().Pods().All() {
-					if target(pod) == on && pod.DeletionTimestamp == nil && !reconcile.PodEnded(pod) {
+					if target(pod) == on && pod.DeletionTimestamp == nil && !objects.PodEnded(pod) {
 						n++
 					}
 				}
@@ -106,7 +107,7 @@ func TestDaemonSetInvariants(t *testing.T) {
 			}
 			return out
 		}
-		alive := func(p *corev1.Pod) bool { return p.DeletionTimestamp == nil && !reconcile.PodEnded(p) }
+		alive := func(p *corev1.Pod) bool { return p.DeletionTimestamp == nil && !objects.PodEnded(p) }
 		// agents bind, run and end what they are told to.
 		agents := func(n int) {
 			for _, pod := range pods(func(*corev1.Pod) bool { return true }) {

@@ -58,7 +58,7 @@ func (Deployment) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		return keys
 	case reconcile.PodKind.GroupKind():
 		pod, ok := now.Object.(*corev1.Pod)
-		if !ok || c.New != nil && !reconcile.PodEnded(pod) {
+		if !ok || c.New != nil && !objects.PodEnded(pod) {
 			return nil
 		}
 		ref := metav1.GetControllerOfNoCopy(pod)
@@ -99,7 +99,7 @@ type rollout struct {
 	old     []*appsv1.ReplicaSet
 	// created says that current does not exist yet.
 	created bool
-	// Refused says that the API refused to create current in the pass before.
+	// refused says that the API refused to create current in the pass before.
 	refused bool
 	tallies map[*appsv1.ReplicaSet]tally
 	result  reconcile.Result
@@ -162,7 +162,7 @@ func (Deployment) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Re
 	return r.result, nil
 }
 
-// Claim collects the ReplicaSets that are the Deployment's, adopts those that
+// claim collects the ReplicaSets that are the Deployment's, adopts those that
 // match it and have no controller, and releases those that no longer match.
 func (r *rollout) claim(selector labels.Selector) {
 	c := reconcile.Claim{Owner: r.d, OwnerKind: reconcile.DeploymentKind, Resource: reconcile.ReplicaSetsResource, Selector: selector}

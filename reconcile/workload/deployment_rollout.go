@@ -10,6 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"timonel/reconcile"
+	"timonel/state/objects"
 )
 
 // isRolling says whether the strategy is RollingUpdate.
@@ -269,7 +270,7 @@ func (r *rollout) oldPodsRun() bool {
 	}
 	for _, rs := range r.old {
 		for pod := range reconcile.OwnedPods(r.in.Snapshot, rs) {
-			if !reconcile.PodEnded(pod) {
+			if !objects.PodEnded(pod) {
 				return true
 			}
 		}

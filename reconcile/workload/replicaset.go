@@ -123,7 +123,7 @@ func (r replicas) reconcile(in reconcile.Input, rs *appsv1.ReplicaSet) (reconcil
 			if c.Claims(pod) {
 				pods = append(pods, pod)
 			}
-		case !reconcile.PodEnded(pod) && metav1.IsControlledBy(pod, rs) && selector.Matches(labels.Set(pod.Labels)):
+		case !objects.PodEnded(pod) && metav1.IsControlledBy(pod, rs) && selector.Matches(labels.Set(pod.Labels)):
 			terminating++
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"timonel/reconcile"
+	"timonel/state/objects"
 )
 
 // firstOrdinal is the ordinal of a set's first pod.
@@ -146,7 +147,7 @@ func (r *stateful) keep(i int) (wait bool) {
 	case pod == nil:
 		r.create(firstOrdinal(r.set) + i)
 		return true
-	case reconcile.PodEnded(pod):
+	case objects.PodEnded(pod):
 		// Whatever its exit code was, by which a pod ends that was evicted too. Its
 		// successor comes once it is gone.
 		r.delete(pod)

@@ -16,6 +16,7 @@ import (
 	"timonel/reconcile"
 	"timonel/reconcile/storytest"
 	"timonel/reconcile/workload"
+	"timonel/state/objects"
 )
 
 // TestStatefulSetKeepsItsPromises lets users edit a StatefulSet and its pods run,
@@ -129,7 +130,7 @@ func disturb(t *rapid.T, w *storytest.World) {
 func oneStatefulAgent(t *rapid.T, w *storytest.World) bool {
 	var busy []*corev1.Pod
 	for pod := range w.Snapshot().Pods().All() {
-		if pod.DeletionTimestamp != nil || !reconcile.PodEnded(pod) && reconcile.ReadyCondition(pod) == nil {
+		if pod.DeletionTimestamp != nil || !objects.PodEnded(pod) && reconcile.ReadyCondition(pod) == nil {
 			busy = append(busy, pod)
 		}
 	}
@@ -188,7 +189,7 @@ func keepsPromises(t *rapid.T, w *storytest.World, c reconcile.Request) {
 		return
 	}
 	switch {
-	case !exists || reconcile.PodEnded(pod):
+	case !exists || objects.PodEnded(pod):
 	case wanted:
 		if n < first+int(*set.Spec.UpdateStrategy.RollingUpdate.Partition) {
 			t.Fatalf("%s, but it is below the partition", c)

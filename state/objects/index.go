@@ -59,11 +59,11 @@ func (x *indexes) each(m *Meta, f func(tree *metaTree, key string)) {
 		if metav1.GetControllerOfNoCopy(o) == nil {
 			f(x.orphans, o.Namespace+"/"+m.Key)
 		}
-		if o.DeletionTimestamp == nil && (o.Status.Phase == corev1.PodSucceeded || o.Status.Phase == corev1.PodFailed) {
+		if o.DeletionTimestamp == nil && PodEnded(o) {
 			f(x.ended, m.Key)
 		}
 	case *corev1.Node:
-		if !ready(o) {
+		if !NodeReady(o) {
 			f(x.unready, m.Key)
 		}
 	}
@@ -85,12 +85,12 @@ func (x *indexes) unindex(m *Meta) {
 
 // OrphanPods yields the pods of a namespace that have no controller, in order of name.
 func (s *Snapshot) OrphanPods(namespace string) iter.Seq[*corev1.Pod] {
-	return objectsOf[*corev1.Pod](scan(s.orphans, namespace+"/"))
+	return only[*corev1.Pod](scan(s.orphans, namespace+"/"))
 }
 
 // EndedPods yields the pods that have succeeded or failed and are not being deleted.
 func (s *Snapshot) EndedPods() iter.Seq[*corev1.Pod] {
-	return objectsOf[*corev1.Pod](scan(s.ended, ""))
+	return only[*corev1.Pod](scan(s.ended, ""))
 }
 
 // EndedPodsLen is how many EndedPods there are.
@@ -98,20 +98,16 @@ func (s *Snapshot) EndedPodsLen() int { return s.ended.Len() }
 
 // UnreadyNodes yields the Nodes whose Ready condition is not True, in order of name.
 func (s *Snapshot) UnreadyNodes() iter.Seq[*corev1.Node] {
-	return objectsOf[*corev1.Node](scan(s.unready, ""))
+	return only[*corev1.Node](scan(s.unready, ""))
 }
 
-func objectsOf[T any](metas iter.Seq[*Meta]) iter.Seq[T] {
-	return func(yield func(T) bool) {
-		for m := range metas {
-			if !yield(m.Object.(T)) {
-				return
-			}
-		}
-	}
+// PodEnded says whether all of a pod's containers have stopped for good.
+func PodEnded(pod *corev1.Pod) bool {
+	return pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 }
 
-func ready(node *corev1.Node) bool {
+// NodeReady says whether a Node says that it is ready.
+func NodeReady(node *corev1.Node) bool {
 	return slices.ContainsFunc(node.Status.Conditions, func(c corev1.NodeCondition) bool {
 		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
 	})

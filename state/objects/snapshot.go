@@ -62,13 +62,28 @@ func (t Table[T]) Named(namespace, prefix string) iter.Seq[T] {
 }
 
 func (t Table[T]) scan(prefix string) iter.Seq[T] {
+	return only[T](scan(t.metas, prefix))
+}
+
+// only yields the objects of one type.
+func only[T any](metas iter.Seq[*Meta]) iter.Seq[T] {
 	return func(yield func(T) bool) {
-		for m := range scan(t.metas, prefix) {
+		for m := range metas {
 			if o, ok := m.Object.(T); ok && !yield(o) {
 				return
 			}
 		}
 	}
+}
+
+// As returns the object of a Meta that may be nil, or none of a type.
+func As[T runtime.Object](m *Meta) T {
+	var none T
+	if m == nil {
+		return none
+	}
+	o, _ := m.Object.(T)
+	return o
 }
 
 // Len is the number of objects, in O(log² n).
@@ -91,13 +106,7 @@ func count(tree *metaTree, prefix string) int {
 
 // PodsOnNode yields the pods bound to a node, in order of namespace and name.
 func (s *Snapshot) PodsOnNode(node string) iter.Seq[*corev1.Pod] {
-	return func(yield func(*corev1.Pod) bool) {
-		for m := range scan(s.byNode, node+"/") {
-			if !yield(m.Object.(*corev1.Pod)) {
-				return
-			}
-		}
-	}
+	return only[*corev1.Pod](scan(s.byNode, node+"/"))
 }
 
 // OwnedBy yields the objects of any kind that name uid in their ownerReferences.

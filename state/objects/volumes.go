@@ -88,50 +88,40 @@ func ClaimName(pod *corev1.Pod, v *corev1.Volume) string {
 
 // PodsUsing yields the pods that have a volume of a claim's name.
 func (s *Snapshot) PodsUsing(namespace, claim string) iter.Seq[*corev1.Pod] {
-	return scanVolumes[*corev1.Pod](s, "pod/"+namespace+"/"+claim+"/")
+	return only[*corev1.Pod](scan(s.byVolume, "pod/"+namespace+"/"+claim+"/"))
 }
 
 // PVsClaimed yields the volumes whose claimRef names a claim, whatever its UID.
 func (s *Snapshot) PVsClaimed(namespace, claim string) iter.Seq[*corev1.PersistentVolume] {
-	return scanVolumes[*corev1.PersistentVolume](s, "claimed/"+namespace+"/"+claim+"/")
+	return only[*corev1.PersistentVolume](scan(s.byVolume, "claimed/"+namespace+"/"+claim+"/"))
 }
 
 // PVsFree yields the volumes of a class that have no claimRef.
 func (s *Snapshot) PVsFree(class string) iter.Seq[*corev1.PersistentVolume] {
-	return scanVolumes[*corev1.PersistentVolume](s, "free/"+class+"/")
+	return only[*corev1.PersistentVolume](scan(s.byVolume, "free/"+class+"/"))
 }
 
 // PVsOnNode yields the volumes that a Node has, as their [NodeAnnotation] says.
 func (s *Snapshot) PVsOnNode(node string) iter.Seq[*corev1.PersistentVolume] {
-	return scanVolumes[*corev1.PersistentVolume](s, "node/"+node+"/")
+	return only[*corev1.PersistentVolume](scan(s.byVolume, "node/"+node+"/"))
 }
 
 // PVCsPending yields the claims of a class, "" for those without one, that are not bound.
 func (s *Snapshot) PVCsPending(class string) iter.Seq[*corev1.PersistentVolumeClaim] {
-	return scanVolumes[*corev1.PersistentVolumeClaim](s, "pending/"+class+"/")
+	return only[*corev1.PersistentVolumeClaim](scan(s.byVolume, "pending/"+class+"/"))
 }
 
 // PVCsNaming yields the claims whose volumeName is a volume's.
 func (s *Snapshot) PVCsNaming(volume string) iter.Seq[*corev1.PersistentVolumeClaim] {
-	return scanVolumes[*corev1.PersistentVolumeClaim](s, "named/"+volume+"/")
+	return only[*corev1.PersistentVolumeClaim](scan(s.byVolume, "named/"+volume+"/"))
 }
 
 // PVCsWithoutClass yields the claims that are not bound and leave their class to the cluster.
 func (s *Snapshot) PVCsWithoutClass() iter.Seq[*corev1.PersistentVolumeClaim] {
-	return scanVolumes[*corev1.PersistentVolumeClaim](s, "default/")
+	return only[*corev1.PersistentVolumeClaim](scan(s.byVolume, "default/"))
 }
 
 // UsersOfAttributes yields the volumes and claims that name a VolumeAttributesClass.
 func (s *Snapshot) UsersOfAttributes(class string) iter.Seq[*Meta] {
 	return scan(s.byVolume, "attributes/"+class+"/")
-}
-
-func scanVolumes[T any](s *Snapshot, prefix string) iter.Seq[T] {
-	return func(yield func(T) bool) {
-		for m := range scan(s.byVolume, prefix) {
-			if o, ok := m.Object.(T); ok && !yield(o) {
-				return
-			}
-		}
-	}
 }

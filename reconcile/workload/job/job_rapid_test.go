@@ -187,7 +187,7 @@ func (c *cluster) life() {
 // end is what an agent, or the pod collector in its stead, does to a pod that is to go:
 // it fails unless it has ended, and is removed once nothing tracks it.
 func (c *cluster) end(pod *corev1.Pod) {
-	if !reconcile.PodEnded(pod) {
+	if !objects.PodEnded(pod) {
 		c.FinishPod(pod.Namespace, pod.Name, corev1.PodFailed, 137)
 	}
 	c.EndPod(pod.Namespace, pod.Name)
@@ -267,7 +267,7 @@ func TestEachPodIsCountedOnce(t *testing.T) {
 				switch {
 				case pod.DeletionTimestamp != nil:
 					c.end(pod)
-				case !reconcile.PodEnded(pod):
+				case !objects.PodEnded(pod):
 					c.FinishPod(pod.Namespace, pod.Name, corev1.PodSucceeded, 0)
 				}
 			}

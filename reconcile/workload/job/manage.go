@@ -13,6 +13,7 @@ import (
 
 	"timonel/reconcile"
 	"timonel/reconcile/workload"
+	"timonel/state/objects"
 )
 
 // burst is how many pods one pass creates or deletes at most.
@@ -231,7 +232,7 @@ func (p *pass) pending(n int) []int {
 	taken := p.done.merge(p.broken).merge(indexesOf(p.active))
 	if p.replacesEnded() {
 		taken = taken.merge(indexesOf(slices.DeleteFunc(slices.Clone(p.pods), func(pod *corev1.Pod) bool {
-			return pod.DeletionTimestamp == nil || reconcile.PodEnded(pod)
+			return pod.DeletionTimestamp == nil || objects.PodEnded(pod)
 		})))
 	}
 	return taken.missing(n, p.completions())

@@ -12,6 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/reconcile"
+	"timonel/state/objects"
 )
 
 // pass is one look at one Job that has not ended.
@@ -62,7 +63,7 @@ func newPass(in reconcile.Input, job *batchv1.Job) (*pass, error) {
 		switch {
 		case reconcile.PodActive(pod):
 			p.active = append(p.active, pod)
-		case !reconcile.PodEnded(pod):
+		case !objects.PodEnded(pod):
 			p.terminating++
 		}
 	}
