@@ -29,7 +29,7 @@ type perObject struct {
 func (p perObject) Name() string { return "per-" + p.kind }
 
 func ownKey(m *objects.Meta) reconcile.Key {
-	return reconcile.Key{Group: m.GVK.Group, Kind: m.GVK.Kind, Namespace: m.Namespace, Name: m.Name}
+	return reconcile.NewKey(m.GVK, m.Namespace, m.Name)
 }
 
 func (p perObject) All(s *objects.Snapshot) (keys []reconcile.Key) {

@@ -33,14 +33,16 @@ func (Namespace) Traits() reconcile.Traits {
 }
 
 // All implements Reconciler.
-func (Namespace) All(s *objects.Snapshot) []reconcile.Key { return reconcile.NamespaceKeys(s) }
+func (Namespace) All(s *objects.Snapshot) []reconcile.Key {
+	return reconcile.KeysOf(reconcile.NamespaceKind, s.Namespaces().All())
+}
 
 // Keys implements Reconciler: a namespace follows itself and, while it is being
 // deleted, everything in it.
 func (Namespace) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	m := c.Meta()
 	if m.GVK == reconcile.NamespaceKind {
-		return []reconcile.Key{{Kind: reconcile.NamespaceKind.Kind, Name: m.Name}}
+		return []reconcile.Key{reconcile.NewKey(reconcile.NamespaceKind, "", m.Name)}
 	}
 	if m.Namespace == "" {
 		return nil
@@ -48,7 +50,7 @@ func (Namespace) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	if ns, ok := s.Namespaces().Get("", m.Namespace); !ok || ns.DeletionTimestamp == nil {
 		return nil
 	}
-	return []reconcile.Key{{Kind: reconcile.NamespaceKind.Kind, Name: m.Namespace}}
+	return []reconcile.Key{reconcile.NewKey(reconcile.NamespaceKind, "", m.Namespace)}
 }
 
 // Reconcile implements Reconciler.

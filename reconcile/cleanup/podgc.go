@@ -32,7 +32,7 @@ func (PodGC) All(s *objects.Snapshot) []reconcile.Key {
 	for pod := range s.Pods().All() {
 		switch {
 		case pod.Spec.NodeName == "" && pod.DeletionTimestamp != nil:
-			keys = append(keys, podKey(pod.Namespace, pod.Name))
+			keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 		case pod.Spec.NodeName != "" && !nodes[pod.Spec.NodeName]:
 			nodes[pod.Spec.NodeName] = true
 			keys = append(keys, reconcile.NodeKey(pod.Spec.NodeName))
@@ -55,7 +55,7 @@ func (PodGC) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 			if pod.DeletionTimestamp == nil {
 				return nil
 			}
-			return []reconcile.Key{podKey(pod.Namespace, pod.Name)}
+			return []reconcile.Key{reconcile.KeyOf(reconcile.PodKind, pod)}
 		}
 		node, ok := s.Nodes().Get("", pod.Spec.NodeName)
 		if !ok || outOfService(node) {
@@ -63,10 +63,6 @@ func (PodGC) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		}
 	}
 	return nil
-}
-
-func podKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Kind: reconcile.PodKind.Kind, Namespace: namespace, Name: name}
 }
 
 // outOfService says whether an operator has declared that nothing runs on a Node

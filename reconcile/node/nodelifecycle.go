@@ -38,11 +38,7 @@ func (NodeLifecycle) Name() string { return "node-lifecycle-controller" }
 
 // All implements Reconciler.
 func (NodeLifecycle) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for node := range s.Nodes().All() {
-		keys = append(keys, reconcile.NodeKey(node.Name))
-	}
-	return keys
+	return reconcile.KeysOf(reconcile.NodeKind, s.Nodes().All())
 }
 
 // Keys implements Reconciler: a Node follows itself, and pods that claim to be

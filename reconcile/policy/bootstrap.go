@@ -30,19 +30,21 @@ type NamespaceDefaults struct {
 func (NamespaceDefaults) Name() string { return "namespace-defaults-controller" }
 
 // All implements Reconciler.
-func (NamespaceDefaults) All(s *objects.Snapshot) []reconcile.Key { return reconcile.NamespaceKeys(s) }
+func (NamespaceDefaults) All(s *objects.Snapshot) []reconcile.Key {
+	return reconcile.KeysOf(reconcile.NamespaceKind, s.Namespaces().All())
+}
 
 // Keys implements Reconciler.
 func (NamespaceDefaults) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.Key {
 	m := c.Meta()
 	switch {
 	case m.GVK == reconcile.NamespaceKind:
-		return []reconcile.Key{{Kind: reconcile.NamespaceKind.Kind, Name: m.Name}}
+		return []reconcile.Key{reconcile.NewKey(reconcile.NamespaceKind, "", m.Name)}
 	case m.GVK.Group != "":
 		return nil
 	case m.GVK.Kind == "ServiceAccount" && m.Name == defaultServiceAccount && c.New == nil,
 		m.GVK.Kind == "ConfigMap" && m.Name == rootCAConfigMap:
-		return []reconcile.Key{{Kind: reconcile.NamespaceKind.Kind, Name: m.Namespace}}
+		return []reconcile.Key{reconcile.NewKey(reconcile.NamespaceKind, "", m.Namespace)}
 	}
 	return nil
 }

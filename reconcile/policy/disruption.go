@@ -44,29 +44,13 @@ func (Disruption) Traits() reconcile.Traits { return reconcile.Traits{Kinds: tru
 
 // All implements Reconciler.
 func (Disruption) All(s *objects.Snapshot) []reconcile.Key {
-	keys := allBudgets(s)
+	keys := reconcile.KeysOf(budgetKind, s.PodDisruptionBudgets().All())
 	for pod := range s.Pods().All() {
 		if announced(pod) != nil {
-			keys = append(keys, podKey(pod))
+			keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 		}
 	}
 	return keys
-}
-
-func allBudgets(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for pdb := range s.PodDisruptionBudgets().All() {
-		keys = append(keys, budgetKey(pdb))
-	}
-	return keys
-}
-
-func budgetKey(o metav1.Object) reconcile.Key {
-	return reconcile.Key{Group: budgetKind.Group, Kind: budgetKind.Kind, Namespace: o.GetNamespace(), Name: o.GetName()}
-}
-
-func podKey(o metav1.Object) reconcile.Key {
-	return reconcile.Key{Kind: reconcile.PodKind.Kind, Namespace: o.GetNamespace(), Name: o.GetName()}
 }
 
 // Keys implements Reconciler: a budget follows itself, its pods, and the scale of
@@ -75,11 +59,11 @@ func (Disruption) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	m := c.Meta()
 	switch {
 	case m.GVK.GroupKind() == budgetKind.GroupKind():
-		return []reconcile.Key{budgetKey(m)}
+		return []reconcile.Key{reconcile.KeyOf(budgetKind, m)}
 	case m.GVK.GroupKind() == reconcile.PodKind.GroupKind():
 		return podKeys(c, s)
 	case m.GVK.GroupKind() == definitionKind:
-		return allBudgets(s) // it may have another scale
+		return reconcile.KeysOf(budgetKind, s.PodDisruptionBudgets().All()) // it may have another scale
 	case m.Namespace != "" && scaled(c):
 		return ownerKeys(m, s)
 	}
@@ -92,7 +76,7 @@ func podKeys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	before, now := objects.As[*corev1.Pod](c.Old), objects.As[*corev1.Pod](c.New)
 	var keys []reconcile.Key
 	if now != nil && announced(now) != nil {
-		keys = append(keys, podKey(now))
+		keys = append(keys, reconcile.KeyOf(reconcile.PodKind, now))
 	}
 	if before != nil && now != nil && countedAlike(before, now) {
 		return keys
@@ -104,11 +88,11 @@ func podKeys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 			matching++
 		}
 		if isNow || before != nil && selects(pdb, before) {
-			keys = append(keys, budgetKey(pdb))
+			keys = append(keys, reconcile.KeyOf(budgetKind, pdb))
 		}
 	}
 	if matching > 1 && (before == nil || !equality.Semantic.DeepEqual(before.Labels, now.Labels)) {
-		keys = append(keys, podKey(now))
+		keys = append(keys, reconcile.KeyOf(reconcile.PodKind, now))
 	}
 	return keys
 }

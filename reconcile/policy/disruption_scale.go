@@ -198,7 +198,7 @@ func ownerKeys(owner metav1.Object, s *objects.Snapshot) []reconcile.Key {
 		case *corev1.Pod:
 			for pdb := range s.PodDisruptionBudgets().InNamespace(o.Namespace) {
 				if selects(pdb, o) {
-					keys = append(keys, budgetKey(pdb))
+					keys = append(keys, reconcile.KeyOf(budgetKind, pdb))
 				}
 			}
 			return keys

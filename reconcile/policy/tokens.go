@@ -30,10 +30,6 @@ var (
 // Name implements Reconciler.
 func (Tokens) Name() string { return "serviceaccount-token-controller" }
 
-func tokenKey(secret *corev1.Secret) reconcile.Key {
-	return reconcile.Key{Kind: secretKind.Kind, Namespace: secret.Namespace, Name: secret.Name}
-}
-
 // referenceKey is for the reference that a ServiceAccount has to a Secret which
 // was deleted. Others that lead nowhere are not touched: their Secret may yet come.
 func referenceKey(secret *corev1.Secret) reconcile.Key {
@@ -60,7 +56,7 @@ func (Tokens) All(s *objects.Snapshot) []reconcile.Key {
 	var keys []reconcile.Key
 	for secret := range s.Secrets().All() {
 		if secret.Type == corev1.SecretTypeServiceAccountToken {
-			keys = append(keys, tokenKey(secret))
+			keys = append(keys, reconcile.KeyOf(secretKind, secret))
 		}
 	}
 	return keys
@@ -71,7 +67,7 @@ func (Tokens) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	switch c.Meta().GVK {
 	case secretKind:
 		if secret := tokenSecret(c.New); secret != nil {
-			return []reconcile.Key{tokenKey(secret)}
+			return []reconcile.Key{reconcile.KeyOf(secretKind, secret)}
 		}
 		if secret := tokenSecret(c.Old); secret != nil && c.New == nil {
 			return []reconcile.Key{referenceKey(secret)}
@@ -83,7 +79,7 @@ func (Tokens) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		var keys []reconcile.Key
 		for secret := range s.Secrets().InNamespace(c.Old.Namespace) {
 			if secret.Type == corev1.SecretTypeServiceAccountToken && secret.Annotations[corev1.ServiceAccountNameKey] == c.Old.Name {
-				keys = append(keys, tokenKey(secret))
+				keys = append(keys, reconcile.KeyOf(secretKind, secret))
 			}
 		}
 		return keys

@@ -41,13 +41,10 @@ func (Endpoints) Traits() reconcile.Traits { return reconcile.Traits{Pace: 200 *
 
 // All implements Reconciler: every Service, and what is left of those that are gone.
 func (Endpoints) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for svc := range s.Services().All() {
-		keys = append(keys, serviceKey(svc.Namespace, svc.Name))
-	}
+	keys := reconcile.KeysOf(serviceKind, s.Services().All())
 	for ep := range s.Endpoints().All() {
 		if _, ok := s.Services().Get(ep.Namespace, ep.Name); !ok {
-			keys = append(keys, serviceKey(ep.Namespace, ep.Name))
+			keys = append(keys, reconcile.KeyOf(serviceKind, ep))
 		}
 	}
 	return keys
@@ -59,10 +56,10 @@ func (Endpoints) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	now := c.Meta()
 	switch now.GVK {
 	case serviceKind:
-		return []reconcile.Key{serviceKey(now.Namespace, now.Name)}
+		return []reconcile.Key{reconcile.KeyOf(serviceKind, now)}
 	case endpointsKind:
 		if _, ok := s.Services().Get(now.Namespace, now.Name); ok {
-			return []reconcile.Key{serviceKey(now.Namespace, now.Name)}
+			return []reconcile.Key{reconcile.KeyOf(serviceKind, now)}
 		}
 	case reconcile.PodKind:
 		return servicesOfPod(c, s)

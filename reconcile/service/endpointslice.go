@@ -45,17 +45,9 @@ func (EndpointSlice) Name() string { return "endpointslice-controller" }
 // time share a write.
 func (EndpointSlice) Traits() reconcile.Traits { return reconcile.Traits{Pace: 50 * time.Millisecond} }
 
-func serviceKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Kind: serviceKind.Kind, Namespace: namespace, Name: name}
-}
-
 // All implements Reconciler.
 func (EndpointSlice) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for svc := range s.Services().All() {
-		keys = append(keys, serviceKey(svc.Namespace, svc.Name))
-	}
-	return keys
+	return reconcile.KeysOf(serviceKind, s.Services().All())
 }
 
 // Keys implements Reconciler: a Service follows itself, its slices, the pods that it
@@ -65,12 +57,12 @@ func (EndpointSlice) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 	now := c.Meta()
 	switch now.GVK.GroupKind() {
 	case serviceKind.GroupKind():
-		return []reconcile.Key{serviceKey(now.Namespace, now.Name)}
+		return []reconcile.Key{reconcile.KeyOf(serviceKind, now)}
 	case endpointSliceKind.GroupKind():
 		var keys []reconcile.Key
 		for _, m := range reconcile.Versions(c) {
 			if m.Labels[discoveryv1.LabelManagedBy] == sliceManager {
-				keys = append(keys, serviceKey(m.Namespace, m.Labels[discoveryv1.LabelServiceName]))
+				keys = append(keys, reconcile.NewKey(serviceKind, m.Namespace, m.Labels[discoveryv1.LabelServiceName]))
 			}
 		}
 		return keys

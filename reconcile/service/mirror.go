@@ -35,17 +35,9 @@ func (EndpointSliceMirroring) Traits() reconcile.Traits {
 	return reconcile.Traits{Pace: 50 * time.Millisecond}
 }
 
-func endpointsKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Kind: endpointsKind.Kind, Namespace: namespace, Name: name}
-}
-
 // All implements Reconciler.
 func (EndpointSliceMirroring) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for ep := range s.Endpoints().All() {
-		keys = append(keys, endpointsKey(ep.Namespace, ep.Name))
-	}
-	return keys
+	return reconcile.KeysOf(endpointsKind, s.Endpoints().All())
 }
 
 // Keys implements Reconciler: Endpoints follow themselves, their Service and their slices.
@@ -53,12 +45,12 @@ func (EndpointSliceMirroring) Keys(c objects.Changed, _ *objects.Snapshot) []rec
 	now := c.Meta()
 	switch now.GVK {
 	case endpointsKind, serviceKind:
-		return []reconcile.Key{endpointsKey(now.Namespace, now.Name)}
+		return []reconcile.Key{reconcile.KeyOf(endpointsKind, now)}
 	case endpointSliceKind:
 		var keys []reconcile.Key
 		for _, m := range reconcile.Versions(c) {
 			if m.Labels[discoveryv1.LabelManagedBy] == mirrorManager {
-				keys = append(keys, endpointsKey(m.Namespace, m.Labels[discoveryv1.LabelServiceName]))
+				keys = append(keys, reconcile.NewKey(endpointsKind, m.Namespace, m.Labels[discoveryv1.LabelServiceName]))
 			}
 		}
 		return keys

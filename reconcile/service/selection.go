@@ -38,7 +38,7 @@ func servicesOf(s *objects.Snapshot, namespace string, sets ...map[string]string
 		}
 		selector := labels.SelectorFromSet(svc.Spec.Selector)
 		if slices.ContainsFunc(sets, func(set map[string]string) bool { return selector.Matches(labels.Set(set)) }) {
-			keys = append(keys, serviceKey(svc.Namespace, svc.Name))
+			keys = append(keys, reconcile.KeyOf(serviceKind, svc))
 		}
 	}
 	return keys

@@ -1,8 +1,6 @@
 package storage
 
 import (
-	"iter"
-
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/component-helpers/storage/volume"
@@ -18,35 +16,20 @@ type Binder struct{}
 // Name implements Reconciler.
 func (Binder) Name() string { return "persistentvolume-controller" }
 
-func claimKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Kind: reconcile.PVCKind.Kind, Namespace: namespace, Name: name}
-}
-
 func volumeKey(name string) reconcile.Key {
-	return reconcile.Key{Kind: reconcile.PVKind.Kind, Name: name}
+	return reconcile.NewKey(reconcile.PVKind, "", name)
 }
 
 // All implements Reconciler.
 func (Binder) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for pv := range s.PVs().All() {
-		keys = append(keys, volumeKey(pv.Name))
-	}
-	return append(keys, claimKeys(s.PVCs().All())...)
-}
-
-func claimKeys(claims iter.Seq[*corev1.PersistentVolumeClaim]) (keys []reconcile.Key) {
-	for claim := range claims {
-		keys = append(keys, claimKey(claim.Namespace, claim.Name))
-	}
-	return keys
+	return append(reconcile.KeysOf(reconcile.PVKind, s.PVs().All()), reconcile.KeysOf(reconcile.PVCKind, s.PVCs().All())...)
 }
 
 // Keys implements Reconciler.
 func (Binder) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	switch now := c.Meta().Object.(type) {
 	case *corev1.PersistentVolumeClaim:
-		keys := []reconcile.Key{claimKey(now.Namespace, now.Name)}
+		keys := []reconcile.Key{reconcile.KeyOf(reconcile.PVCKind, now)}
 		for pv := range s.PVsClaimed(now.Namespace, now.Name) {
 			keys = append(keys, volumeKey(pv.Name))
 		}
@@ -57,9 +40,9 @@ func (Binder) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	case *corev1.PersistentVolume:
 		return volumeChanged(c, now, s)
 	case *storagev1.StorageClass:
-		keys := claimKeys(s.PVCsPending(now.Name))
+		keys := reconcile.KeysOf(reconcile.PVCKind, s.PVCsPending(now.Name))
 		if c.New != nil && isDefault(now) {
-			keys = append(keys, claimKeys(s.PVCsWithoutClass())...)
+			keys = append(keys, reconcile.KeysOf(reconcile.PVCKind, s.PVCsWithoutClass())...)
 		}
 		return keys
 	case *corev1.Pod:
@@ -91,7 +74,7 @@ func old(c objects.Changed) any {
 func claimsOf(pod *corev1.Pod) (keys []reconcile.Key) {
 	for i := range pod.Spec.Volumes {
 		if name := objects.ClaimName(pod, &pod.Spec.Volumes[i]); name != "" {
-			keys = append(keys, claimKey(pod.Namespace, name))
+			keys = append(keys, reconcile.NewKey(reconcile.PVCKind, pod.Namespace, name))
 		}
 	}
 	return keys
@@ -100,9 +83,9 @@ func claimsOf(pod *corev1.Pod) (keys []reconcile.Key) {
 // volumeChanged returns the keys that a changed volume concerns: its own, its
 // claims, and those of pending claims that it could serve, once it can.
 func volumeChanged(c objects.Changed, pv *corev1.PersistentVolume, s *objects.Snapshot) []reconcile.Key {
-	keys := append([]reconcile.Key{volumeKey(pv.Name)}, claimKeys(s.PVCsNaming(pv.Name))...)
+	keys := append([]reconcile.Key{volumeKey(pv.Name)}, reconcile.KeysOf(reconcile.PVCKind, s.PVCsNaming(pv.Name))...)
 	if ref := pv.Spec.ClaimRef; ref != nil {
-		keys = append(keys, claimKey(ref.Namespace, ref.Name))
+		keys = append(keys, reconcile.NewKey(reconcile.PVCKind, ref.Namespace, ref.Name))
 	}
 	if c.New == nil || !available(pv) {
 		return keys
@@ -115,7 +98,7 @@ func volumeChanged(c objects.Changed, pv *corev1.PersistentVolume, s *objects.Sn
 			continue
 		}
 		if fits, err := volume.FindMatchingVolume(claim, []*corev1.PersistentVolume{pv}, nil, nil, false, true); err == nil && fits != nil {
-			keys = append(keys, claimKey(claim.Namespace, claim.Name))
+			keys = append(keys, reconcile.KeyOf(reconcile.PVCKind, claim))
 		}
 	}
 	return keys

@@ -26,7 +26,7 @@ const (
 
 var (
 	storageClassesResource = storagev1.SchemeGroupVersion.WithResource("storageclasses")
-	systemNamespace        = reconcile.Key{Kind: reconcile.NamespaceKind.Kind, Name: metav1.NamespaceSystem}
+	systemNamespace        = reconcile.NewKey(reconcile.NamespaceKind, "", metav1.NamespaceSystem)
 )
 
 // Class makes the StorageClass of local volumes, once in a cluster's life: what

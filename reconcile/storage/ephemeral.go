@@ -19,10 +19,6 @@ type Ephemeral struct{}
 // Name implements Reconciler.
 func (Ephemeral) Name() string { return "ephemeral-volume-controller" }
 
-func podKey(pod *corev1.Pod) reconcile.Key {
-	return reconcile.Key{Kind: reconcile.PodKind.Kind, Namespace: pod.Namespace, Name: pod.Name}
-}
-
 func hasEphemeral(pod *corev1.Pod) bool {
 	return pod.DeletionTimestamp == nil && slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return v.Ephemeral != nil })
 }
@@ -31,7 +27,7 @@ func hasEphemeral(pod *corev1.Pod) bool {
 func (Ephemeral) All(s *objects.Snapshot) (keys []reconcile.Key) {
 	for pod := range s.Pods().All() {
 		if hasEphemeral(pod) {
-			keys = append(keys, podKey(pod))
+			keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 		}
 	}
 	return keys
@@ -43,7 +39,7 @@ func (Ephemeral) Keys(c objects.Changed, s *objects.Snapshot) (keys []reconcile.
 	switch now := c.Meta().Object.(type) {
 	case *corev1.Pod:
 		if (c.Old == nil || c.Old.UID != now.UID) && hasEphemeral(now) {
-			return []reconcile.Key{podKey(now)}
+			return []reconcile.Key{reconcile.KeyOf(reconcile.PodKind, now)}
 		}
 	case *corev1.PersistentVolumeClaim:
 		if c.New != nil {
@@ -51,7 +47,7 @@ func (Ephemeral) Keys(c objects.Changed, s *objects.Snapshot) (keys []reconcile.
 		}
 		for pod := range s.PodsUsing(now.Namespace, now.Name) {
 			if hasEphemeral(pod) {
-				keys = append(keys, podKey(pod))
+				keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 			}
 		}
 	}

@@ -56,7 +56,9 @@ type ClaimProtection struct{}
 func (ClaimProtection) Name() string { return "persistentvolumeclaim-protection-controller" }
 
 // All implements Reconciler.
-func (ClaimProtection) All(s *objects.Snapshot) []reconcile.Key { return claimKeys(s.PVCs().All()) }
+func (ClaimProtection) All(s *objects.Snapshot) []reconcile.Key {
+	return reconcile.KeysOf(reconcile.PVCKind, s.PVCs().All())
+}
 
 // Keys implements Reconciler: a claim follows itself, and the pods that use it as
 // they come, are placed, end and go.
@@ -64,7 +66,7 @@ func (ClaimProtection) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.
 	switch now := c.Meta().Object.(type) {
 	case *corev1.PersistentVolumeClaim:
 		if c.New != nil {
-			return []reconcile.Key{claimKey(now.Namespace, now.Name)}
+			return []reconcile.Key{reconcile.KeyOf(reconcile.PVCKind, now)}
 		}
 	case *corev1.Pod:
 		before, ok := old(c).(*corev1.Pod)
@@ -158,11 +160,8 @@ type VolumeProtection struct{}
 func (VolumeProtection) Name() string { return "persistentvolume-protection-controller" }
 
 // All implements Reconciler.
-func (VolumeProtection) All(s *objects.Snapshot) (keys []reconcile.Key) {
-	for pv := range s.PVs().All() {
-		keys = append(keys, volumeKey(pv.Name))
-	}
-	return keys
+func (VolumeProtection) All(s *objects.Snapshot) []reconcile.Key {
+	return reconcile.KeysOf(reconcile.PVKind, s.PVs().All())
 }
 
 // Keys implements Reconciler.
@@ -190,7 +189,7 @@ func (AttributesProtection) Name() string { return "volumeattributesclass-protec
 
 // attributesKey finds a class by what it is called: a Meta has no table of its own.
 func attributesKey(name string) reconcile.Key {
-	return reconcile.Key{Group: attributesKind.Group, Kind: attributesKind.Kind, Name: name}
+	return reconcile.NewKey(attributesKind, "", name)
 }
 
 const attributesPrefix = objects.DefaultPrefix + "volumeattributesclasses/"

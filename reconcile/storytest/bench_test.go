@@ -52,7 +52,7 @@ func BenchmarkPass(b *testing.B) {
 		r   reconcile.Reconciler
 		key reconcile.Key
 	}{
-		{workload.ReplicaSet{}, workload.ReplicaSetKey("default", "web")},
+		{workload.ReplicaSet{}, reconcile.NewKey(reconcile.ReplicaSetKind, "default", "web")},
 		{node.NodeLifecycle{}, reconcile.NodeKey("n0001")}, // a lost one, which counts the others
 		{node.TaintEviction{}, reconcile.NodeKey("n0001")},
 		{cleanup.PodGC{}, reconcile.NodeKey("n0001")},

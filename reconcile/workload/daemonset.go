@@ -26,15 +26,7 @@ func (DaemonSet) Name() string { return "daemonset-controller" }
 
 // All implements Reconciler.
 func (DaemonSet) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for ds := range s.DaemonSets().All() {
-		keys = append(keys, daemonSetKey(ds))
-	}
-	return keys
-}
-
-func daemonSetKey(o metav1.Object) reconcile.Key {
-	return reconcile.Key{Group: "apps", Kind: reconcile.DaemonSetKind.Kind, Namespace: o.GetNamespace(), Name: o.GetName()}
+	return reconcile.KeysOf(reconcile.DaemonSetKind, s.DaemonSets().All())
 }
 
 // Keys implements Reconciler: a DaemonSet follows itself, its pods and revisions, those
@@ -44,9 +36,9 @@ func (DaemonSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	m := c.Meta()
 	switch m.GVK.GroupKind() {
 	case reconcile.DaemonSetKind.GroupKind():
-		return []reconcile.Key{daemonSetKey(m)}
+		return []reconcile.Key{reconcile.KeyOf(reconcile.DaemonSetKind, m)}
 	case reconcile.ControllerRevisionKind.GroupKind():
-		return revisionKeys(c, reconcile.DaemonSetKind, func(m *objects.Meta) []reconcile.Key { return daemonSetsSelecting(m, s) })
+		return reconcile.OwnerKeys(c, reconcile.DaemonSetKind, func(m *objects.Meta) []reconcile.Key { return daemonSetsSelecting(m, s) })
 	case reconcile.NodeKind.GroupKind():
 		return daemonSetsOfNode(c, s)
 	case reconcile.PodKind.GroupKind():
@@ -60,7 +52,7 @@ func daemonSetsSelecting(m *objects.Meta, s *objects.Snapshot) []reconcile.Key {
 	var keys []reconcile.Key
 	for ds := range s.DaemonSets().InNamespace(m.Namespace) {
 		if reconcile.Selects(ds.Spec.Selector, m.Labels) {
-			keys = append(keys, daemonSetKey(ds))
+			keys = append(keys, reconcile.KeyOf(reconcile.DaemonSetKind, ds))
 		}
 	}
 	return keys
@@ -71,17 +63,12 @@ func daemonSetsOfPod(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	if c.Old != nil && c.New != nil && sameDaemon(c.Old, c.New) {
 		return nil
 	}
-	var keys []reconcile.Key
-	for _, m := range reconcile.Versions(c) {
-		ref := metav1.GetControllerOfNoCopy(m)
-		switch {
-		case ref != nil && ref.Kind == reconcile.DaemonSetKind.Kind:
-			keys = append(keys, reconcile.Key{Group: "apps", Kind: ref.Kind, Namespace: m.Namespace, Name: ref.Name})
-		case ref == nil && m == c.New && m.DeletionTimestamp == nil:
-			keys = append(keys, daemonSetsSelecting(m, s)...)
+	return reconcile.OwnerKeys(c, reconcile.DaemonSetKind, func(m *objects.Meta) []reconcile.Key {
+		if m.DeletionTimestamp != nil {
+			return nil
 		}
-	}
-	return keys
+		return daemonSetsSelecting(m, s)
+	})
 }
 
 // sameDaemon says whether two versions of a pod differ in nothing that a DaemonSet
@@ -107,7 +94,7 @@ func daemonSetsOfNode(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	var keys []reconcile.Key
 	for ds := range s.DaemonSets().All() {
 		if p := placementOf(ds); p.on(before) != p.on(now) {
-			keys = append(keys, daemonSetKey(ds))
+			keys = append(keys, reconcile.KeyOf(reconcile.DaemonSetKind, ds))
 		}
 	}
 	return keys

@@ -26,11 +26,7 @@ func (Deployment) Name() string { return "deployment-controller" }
 
 // All implements Reconciler.
 func (Deployment) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for d := range s.Deployments().All() {
-		keys = append(keys, deploymentKey(d.Namespace, d.Name))
-	}
-	return keys
+	return reconcile.KeysOf(reconcile.DeploymentKind, s.Deployments().All())
 }
 
 // Keys implements Reconciler: a Deployment follows itself and its ReplicaSets,
@@ -39,19 +35,19 @@ func (Deployment) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	now := c.Meta()
 	switch now.GVK.GroupKind() {
 	case reconcile.DeploymentKind.GroupKind():
-		return []reconcile.Key{deploymentKey(now.Namespace, now.Name)}
+		return []reconcile.Key{reconcile.KeyOf(reconcile.DeploymentKind, now)}
 	case reconcile.ReplicaSetKind.GroupKind():
 		var keys []reconcile.Key
 		for _, m := range reconcile.Versions(c) {
 			if ref := metav1.GetControllerOfNoCopy(m); ref != nil {
 				if ref.Kind == reconcile.DeploymentKind.Kind {
-					keys = append(keys, deploymentKey(m.Namespace, ref.Name))
+					keys = append(keys, reconcile.NewKey(reconcile.DeploymentKind, m.Namespace, ref.Name))
 				}
 				continue
 			}
 			for d := range s.Deployments().InNamespace(m.Namespace) {
 				if reconcile.Selects(d.Spec.Selector, m.Labels) {
-					keys = append(keys, deploymentKey(d.Namespace, d.Name))
+					keys = append(keys, reconcile.KeyOf(reconcile.DeploymentKind, d))
 				}
 			}
 		}
@@ -75,14 +71,10 @@ func (Deployment) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		}
 		d, ok := s.Deployments().Get(pod.Namespace, owner.Name)
 		if ok && d.Spec.Strategy.Type == appsv1.RecreateDeploymentStrategyType {
-			return []reconcile.Key{deploymentKey(pod.Namespace, owner.Name)}
+			return []reconcile.Key{reconcile.NewKey(reconcile.DeploymentKind, pod.Namespace, owner.Name)}
 		}
 	}
 	return nil
-}
-
-func deploymentKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Group: "apps", Kind: reconcile.DeploymentKind.Kind, Namespace: namespace, Name: name}
 }
 
 // rollout is one pass over one Deployment. Deployment and ReplicaSets are

@@ -26,7 +26,6 @@ type History = history
 
 var (
 	HistoryOf        = historyOf
-	RevisionKeys     = revisionKeys
 	RevisionData     = revisionData
 	RevisionTemplate = revisionTemplate
 	DataHash         = dataHash

@@ -59,22 +59,6 @@ func historyOf(in reconcile.Input, owner reconcile.Object, kind schema.GroupVers
 	return h
 }
 
-// revisionKeys returns the key of the owner of a changed ControllerRevision, before
-// and after, if it is of the kind, and the keys of those that could adopt it.
-func revisionKeys(c objects.Changed, kind schema.GroupVersionKind, adopters func(m *objects.Meta) []reconcile.Key) []reconcile.Key {
-	var keys []reconcile.Key
-	for _, m := range reconcile.Versions(c) {
-		ref := metav1.GetControllerOfNoCopy(m)
-		switch {
-		case ref != nil && ref.Kind == kind.Kind:
-			keys = append(keys, reconcile.Key{Group: kind.Group, Kind: kind.Kind, Namespace: m.Namespace, Name: ref.Name})
-		case ref == nil && m == c.New:
-			keys = append(keys, adopters(m)...)
-		}
-	}
-	return keys
-}
-
 // newest is the last revision, nil when there is none.
 func (h *history) newest() *appsv1.ControllerRevision {
 	if len(h.revisions) == 0 {

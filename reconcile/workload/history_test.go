@@ -16,7 +16,6 @@ import (
 	"timonel/reconcile"
 	"timonel/reconcile/storytest"
 	"timonel/reconcile/workload"
-	"timonel/state/objects"
 )
 
 // historyTemplate is the template whose revision Kubernetes 1.37.2 makes as told below.
@@ -223,28 +222,4 @@ func TestTruncatedHistory(t *testing.T) {
 	}
 	require.Equal(t, []string{"delete controllerrevisions default/b", "delete controllerrevisions default/d"}, got)
 	require.Empty(t, h.Truncate(0, func(*appsv1.ControllerRevision) bool { return false }))
-}
-
-// A changed revision concerns its owner, before and after, and those who could adopt it.
-func TestRevisionKeys(t *testing.T) {
-	t.Parallel()
-	meta := func(owner string) *objects.Meta {
-		m := &objects.Meta{ObjectMeta: &metav1.ObjectMeta{Namespace: "default", Name: "rev"}}
-		if owner != "" {
-			o := &appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Name: owner}}
-			m.OwnerReferences = []metav1.OwnerReference{*metav1.NewControllerRef(o, reconcile.StatefulSetKind)}
-		}
-		return m
-	}
-	adopters := func(*objects.Meta) []reconcile.Key { return []reconcile.Key{{Name: "adopter"}} }
-	keys := func(old, now *objects.Meta) (out []string) {
-		for _, k := range workload.RevisionKeys(objects.Changed{Old: old, New: now}, reconcile.StatefulSetKind, adopters) {
-			out = append(out, k.Name)
-		}
-		return out
-	}
-	require.Equal(t, []string{"web"}, keys(meta("web"), nil))
-	require.Equal(t, []string{"web", "adopter"}, keys(meta("web"), meta("")))
-	require.Equal(t, []string{"web"}, keys(meta(""), meta("web")))
-	require.Nil(t, workload.RevisionKeys(objects.Changed{New: meta("web")}, reconcile.DeploymentKind, adopters))
 }

@@ -33,53 +33,32 @@ func (ReplicaSet) Name() string { return "replicaset-controller" }
 
 // All implements Reconciler.
 func (ReplicaSet) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for rs := range s.ReplicaSets().All() {
-		keys = append(keys, ReplicaSetKey(rs.Namespace, rs.Name))
-	}
-	return keys
+	return reconcile.KeysOf(reconcile.ReplicaSetKind, s.ReplicaSets().All())
 }
 
 // Keys implements Reconciler: a ReplicaSet follows itself, its pods, and pods
 // without a controller that it could adopt.
 func (ReplicaSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
-	return replicasKeys(c, reconcile.ReplicaSetKind, func(m *objects.Meta, add func(name string)) {
+	return replicasKeys(c, reconcile.ReplicaSetKind, func(m *objects.Meta) (keys []reconcile.Key) {
 		for rs := range s.ReplicaSets().InNamespace(m.Namespace) {
 			if reconcile.Selects(rs.Spec.Selector, m.Labels) {
-				add(rs.Name)
+				keys = append(keys, reconcile.KeyOf(reconcile.ReplicaSetKind, rs))
 			}
 		}
+		return keys
 	})
 }
 
 // replicasKeys returns the keys of owners of a kind that a change concerns; adopters
-// adds those of a changed pod's namespace that could adopt it.
-func replicasKeys(c objects.Changed, kind schema.GroupVersionKind, adopters func(m *objects.Meta, add func(name string))) []reconcile.Key {
-	key := func(namespace, name string) reconcile.Key {
-		return reconcile.Key{Group: kind.Group, Kind: kind.Kind, Namespace: namespace, Name: name}
-	}
-	now := c.Meta()
-	switch now.GVK.GroupKind() {
+// returns those of a changed pod's namespace that could adopt it.
+func replicasKeys(c objects.Changed, kind schema.GroupVersionKind, adopters func(m *objects.Meta) []reconcile.Key) []reconcile.Key {
+	switch c.Meta().GVK.GroupKind() {
 	case kind.GroupKind():
-		return []reconcile.Key{key(now.Namespace, now.Name)}
+		return []reconcile.Key{reconcile.KeyOf(kind, c.Meta())}
 	case reconcile.PodKind.GroupKind():
-		var keys []reconcile.Key
-		for _, m := range reconcile.Versions(c) {
-			ref := metav1.GetControllerOfNoCopy(m)
-			switch {
-			case ref != nil && ref.Kind == kind.Kind:
-				keys = append(keys, key(m.Namespace, ref.Name))
-			case ref == nil && m == c.New:
-				adopters(m, func(name string) { keys = append(keys, key(m.Namespace, name)) })
-			}
-		}
-		return keys
+		return reconcile.OwnerKeys(c, kind, adopters)
 	}
 	return nil
-}
-
-func ReplicaSetKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Group: "apps", Kind: reconcile.ReplicaSetKind.Kind, Namespace: namespace, Name: name}
 }
 
 // Reconcile implements Reconciler.

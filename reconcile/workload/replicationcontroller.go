@@ -22,21 +22,18 @@ func (ReplicationController) Name() string { return "replication-controller" }
 
 // All implements Reconciler.
 func (ReplicationController) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for rc := range s.ReplicationControllers().All() {
-		keys = append(keys, reconcile.Key{Kind: reconcile.ReplicationControllerKind.Kind, Namespace: rc.Namespace, Name: rc.Name})
-	}
-	return keys
+	return reconcile.KeysOf(reconcile.ReplicationControllerKind, s.ReplicationControllers().All())
 }
 
 // Keys implements Reconciler: a ReplicationController follows what a ReplicaSet does.
 func (ReplicationController) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
-	return replicasKeys(c, reconcile.ReplicationControllerKind, func(m *objects.Meta, add func(name string)) {
+	return replicasKeys(c, reconcile.ReplicationControllerKind, func(m *objects.Meta) (keys []reconcile.Key) {
 		for rc := range s.ReplicationControllers().InNamespace(m.Namespace) {
 			if len(rc.Spec.Selector) > 0 && labels.SelectorFromSet(rc.Spec.Selector).Matches(labels.Set(m.Labels)) {
-				add(rc.Name)
+				keys = append(keys, reconcile.KeyOf(reconcile.ReplicationControllerKind, rc))
 			}
 		}
+		return keys
 	})
 }
 

@@ -33,15 +33,7 @@ func (StatefulSet) Name() string { return "statefulset-controller" }
 
 // All implements Reconciler.
 func (StatefulSet) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for set := range s.StatefulSets().All() {
-		keys = append(keys, statefulSetKey(set.Namespace, set.Name))
-	}
-	return keys
-}
-
-func statefulSetKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Group: "apps", Kind: reconcile.StatefulSetKind.Kind, Namespace: namespace, Name: name}
+	return reconcile.KeysOf(reconcile.StatefulSetKind, s.StatefulSets().All())
 }
 
 // Keys implements Reconciler: a StatefulSet follows itself, its pods, its revisions,
@@ -50,27 +42,22 @@ func (StatefulSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key 
 	now := c.Meta()
 	switch now.GVK.GroupKind() {
 	case reconcile.StatefulSetKind.GroupKind():
-		return []reconcile.Key{statefulSetKey(now.Namespace, now.Name)}
+		return []reconcile.Key{reconcile.KeyOf(reconcile.StatefulSetKind, now)}
 	case reconcile.PodKind.GroupKind():
-		var keys []reconcile.Key
-		for _, m := range reconcile.Versions(c) {
-			if ref := metav1.GetControllerOfNoCopy(m); ref != nil && ref.Kind == reconcile.StatefulSetKind.Kind {
-				keys = append(keys, statefulSetKey(m.Namespace, ref.Name))
-			}
-		}
+		keys := reconcile.OwnerKeys(c, reconcile.StatefulSetKind, nil)
 		// It may be adopted, or was in the way of the set's own pod and is gone.
 		if parent, _ := identityOf(now.Name); c.New == nil || metav1.GetControllerOfNoCopy(c.New) == nil {
 			if _, ok := s.StatefulSets().Get(now.Namespace, parent); ok {
-				keys = append(keys, statefulSetKey(now.Namespace, parent))
+				keys = append(keys, reconcile.NewKey(reconcile.StatefulSetKind, now.Namespace, parent))
 			}
 		}
 		return keys
 	case reconcile.ControllerRevisionKind.GroupKind():
-		return revisionKeys(c, reconcile.StatefulSetKind, func(m *objects.Meta) []reconcile.Key {
+		return reconcile.OwnerKeys(c, reconcile.StatefulSetKind, func(m *objects.Meta) []reconcile.Key {
 			var keys []reconcile.Key
 			for set := range s.StatefulSets().InNamespace(m.Namespace) {
 				if reconcile.Selects(set.Spec.Selector, m.Labels) {
-					keys = append(keys, statefulSetKey(set.Namespace, set.Name))
+					keys = append(keys, reconcile.KeyOf(reconcile.StatefulSetKind, set))
 				}
 			}
 			return keys
@@ -101,7 +88,7 @@ func claimKeys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		}
 		if set, ok := s.StatefulSets().Get(now.Namespace, rest[i+1:]); ok &&
 			slices.ContainsFunc(set.Spec.VolumeClaimTemplates, func(t corev1.PersistentVolumeClaim) bool { return t.Name == rest[:i] }) {
-			keys = append(keys, statefulSetKey(set.Namespace, set.Name))
+			keys = append(keys, reconcile.KeyOf(reconcile.StatefulSetKind, set))
 		}
 	}
 	return keys

@@ -35,11 +35,7 @@ func (CronJob) Name() string { return "cronjob-controller" }
 
 // All implements Reconciler.
 func (CronJob) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for cj := range s.CronJobs().All() {
-		keys = append(keys, CronJobKey(cj.Namespace, cj.Name))
-	}
-	return keys
+	return reconcile.KeysOf(CronJobKind, s.CronJobs().All())
 }
 
 // Keys implements Reconciler: a CronJob follows itself and its Jobs.
@@ -70,7 +66,7 @@ func (CronJob) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.Key {
 
 // CronJobKey is the key of a CronJob.
 func CronJobKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Group: CronJobKind.Group, Kind: CronJobKind.Kind, Namespace: namespace, Name: name}
+	return reconcile.NewKey(CronJobKind, namespace, name)
 }
 
 // cronPass is one look at one CronJob.

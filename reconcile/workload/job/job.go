@@ -32,13 +32,10 @@ func (Job) Name() string { return "job-controller" }
 
 // All implements Reconciler.
 func (Job) All(s *objects.Snapshot) []reconcile.Key {
-	var keys []reconcile.Key
-	for job := range s.Jobs().All() {
-		keys = append(keys, Key(job.Namespace, job.Name))
-	}
+	keys := reconcile.KeysOf(Kind, s.Jobs().All())
 	for pod := range s.Pods().All() {
 		if stray(s, pod) {
-			keys = append(keys, podKey(pod.Namespace, pod.Name))
+			keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 		}
 	}
 	return keys
@@ -53,7 +50,7 @@ func (Job) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		if c.New == nil {
 			for m := range s.OwnedBy(now.UID) {
 				if pod, ok := m.Object.(*corev1.Pod); ok && tracked(pod) {
-					keys = append(keys, podKey(pod.Namespace, pod.Name))
+					keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 				}
 			}
 		}
@@ -61,7 +58,7 @@ func (Job) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 			// It alone can select pods that were there before it.
 			for pod := range s.OrphanPods(job.Namespace) {
 				if reconcile.Selects(job.Spec.Selector, pod.Labels) {
-					keys = append(keys, podKey(pod.Namespace, pod.Name))
+					keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 				}
 			}
 		}
@@ -75,7 +72,7 @@ func (Job) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 		}
 		if c.New != nil {
 			if pod, ok := c.New.Object.(*corev1.Pod); ok && stray(s, pod) {
-				keys = append(keys, podKey(pod.Namespace, pod.Name))
+				keys = append(keys, reconcile.KeyOf(reconcile.PodKind, pod))
 			}
 		}
 		return keys
@@ -85,11 +82,7 @@ func (Job) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 
 // Key is the key of a Job.
 func Key(namespace, name string) reconcile.Key {
-	return reconcile.Key{Group: Kind.Group, Kind: Kind.Kind, Namespace: namespace, Name: name}
-}
-
-func podKey(namespace, name string) reconcile.Key {
-	return reconcile.Key{Kind: reconcile.PodKind.Kind, Namespace: namespace, Name: name}
+	return reconcile.NewKey(Kind, namespace, name)
 }
 
 // Reconcile implements Reconciler.
