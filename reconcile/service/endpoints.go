@@ -126,12 +126,7 @@ func elects(ep *corev1.Endpoints) bool {
 
 // endpointsLabels are the Service's labels and those that say what made the object.
 func endpointsLabels(svc *corev1.Service) map[string]string {
-	out := map[string]string{}
-	maps.Copy(out, svc.Labels)
-	delete(out, corev1.IsHeadlessService)
-	if headless(svc) {
-		out[corev1.IsHeadlessService] = ""
-	}
+	out := serviceLabels(svc)
 	out[endpointsManagedBy] = endpointsManager
 	return out
 }

@@ -257,14 +257,21 @@ func newSlice(svc *corev1.Service, g *sliceGroup) *discoveryv1.EndpointSlice {
 
 // sliceLabels are the Service's labels and those by which slices are found.
 func sliceLabels(svc *corev1.Service) map[string]string {
+	out := serviceLabels(svc)
+	out[discoveryv1.LabelServiceName] = svc.Name
+	out[discoveryv1.LabelManagedBy] = sliceManager
+	return out
+}
+
+// serviceLabels are the Service's labels, and the one that says that it is headless,
+// which nobody else's may say.
+func serviceLabels(svc *corev1.Service) map[string]string {
 	out := map[string]string{}
 	maps.Copy(out, svc.Labels)
 	delete(out, corev1.IsHeadlessService)
 	if headless(svc) {
 		out[corev1.IsHeadlessService] = ""
 	}
-	out[discoveryv1.LabelServiceName] = svc.Name
-	out[discoveryv1.LabelManagedBy] = sliceManager
 	return out
 }
 

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/component-helpers/storage/volume"
 	csitranslation "k8s.io/csi-translation-lib"
+	"k8s.io/utils/ptr"
 
 	"timonel/reconcile"
 	"timonel/state/objects"
@@ -174,7 +175,7 @@ func unsuitable(pv *corev1.PersistentVolume, claim *corev1.PersistentVolumeClaim
 		return errors.New("requested PV is too small")
 	case volume.GetPersistentVolumeClass(pv) != volume.GetPersistentVolumeClaimClass(claim):
 		return errors.New("storageClassName does not match")
-	case valueOf(pv.Spec.VolumeAttributesClassName) != valueOf(claim.Spec.VolumeAttributesClassName):
+	case ptr.Deref(pv.Spec.VolumeAttributesClassName, "") != ptr.Deref(claim.Spec.VolumeAttributesClassName, ""):
 		return errors.New("volumeAttributesClassName does not match")
 	case volume.CheckVolumeModeMismatches(&claim.Spec, &pv.Spec):
 		return errors.New("incompatible volumeMode")
@@ -182,13 +183,6 @@ func unsuitable(pv *corev1.PersistentVolume, claim *corev1.PersistentVolumeClaim
 		return errors.New("incompatible accessMode")
 	}
 	return nil
-}
-
-func valueOf(s *string) string {
-	if s == nil {
-		return ""
-	}
-	return *s
 }
 
 // boundClaim is for a claim that was bound before.
@@ -272,7 +266,7 @@ func boundStatus(claim *corev1.PersistentVolumeClaim, pv *corev1.PersistentVolum
 	if had, ok := claim.Status.Capacity[corev1.ResourceStorage]; !ok || had.Cmp(size) != 0 {
 		status["capacity"] = map[corev1.ResourceName]resource.Quantity{corev1.ResourceStorage: size}
 	}
-	if valueOf(claim.Status.CurrentVolumeAttributesClassName) != valueOf(pv.Spec.VolumeAttributesClassName) {
+	if ptr.Deref(claim.Status.CurrentVolumeAttributesClassName, "") != ptr.Deref(pv.Spec.VolumeAttributesClassName, "") {
 		status["currentVolumeAttributesClassName"] = pv.Spec.VolumeAttributesClassName
 	}
 	return status, nil

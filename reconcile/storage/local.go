@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/component-helpers/storage/volume"
+	"k8s.io/utils/ptr"
 
 	"timonel/reconcile"
 	"timonel/state/objects"
@@ -100,7 +101,7 @@ func cannotBeLocal(claim *corev1.PersistentVolumeClaim, class *storagev1.Storage
 		return "spec.selector: it selects among volumes that are there, and none is made by it"
 	case claim.Spec.DataSource != nil || claim.Spec.DataSourceRef != nil:
 		return "spec.dataSource: it cannot copy snapshots or other volumes"
-	case valueOf(claim.Spec.VolumeAttributesClassName) != "":
+	case ptr.Deref(claim.Spec.VolumeAttributesClassName, "") != "":
 		return "spec.volumeAttributesClassName: it knows no attributes"
 	case len(class.MountOptions) > 0:
 		return "the StorageClass' mountOptions: it mounts nothing"

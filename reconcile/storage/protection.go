@@ -8,6 +8,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/component-helpers/storage/ephemeral"
+	"k8s.io/utils/ptr"
 
 	"timonel/reconcile"
 	"timonel/state/objects"
@@ -223,9 +224,9 @@ func (AttributesProtection) Keys(c objects.Changed, s *objects.Snapshot) (keys [
 func attributesOf(obj any) []string {
 	switch o := obj.(type) {
 	case *corev1.PersistentVolume:
-		return without([]string{valueOf(o.Spec.VolumeAttributesClassName)}, "")
+		return without([]string{ptr.Deref(o.Spec.VolumeAttributesClassName, "")}, "")
 	case *corev1.PersistentVolumeClaim:
-		names := []string{valueOf(o.Spec.VolumeAttributesClassName), valueOf(o.Status.CurrentVolumeAttributesClassName)}
+		names := []string{ptr.Deref(o.Spec.VolumeAttributesClassName, ""), ptr.Deref(o.Status.CurrentVolumeAttributesClassName, "")}
 		if s := o.Status.ModifyVolumeStatus; s != nil {
 			names = append(names, s.TargetVolumeAttributesClassName)
 		}

@@ -198,15 +198,8 @@ func (d *daemons) updated(pod *corev1.Pod) bool {
 		d.generation != "" && pod.Labels[templateGenerationLabel] == d.generation
 }
 
-// available says whether a pod has been ready for long enough, and asks for another
-// pass when one that is ready will have been.
 func (d *daemons) available(pod *corev1.Pod) bool {
-	due, ok := reconcile.AvailableAt(pod, d.ds.Spec.MinReadySeconds)
-	if ok && due.After(d.in.Now) {
-		d.result.At(due)
-		return false
-	}
-	return ok
+	return available(d.in, pod, d.ds.Spec.MinReadySeconds, d.result)
 }
 
 // status reports the nodes that pods are meant for and the first pod of each.

@@ -5,6 +5,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/utils/ptr"
 
 	"timonel/reconcile"
 )
@@ -23,10 +24,10 @@ func (d *daemons) revisions(selector labels.Selector) (made bool, collisions *in
 	d.result.Requests = append(d.result.Requests, h.requests...)
 	current, renumber := h.current(data)
 	if current == nil {
-		rev, exists, collided := h.propose(d.in.Snapshot, data, deref(collisions), func(n int32) string {
+		rev, exists, collided := h.propose(d.in.Snapshot, data, ptr.Deref(collisions, 0), func(n int32) string {
 			return setName(d.ds.Name, templateHash(&d.ds.Spec.Template, d.count(n)))
 		})
-		if collided != deref(collisions) {
+		if collided != ptr.Deref(collisions, 0) {
 			collisions = &collided
 		}
 		if !exists {
@@ -60,13 +61,6 @@ func (d *daemons) count(n int32) *int32 {
 		return nil
 	}
 	return &n
-}
-
-func deref(n *int32) int32 {
-	if n == nil {
-		return 0
-	}
-	return *n
 }
 
 // hashOf is the hash that a revision's pods are labeled with: its name, if it was made

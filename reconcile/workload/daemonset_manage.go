@@ -166,7 +166,7 @@ func (d *daemons) sync(remove []*corev1.Pod, need []string, replace map[string]*
 		burst = 250
 	}
 	template := d.template()
-	batch := min(burst, max(firstBatch, 2*len(d.pods)), max(1, BurstBytes/max(1, template.Size())))
+	batch := min(burst, max(firstBatch, 2*len(d.pods)), MostPods(template))
 	if d.in.Refused(reconcile.VerbCreate, reconcile.PodsResource) != nil {
 		batch = 1 // see whether one goes through before trying them all again
 	}
@@ -177,15 +177,10 @@ func (d *daemons) sync(remove []*corev1.Pod, need []string, replace map[string]*
 		if failures > 0 {
 			metav1.SetMetaDataAnnotation(&pod.ObjectMeta, failuresAnnotation, strconv.Itoa(failures))
 		}
-		c := reconcile.Create(reconcile.PodsResource, pod)
-		c.Event = reconcile.NewEvent(reconcile.DaemonSetKind, d.ds, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
-		c.FailEvent = reconcile.NewEvent(reconcile.DaemonSetKind, d.ds, corev1.EventTypeWarning, "FailedCreate", "Error creating")
-		return c
+		return CreatePod(reconcile.DaemonSetKind, d.ds, pod)
 	}
 	for _, pod := range remove[:min(len(remove), burst)] {
-		c := reconcile.Delete(reconcile.PodsResource, pod)
-		c.Event = reconcile.NewEvent(reconcile.DaemonSetKind, d.ds, corev1.EventTypeNormal, "SuccessfulDelete", "Deleted pod: %s", pod.Name)
-		c.FailEvent = reconcile.NewEvent(reconcile.DaemonSetKind, d.ds, corev1.EventTypeWarning, "FailedDelete", "Error deleting")
+		c := DeletePod(reconcile.DaemonSetKind, d.ds, pod)
 		if failed := replace[pod.Name]; failed != nil && failed.Status.Phase == corev1.PodFailed && batch > 0 {
 			batch--
 			c.Then = []reconcile.Request{create(targetNode(pod), d.failures(pod)+1)}

@@ -16,11 +16,6 @@ import (
 	"timonel/state/objects"
 )
 
-// BurstBytes is how large the pods that one pass creates may be together, by their
-// encoding. Each is a copy of a template that may have a MiB, and many times that in
-// memory, and as many ReplicaSets are worked on at a time as the runner takes keys.
-const BurstBytes = 4 << 20
-
 // ReplicaSet keeps the number of pods that each ReplicaSet asks for.
 type ReplicaSet struct {
 	// Burst is how many pods one pass creates or deletes at most, large ones fewer.
@@ -138,22 +133,16 @@ func (r replicas) manage(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*core
 			missing = max(missing-held, 0)
 			result.At(until)
 		}
-		missing = min(missing, burst, max(1, BurstBytes/max(1, rs.Spec.Template.Size())))
+		missing = min(missing, burst, MostPods(&rs.Spec.Template))
 		names := reconcile.NewNames(in, rs)
 		for range missing {
-			pod := PodFromTemplate(rs, r.kind, &rs.Spec.Template, names.Next())
-			ch := reconcile.Create(reconcile.PodsResource, pod)
+			ch := CreatePod(r.kind, rs, PodFromTemplate(rs, r.kind, &rs.Spec.Template, names.Next()))
 			ch.SlowStart = true
-			ch.Event = reconcile.NewEvent(r.kind, rs, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", pod.Name)
-			ch.FailEvent = reconcile.NewEvent(r.kind, rs, corev1.EventTypeWarning, "FailedCreate", "Error creating")
 			result.Add(ch)
 		}
 	case missing < 0:
 		for _, pod := range surplus(in, rs, pods, min(-missing, burst)) {
-			ch := reconcile.Delete(reconcile.PodsResource, pod)
-			ch.Event = reconcile.NewEvent(r.kind, rs, corev1.EventTypeNormal, "SuccessfulDelete", "Deleted pod: %s", pod.Name)
-			ch.FailEvent = reconcile.NewEvent(r.kind, rs, corev1.EventTypeWarning, "FailedDelete", "Error deleting")
-			result.Add(ch)
+			result.Add(DeletePod(r.kind, rs, pod))
 		}
 	}
 }
@@ -178,11 +167,8 @@ func (r replicas) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*core
 			continue
 		}
 		s.ReadyReplicas++
-		switch due, ok := reconcile.AvailableAt(pod, rs.Spec.MinReadySeconds); {
-		case ok && !due.After(in.Now):
+		if available(in, pod, rs.Spec.MinReadySeconds, result) {
 			s.AvailableReplicas++
-		case ok:
-			result.At(due)
 		}
 	}
 

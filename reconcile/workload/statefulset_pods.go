@@ -70,15 +70,8 @@ func runningAndReady(pod *corev1.Pod) bool {
 	return pod.Status.Phase == corev1.PodRunning && reconcile.ReadyCondition(pod) != nil
 }
 
-// available says whether a pod is available, and asks for another pass when it
-// becomes so by the passing of time alone.
 func (r *stateful) available(pod *corev1.Pod) bool {
-	due, ok := reconcile.AvailableAt(pod, r.set.Spec.MinReadySeconds)
-	if ok && due.After(r.in.Now) {
-		r.result.At(due)
-		return false
-	}
-	return ok
+	return available(r.in, pod, r.set.Spec.MinReadySeconds, &r.result)
 }
 
 // unavailable says whether an ordinal's pod does not serve: it is not there, not
@@ -165,7 +158,7 @@ func (r *stateful) keep(i int) (wait bool) {
 
 // create creates the pod of an ordinal, its claims first.
 func (r *stateful) create(ordinal int) {
-	limit := min(r.burst, max(1, BurstBytes/max(1, r.set.Spec.Template.Size())))
+	limit := min(r.burst, MostPods(&r.set.Spec.Template))
 	if len(r.in.Failed) > 0 {
 		limit = 1 // see whether one goes through before trying them all again
 	}

@@ -76,9 +76,7 @@ func (p *pass) deleteActive() {
 
 func (p *pass) delete(pod *corev1.Pod, forget bool) {
 	p.changes = true
-	c := reconcile.Delete(reconcile.PodsResource, pod)
-	c.Event = reconcile.NewEvent(Kind, p.job, corev1.EventTypeNormal, "SuccessfulDelete", "Deleted pod: %s", pod.Name)
-	c.FailEvent = reconcile.NewEvent(Kind, p.job, corev1.EventTypeWarning, "FailedDelete", "Error deleting")
+	c := workload.DeletePod(Kind, p.job, pod)
 	if forget && tracked(pod) {
 		first := untrack(pod)
 		first.Then = []reconcile.Request{c}
@@ -174,7 +172,7 @@ func order(is bool) int {
 
 // create creates up to n pods, unless it must wait because some have failed.
 func (p *pass) create(n int) {
-	n = min(n, burst, max(1, workload.BurstBytes/max(1, p.job.Spec.Template.Size())))
+	n = min(n, burst, workload.MostPods(&p.job.Spec.Template))
 	perIndex := p.job.Spec.BackoffLimitPerIndex != nil
 	if !perIndex {
 		if at := p.retry(); at.After(p.in.Now) {
@@ -207,10 +205,7 @@ func (p *pass) create(n int) {
 	list = list[:min(len(list), p.slowStart())]
 	names := reconcile.NewNames(p.in, p.job)
 	for _, index := range list {
-		c := reconcile.Create(reconcile.PodsResource, p.pod(names, index))
-		c.Event = reconcile.NewEvent(Kind, p.job, corev1.EventTypeNormal, "SuccessfulCreate", "Created pod: %s", c.Name)
-		c.FailEvent = reconcile.NewEvent(Kind, p.job, corev1.EventTypeWarning, "FailedCreate", "Error creating")
-		p.result.Add(c)
+		p.result.Add(workload.CreatePod(Kind, p.job, p.pod(names, index)))
 	}
 	if len(p.in.Failed) == 0 {
 		p.created = int32(len(list))
