@@ -181,16 +181,23 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 		fmt.Fprintf(os.Stderr, "  %-9s %s\n", row, m.text(row))
 	}
 	wants := func(row string) bool { return slices.Contains(o.rows, row) }
-	if wants("memory") && len(s.processes) > 0 {
-		if err := sleep(ctx, o.settle); err != nil {
+	atRest := func(row string, after time.Duration) error {
+		if !wants(row) || len(s.processes) == 0 {
+			return nil
+		}
+		if err := sleep(ctx, after); err != nil {
 			return err
 		}
 		m, err := s.memory()
 		if err != nil {
 			return err
 		}
-		add("memory", m)
-		s.profile(ctx, o.profiles, "memory", "heap")()
+		add(row, m)
+		s.profile(ctx, o.profiles, row, "heap")()
+		return nil
+	}
+	if err := atRest("memory", o.settle); err != nil {
+		return err
 	}
 	l, err := newLoad(ctx, s.apis, 32)
 	if err != nil {
@@ -235,16 +242,8 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 		}
 		add("watch", measure{rate: t.rate, p50: t.p50, p99: t.p99})
 	}
-	if wants("rest") && len(s.processes) > 0 {
-		if err := sleep(ctx, time.Minute); err != nil {
-			return err
-		}
-		m, err := s.memory()
-		if err != nil {
-			return err
-		}
-		add("rest", m)
-		s.profile(ctx, o.profiles, "rest", "heap")()
+	if err := atRest("rest", time.Minute); err != nil {
+		return err
 	}
 	if wants("kill") && s.leader != nil {
 		gap, err := l.gap(ctx, max(8*time.Second, o.seconds), func() error {
