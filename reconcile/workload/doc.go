@@ -8,8 +8,9 @@
 // Where a StatefulSet differs from Kubernetes 1.37: a pod that cannot be made,
 // because somebody else's pod has its name or its claim is being deleted, holds up
 // no other pod of a parallel set; a revision is compared with the template as it is
-// encoded now, without filling in defaults that came after it was written; and a
-// set that is being deleted gets no new revision.
+// encoded now, without filling in defaults that came after it was written; a set that
+// is being deleted gets no new revision; and all pods of a parallel set are asked for at
+// once, by the hundred, also when the first are refused.
 //
 // Where a DaemonSet differs from Kubernetes 1.37: how often pods have failed on a node
 // in a row is counted in an annotation of the pod that replaces them, not in memory, so
