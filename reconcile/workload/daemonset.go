@@ -38,7 +38,7 @@ func (DaemonSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	case reconcile.DaemonSetKind.GroupKind():
 		return []reconcile.Key{reconcile.KeyOf(reconcile.DaemonSetKind, m)}
 	case reconcile.ControllerRevisionKind.GroupKind():
-		return reconcile.OwnerKeys(c, reconcile.DaemonSetKind, func(m *objects.Meta) []reconcile.Key { return daemonSetsSelecting(m, s) })
+		return revisionKeys(c, reconcile.DaemonSetKind, func(m *objects.Meta) []reconcile.Key { return daemonSetsSelecting(m, s) })
 	case reconcile.NodeKind.GroupKind():
 		return daemonSetsOfNode(c, s)
 	case reconcile.PodKind.GroupKind():

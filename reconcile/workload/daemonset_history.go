@@ -45,6 +45,7 @@ func (d *daemons) revisions(selector labels.Selector) (made bool, collisions *in
 				create = count
 			}
 			d.result.Add(create)
+			d.result.At(d.in.Now) // nothing else wakes it (revisionKeys)
 			return true, collisions, nil
 		}
 		current = rev

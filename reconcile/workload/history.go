@@ -35,6 +35,16 @@ type history struct {
 	requests []reconcile.Request
 }
 
+// revisionKeys returns the keys of the owners that a changed revision concerns, and of
+// those that could adopt it. As upstream's controllers, nobody is woken by a new one that
+// has its owner already: a copy that a user makes stays until something else happens.
+func revisionKeys(c objects.Changed, kind schema.GroupVersionKind, adopters func(m *objects.Meta) []reconcile.Key) []reconcile.Key {
+	if c.Old == nil && metav1.GetControllerOfNoCopy(c.New) != nil && c.New.DeletionTimestamp == nil {
+		return nil
+	}
+	return reconcile.OwnerKeys(c, kind, adopters)
+}
+
 // historyOf returns the revisions of an owner. A StatefulSet ignores revisions of
 // its own that do not match its selector, a DaemonSet releases them.
 func historyOf(in reconcile.Input, owner reconcile.Object, kind schema.GroupVersionKind, selector labels.Selector, release bool) history {

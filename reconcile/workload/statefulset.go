@@ -53,7 +53,7 @@ func (StatefulSet) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Key 
 		}
 		return keys
 	case reconcile.ControllerRevisionKind.GroupKind():
-		return reconcile.OwnerKeys(c, reconcile.StatefulSetKind, func(m *objects.Meta) []reconcile.Key {
+		return revisionKeys(c, reconcile.StatefulSetKind, func(m *objects.Meta) []reconcile.Key {
 			var keys []reconcile.Key
 			for set := range s.StatefulSets().InNamespace(m.Namespace) {
 				if reconcile.Selects(set.Spec.Selector, m.Labels) {
@@ -206,6 +206,7 @@ func (r *stateful) revisions() (bool, error) {
 			create.Then = []reconcile.Request{reconcile.UpdateStatus(reconcile.StatefulSetsResource, counted)}
 		}
 		r.result.Add(create)
+		r.result.At(r.in.Now) // nothing else wakes it (revisionKeys)
 		return false, nil
 	}
 	r.update, r.current = update, r.history.named(r.set.Status.CurrentRevision)
