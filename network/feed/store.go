@@ -1,0 +1,179 @@
+package feed
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+)
+
+// maxLog is how many names of changed Services a Store remembers. Who waits for
+// changes and is further behind looks at all of them.
+const maxLog = 1 << 14
+
+// Changes is what happened after a revision.
+type Changes struct {
+	View *View
+	// Reset says that anything may have changed, and Services is nil.
+	Reset bool
+	// Services names those that changed, or a slice of which did.
+	Services map[Name]struct{}
+}
+
+// Store keeps the newest View of one node. Its methods are safe for concurrent use.
+type Store struct {
+	view atomic.Pointer[View]
+
+	mu      sync.Mutex
+	sliceOf map[Name]string // of each slice its key in View.slices
+	log     []change        // in the order of their revisions
+	floor   uint64          // of changes up to here, some are not in log
+	changed chan struct{}   // closed with the next View
+}
+
+// change says that a Service changed, or a slice of it.
+type change struct {
+	revision uint64
+	service  Name
+}
+
+// NewStore returns the store of a node that knows nothing yet.
+func NewStore(nodeName string) *Store {
+	s := &Store{sliceOf: make(map[Name]string), changed: make(chan struct{})}
+	s.view.Store(&View{nodeName: nodeName})
+	return s
+}
+
+// View is the newest.
+func (s *Store) View() *View { return s.view.Load() }
+
+// Changes waits until there is a View newer than revision after, or ctx ends. A store
+// at rest has revision 0, which is newer than nothing.
+func (s *Store) Changes(ctx context.Context, after uint64) (Changes, error) {
+	for {
+		s.mu.Lock()
+		view, changed := s.View(), s.changed
+		if view.revision > after {
+			out := s.since(view, after)
+			s.mu.Unlock()
+			return out, nil
+		}
+		s.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return Changes{}, ctx.Err()
+		case <-changed:
+		}
+	}
+}
+
+func (s *Store) since(view *View, after uint64) Changes {
+	if after < s.floor {
+		return Changes{View: view, Reset: true}
+	}
+	out := Changes{View: view, Services: make(map[Name]struct{})}
+	for i := len(s.log) - 1; i >= 0 && s.log[i].revision > after; i-- {
+		out.Services[s.log[i].service] = struct{}{}
+	}
+	return out
+}
+
+// Update makes one View of what do puts and removes. A do that changes nothing makes
+// none.
+func (s *Store) Update(do func(*Txn)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	old := s.View()
+	next := &View{revision: old.revision + 1, synced: old.synced, nodeName: old.nodeName, zone: old.zone}
+	next.services, next.slices = *old.services.Copy(), *old.slices.Copy()
+	t := &Txn{store: s, view: next, touched: make(map[Name]struct{})}
+	do(t)
+	if !t.changed {
+		return
+	}
+	for name := range t.touched {
+		s.log = append(s.log, change{next.revision, name})
+	}
+	switch {
+	case t.reset:
+		s.log, s.floor = nil, next.revision
+	case len(s.log) > maxLog:
+		cut := len(s.log) - maxLog/2
+		s.floor = s.log[cut-1].revision
+		for cut < len(s.log) && s.log[cut].revision == s.floor {
+			cut++
+		}
+		s.log = append([]change(nil), s.log[cut:]...)
+	}
+	s.view.Store(next)
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// Txn is one change of a Store. It is valid within Update alone.
+type Txn struct {
+	store   *Store
+	view    *View
+	touched map[Name]struct{}
+	changed bool
+	reset   bool
+}
+
+func (t *Txn) touch(service Name) {
+	t.changed = true
+	t.touched[service] = struct{}{}
+}
+
+// SetService puts a Service, which is the store's from now on.
+func (t *Txn) SetService(o *corev1.Service) {
+	name := Name{o.Namespace, o.Name}
+	t.view.services.Set(name.key(), o)
+	t.touch(name)
+}
+
+// RemoveService removes a Service if it is there.
+func (t *Txn) RemoveService(name Name) {
+	if _, ok := t.view.services.Delete(name.key()); ok {
+		t.touch(name)
+	}
+}
+
+// SetSlice puts an EndpointSlice, which is the store's from now on. It is of the
+// Service that its label names.
+func (t *Txn) SetSlice(o *discoveryv1.EndpointSlice) {
+	name, service := Name{o.Namespace, o.Name}, Name{o.Namespace, o.Labels[discoveryv1.LabelServiceName]}
+	key := service.key() + nul + o.Name
+	if had, ok := t.store.sliceOf[name]; ok && had != key {
+		t.RemoveSlice(name)
+	}
+	t.store.sliceOf[name] = key
+	t.view.slices.Set(key, o)
+	t.touch(service)
+}
+
+// RemoveSlice removes an EndpointSlice if it is there.
+func (t *Txn) RemoveSlice(name Name) {
+	key, ok := t.store.sliceOf[name]
+	if !ok {
+		return
+	}
+	delete(t.store.sliceOf, name)
+	o, _ := t.view.slices.Delete(key)
+	t.touch(Name{o.Namespace, o.Labels[discoveryv1.LabelServiceName]})
+}
+
+// SetZone says in which zone this node is; hints of all Services are read by it.
+func (t *Txn) SetZone(zone string) {
+	if t.view.zone != zone {
+		t.view.zone, t.changed, t.reset = zone, true, true
+	}
+}
+
+// SetSynced says that the view is all that the controllers know.
+func (t *Txn) SetSynced() {
+	if !t.view.synced {
+		t.view.synced, t.changed, t.reset = true, true, true
+	}
+}
