@@ -66,7 +66,8 @@ lint: ## gofmt, go vet, staticcheck, and that the agent reaches no file by path
 # bytes, which take some six times as long with it: there it sees a part of them.
 .PHONY: unit
 unit: ## Unit tests
-	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$(.ci/packages light)
+	@rm -rf bin/race && mkdir -p bin/race
+	CGO_ENABLED=1 GORACE="log_path=$(CURDIR)/bin/race/report" $(GO) test -race -timeout 40m $$(.ci/packages light) || { head -qn 45 bin/race/* 2>/dev/null; exit 1; }
 	$(GO) test ./consensus -run '^(TestMemberMovesToAnotherAddress|TestBoltGoesOnAfterAFailedCommit|TestLogStaysBounded|TestJournalPowerCut|TestDataFile|TestHeldIsBoundedInBytes|TestAFollowerFarBehindCatchesUpOverASlowLink)$$'
 	$(GO) test ./test/sim -runs 500 -from 1000 -timeout 30m
 	$(GO) test $$(.ci/packages heavy)

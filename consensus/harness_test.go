@@ -214,7 +214,8 @@ type node struct {
 	grpc  *grpc.Server
 	addr  string // gRPC
 	raft  string
-	conns map[string]*grpc.ClientConn
+	mu    sync.Mutex
+	conns map[string]*grpc.ClientConn // guarded by mu: what runs in a replica may ask for one while it is closed
 }
 
 func newCluster(t testing.TB, expect int) *cluster {
@@ -299,7 +300,6 @@ func (c *cluster) tryStart(id string) (*node, error) {
 	if c.tune != nil {
 		c.tune(&cfg)
 	}
-	var mu sync.Mutex
 	cfg.PeerConn = func(ctx context.Context, peer string) (grpc.ClientConnInterface, error) {
 		c.mu.Lock()
 		p := c.nodes[peer]
@@ -307,8 +307,8 @@ func (c *cluster) tryStart(id string) (*node, error) {
 		if p == nil {
 			return nil, fmt.Errorf("no such peer: %s", peer)
 		}
-		mu.Lock()
-		defer mu.Unlock()
+		n.mu.Lock()
+		defer n.mu.Unlock()
 		if n.conns[p.addr] == nil {
 			conn, err := grpc.NewClient("passthrough:"+p.addr, grpc.WithTransportCredentials(insecure.NewCredentials()),
 				grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
@@ -353,6 +353,8 @@ func (c *cluster) kill(id string) {
 	n := c.node(id)
 	n.grpc.Stop()
 	n.Replica.close(false)
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	for _, conn := range n.conns {
 		conn.Close()
 	}
