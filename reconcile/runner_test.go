@@ -300,12 +300,13 @@ func TestRunnerNoticesPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := storytest.NewWorld(t)
 		w.Add(storytest.Node("a1"))
+		w.Add(storytest.Node("a2")) // which stays: were all lost, none would get a taint
 		clk := jumpyClock{ahead: &atomic.Int64{}}
 		l := newLeader(t, w, node.NodeLifecycle{}, node.TaintEviction{})
 		l.cfg.Clock = clk
 		// The stream is gone since long ago, by what this process remembers.
 		old := clk.Now().Add(-time.Minute)
-		l.health = reconcile.Health{Since: old, Nodes: map[string]reconcile.NodeHealth{"a1": {StreamSince: old, Gossip: reconcile.GossipDead, GossipSince: old}}}
+		l.health = reconcile.Health{Since: old, Nodes: map[string]reconcile.NodeHealth{"a2": {Stream: true}, "a1": {StreamSince: old, Gossip: reconcile.GossipDead, GossipSince: old}}}
 		var resets atomic.Int64
 		l.cfg.ResetHealth = func() { resets.Add(1) }
 		l.lead(1)

@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/consensus"
+	"timonel/reconcile/node"
 )
 
 // config is what the flags say. Durations are positive; ports are TCP (gossip's
@@ -32,7 +33,7 @@ type config struct {
 
 	clusterCIDR, serviceCIDR string
 	unreachableToleration    time.Duration
-	lostShare                float64
+	evictions                node.HealthConfig // how fast lost nodes are evicted from, as the flags say
 
 	heartbeatTimeout, electionTimeout, leaderLease time.Duration
 	snapshotThreshold, trailingLogs                uint64
@@ -57,7 +58,7 @@ func defaultConfig() config {
 		clusterCIDR:           "10.244.0.0/16",
 		serviceCIDR:           "10.96.0.0/16",
 		unreachableToleration: 30 * time.Second,
-		lostShare:             0.55,
+		evictions:             node.HealthConfig{Share: 0.55, EvictionRate: 0.1, SecondaryEvictionRate: 0.01, LargeZone: 50},
 
 		deadMemberCleanupAfter: 30 * time.Minute,
 		historyAge:             5 * time.Minute,
@@ -84,7 +85,11 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.clusterCIDR, "cluster-cidr", c.clusterCIDR, "network of the pods; each node gets a /24 of it")
 	f.StringVar(&c.serviceCIDR, "service-cidr", c.serviceCIDR, "network of the Services' addresses")
 	f.DurationVar(&c.unreachableToleration, "unreachable-toleration", c.unreachableToleration, "how long pods stay bound to a node that is unreachable or not ready, where they do not say so themselves (Kubernetes: 5m)")
-	f.Float64Var(&c.lostShare, "lost-share", c.lostShare, "above this share of nodes lost at once, nothing is evicted: it is the network, not the nodes")
+	f.Float64Var(&c.evictions.Share, "unhealthy-zone-threshold", c.evictions.Share, "share of a zone's nodes from which on their loss within 5 minutes (two at least) makes the zone unhealthy: it is the network, not the nodes")
+	f.Float64Var(&c.evictions.Share, "lost-share", c.evictions.Share, "the former name of --unhealthy-zone-threshold")
+	f.Float64Var(&c.evictions.EvictionRate, "node-eviction-rate", c.evictions.EvictionRate, "from how many lost nodes of a healthy zone pods are evicted in a second, the first at once (0: none)")
+	f.Float64Var(&c.evictions.SecondaryEvictionRate, "secondary-node-eviction-rate", c.evictions.SecondaryEvictionRate, "the same in an unhealthy zone, if it is large; nothing is evicted in one that is not (0: none)")
+	f.IntVar(&c.evictions.LargeZone, "large-cluster-size-threshold", c.evictions.LargeZone, "number of nodes above which a zone is large")
 	f.DurationVar(&c.heartbeatTimeout, "heartbeat-timeout", c.heartbeatTimeout, "how long a follower waits to hear from the leader before it stands for election (0: the tuned default)")
 	f.DurationVar(&c.electionTimeout, "election-timeout", c.electionTimeout, "how long a candidate waits for votes (0: the tuned default)")
 	f.DurationVar(&c.leaderLease, "leader-lease", c.leaderLease, "how long a leader that hears of no majority goes on; at most --heartbeat-timeout (0: the tuned default)")
@@ -184,8 +189,17 @@ func (c *config) validate() error {
 	if c.unreachableToleration < time.Second {
 		bad("unreachable-toleration", "%s is under a second", c.unreachableToleration)
 	}
-	if c.lostShare <= 0 || c.lostShare > 1 {
-		bad("lost-share", "%g is not above 0 and at most 1", c.lostShare)
+	if c.evictions.Share <= 0 || c.evictions.Share > 1 {
+		bad("unhealthy-zone-threshold", "%g is not above 0 and at most 1", c.evictions.Share)
+	}
+	if c.evictions.EvictionRate < 0 {
+		bad("node-eviction-rate", "%g is negative; 0 is none", c.evictions.EvictionRate)
+	}
+	if c.evictions.SecondaryEvictionRate < 0 {
+		bad("secondary-node-eviction-rate", "%g is negative; 0 is none", c.evictions.SecondaryEvictionRate)
+	}
+	if c.evictions.LargeZone < 0 {
+		bad("large-cluster-size-threshold", "%d is negative", c.evictions.LargeZone)
 	}
 	if c.deadMemberCleanupAfter != 0 && c.deadMemberCleanupAfter < 5*time.Second {
 		bad("dead-member-cleanup-after", "%s is under 5s; 0 is never", c.deadMemberCleanupAfter)

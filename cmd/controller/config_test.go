@@ -50,7 +50,13 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 			c.backups = backupConfig{interval: time.Hour, retain: 1, dir: "/backups", url: "s3://b/p"}
 		}, "--snapshot-dir: and --snapshot-s3"},
 		{"not a bucket", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, url: "https://b/p"} }, "--snapshot-s3"},
-		{"share", func(c *config) { c.lostShare = 2 }, "--lost-share"},
+		{"share", func(c *config) { c.evictions.Share = 2 }, "--unhealthy-zone-threshold"},
+		{"no evictions", func(c *config) {
+			c.evictions.EvictionRate, c.evictions.SecondaryEvictionRate, c.evictions.LargeZone = 0, 0, 0
+		}, ""},
+		{"rate", func(c *config) { c.evictions.EvictionRate = -1 }, "--node-eviction-rate"},
+		{"secondary rate", func(c *config) { c.evictions.SecondaryEvictionRate = -1 }, "--secondary-node-eviction-rate"},
+		{"large", func(c *config) { c.evictions.LargeZone = -1 }, "--large-cluster-size-threshold"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -113,5 +119,18 @@ func TestOneLine(t *testing.T) {
 	}
 	if got, want := oneLine(errors.Join(errors.New("a"), errors.New("b"))), "a; b"; got != want {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// A rate of 0 is none, as the flag says, and not what is taken when nothing is said.
+func TestEvictionRates(t *testing.T) {
+	t.Parallel()
+	c := defaultConfig()
+	if got := c.health(); got != c.evictions {
+		t.Errorf("got %+v, want the flags' defaults %+v", got, c.evictions)
+	}
+	c.evictions.EvictionRate, c.evictions.SecondaryEvictionRate, c.evictions.LargeZone = 0, 0, 0
+	if got := c.health(); got.EvictionRate >= 0 || got.SecondaryEvictionRate >= 0 || got.LargeZone != 1 {
+		t.Errorf("got %+v, want no evictions and every zone large", got)
 	}
 }

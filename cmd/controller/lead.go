@@ -26,7 +26,7 @@ func (k *controller) lead(ctx context.Context) error {
 		return err // checked by validate
 	}
 	reconcilers, err := standard.Reconcilers(standard.Config{
-		Health:            node.HealthConfig{Share: k.lostShare},
+		Health:            k.health(),
 		ClusterCIDR:       pods,
 		RootCA:            k.bundle.CA(),
 		ServiceAccountKey: k.bundle.ServiceAccountSigner(),
@@ -73,6 +73,20 @@ func (k *controller) lead(ctx context.Context) error {
 		}
 		return group.Wait()
 	})
+}
+
+// health is how nodes are judged. A zero there is the default, and here nothing.
+func (c *config) health() node.HealthConfig {
+	h := c.evictions
+	none := func(rate *float64) {
+		if *rate == 0 {
+			*rate = -1
+		}
+	}
+	none(&h.EvictionRate)
+	none(&h.SecondaryEvictionRate)
+	h.LargeZone = max(1, h.LargeZone) // a zone of one node is never unhealthy
+	return h
 }
 
 // health is the tracker's facts in the reconcilers' terms.

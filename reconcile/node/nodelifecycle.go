@@ -70,7 +70,8 @@ func (NodeLifecycle) Keys(c objects.Changed, s *objects.Snapshot) []reconcile.Ke
 // how many Nodes are lost of how many: that decides about each that is.
 func lostKeys(c objects.Changed, s *objects.Snapshot) (keys []reconcile.Key) {
 	before, after := objects.As[*corev1.Node](c.Old), objects.As[*corev1.Node](c.New)
-	if before != nil && after != nil && objects.NodeReady(before) == objects.NodeReady(after) && lostSince(before).Equal(lostSince(after)) {
+	if before != nil && after != nil && objects.NodeReady(before) == objects.NodeReady(after) && objects.Zone(before) == objects.Zone(after) &&
+		(lostSince(before).IsZero() || lostSince(before).Equal(lostSince(after))) { // one that is only now lost counts no other way for a while
 		return nil
 	}
 	for node := range s.UnreadyNodes() {
@@ -192,10 +193,8 @@ func ownTaint(t *corev1.Taint) bool {
 			corev1.TaintNodeDiskPressure, corev1.TaintNodePIDPressure, corev1.TaintNodeNetworkUnavailable:
 			return true
 		}
-	case corev1.TaintEffectNoExecute:
-		return t.Key == corev1.TaintNodeNotReady || t.Key == corev1.TaintNodeUnreachable
 	}
-	return false
+	return isEvictionTaint(t)
 }
 
 // taints brings the Node's taints in line with its conditions. The NoExecute
@@ -233,16 +232,12 @@ func (n NodeLifecycle) taints(in reconcile.Input, cfg HealthConfig, node *corev1
 		add(corev1.TaintNodeUnschedulable, corev1.TaintEffectNoSchedule)
 	}
 
-	var held *lost
-	if key := n.evictionTaint(in, cfg, node, v, result); key != "" {
-		l := cfg.lost(in)
-		many := l.noticedMany
-		if hasTaint(node, key, corev1.TaintEffectNoExecute) {
-			many = l.judgedMany // what is in force goes only when it is certain that many are lost
-		}
-		if many && !cfg.longTainted(node, in.Now) {
-			held = &l
-		} else {
+	var held string
+	key, again := cfg.evictionTaint(in, node, v)
+	result.At(again)
+	if key != "" {
+		var may bool
+		if may, held = cfg.mayEvict(in, node, key, result); may {
 			add(key, corev1.TaintEffectNoExecute)
 		}
 	}
@@ -262,38 +257,61 @@ func (n NodeLifecycle) taints(in reconcile.Input, cfg HealthConfig, node *corev1
 		spec["taints"] = nil
 	}
 	c := reconcile.MergePatch(reconcile.NodesResource, node, "", map[string]any{"metadata": reconcile.Pinned(node), "spec": spec})
-	if held != nil {
+	if held != "" {
 		c.Event = reconcile.NewEvent(reconcile.NodeKind, node, corev1.EventTypeWarning, "EvictionHeld",
-			"Node %s is lost, but so are %d of %d nodes at once: that is taken for a fault of the network or of the control plane, and no pod is evicted until fewer are lost",
-			node.Name, held.noticed, held.of)
+			"Node %s is lost, but %s: that is taken for a fault of the network or of the control plane, and no pod is evicted until fewer are lost", node.Name, held)
 	}
 	result.Add(c)
 }
 
-// evictionTaint is the key of the NoExecute taint that a Node's state calls for, or empty.
-func (n NodeLifecycle) evictionTaint(in reconcile.Input, cfg HealthConfig, node *corev1.Node, v verdict, result *reconcile.Result) string {
+// mayEvict says whether a Node may have the NoExecute taint of a key now: how much of its
+// zone is lost decides, and how long ago another of the zone got one. held says why not,
+// if that is not a matter of time alone.
+func (c HealthConfig) mayEvict(in reconcile.Input, node *corev1.Node, key string, result *reconcile.Result) (may bool, held string) {
+	if c.longTainted(node, in.Now) {
+		return true, ""
+	}
+	inForce := hasTaint(node, key, corev1.TaintEffectNoExecute)
+	z := c.zone(in, objects.Zone(node))
+	rate, why := c.rate(in, z, inForce) // what is in force goes only when it is certain that many are lost
+	switch {
+	case rate == 0:
+		result.At(z.until)
+		return false, why
+	case inForce || hasEvictionTaint(node): // one of the two for the other
+		return true, ""
+	}
+	if at := z.evictionFrom(node.Name, rate, in.Now); at.After(in.Now) {
+		result.At(at)
+		return false, ""
+	}
+	return true, ""
+}
+
+// evictionTaint is the key of the NoExecute taint that a Node's state calls for, or
+// empty; and when to look again, if that is a matter of time.
+func (c HealthConfig) evictionTaint(in reconcile.Input, node *corev1.Node, v verdict) (key string, again time.Time) {
 	ready := reconcile.NodeCondition(node, corev1.NodeReady)
-	var key string
 	switch {
 	case ready == nil || ready.Status == corev1.ConditionTrue:
-		return ""
+		return "", time.Time{}
 	case ready.Status == corev1.ConditionFalse:
 		key = corev1.TaintNodeNotReady
 	case v.Unreachable:
-		return corev1.TaintNodeUnreachable
+		return corev1.TaintNodeUnreachable, time.Time{}
 	default:
 		key = corev1.TaintNodeUnreachable
 	}
 	// What this leader has not judged itself stays as it is.
-	if settled := in.Health.Since.Add(cfg.Settle); key == corev1.TaintNodeUnreachable || settled.After(in.Now) {
+	if settled := in.Health.Since.Add(c.Settle); key == corev1.TaintNodeUnreachable || settled.After(in.Now) {
 		if settled.After(in.Now) {
-			result.At(settled)
+			again = settled
 		}
 		if !hasTaint(node, key, corev1.TaintEffectNoExecute) {
-			return ""
+			return "", again
 		}
 	}
-	return key
+	return key, again
 }
 
 func hasTaint(node *corev1.Node, key string, effect corev1.TaintEffect) bool {

@@ -124,7 +124,10 @@ const holdPoll = 5 * time.Second
 func (e TaintEviction) standing(in reconcile.Input, node *corev1.Node, result *reconcile.Result) []standingTaint {
 	cfg := e.Health.withDefaults()
 	held := func() bool {
-		if cfg.longTainted(node, in.Now) || !cfg.lost(in).noticedMany {
+		if cfg.longTainted(node, in.Now) {
+			return false
+		}
+		if rate, _ := cfg.rate(in, cfg.zone(in, objects.Zone(node)), false); rate > 0 {
 			return false
 		}
 		result.At(in.Now.Add(holdPoll))

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"time"
@@ -8,7 +9,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/reconcile"
-	"timonel/state/objects"
 )
 
 // HealthConfig holds the times after which a silent node is declared unreachable.
@@ -26,14 +26,22 @@ type HealthConfig struct {
 	Goodbye time.Duration
 	// Probes is how many controllers' failed probes count as a second witness. Default 2.
 	Probes int
-	// Share is the share of the nodes, between 0 and 1, above which a loss within
-	// Window is taken for our own fault or the network's: no node is then given a
-	// NoExecute taint. Default 0.55.
+	// Share is the share of a zone's nodes, between 0 and 1, from which on their loss
+	// within Window is taken for our own fault or the network's. Default 0.55.
 	Share float64
 	// ShareMin is how many nodes must be lost at least for that. Default 2.
 	ShareMin int
 	// Window is within what time losses count as one. Default 5 min.
 	Window time.Duration
+
+	// EvictionRate is from how many nodes of a zone pods are evicted in a second at
+	// most. Default 0.1; negative: none.
+	EvictionRate float64
+	// SecondaryEvictionRate is that of a zone so much of which is lost that it is taken
+	// for our own fault, if the zone is large. Default 0.01; negative: none.
+	SecondaryEvictionRate float64
+	// LargeZone is the number of nodes above which a zone is large. Default 50.
+	LargeZone int
 }
 
 // withDefaults returns the config with zero fields replaced by their defaults.
@@ -57,6 +65,9 @@ func (c HealthConfig) withDefaults() HealthConfig {
 	if c.ShareMin == 0 {
 		c.ShareMin = 2
 	}
+	c.EvictionRate = cmp.Or(c.EvictionRate, 0.1)
+	c.SecondaryEvictionRate = cmp.Or(c.SecondaryEvictionRate, 0.01)
+	c.LargeZone = cmp.Or(c.LargeZone, 50)
 	return c
 }
 
@@ -77,6 +88,8 @@ func (c HealthConfig) Validate() error {
 		return fmt.Errorf("HealthConfig.Share is %v: give a share between 0 and 1", c.Share)
 	case c.ShareMin < 0:
 		return errors.New("HealthConfig.ShareMin is negative: give a number of nodes")
+	case c.LargeZone < 0:
+		return errors.New("HealthConfig.LargeZone is negative: give a number of nodes")
 	}
 	return nil
 }
@@ -138,48 +151,15 @@ func (c HealthConfig) secondWitness(n reconcile.NodeHealth) (time.Time, string, 
 // which losses count as one, so that the Node was lost on its own.
 func (c HealthConfig) longTainted(node *corev1.Node, now time.Time) bool {
 	since := lostSince(node)
-	return !since.IsZero() && now.Sub(since) > c.Window
+	return !since.IsZero() && now.Sub(since) >= c.Window
 }
 
 // lostSince is when a Node got the first of its eviction taints, zero for none.
 func lostSince(node *corev1.Node) (since time.Time) {
-	for _, t := range node.Spec.Taints {
-		if t.Effect == corev1.TaintEffectNoExecute && (t.Key == corev1.TaintNodeUnreachable || t.Key == corev1.TaintNodeNotReady) &&
-			t.TimeAdded != nil && (since.IsZero() || t.TimeAdded.Time.Before(since)) {
+	for i := range node.Spec.Taints {
+		if t := &node.Spec.Taints[i]; isEvictionTaint(t) && t.TimeAdded != nil && (since.IsZero() || t.TimeAdded.Time.Before(since)) {
 			since = t.TimeAdded.Time
 		}
 	}
 	return since
-}
-
-// lost is how many Nodes are lost at once, of those that were not lost long ago.
-type lost struct {
-	// noticed counts Nodes that are not ready or whose stream is gone, judged or
-	// not: when many vanish, not all are judged at the same moment. judged counts
-	// those that are not ready or judged unreachable.
-	noticed, judged, of int
-	// noticedMany and judgedMany say that the count is above what is taken for real.
-	noticedMany, judgedMany bool
-}
-
-// lost counts the Nodes that are lost.
-func (c HealthConfig) lost(in reconcile.Input) lost {
-	var l lost
-	for node := range in.Snapshot.Nodes().All() {
-		if c.longTainted(node, in.Now) {
-			continue
-		}
-		l.of++
-		h := in.Health.Nodes[node.Name]
-		switch {
-		case !objects.NodeReady(node) || c.judge(in.Health, node.Name, in.Now).Unreachable:
-			l.noticed++
-			l.judged++
-		case !h.Stream && !h.Goodbye:
-			l.noticed++
-		}
-	}
-	many := func(n int) bool { return n >= c.ShareMin && float64(n) > c.Share*float64(l.of) }
-	l.noticedMany, l.judgedMany = many(l.noticed), many(l.judged)
-	return l
 }

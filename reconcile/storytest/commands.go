@@ -42,7 +42,7 @@ func Stories(t *testing.T, folder string) {
 //
 //	reconcilers NAME...        run these only
 //	objects                    create the objects given in YAML
-//	run                        reconcile until there is nothing to do
+//	run                        reconcile until there is nothing to do; quiet: say only that it ends
 //	start                      queue every key, as a new leader does
 //	edit RESOURCE NS/NAME      merge YAML into an object, as a user does
 //	status RESOURCE NS/NAME    merge YAML into its status
@@ -89,7 +89,11 @@ func (s *Story) command(t *testing.T, d *datadriven.TestData) string {
 			}
 		}
 	case "run":
-		return s.Run(400)
+		out := s.Run(400)
+		if arg(0) == "quiet" && !strings.HasSuffix(out, unending) {
+			return ""
+		}
+		return out
 	case "start":
 		s.Start()
 	case "edit":
@@ -136,7 +140,7 @@ func (s *Story) command(t *testing.T, d *datadriven.TestData) string {
 		}
 		s.Now = s.Now.Add(by)
 	case "health":
-		s.setHealth(s.parseHealth(t, d.Input))
+		s.SetHealth(s.parseHealth(t, d.Input))
 	case "show":
 		return s.Show(arg(0))
 	default:

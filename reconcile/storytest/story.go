@@ -165,8 +165,8 @@ func (s *Story) changes(after int64) objects.Changes {
 	return changes
 }
 
-// setHealth changes the health and queues what that concerns.
-func (s *Story) setHealth(h reconcile.Health) {
+// SetHealth changes the health and queues what that concerns.
+func (s *Story) SetHealth(h reconcile.Health) {
 	before := s.Health
 	s.Health = h
 	for _, r := range s.reconcilers {
@@ -279,6 +279,9 @@ func briefly(tolerations []any) string {
 	return strings.Join(out, " ")
 }
 
+// unending is what a run ends with that goes on for too long.
+const unending = "...and so on\n"
+
 // Run works until there is nothing to do and returns what was done.
 func (s *Story) Run(limit int) string {
 	s.out.Reset()
@@ -290,7 +293,7 @@ func (s *Story) Run(limit int) string {
 			return s.out.String()
 		}
 	}
-	return s.out.String() + "...and so on\n"
+	return s.out.String() + unending
 }
 
 // finishPods lets pods that have not ended do so.

@@ -6,6 +6,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/component-helpers/node/topology"
 )
 
 // indexes find objects other than by key. Their keys are what is looked for, a
@@ -21,13 +22,14 @@ type indexes struct {
 
 	byVolume *metaTree // pods, volumes and claims: volumes.go
 
-	unready *metaTree // Nodes that are not ready, by key alone
+	byZone  *metaTree // Nodes, by [Zone]
+	unready *metaTree // Nodes that are not ready, by [Zone]
 }
 
 func newIndexes() indexes {
 	return indexes{
 		byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree(), orphans: newTree(), ended: newTree(),
-		byVolume: newTree(), unready: newTree(),
+		byVolume: newTree(), byZone: newTree(), unready: newTree(),
 	}
 }
 
@@ -35,7 +37,7 @@ func (x *indexes) copy() indexes {
 	return indexes{
 		byUID: x.byUID.Copy(), byOwner: x.byOwner.Copy(), byNamespace: x.byNamespace.Copy(), byNode: x.byNode.Copy(),
 		orphans: x.orphans.Copy(), ended: x.ended.Copy(),
-		byVolume: x.byVolume.Copy(), unready: x.unready.Copy(),
+		byVolume: x.byVolume.Copy(), byZone: x.byZone.Copy(), unready: x.unready.Copy(),
 	}
 }
 
@@ -63,8 +65,10 @@ func (x *indexes) each(m *Meta, f func(tree *metaTree, key string)) {
 			f(x.ended, m.Key)
 		}
 	case *corev1.Node:
+		zone := Zone(o) + "/"
+		f(x.byZone, zone+m.Key)
 		if !NodeReady(o) {
-			f(x.unready, m.Key)
+			f(x.unready, zone+m.Key)
 		}
 	}
 }
@@ -96,9 +100,27 @@ func (s *Snapshot) EndedPods() iter.Seq[*corev1.Pod] {
 // EndedPodsLen is how many EndedPods there are.
 func (s *Snapshot) EndedPodsLen() int { return s.ended.Len() }
 
-// UnreadyNodes yields the Nodes whose Ready condition is not True, in order of name.
+// Zone names the zone of a Node by the labels that Kubernetes has for it, "" for a Node
+// that says nothing of any.
+func Zone(node *corev1.Node) string { return topology.GetZoneKey(node) }
+
+// NodesInZone yields the Nodes of a zone, in order of name.
+func (s *Snapshot) NodesInZone(zone string) iter.Seq[*corev1.Node] {
+	return only[*corev1.Node](scan(s.byZone, zone+"/"))
+}
+
+// NodesInZoneLen is how many NodesInZone there are.
+func (s *Snapshot) NodesInZoneLen(zone string) int { return count(s.byZone, zone+"/") }
+
+// UnreadyNodes yields the Nodes whose Ready condition is not True, in order of zone and
+// name.
 func (s *Snapshot) UnreadyNodes() iter.Seq[*corev1.Node] {
 	return only[*corev1.Node](scan(s.unready, ""))
+}
+
+// UnreadyNodesInZone yields those of them that are in a zone.
+func (s *Snapshot) UnreadyNodesInZone(zone string) iter.Seq[*corev1.Node] {
+	return only[*corev1.Node](scan(s.unready, zone+"/"))
 }
 
 // PodEnded says whether all of a pod's containers have stopped for good.

@@ -3,6 +3,7 @@ package objects
 import (
 	"fmt"
 	"maps"
+	"slices"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -31,6 +32,11 @@ func drawObject(t *rapid.T) (key string, o runtime.Object) {
 		n := &corev1.Node{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Node"}, ObjectMeta: meta}
 		if s := rapid.SampledFrom([]corev1.ConditionStatus{"", corev1.ConditionTrue, corev1.ConditionFalse}).Draw(t, "ready"); s != "" {
 			n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: s}}
+		}
+		for _, k := range []string{corev1.LabelTopologyZone, corev1.LabelTopologyRegion} {
+			if v := rapid.SampledFrom([]string{"", "z", "zz"}).Draw(t, k); v != "" {
+				n.Labels[k] = v
+			}
 		}
 		return DefaultPrefix + "minions/" + name, n
 	}
@@ -61,6 +67,21 @@ func told(s *Snapshot) map[string][]string {
 	for n := range s.UnreadyNodes() {
 		out["unready"] = append(out["unready"], n.Name)
 	}
+	slices.Sort(out["unready"])
+	for _, region := range []string{"", "z", "zz"} {
+		for _, zone := range []string{"", "z", "zz"} {
+			of := Zone(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{corev1.LabelTopologyZone: zone, corev1.LabelTopologyRegion: region}}})
+			for n := range s.NodesInZone(of) {
+				out["zone "+of] = append(out["zone "+of], n.Name)
+			}
+			if n := s.NodesInZoneLen(of); n != len(out["zone "+of]) {
+				out["zone "+of] = append(out["zone "+of], fmt.Sprintf("counted as %d", n))
+			}
+			for n := range s.UnreadyNodesInZone(of) {
+				out["unready in "+of] = append(out["unready in "+of], n.Name)
+			}
+		}
+	}
 	for uid := range map[types.UID]bool{"rs": true} {
 		for m := range s.OwnedBy(uid) {
 			out["owned"] = append(out["owned"], m.Key)
@@ -86,8 +107,10 @@ func looked(s *Snapshot) map[string][]string {
 		}
 	}
 	for n := range s.Nodes().All() {
+		add("zone "+Zone(n), n.Name)
 		if len(n.Status.Conditions) == 0 || n.Status.Conditions[0].Status != corev1.ConditionTrue {
 			add("unready", n.Name)
+			add("unready in "+Zone(n), n.Name)
 		}
 	}
 	return out
