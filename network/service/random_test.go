@@ -1,0 +1,402 @@
+package service
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/ptr"
+	"sigs.k8s.io/knftables"
+
+	"timonel/network/feed"
+)
+
+var sequences = flag.Int("sequences", 6, "how many sequences TestSequences makes")
+
+// faults is an nft that does what a test says.
+type faults struct {
+	refuse string             // what the kernel does not take
+	die    context.CancelFunc // called in the next Run,
+	after  bool               // which is carried out before
+	runs   []int              // operations of each transaction
+}
+
+func (f *faults) check(tx *knftables.Transaction) error {
+	if f.refuse != "" && strings.Contains(tx.String(), f.refuse) {
+		return errors.New("Error: Could not process rule: Cannot allocate memory")
+	}
+	return nil
+}
+
+// faulty lets a lab's next Proxy go through f, which is there for both tables.
+func faulty(f *faults) Config {
+	return Config{nft: func(family knftables.Family, table string) (knftables.Interface, error) {
+		nft, err := knftables.New(family, table)
+		return &withFaults{nft, f}, err
+	}}
+}
+
+type withFaults struct {
+	knftables.Interface
+	f *faults
+}
+
+func (n *withFaults) Run(ctx context.Context, tx *knftables.Transaction) error {
+	if err := n.f.check(tx); err != nil {
+		return err
+	}
+	if die := n.f.die; die != nil {
+		n.f.die = nil
+		defer die()
+		if n.f.after {
+			if err := n.Interface.Run(ctx, tx); err != nil {
+				return err
+			}
+		}
+		return context.Canceled
+	}
+	n.f.runs = append(n.f.runs, tx.NumOperations())
+	return n.Interface.Run(ctx, tx)
+}
+
+func (n *withFaults) Check(ctx context.Context, tx *knftables.Transaction) error {
+	if err := n.f.check(tx); err != nil {
+		return err
+	}
+	return n.Interface.Check(ctx, tx)
+}
+
+// listing is a table as nft lists it, without what may differ between two that are the same.
+func listing(t *testing.T, family, table string) []string {
+	t.Helper()
+	raw, err := exec.Command("nft", "-j", "list", "table", family, table).Output()
+	require.NoError(t, err)
+	var all struct{ Nftables []map[string]map[string]any }
+	require.NoError(t, json.Unmarshal(raw, &all))
+	var out []string
+	for _, o := range all.Nftables[1:] {
+		for kind, fields := range o {
+			delete(fields, "handle")
+			delete(fields, "index")
+			fields["table"] = ""
+			if kind == "table" {
+				fields["name"] = ""
+			}
+			if elements, ok := fields["elem"].([]any); ok {
+				slices.SortFunc(elements, func(a, b any) int { return cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+			}
+			text, err := json.Marshal(fields)
+			require.NoError(t, err)
+			out = append(out, kind+" "+string(text))
+		}
+	}
+	// Rules stay in their order; all else has none.
+	slices.SortStableFunc(out, func(a, b string) int {
+		if strings.HasPrefix(a, "rule ") && strings.HasPrefix(b, "rule ") {
+			return cmp.Compare(chainOf(a), chainOf(b))
+		}
+		return cmp.Compare(a, b)
+	})
+	return out
+}
+
+func chainOf(rule string) string {
+	_, rest, _ := strings.Cut(rule, `"chain":"`)
+	name, _, _ := strings.Cut(rest, `"`)
+	return name
+}
+
+// same says that the tables are what a fresh agent would make.
+func (l *lab) same(what string) {
+	l.t.Helper()
+	old := l.proxy
+	for _, s := range old.sides {
+		s.table.now = func() time.Time { return time.Now().Add(time.Hour) }
+		require.NoError(l.t, s.table.sweep(l.t.Context()))
+		s.table.now = time.Now
+	}
+	l.start(Config{})
+	l.proxy.cfg.Table = "fresh"
+	l.pass()
+	for _, family := range []string{"ip", "ip6"} {
+		require.Equal(l.t, listing(l.t, family, "fresh"), listing(l.t, family, old.cfg.Table), what)
+	}
+	require.NoError(l.t, Remove(l.t.Context(), "fresh"))
+	l.proxy = old
+}
+
+// change makes one random change of the cluster.
+func randomChange(r *rand.Rand, t *feed.Txn) string {
+	name := fmt.Sprintf("s%d", r.IntN(5))
+	n := feed.Name{Namespace: "default", Name: name}
+	some := func(of ...string) (out []string) {
+		for _, o := range of {
+			if r.IntN(3) == 0 {
+				out = append(out, o)
+			}
+		}
+		return out
+	}
+	switch r.IntN(8) {
+	case 0:
+		t.RemoveService(n)
+		return "remove " + name
+	case 1:
+		t.SetZone([]string{"", "a", "b"}[r.IntN(3)])
+		return "zone"
+	case 2, 3, 4:
+		s := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, CreationTimestamp: metav1.Unix(int64(r.IntN(3)), 0)}}
+		s.Spec.ClusterIP = fmt.Sprintf("10.96.0.%d", r.IntN(7)+1)
+		s.Spec.ClusterIPs = []string{s.Spec.ClusterIP}
+		if r.IntN(2) == 0 {
+			s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, fmt.Sprintf("fd96::%d", r.IntN(7)+1))
+		}
+		s.Spec.Type = corev1.ServiceTypeClusterIP
+		ports := []corev1.ServicePort{{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: 80}, {Name: "udp", Protocol: corev1.ProtocolUDP, Port: 80}, {Name: "x", Protocol: corev1.ProtocolSCTP, Port: 9}}
+		s.Spec.Ports = ports[:1+r.IntN(3)]
+		if r.IntN(2) == 0 {
+			s.Spec.Type = corev1.ServiceTypeLoadBalancer
+			for i := range s.Spec.Ports {
+				s.Spec.Ports[i].NodePort = int32(30000 + r.IntN(3))
+			}
+			for _, ip := range some("203.0.113.7", "203.0.113.8", "2001:db8:7::7") {
+				s.Status.LoadBalancer.Ingress = append(s.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{IP: ip})
+			}
+			s.Spec.LoadBalancerSourceRanges = some("198.18.0.0/15", "198.18.1.0/24", "0.0.0.0/0", "2001:db8::/32")
+		}
+		s.Spec.ExternalIPs = some("203.0.113.7", "203.0.113.9", "2001:db8:7::7")
+		if r.IntN(3) == 0 {
+			externalLocal(s)
+		}
+		if r.IntN(3) == 0 {
+			internalLocal(s)
+		}
+		if r.IntN(3) == 0 {
+			sticky(int32(1000 + r.IntN(2)))(s)
+		}
+		t.SetService(s)
+		return "set " + name
+	default:
+		s := &discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{
+			Namespace: "default", Name: fmt.Sprintf("%s-%d", name, r.IntN(3)), Labels: map[string]string{discoveryv1.LabelServiceName: name},
+		}, AddressType: discoveryv1.AddressTypeIPv4}
+		if r.IntN(4) == 0 {
+			t.RemoveSlice(feed.Name{Namespace: s.Namespace, Name: s.Name})
+			return "remove slice " + s.Name
+		}
+		format := "10.244.%d.%d"
+		if r.IntN(3) == 0 {
+			s.AddressType, format = discoveryv1.AddressTypeIPv6, "fd00:%d::%d"
+		}
+		for range r.IntN(5) {
+			e := ep(fmt.Sprintf(format, 1+r.IntN(2), 2+r.IntN(5)))
+			switch r.IntN(6) {
+			case 0:
+				notReady(&e)
+			case 1:
+				terminating(&e)
+			case 2:
+				zones(some("a", "b")...)(&e)
+			case 3:
+				nodes(some("n1", "n2")...)(&e)
+			}
+			s.Endpoints = append(s.Endpoints, e)
+		}
+		for _, p := range []struct {
+			name     string
+			protocol corev1.Protocol
+		}{{"tcp", corev1.ProtocolTCP}, {"udp", corev1.ProtocolUDP}, {"x", corev1.ProtocolSCTP}} {
+			s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: ptr.To(p.name), Protocol: ptr.To(p.protocol), Port: ptr.To(int32(8080 + r.IntN(2)))})
+		}
+		t.SetSlice(s)
+		return "slice " + s.Name
+	}
+}
+
+// vandal does to nftables what others may do.
+func vandal(t *testing.T, r *rand.Rand, table string) string {
+	t.Helper()
+	for {
+		command := [][]string{
+			{"flush", "ruleset"}, {"delete", "table", "ip", table}, {"flush", "table", "ip6", table},
+			{"flush", "chain", "ip", table, "services"}, {"add", "table", "ip", "somebody"}, {"add", "chain", "ip", table, "mine"},
+			{"add", "rule", "ip", table, "services", "counter"}, {"flush", "chain", "ip", table, "nat-prerouting"},
+		}[r.IntN(8)]
+		if exec.Command("nft", command...).Run() == nil {
+			return strings.Join(command, " ")
+		}
+	}
+}
+
+// TestSequences makes random sequences of changes of the cluster, kills in the midst of
+// a transaction, restarts, and other people's changes of nftables. After each the tables are
+// what a fresh agent would make.
+func TestSequences(t *testing.T) {
+	t.Parallel()
+	base := rand.Uint64()
+	inLab(t, func(l *lab) {
+		for n := range *sequences {
+			seed := base + uint64(n)
+			r := rand.New(rand.NewPCG(seed, 0))
+			f := &faults{}
+			l.start(faulty(f))
+			var story []string
+			for range 3 + r.IntN(6) {
+				l.store.Update(func(t *feed.Txn) {
+					for range 1 + r.IntN(4) {
+						story = append(story, randomChange(r, t))
+					}
+				})
+				switch r.IntN(6) {
+				case 0:
+					ctx, cancel := context.WithCancel(t.Context())
+					f.die, f.after = cancel, r.IntN(2) == 0
+					l.proxy.pass(ctx)
+					cancel()
+					f.die = nil
+					fallthrough
+				case 1:
+					story = append(story, "restart")
+					l.start(faulty(f))
+				case 2:
+					l.pass()
+					// What is looked at must have been seen as it was.
+					for _, s := range l.proxy.sides {
+						s.touched(t.Context(), l.proxy.watcher, l.proxy.log)
+					}
+					story = append(story, vandal(t, r, l.proxy.cfg.Table))
+					l.proxy.looked = time.Time{}
+				}
+				l.pass()
+			}
+			l.same(fmt.Sprintf("seed %d: %s", seed, strings.Join(story, ", ")))
+		}
+	})
+}
+
+func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		a, c := l.pod(2), l.pod(4)
+		a.serve(8080)
+		f := &faults{}
+		cfg := faulty(f)
+		var events []string
+		cfg.Event = func(s *corev1.Service, reason, message string) {
+			events = append(events, s.Name+" "+reason+": "+message)
+		}
+		l.start(cfg)
+		l.set(svc("bad", "10.96.0.66"), slice("bad", ep("10.244.1.2")))
+		var services []*corev1.Service
+		for i := range 20 {
+			services = append(services, svc(fmt.Sprintf("good%d", i), fmt.Sprintf("10.96.0.%d", i+1)))
+		}
+		l.proxy.log = slog.New(slog.DiscardHandler)
+		f.refuse = ". 10.96.0.66 ."
+		l.store.Update(func(t *feed.Txn) {
+			for _, s := range services {
+				t.SetService(s)
+				t.SetSlice(slice(s.Name, ep("10.244.1.2")))
+			}
+			t.SetSlice(slice("bad", ep("10.244.1.2"), ep("10.244.1.3")))
+		})
+		l.proxy.pass(t.Context())
+		require.Equal(t, "pod2 10.244.1.4", c.ask("tcp", "10.96.0.20:80"))
+		require.Equal(t, map[string]int{"pod2": 40}, c.who("tcp", "10.96.0.66:80"), "it stays as it was")
+		require.Len(t, events, 1)
+		require.Contains(t, events[0], "bad ServiceRulesRefused: node n1: the kernel refuses the rules of this Service")
+		require.Contains(t, events[0], "Cannot allocate memory")
+		// It is tried again, and said once.
+		l.proxy.looked = time.Time{}
+		l.proxy.pass(t.Context())
+		require.Len(t, events, 1)
+		require.Equal(t, 1, l.proxy.Stats().Families[corev1.IPv4Protocol].Refused)
+		// A new agent does not get it in either, and the rest is there.
+		l.start(cfg)
+		l.proxy.log = slog.New(slog.DiscardHandler)
+		l.proxy.pass(t.Context())
+		require.Equal(t, "pod2 10.244.1.4", c.ask("tcp", "10.96.0.20:80"))
+		require.Len(t, events, 2)
+		f.refuse = ""
+		l.proxy.looked = time.Time{}
+		l.proxy.pass(t.Context())
+		require.Zero(t, l.proxy.Stats().Families[corev1.IPv4Protocol].Refused)
+		l.same("after all")
+	})
+}
+
+func TestOneChangeIsOneSmallTransaction(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		f := &faults{}
+		l.start(faulty(f))
+		const many = 300
+		l.store.Update(func(t *feed.Txn) {
+			for i := range many {
+				name := fmt.Sprintf("s%d", i)
+				t.SetService(svc(name, fmt.Sprintf("10.96.%d.%d", i/200, 1+i%200)))
+				t.SetSlice(slice(name, ep("10.244.1.2"), ep("10.244.1.3"), ep("10.244.2.2")))
+			}
+		})
+		l.pass()
+		require.Len(t, f.runs, 2, "one for each family")
+		f.runs = nil
+		l.store.Update(func(t *feed.Txn) {
+			t.SetSlice(slice("s7", ep("10.244.1.2"), ep("10.244.1.3"), ep("10.244.2.9")))
+		})
+		l.pass()
+		require.Equal(t, []int{4}, f.runs, "an endpoint by TCP and UDP, taken out and put in")
+		f.runs = nil
+		l.store.Update(func(t *feed.Txn) {
+			s := svc("s7", "10.96.0.8")
+			s.Labels = map[string]string{"a": "b"}
+			t.SetService(s)
+			t.SetSlice(slice("s7", ep("10.244.1.2"), ep("10.244.1.3"), ep("10.244.2.9"), ep("10.244.2.10", notReady)))
+		})
+		l.pass()
+		require.Empty(t, f.runs, "nothing that matters to packets")
+	})
+}
+
+// Two Services that ask for one address: the older has it, and the other when it goes.
+func TestTwoServicesOfOneAddress(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		a, b, c := l.pod(2), l.pod(3), l.pod(4)
+		a.serve(8080)
+		b.serve(8080)
+		var events []string
+		l.start(Config{Event: func(s *corev1.Service, reason, message string) {
+			events = append(events, s.Name+" "+reason+": "+message)
+		}})
+		l.proxy.log = slog.New(slog.DiscardHandler)
+		made := func(at int64) option {
+			return func(s *corev1.Service) { s.CreationTimestamp = metav1.Unix(at, 0) }
+		}
+		l.set(svc("young", "10.96.0.1", externalIPs("203.0.113.7"), made(2)), slice("young", ep("10.244.1.2")))
+		require.Contains(t, c.ask("tcp", "203.0.113.7:80"), "pod2 ")
+		l.set(svc("old", "10.96.0.2", externalIPs("203.0.113.7"), made(1)), slice("old", ep("10.244.1.3")))
+		require.Contains(t, c.ask("tcp", "203.0.113.7:80"), "pod3 ")
+		require.Equal(t, []string{"young ServiceAddressTaken: 203.0.113.7:80/tcp is of Service default/old, which is older: nothing is sent to this one there; remove it from spec.externalIPs or status.loadBalancer of one of them"}, events)
+		require.Contains(t, c.ask("tcp", "10.96.0.1:80"), "pod2 ")
+		l.same("both")
+		l.store.Update(func(t *feed.Txn) { t.RemoveService(feed.Name{Namespace: "default", Name: "old"}) })
+		l.pass()
+		require.Contains(t, c.ask("tcp", "203.0.113.7:80"), "pod2 ")
+		l.same("one")
+	})
+}

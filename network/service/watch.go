@@ -1,0 +1,143 @@
+package service
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+)
+
+// watcher knows whether anybody else has changed nftables: the kernel numbers each
+// transaction of a network namespace, and ours are known.
+type watcher struct {
+	generation uint32
+	known      bool
+	others     uint64 // grows when somebody else has changed something
+	ours       uint64 // grows when we have
+}
+
+func (w *watcher) look() {
+	g, err := generation()
+	if err != nil || w.known && g != w.generation {
+		w.others++
+	}
+	w.generation, w.known = g, err == nil
+}
+
+// watch returns an nft whose transactions are known to be ours.
+func (w *watcher) watch(nft knftables.Interface) knftables.Interface { return &watched{nft, w} }
+
+type watched struct {
+	knftables.Interface
+	w *watcher
+}
+
+func (n *watched) Run(ctx context.Context, tx *knftables.Transaction) error {
+	n.w.look()
+	err := n.Interface.Run(ctx, tx)
+	n.w.ours++
+	if err == nil {
+		n.w.generation++
+	}
+	n.w.look()
+	return err
+}
+
+// generation is the number of the last transaction of this network namespace.
+func generation() (uint32, error) {
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, 0)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
+	msgs, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return 0, fmt.Errorf("nftables: ask for the generation: %w", err)
+	}
+	for _, m := range msgs {
+		if len(m) < nl.SizeofNfgenmsg {
+			continue
+		}
+		attrs, err := nl.ParseRouteAttr(m[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return 0, fmt.Errorf("nftables: generation: %w", err)
+		}
+		for _, a := range attrs {
+			if a.Attr.Type == unix.NFTA_GEN_ID && len(a.Value) >= 4 {
+				return binary.BigEndian.Uint32(a.Value), nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("nftables: the kernel does not say its generation")
+}
+
+// trust is why a table is believed to be as it was left.
+type trust struct {
+	seen    uint64        // of watcher.others
+	watched uint64        // the same, at the last look
+	print   string        // of the table when it was surely ours,
+	printOf uint64        // which was after so many of watcher.ours; 0: never
+	wholeAt time.Time     // when it was last written whole,
+	took    time.Duration // and what that took
+}
+
+// Somebody else's transaction may have changed elements of a table without another
+// trace. Then it is written anew, which packets do not notice, but no more often than
+// each of these, so that it takes little of the node's time.
+const (
+	leastRest = time.Minute
+	restTimes = 100
+)
+
+// touched says whether a table must be written anew since somebody else changed it.
+func (s *side) touched(ctx context.Context, w *watcher, log *slog.Logger) bool {
+	w.look()
+	s.watched = w.others
+	known := s.printOf != 0 && s.printOf == w.ours
+	if known && w.others == s.seen {
+		return false
+	}
+	print, err := fingerprint(ctx, s.table.nft)
+	switch {
+	case err != nil:
+		log.Warn("the table of Services is gone or cannot be read; it is written anew", "family", s.compiler.family.ip, "error", err)
+		return true
+	case known && print != s.print:
+		log.Warn("somebody else has changed the table of Services; it is written anew", "family", s.compiler.family.ip)
+		return true
+	case w.others == s.seen:
+		s.print, s.printOf = print, w.ours
+		return false
+	}
+	return time.Since(s.wholeAt) > max(leastRest, restTimes*s.took)
+}
+
+// fingerprint is what of a table costs little to read: its chains, maps and sets, and
+// which rules there are.
+func fingerprint(ctx context.Context, nft knftables.Interface) (string, error) {
+	all, err := nft.ListAll(ctx)
+	if err != nil {
+		return "", err
+	}
+	var out []string
+	for kind, names := range all {
+		for _, n := range names {
+			out = append(out, kind+" "+n)
+		}
+	}
+	rules, err := nft.ListRules(ctx, "")
+	if err != nil {
+		return "", err
+	}
+	for _, r := range rules {
+		if r.Handle != nil {
+			out = append(out, fmt.Sprintf("rule %s %d", r.Chain, *r.Handle))
+		}
+	}
+	slices.Sort(out)
+	return strings.Join(out, "\n"), nil
+}
