@@ -199,5 +199,6 @@ func applyAdmission(s *shared, resolver aggregatorapiserver.ServiceResolver) ([]
 	if err != nil {
 		return nil, fmt.Errorf("set up admission: %w", err)
 	}
+	s.direct.admission, s.direct.audited = s.generic.AdmissionControl, s.generic.AuditBackend != nil
 	return generic, nil
 }

@@ -155,6 +155,8 @@ func (p *coreProvider) addNodesAndPods(resources map[string]rest.Storage, option
 	if err != nil {
 		return err
 	}
+	p.shared.direct.pods, p.shared.direct.bindings = pods.Pod, pods.Binding
+	p.shared.direct.events, _ = resources["events"].(rest.Creater)
 	services, serviceStatus, serviceProxy, err := servicestore.NewREST(options, p.family, p.clusterIPs, p.nodePorts,
 		p.control.EndpointSliceGetter, pods.Pod, transport)
 	if err != nil {

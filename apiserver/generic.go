@@ -53,6 +53,7 @@ type shared struct {
 	network *rest.Config
 	hostURL *url.URL // network's
 	life    lifecycle
+	direct  *directParts
 }
 
 // newShared builds what the servers share, but for admission. Requests of the
@@ -76,7 +77,8 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 		guard = trust.NewGuard(c.Trust)
 	}
 	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend, c.Caches), options: o, generic: generic,
-		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch, guard, newSlowWatches(c.WatchBytes))}
+		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch, guard, newSlowWatches(c.WatchBytes)),
+		direct: &directParts{inTouch: c.Backend.InTouch}}
 	generic.BuildHandlerChainFunc = s.life.handlers
 	generic.LoopbackClientConfig = transport.loopback(s.network.Host)
 

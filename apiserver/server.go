@@ -30,6 +30,7 @@ type Server struct {
 	handler   http.Handler
 	run       func(context.Context) error
 	life      lifecycle
+	direct    *directParts
 	installed map[string]<-chan struct{} // closed when all paths are
 	cancel    context.CancelFunc
 }
@@ -89,6 +90,7 @@ func build(ctx context.Context, c Config) (_ *Server, err error) {
 		handler:   chain.GenericAPIServer.Handler,
 		run:       prepared.Run,
 		life:      shared.life,
+		direct:    shared.direct,
 		installed: chain.GenericAPIServer.MuxAndDiscoveryCompleteSignals(),
 	}, nil
 }

@@ -23,7 +23,9 @@ type Config struct {
 	Revision func() int64
 	// Client leads to the API, in process. Required unless Writer and Kinds are set.
 	Client *rest.Config
-	// Writer makes the changes. Default: through Client.
+	// Direct makes those requests that it can without Client's HTTP. It may be nil.
+	Direct Direct
+	// Writer makes the changes. Default: through Client, and Direct.
 	Writer Writer
 	// Kinds returns the resources the API serves. It is asked at the start of a term,
 	// and after CustomResourceDefinitions and APIServices change. Default: discovery

@@ -25,8 +25,9 @@
 // The [Runner] queues the keys that a change concerns, evaluates them on the
 // newest snapshot, makes the requests through the API, many at a time, so that
 // defaulting, validation, admission and quota hold for them and Raft shares
-// appends, and lets a key run again only once the cache shows what its last
-// pass has changed. So a reconciler needs no memory of what it has asked for.
+// appends, those that are many without HTTP ([Direct]), and lets a key run again only
+// once the cache shows what its last pass has changed. So a reconciler needs no memory
+// of what it has asked for.
 // A request that found another state than the snapshot's is simply decided anew. A key
 // for which something was refused waits, longer each time, until its own object is
 // edited. No reconciler takes all the slots there are, and those that judge the

@@ -37,7 +37,7 @@ func NewRunner(cfg Config) (*Runner, error) {
 	cfg = cfg.withDefaults()
 	r := &Runner{cfg: cfg, writer: cfg.Writer}
 	if r.writer == nil {
-		w, err := newRESTWriter(cfg.Client)
+		w, err := newRESTWriter(cfg.Client, cfg.Direct)
 		if err != nil {
 			return nil, err
 		}

@@ -20,15 +20,25 @@ type Writer interface {
 	Write(ctx context.Context, c Request) error
 }
 
+// Direct creates pods, bindings and events in the API's own process, as the API does.
+type Direct interface {
+	// Create returns false if obj has to be created through Client instead; then
+	// Created is told of it. Errors are the API's.
+	Create(ctx context.Context, obj runtime.Object) (done bool, err error)
+	// Created learns from what was sent through Client, and was made of it.
+	Created(sent, created runtime.Object)
+}
+
 // restWriter makes changes through the API.
 type restWriter struct {
 	client rest.Interface
+	direct Direct // may be nil
 	proto  runtime.Serializer
 }
 
 // newRESTWriter returns a writer for the API that config leads to. The number of
 // requests at a time is the runner's to bound, so the client does not limit its rate.
-func newRESTWriter(config *rest.Config) (*restWriter, error) {
+func newRESTWriter(config *rest.Config, direct Direct) (*restWriter, error) {
 	c := rest.CopyConfig(config)
 	c.QPS = -1
 	c.GroupVersion = &schema.GroupVersion{}
@@ -39,7 +49,7 @@ func newRESTWriter(config *rest.Config) (*restWriter, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the reconcilers' API client: %w", err)
 	}
-	return &restWriter{client: client, proto: protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)}, nil
+	return &restWriter{client: client, direct: direct, proto: protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)}, nil
 }
 
 // path is the URL path of the change's object, or of the collection for a
@@ -64,6 +74,12 @@ func (c Request) path() []string {
 
 // Write implements Writer.
 func (w *restWriter) Write(ctx context.Context, c Request) error {
+	direct := w.direct != nil && c.Verb == VerbCreate && (c.Resource == PodsResource || c.Resource == EventsResource)
+	if direct {
+		if done, err := w.direct.Create(ctx, c.Object); done {
+			return err
+		}
+	}
 	var verb string
 	var body []byte
 	contentType := runtime.ContentTypeJSON
@@ -87,8 +103,14 @@ func (w *restWriter) Write(ctx context.Context, c Request) error {
 		return fmt.Errorf("%s: %w", c, err)
 	}
 	// The runner retries by itself, from a newer snapshot.
-	return w.client.Verb(verb).AbsPath(c.path()...).MaxRetries(0).
-		SetHeader("Content-Type", contentType).Body(body).Do(ctx).Error()
+	result := w.client.Verb(verb).AbsPath(c.path()...).MaxRetries(0).
+		SetHeader("Content-Type", contentType).Body(body).Do(ctx)
+	if direct && result.Error() == nil {
+		if created, err := result.Get(); err == nil {
+			w.direct.Created(c.Object, created)
+		}
+	}
+	return result.Error()
 }
 
 // encode returns an object as protobuf if it is of a built-in type, else as JSON.

@@ -65,7 +65,7 @@ func TestRESTWriter(t *testing.T) {
 				_, _ = w.Write([]byte(`{"kind":"Status","apiVersion":"v1","status":"Success"}`))
 			}))
 			defer server.Close()
-			w, err := newRESTWriter(&rest.Config{Host: server.URL})
+			w, err := newRESTWriter(&rest.Config{Host: server.URL}, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -95,7 +95,7 @@ func TestRESTWriterErrors(t *testing.T) {
 			w.WriteHeader(http.StatusConflict)
 			_, _ = w.Write(raw)
 		}))
-		w, err := newRESTWriter(&rest.Config{Host: server.URL})
+		w, err := newRESTWriter(&rest.Config{Host: server.URL}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -104,5 +104,53 @@ func TestRESTWriterErrors(t *testing.T) {
 			t.Errorf("%s: got %v, want a conflict", contentType, err)
 		}
 		server.Close()
+	}
+}
+
+// directOnce makes the second request and all later ones itself.
+type directOnce struct {
+	learnt    []string
+	took      []string
+	knowsMore bool
+}
+
+func (d *directOnce) Create(_ context.Context, obj runtime.Object) (bool, error) {
+	if !d.knowsMore {
+		return false, nil
+	}
+	d.took = append(d.took, Accessor(obj).GetName())
+	return true, apierrors.NewForbidden(PodsResource.GroupResource(), "p", io.EOF)
+}
+
+func (d *directOnce) Created(sent, created runtime.Object) {
+	d.knowsMore = true
+	d.learnt = append(d.learnt, Accessor(sent).GetName()+" "+string(Accessor(created).GetUID()))
+}
+
+// TestRESTWriterDirect checks that what can be made without HTTP is, and that what was
+// created by HTTP is shown to whoever may learn from it.
+func TestRESTWriterDirect(t *testing.T) {
+	t.Parallel()
+	requests := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		requests++
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write([]byte(`{"kind":"Pod","apiVersion":"v1","metadata":{"name":"p","uid":"u9"}}`))
+	}))
+	defer server.Close()
+	d := &directOnce{}
+	w, err := newRESTWriter(&rest.Config{Host: server.URL}, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "p"}}
+	if err := w.Write(t.Context(), Create(PodsResource, pod)); err != nil || requests != 1 || strings.Join(d.learnt, ",") != "p u9" {
+		t.Fatalf("the first: %v, %d requests, learnt %v", err, requests, d.learnt)
+	}
+	if err := w.Write(t.Context(), Create(PodsResource, pod)); !apierrors.IsForbidden(err) || requests != 1 || len(d.took) != 1 {
+		t.Errorf("the second: %v, %d requests, made without %v; want the direct one's refusal", err, requests, d.took)
+	}
+	if err := w.Write(t.Context(), Delete(PodsResource, pod)); err != nil || requests != 2 || len(d.took) != 1 {
+		t.Errorf("a delete: %v, %d requests, made without %v; want one by HTTP", err, requests, d.took)
 	}
 }

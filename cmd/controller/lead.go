@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apiserver/pkg/authentication/user"
 
 	"timonel/consensus"
 	"timonel/dispatch"
@@ -34,10 +35,12 @@ func (k *controller) lead(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	reconciler := &user.DefaultInfo{Name: "system:timonel:reconciler", Groups: []string{user.SystemPrivilegedGroup}}
 	runner, err := reconcile.NewRunner(reconcile.Config{
 		Cache:         k.cache,
 		Revision:      func() int64 { return k.store.View().Revision() },
-		Client:        k.apiAs("system:timonel:reconciler", "system:masters"),
+		Client:        k.api.InProcess(reconciler),
+		Direct:        k.api.Direct(reconciler),
 		Reconcilers:   reconcilers,
 		Health:        func() reconcile.Health { return health(k.tracker.Health()) },
 		HealthChanged: k.tracker.Changed(),

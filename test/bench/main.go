@@ -30,6 +30,10 @@ var rows = []struct{ name, title, wanted string }{
 	{"watch", fmt.Sprintf("events to %d watchers, 1 writer", watchers), ""},
 	{"memory", "idle memory, whole control plane", "≤ 200 MB (110 anon.) a controller"},
 	{"rest", "memory a minute after the rows above, whole control plane", "≤ 200 MB and twice the state a controller"},
+	{"deployment", fmt.Sprintf("Deployment of %d pods on %d Nodes, created and bound", replicas, workloadNodes), "≤ 2.0 s (1.0 s, 1 controller)"},
+	{"statefulset", fmt.Sprintf("StatefulSet of %d, parallel, the same", replicas), "≤ 2.0 s (1.0 s, 1 controller)"},
+	{"job", fmt.Sprintf("Job of %d, the same", replicas), "≤ 2.0 s (1.0 s, 1 controller)"},
+	{"jobs", fmt.Sprintf("%d Jobs of one pod, created to finished, agents simulated", jobs), "a tenth of Kubernetes' time"},
 	{"kill", "leader killed: longest gap in writes", "≤ 1.0 s"},
 }
 
@@ -78,8 +82,10 @@ type figures map[string][]measure
 type measure struct {
 	rate          float64
 	p50, p99, gap time.Duration
-	// cpu is what all processes of the side used for one call, client what this
-	// program did. They hardly depend on what else the machine does, as the others do.
+	took          time.Duration // of a row that is done once
+	// cpu is what all processes of the side used for one call, or for the whole of a row
+	// that is done once, client what this program did. They hardly depend on what else
+	// the machine does, as the others do.
 	cpu, client time.Duration
 	rss, anon   float64
 }
@@ -245,6 +251,20 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 	if err := atRest("rest", time.Minute); err != nil {
 		return err
 	}
+	for _, row := range workloadRows {
+		if !wants(row.name) {
+			continue
+		}
+		profiled := s.profile(ctx, o.profiles, row.name, "profile?seconds=6")
+		before, own := s.cpu(), ownCPU()
+		took, err := row.run(l, ctx)
+		cpu, client := s.cpu()-before, ownCPU()-own
+		profiled()
+		if err != nil {
+			return fmt.Errorf("%s: %w", row.name, err)
+		}
+		add(row.name, measure{took: took, cpu: cpu, client: client})
+	}
 	if wants("kill") && s.leader != nil {
 		gap, err := l.gap(ctx, max(8*time.Second, o.seconds), func() error {
 			leader, err := s.leader(ctx)
@@ -282,6 +302,8 @@ func (m measure) text(row string) string {
 		return fmt.Sprintf("%.0f MB (%.0f anon.)", m.rss, m.anon)
 	case "kill":
 		return fmt.Sprintf("%.2f s", m.gap.Seconds())
+	case "deployment", "statefulset", "job", "jobs":
+		return fmt.Sprintf("%.2f s, CPU %.2f + %.2f s", m.took.Seconds(), m.cpu.Seconds(), m.client.Seconds())
 	case "create1":
 		return fmt.Sprintf("p50 %.2f, p99 %.1f ms, %.0f/s, CPU %.2f + %.2f ms", ms(m.p50), ms(m.p99), m.rate, ms(m.cpu), ms(m.client))
 	case "watch":
@@ -305,6 +327,7 @@ func median(all []measure) measure {
 		p50: time.Duration(of(func(m measure) float64 { return float64(m.p50) })), p99: time.Duration(of(func(m measure) float64 { return float64(m.p99) })),
 		gap: time.Duration(of(func(m measure) float64 { return float64(m.gap) })), cpu: time.Duration(of(func(m measure) float64 { return float64(m.cpu) })),
 		client: time.Duration(of(func(m measure) float64 { return float64(m.client) })),
+		took:   time.Duration(of(func(m measure) float64 { return float64(m.took) })),
 	}
 }
 

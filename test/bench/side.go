@@ -215,8 +215,9 @@ func startKubernetes(ctx context.Context, dir, bin string, n int) (*side, error)
 		"--service-account-signing-key-file", files.ServiceAccountKey,
 		// What Timonel lets in too: the load must not be what is limited.
 		"--max-requests-inflight", "3000", "--max-mutating-requests-inflight", "1000")
-	run("kube-scheduler", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[1], "--cert-dir", filepath.Join(dir, "scheduler"))
-	run("kube-controller-manager", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[2], "--cert-dir", filepath.Join(dir, "manager"),
+	// Nor must the rate of its own clients: 50 and 20 requests a second by default.
+	run("kube-scheduler", "--kube-api-qps", "5000", "--kube-api-burst", "10000", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[1], "--cert-dir", filepath.Join(dir, "scheduler"))
+	run("kube-controller-manager", "--kube-api-qps", "5000", "--kube-api-burst", "10000", "--kubeconfig", kubeconfig, "--bind-address", "127.0.0.1", "--secure-port", p[2], "--cert-dir", filepath.Join(dir, "manager"),
 		"--service-account-private-key-file", files.ServiceAccountKey, "--root-ca-file", files.CA, "--use-service-account-credentials")
 	if err != nil {
 		s.stop()
