@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -50,6 +51,11 @@ func (h *health) update(changes feed.Changes, p *Proxy) {
 		at = p.around.nodePorts
 	}
 	if changes.Reset {
+		if !slices.Equal(at, h.at) {
+			for _, s := range h.servers {
+				s.close()
+			}
+		}
 		h.at = at
 		for key := range h.servers {
 			h.one(changes.View, key.name)

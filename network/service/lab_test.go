@@ -36,6 +36,7 @@ type lab struct {
 	node  netns.NsHandle
 	store *feed.Store
 	proxy *Proxy
+	quiet bool // no warnings
 }
 
 const (
@@ -112,6 +113,9 @@ func (l *lab) address(link string, addresses ...string) {
 // start makes a new agent's Proxy in the place of the one before.
 func (l *lab) start(cfg Config) {
 	cfg.Node, cfg.Table, cfg.Store, cfg.Logger = "n1", "timonel-services-test", l.store, slog.New(slog.NewTextHandler(testLog{l.t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	if l.quiet {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
 	cfg.NodeIPs = []netip.Addr{netip.MustParseAddr(nodeIP), netip.MustParseAddr(nodeIP6)}
 	var err error
 	l.proxy, err = New(cfg)

@@ -148,6 +148,7 @@ func (p *Proxy) pass(ctx context.Context) {
 	}
 	p.after = changes.View.Revision()
 	p.health.update(changes, p)
+	p.stats.took(p.after)
 }
 
 // one brings one table to a View, and says whether there was something to do.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"os/exec"
 	"slices"
@@ -133,7 +132,16 @@ func (l *lab) same(what string) {
 	l.proxy.cfg.Table = "fresh"
 	l.pass()
 	for _, family := range []string{"ip", "ip6"} {
-		require.Equal(l.t, listing(l.t, family, "fresh"), listing(l.t, family, old.cfg.Table), what)
+		want, got := listing(l.t, family, "fresh"), listing(l.t, family, old.cfg.Table)
+		for _, list := range []struct {
+			text        string
+			has, hasNot []string
+		}{{"lost", want, got}, {"leaked", got, want}} {
+			for _, line := range list.has {
+				require.True(l.t, slices.Contains(list.hasNot, line), "%s in %s: %s; %s", list.text, family, line, what)
+			}
+		}
+		require.Equal(l.t, want, got, what)
 	}
 	require.NoError(l.t, Remove(l.t.Context(), "fresh"))
 	l.proxy = old
@@ -249,6 +257,7 @@ func TestSequences(t *testing.T) {
 	t.Parallel()
 	base := rand.Uint64()
 	inLab(t, func(l *lab) {
+		l.quiet = true
 		for n := range *sequences {
 			seed := base + uint64(n)
 			r := rand.New(rand.NewPCG(seed, 0))
@@ -291,6 +300,7 @@ func TestSequences(t *testing.T) {
 func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
 	t.Parallel()
 	inLab(t, func(l *lab) {
+		l.quiet = true
 		a, c := l.pod(2), l.pod(4)
 		a.serve(8080)
 		f := &faults{}
@@ -305,7 +315,6 @@ func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
 		for i := range 20 {
 			services = append(services, svc(fmt.Sprintf("good%d", i), fmt.Sprintf("10.96.0.%d", i+1)))
 		}
-		l.proxy.log = slog.New(slog.DiscardHandler)
 		f.refuse = ". 10.96.0.66 ."
 		l.store.Update(func(t *feed.Txn) {
 			for _, s := range services {
@@ -327,7 +336,6 @@ func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
 		require.Equal(t, 1, l.proxy.Stats().Families[corev1.IPv4Protocol].Refused)
 		// A new agent does not get it in either, and the rest is there.
 		l.start(cfg)
-		l.proxy.log = slog.New(slog.DiscardHandler)
 		l.proxy.pass(t.Context())
 		require.Equal(t, "pod2 10.244.1.4", c.ask("tcp", "10.96.0.20:80"))
 		require.Len(t, events, 2)
@@ -383,7 +391,6 @@ func TestTwoServicesOfOneAddress(t *testing.T) {
 		l.start(Config{Event: func(s *corev1.Service, reason, message string) {
 			events = append(events, s.Name+" "+reason+": "+message)
 		}})
-		l.proxy.log = slog.New(slog.DiscardHandler)
 		made := func(at int64) option {
 			return func(s *corev1.Service) { s.CreationTimestamp = metav1.Unix(at, 0) }
 		}

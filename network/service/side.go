@@ -22,6 +22,7 @@ type side struct {
 	applied *feed.View
 	held    map[feed.Name]*objects
 	said    map[feed.Name]string
+	around  surroundings
 	wholes  uint64 // how often the whole table was written
 	trust
 }
@@ -53,6 +54,7 @@ func (s *side) reset(ctx context.Context, view *feed.View, around surroundings) 
 		return outcome{}, err
 	}
 	s.wholes++
+	s.around = around
 	s.trust = trust{watched: s.watched, seen: s.watched, wholeAt: time.Now(), took: time.Since(begun)}
 	s.claims, s.applied, s.held = c, view, map[feed.Name]*objects{}
 	for name := range bad {

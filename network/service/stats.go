@@ -15,7 +15,9 @@ const late = 2 * time.Minute
 type Stats struct {
 	// Services and Endpoints are how many the node knows.
 	Services, Endpoints int
-	Families            map[corev1.IPFamily]FamilyStats
+	// Revision is that of the View that was taken last.
+	Revision uint64
+	Families map[corev1.IPFamily]FamilyStats
 }
 
 // FamilyStats are those of one table.
@@ -31,9 +33,10 @@ type FamilyStats struct {
 }
 
 type stats struct {
-	mu     sync.Mutex
-	family map[corev1.IPFamily]FamilyStats
-	failed map[corev1.IPFamily]time.Time // since when
+	mu       sync.Mutex
+	revision uint64
+	family   map[corev1.IPFamily]FamilyStats
+	failed   map[corev1.IPFamily]time.Time // since when
 }
 
 func (s *stats) synced(side *side, did bool, took time.Duration, err error) {
@@ -61,6 +64,13 @@ func (s *stats) synced(side *side, did bool, took time.Duration, err error) {
 	s.family[ip] = f
 }
 
+// took notes that both tables, or what of them the kernel takes, are what a View says.
+func (s *stats) took(revision uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.revision = revision
+}
+
 // behind says whether some table has not been what it should be for too long.
 func (s *stats) behind() bool {
 	s.mu.Lock()
@@ -85,6 +95,7 @@ func (p *Proxy) Stats() Stats {
 	}
 	p.stats.mu.Lock()
 	defer p.stats.mu.Unlock()
+	out.Revision = p.stats.revision
 	for ip, f := range p.stats.family {
 		out.Families[ip] = f
 	}

@@ -101,27 +101,26 @@ func (s *side) touched(ctx context.Context, w *watcher, log *slog.Logger) bool {
 	if known && w.others == s.seen {
 		return false
 	}
-	print, err := fingerprint(ctx, s.table.nft)
+	print, whole, err := s.fingerprint(ctx)
 	switch {
 	case err != nil:
-		log.Warn("the table of Services is gone or cannot be read; it is written anew", "family", s.compiler.family.ip, "error", err)
+		log.Warn("the table of Services is gone or cannot be read; it is written anew", "family", s.compiler.family.ip, "error", brief(err))
 		return true
-	case known && print != s.print:
+	case !whole, known && print != s.print:
 		log.Warn("somebody else has changed the table of Services; it is written anew", "family", s.compiler.family.ip)
 		return true
-	case w.others == s.seen:
-		s.print, s.printOf = print, w.ours
-		return false
 	}
-	return time.Since(s.wholeAt) > max(leastRest, restTimes*s.took)
+	s.print, s.printOf = print, w.ours
+	return w.others != s.seen && time.Since(s.wholeAt) > max(leastRest, restTimes*s.took)
 }
 
 // fingerprint is what of a table costs little to read: its chains, maps and sets, and
-// which rules there are.
-func fingerprint(ctx context.Context, nft knftables.Interface) (string, error) {
-	all, err := nft.ListAll(ctx)
+// which rules there are. whole says that none is missing and none is too much, as far as
+// that is known without what was there before.
+func (s *side) fingerprint(ctx context.Context) (print string, whole bool, err error) {
+	all, err := s.table.nft.ListAll(ctx)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	var out []string
 	for kind, names := range all {
@@ -129,15 +128,54 @@ func fingerprint(ctx context.Context, nft knftables.Interface) (string, error) {
 			out = append(out, kind+" "+n)
 		}
 	}
-	rules, err := nft.ListRules(ctx, "")
+	list, err := s.table.nft.ListRules(ctx, "")
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
-	for _, r := range rules {
+	rules := map[string]int{}
+	for _, r := range list {
+		rules[r.Chain]++
 		if r.Handle != nil {
 			out = append(out, fmt.Sprintf("rule %s %d", r.Chain, *r.Handle))
 		}
 	}
 	slices.Sort(out)
-	return strings.Join(out, "\n"), nil
+	return strings.Join(out, "\n"), s.plausible(all, rules), nil
+}
+
+// plausible says whether a table has the chains, maps and sets that it must have, with
+// as many rules as they must have, and no others. Of a Service's own chains, which have a
+// slash in their names, nothing is known.
+func (s *side) plausible(all map[string][]string, rules map[string]int) bool {
+	want := map[string]int{}
+	for _, c := range fixedChains(s.compiler.family, s.around) {
+		want[c.name] = len(c.rules)
+	}
+	for _, h := range hooks {
+		want[h.name] = len(h.rules)
+	}
+	for name := range s.table.refs {
+		if !strings.Contains(name, "\x00") {
+			want[name] = -1
+		}
+	}
+	for _, name := range all["chain"] {
+		n, known := want[name]
+		_, stale := s.table.stale[name]
+		switch {
+		case known && n >= 0 && n != rules[name], known && n < 0 && rules[name] == 0, !known && !stale && !strings.Contains(name, "/"):
+			return false
+		}
+		delete(want, name)
+	}
+	for _, m := range fixedMaps(s.compiler.family) {
+		kind := "set"
+		if isMap(m.name) {
+			kind = "map"
+		}
+		if !slices.Contains(all[kind], m.name) {
+			return false
+		}
+	}
+	return len(want) == 0
 }
