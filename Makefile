@@ -100,6 +100,17 @@ conformance-suite:
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" $(GO) run ./images/build -out bin/conformance/images -suite bin/conformance
 	$(GO) build -o bin/conformance/run ./test/conformance
 
+# WHAT=names KEEP=1: see test/kubectl/doc.go.
+.PHONY: kubectl-tests
+kubectl-tests: build ## Upstream's kubectl tests (test/cmd) on a cluster of its own: WHAT='crd kubectl_get' for some
+	@.ci/deps kubectl
+	@mkdir -p bin/kubectl-tests
+	cd test/conformance/upstream && $(GO) build -ldflags '$(LDFLAGS)' -o ../../../bin/kubectl-tests/ \
+		k8s.io/kubernetes/cmd/kubectl k8s.io/kubernetes/cmd/kubectl-convert
+	$(GO) build -o bin/kubectl-tests/run ./test/kubectl
+	$(SUDO) env "PATH=$$PATH" bin/kubectl-tests/run -source "$$(cd test/conformance/upstream && $(GO) list -m -f '{{.Dir}}' k8s.io/kubernetes)" \
+		-what '$(WHAT)' $(if $(KEEP),-keep)
+
 .PHONY: bench
 bench: ## Measure beside Kubernetes on etcd: BENCH="-sides timonel -rows get32 -seconds 5"
 	@mkdir -p bin/bench

@@ -7,10 +7,12 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
 	utilnet "k8s.io/apimachinery/pkg/util/net"
+	"k8s.io/kubernetes/plugin/pkg/admission/noderestriction"
 
 	"timonel/pki"
 	"timonel/state/storage"
@@ -99,6 +101,13 @@ type Config struct {
 	// deadline: handlers bound their own time.
 	Paths map[string]http.Handler
 
+	// EnableAdmission and DisableAdmission name admission plugins to turn on beside
+	// upstream's default ones, or off. Those that hold nodes in their bounds stay on.
+	EnableAdmission, DisableAdmission []string
+	// AdmissionConfig is a file of kind AdmissionConfiguration, for plugins that have
+	// one, such as PodSecurity. Default: none.
+	AdmissionConfig string
+
 	// UnreachableTolerationSeconds is how long a pod that does not say stays
 	// bound to a node that is not ready or unreachable. Default: 30 (upstream:
 	// 300).
@@ -182,6 +191,14 @@ func (c Config) Validate() error {
 	}
 	if c.UnreachableTolerationSeconds < 0 {
 		wrong("UnreachableTolerationSeconds", "%d must not be negative", c.UnreachableTolerationSeconds)
+	}
+	for _, name := range c.DisableAdmission {
+		switch {
+		case name == noderestriction.PluginName || name == nodeNetworkName:
+			wrong("DisableAdmission", "%s keeps nodes from what is not theirs, and cannot be turned off", name)
+		case slices.Contains(c.EnableAdmission, name):
+			wrong("DisableAdmission", "%s is in EnableAdmission too", name)
+		}
 	}
 	for _, file := range []struct{ field, path string }{
 		{"CA", c.Certificates.CA},

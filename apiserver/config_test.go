@@ -38,6 +38,10 @@ func TestConfigValidate(t *testing.T) {
 		{"network", func(c *Config) { c.ServiceCIDR = net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(30, 32)} }, "ServiceCIDR 10.0.0.0/30"},
 		{"node ports", func(c *Config) { c.NodePortRange = utilnet.PortRange{Base: 65000, Size: 1000} }, "NodePortRange 65000-65999"},
 		{"toleration", func(c *Config) { c.UnreachableTolerationSeconds = -1 }, "UnreachableTolerationSeconds"},
+		{"bounds of nodes", func(c *Config) { c.DisableAdmission = []string{"NodeRestriction"} }, "DisableAdmission NodeRestriction"},
+		{"on and off", func(c *Config) {
+			c.EnableAdmission, c.DisableAdmission = []string{"AlwaysPullImages"}, []string{"AlwaysPullImages"}
+		}, "AlwaysPullImages is in EnableAdmission too"},
 		{"no key", func(c *Config) { c.Certificates.ServiceAccountKey = "" }, "Certificates.ServiceAccountKey is required"},
 		{"path", func(c *Config) { c.Paths = map[string]http.Handler{"/api/x": http.NotFoundHandler()} }, `Paths "/api/x"`},
 		{"check", func(c *Config) { c.ReadyOnly = []string{"raft"} }, `ReadyOnly names "raft"`},

@@ -100,7 +100,9 @@ func newOptions(ctx context.Context, c Config) (options.CompletedOptions, error)
 	o.ServiceAccountSigningKeyFile = c.Certificates.ServiceAccountKey
 
 	o.Authorization.Modes = []string{modes.ModeNode, modes.ModeRBAC}
-	o.Admission.GenericAdmission.EnablePlugins = []string{"NodeRestriction"}
+	o.Admission.GenericAdmission.EnablePlugins = append([]string{"NodeRestriction"}, c.EnableAdmission...)
+	o.Admission.GenericAdmission.DisablePlugins = c.DisableAdmission
+	o.Admission.GenericAdmission.ConfigFile = c.AdmissionConfig
 	addNodeNetwork(o, c)
 	o.Admission.GenericAdmission.Decorators = append(
 		admission.Decorators{skipQuota(c.Backend.Store, o.Etcd.StorageConfig.Prefix)}, o.Admission.GenericAdmission.Decorators...)

@@ -35,6 +35,9 @@ type config struct {
 	unreachableToleration    time.Duration
 	evictions                node.HealthConfig // how fast lost nodes are evicted from, as the flags say
 
+	enableAdmission, disableAdmission []string
+	admissionConfig                   string
+
 	heartbeatTimeout, electionTimeout, leaderLease time.Duration
 	snapshotThreshold, trailingLogs                uint64
 	historyAge                                     time.Duration
@@ -84,6 +87,9 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.controllersGossipPort, "controllers-gossip-port", c.controllersGossipPort, "port of the gossip among controllers, TCP and UDP, the same on all that --join names (0: the next after --gossip-port)")
 	f.StringVar(&c.clusterCIDR, "cluster-cidr", c.clusterCIDR, "network of the pods; each node gets a /24 of it")
 	f.StringVar(&c.serviceCIDR, "service-cidr", c.serviceCIDR, "network of the Services' addresses")
+	f.StringSliceVar(&c.enableAdmission, "enable-admission-plugins", c.enableAdmission, "admission plugins to turn on beside Kubernetes' default ones, such as AlwaysPullImages; the same on all controllers")
+	f.StringSliceVar(&c.disableAdmission, "disable-admission-plugins", c.disableAdmission, "admission plugins to turn off; NodeRestriction and NodeNetwork stay on")
+	f.StringVar(&c.admissionConfig, "admission-control-config-file", c.admissionConfig, "file of kind AdmissionConfiguration, for plugins that have one, such as PodSecurity")
 	f.DurationVar(&c.unreachableToleration, "unreachable-toleration", c.unreachableToleration, "how long pods stay bound to a node that is unreachable or not ready, where they do not say so themselves (Kubernetes: 5m)")
 	f.Float64Var(&c.evictions.Share, "unhealthy-zone-threshold", c.evictions.Share, "share of a zone's nodes from which on their loss within 5 minutes (two at least) makes the zone unhealthy: it is the network, not the nodes")
 	f.Float64Var(&c.evictions.Share, "lost-share", c.evictions.Share, "the former name of --unhealthy-zone-threshold")

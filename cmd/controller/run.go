@@ -220,6 +220,9 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Paths:                        k.paths(),
 		Warnings:                     map[string]func() string{"state-size": k.stateWarning},
 		ReadyOnly:                    []string{"raft-leader", "disk", "member", "accept"},
+		EnableAdmission:              k.enableAdmission,
+		DisableAdmission:             k.disableAdmission,
+		AdmissionConfig:              k.admissionConfig,
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
 }
