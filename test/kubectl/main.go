@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -74,6 +75,7 @@ func run(ctx context.Context, o options, w io.Writer) (err error) {
 	}
 	up := []string{"up", "--agents", "0", "--sample=false",
 		"--controller-flag=--service-cidr=10.0.0.0/24",
+		"--controller-flag=--cluster-cidr=10.244.0.0/24", // of one node: that a second gets no range, as upstream's here
 		"--controller-flag=--disable-admission-plugins=ServiceAccount,DefaultStorageClass,DefaultTolerationSeconds,MutatingAdmissionWebhook,ValidatingAdmissionWebhook,StorageObjectInUseProtection"}
 	if err := o.timonel(ctx, w, up...); err != nil {
 		return err
@@ -167,7 +169,7 @@ func forward(ctx context.Context, spec *cluster.Spec) (port int, err error) {
 	if err := free.Close(); err != nil {
 		return 0, err
 	}
-	c := proxy.Config{Listen: address.String(), CAFile: filepath.Join(spec.BundleDir(), pki.CAFile), ServerName: "kubernetes"}
+	c := proxy.Config{Listen: address.String(), CAFile: filepath.Join(spec.BundleDir(), pki.CAFile), ServerName: "kubernetes", Log: slog.New(slog.DiscardHandler)}
 	for _, name := range spec.ControllerNames() {
 		c.Backends = append(c.Backends, spec.APIAddress(name))
 	}
