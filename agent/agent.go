@@ -128,27 +128,36 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	return a, a.updateNode()
 }
 
-// importImages brings the folder's images in and says when the sandbox image,
-// without which no pod starts, is nowhere.
+// importImages makes sure of the sandbox image, without which no pod starts, and says when
+// it is nowhere. The folder's other images come in while the agent works (Run): pods that
+// need one wait for it, and the Node does not.
 func (a *Agent) importImages(ctx context.Context) error {
 	// Without a folder, what was imported before is still known as such.
 	a.images = containerd.NewImporter(a.runtime, a.cfg.ImagesDir, a.cfg.dir("imported.json"), a.log)
-	if a.cfg.ImagesDir != "" {
-		if err := a.images.ImportAll(ctx); err != nil {
-			return err
-		}
+	if a.cfg.loadImages != nil {
+		a.images.Load = a.cfg.loadImages(a.images.Load)
 	}
-	if a.cfg.PauseImage != DefaultPauseImage {
+	var statusErr error
+	present := func() bool {
+		resp, err := a.runtime.Images.ImageStatus(ctx, &runtimev1.ImageStatusRequest{Image: &runtimev1.ImageSpec{Image: a.cfg.PauseImage}})
+		statusErr = err
+		return err == nil && resp.Image != nil
+	}
+	var importErr error
+	if a.cfg.ImagesDir != "" {
+		importErr = a.images.ImportUntil(ctx, present)
+	}
+	switch {
+	case present():
+		return nil // what could not be imported, Run tries again and says so
+	case statusErr != nil:
+		return fmt.Errorf("look for the sandbox image: %w", statusErr)
+	case importErr != nil:
+		return importErr
+	case a.cfg.PauseImage != DefaultPauseImage:
 		return nil // may come from a registry
 	}
-	resp, err := a.runtime.Images.ImageStatus(ctx, &runtimev1.ImageStatusRequest{Image: &runtimev1.ImageSpec{Image: a.cfg.PauseImage}})
-	if err != nil {
-		return fmt.Errorf("look for the sandbox image: %w", err)
-	}
-	if resp.Image == nil {
-		return fmt.Errorf("the sandbox image %s is not in containerd: make it with go run ./images/build -out DIR and give --images DIR", a.cfg.PauseImage)
-	}
-	return nil
+	return fmt.Errorf("the sandbox image %s is not in containerd: make it with go run ./images/build -out DIR and give --images DIR", a.cfg.PauseImage)
 }
 
 // describe gathers what the Node object says.
@@ -207,7 +216,7 @@ func (a *Agent) wire() {
 	}
 	a.pods = pod.NewManager(pod.Config{
 		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, LocalDir: a.cfg.dir("local-volumes"), CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
-		Runtime: a.runtime, Images: a.runtime.Images, Layers: a.runtime.Layer, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
+		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, Layers: a.runtime.Layer, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
 		Node:     a.admissionNode,
@@ -219,6 +228,7 @@ func (a *Agent) wire() {
 		ClusterDNS: a.cfg.ClusterDNS, ClusterDomain: a.cfg.ClusterDomain, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
 		Logger: a.log,
 	})
+	a.images.Tried = a.pods.WakeAll // what waited for an image that did not come
 	a.imageGC = a.newImageGC()
 	a.evict = eviction.New(eviction.Config{
 		Pods: a.pods, Node: nodeRoom{a}, Thresholds: a.cfg.thresholds, Transition: a.cfg.PressureTransition,

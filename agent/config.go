@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
@@ -37,6 +38,8 @@ type Config struct {
 	NodeIPs []net.IP
 	// ImagesDir has image archives to import; empty: none.
 	ImagesDir string
+	// loadImages is put round the import of each archive in tests.
+	loadImages func(load func(context.Context, string) ([]string, error)) func(context.Context, string) ([]string, error)
 	// ContainerdSocket is a containerd to use; empty: the agent runs its own.
 	ContainerdSocket string
 	// ContainerdBinary is the containerd to run. Default: from PATH.

@@ -150,3 +150,41 @@ func TestWaitingEndsWhenWhatIsMissingComes(t *testing.T) {
 	c.object("ConfigMap", &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "late"}, Data: map[string]string{"x": "1"}})
 	c.ready(q)
 }
+
+// The Node is Ready while an archive takes its time; a pod that needs what is in it waits,
+// without a failure, until it is there.
+func TestTheNodeDoesNotWaitForImages(t *testing.T) {
+	n, cs := cluster(t, "c1")
+	c := cs[0]
+	release := make(chan struct{})
+	n.cfg.LoadImages(func(load func(context.Context, string) ([]string, error)) func(context.Context, string) ([]string, error) {
+		return func(ctx context.Context, path string) ([]string, error) {
+			if filepath.Base(path) == "timonel-sample.tar" {
+				select {
+				case <-release:
+				case <-ctx.Done():
+					return nil, ctx.Err()
+				}
+			}
+			return load(ctx, path)
+		}
+	})
+	dir := t.TempDir()
+	for _, name := range []string{"timonel-pause.tar", "timonel-busybox.tar", "timonel-sample.tar"} {
+		require.NoError(t, os.Link(filepath.Join(n.cfg.ImagesDir, name), filepath.Join(dir, name)))
+	}
+	n.cfg.ImagesDir = dir
+	n.start()
+	c.wait("the node to be ready", 20*time.Second, func() bool { return c.node != nil && nodeReady(c.node) })
+
+	waiting := newPod("waiting", corev1.Container{Name: "app", Image: "timonel/sample", ImagePullPolicy: corev1.PullNever})
+	c.set(waiting)
+	c.until(waiting, "its sandbox is there", 20*time.Second, func(st *corev1.PodStatus) bool { return st.PodIP != "" })
+	close(release)
+	c.ready(waiting)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, e := range c.events {
+		require.NotEqual(t, corev1.EventTypeWarning, e.Type, "%s: %s", e.Reason, e.Message)
+	}
+}

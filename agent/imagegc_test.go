@@ -73,8 +73,10 @@ func TestUnusedImagesAreCollected(t *testing.T) {
 	running, ended, gone := image("running"), image("ended"), image("gone")
 
 	n.start()
-	imported := n.tags()
-	require.NotEmpty(t, imported)
+	archives, err := filepath.Glob(filepath.Join(n.cfg.ImagesDir, "*.tar"))
+	require.NoError(t, err)
+	var imported []string
+	require.Eventually(t, func() bool { imported = n.tags(); return len(imported) == len(archives) }, time.Minute, 50*time.Millisecond)
 	pods := []*corev1.Pod{pod("running", running), pod("ended", ended), pod("gone", gone)}
 	for _, p := range pods {
 		c.ready(p)

@@ -1,6 +1,8 @@
 package containerd
 
 import (
+	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -93,4 +95,48 @@ func TestAnArchiveIsARegularFile(t *testing.T) {
 	case <-time.After(20 * time.Second):
 		t.Fatal("blocks")
 	}
+}
+
+// The smallest archives come first, and no more than are asked for; Run brings in the
+// rest, tries again what failed, and says once that all were tried.
+func TestImportsInOrder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for name, size := range map[string]int{"a.tar": 30, "b.tar": 10, "c.tar": 20} {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), make([]byte, size), 0o600))
+	}
+	im := NewImporter(nil, dir, filepath.Join(dir, "record"), slog.New(slog.DiscardHandler))
+	var loaded []string
+	bad := true
+	im.Load = func(_ context.Context, path string) ([]string, error) {
+		name := filepath.Base(path)
+		loaded = append(loaded, name)
+		if name == "c.tar" && bad {
+			return nil, errors.New("containerd does not answer")
+		}
+		return nil, nil
+	}
+	require.NoError(t, im.ImportUntil(t.Context(), func() bool { return len(loaded) > 0 }))
+	require.Equal(t, []string{"b.tar"}, loaded)
+	require.True(t, im.Coming())
+
+	require.ErrorContains(t, im.ImportAll(t.Context()), "containerd does not answer")
+	require.Equal(t, []string{"b.tar", "c.tar", "a.tar"}, loaded)
+	require.True(t, im.Coming(), "until Run has")
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	waited := make(chan struct{})
+	im.Tried = func() { close(waited) } // once only, or it panics
+	bad = false
+	go func() { done <- im.Run(ctx) }()
+	<-waited
+	require.False(t, im.Coming())
+	require.Equal(t, []string{"b.tar", "c.tar", "a.tar", "c.tar"}, loaded, "what was imported is not again")
+	cancel()
+	require.NoError(t, <-done)
+}
+
+func TestNothingIsComingWithoutAFolder(t *testing.T) {
+	t.Parallel()
+	require.False(t, NewImporter(nil, "", filepath.Join(t.TempDir(), "record"), slog.New(slog.DiscardHandler)).Coming())
 }

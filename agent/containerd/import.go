@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,9 +30,15 @@ type Importer struct {
 	dir     string
 	record  string
 	log     *slog.Logger
+	// Load brings one archive in and returns its images' names. It is the runtime's
+	// Import, but in tests.
+	Load func(ctx context.Context, path string) ([]string, error)
+	// Tried is called once every archive that was there at the start was tried.
+	Tried func()
 
-	mu   sync.Mutex
-	seen map[string]stamp // by path
+	mu    sync.Mutex
+	seen  map[string]stamp // by path
+	tried bool
 }
 
 // stamp tells whether a file is the one that was imported already.
@@ -44,7 +51,8 @@ type stamp struct {
 // NewImporter returns an importer of dir's archives. It keeps a record, in the
 // file of that name, of what it has imported, for the next start.
 func NewImporter(r *Runtime, dir, record string, log *slog.Logger) *Importer {
-	im := &Importer{runtime: r, dir: dir, record: record, log: log, seen: map[string]stamp{}}
+	im := &Importer{runtime: r, dir: dir, record: record, log: log, seen: map[string]stamp{}, tried: dir == ""}
+	im.Load = r.Import
 	if raw, err := hostile.ReadRegular(record, hostile.MaxOwn); err == nil {
 		if err := json.Unmarshal(raw, &im.seen); err != nil {
 			im.seen = map[string]stamp{} // imports all again
@@ -64,6 +72,14 @@ func (im *Importer) Imported(name string) bool {
 		}
 	}
 	return false
+}
+
+// Coming says whether archives that were there at the start have still to be tried, so
+// that an image that is nowhere may be on its way.
+func (im *Importer) Coming() bool {
+	im.mu.Lock()
+	defer im.mu.Unlock()
+	return !im.tried
 }
 
 // done says whether a file is imported and its images are still there.
@@ -86,40 +102,65 @@ func (im *Importer) done(ctx context.Context, path string, info fs.FileInfo) boo
 // ImportAll imports every archive that is new or has changed since this
 // importer last saw it. It goes on after a bad file and returns all errors.
 func (im *Importer) ImportAll(ctx context.Context) error {
+	return im.ImportUntil(ctx, func() bool { return false })
+}
+
+// ImportUntil is ImportAll, but that it ends as soon as enough says so, which it asks
+// before each archive. The smallest come first.
+func (im *Importer) ImportUntil(ctx context.Context, enough func() bool) error {
 	paths, err := filepath.Glob(filepath.Join(im.dir, "*.tar"))
 	if err != nil {
 		return fmt.Errorf("list images in %s: %w", im.dir, err)
 	}
+	type archive struct {
+		path string
+		info fs.FileInfo
+	}
+	var archives []archive
 	var errs []error
 	for _, path := range paths {
 		info, err := stat(path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
 			errs = append(errs, err)
+		default:
+			archives = append(archives, archive{path, info})
+		}
+	}
+	slices.SortStableFunc(archives, func(a, b archive) int { return cmp.Compare(a.info.Size(), b.info.Size()) })
+	for _, a := range archives {
+		if enough() {
+			break
+		}
+		if im.done(ctx, a.path, a.info) {
 			continue
 		}
-		if im.done(ctx, path, info) {
-			continue
-		}
-		names, err := im.runtime.Import(ctx, path)
-		if err != nil {
+		if err := im.load(ctx, a.path, a.info); err != nil {
 			errs = append(errs, err)
-			continue
 		}
-		im.mu.Lock()
-		im.seen[path] = stamp{Size: info.Size(), ModTime: info.ModTime(), Images: names}
-		raw, err := json.Marshal(im.seen)
-		im.mu.Unlock()
-		if err == nil {
-			if err := durable.WriteFile(im.record, raw, 0o600); err != nil {
-				errs = append(errs, fmt.Errorf("keep a record of imported images: %w", err))
-			}
-		}
-		im.log.Info("imported images", "file", path, "images", strings.Join(names, ","))
 	}
 	return errors.Join(errs...)
+}
+
+// load imports one archive and keeps a record of it.
+func (im *Importer) load(ctx context.Context, path string, info fs.FileInfo) error {
+	names, err := im.Load(ctx, path)
+	if err != nil {
+		return err
+	}
+	im.mu.Lock()
+	im.seen[path] = stamp{Size: info.Size(), ModTime: info.ModTime(), Images: names}
+	raw, err := json.Marshal(im.seen)
+	im.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("keep a record of imported images: %w", err)
+	}
+	im.log.Info("imported images", "file", path, "images", strings.Join(names, ","))
+	if err := durable.WriteFile(im.record, raw, 0o600); err != nil {
+		return fmt.Errorf("keep a record of imported images: %w", err)
+	}
+	return nil
 }
 
 // stat describes an archive. Anything but a regular file is refused, and not
@@ -133,8 +174,9 @@ func stat(path string) (fs.FileInfo, error) {
 	return f.Stat()
 }
 
-// Run imports archives as they appear in the folder, until ctx ends. An archive
-// is read once it has not been written to for a moment.
+// Run imports the archives of the folder, and others as they appear, until ctx ends. An
+// archive is read once it has not been written to for a moment. What could not be
+// imported is tried again after a while.
 func (im *Importer) Run(ctx context.Context) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
@@ -144,7 +186,8 @@ func (im *Importer) Run(ctx context.Context) error {
 	if err := watcher.Add(im.dir); err != nil {
 		return fmt.Errorf("watch the images folder: %w", err)
 	}
-	const settle = 500 * time.Millisecond
+	const settle, firstRetry, longestRetry = 500 * time.Millisecond, 10 * time.Second, 5 * time.Minute
+	retry := firstRetry
 	timer := time.NewTimer(0) // once at once: files may have come before the watch
 	defer timer.Stop()
 	for {
@@ -158,10 +201,30 @@ func (im *Importer) Run(ctx context.Context) error {
 		case err := <-watcher.Errors:
 			im.log.Warn("watch the images folder", "folder", im.dir, "error", err)
 		case <-timer.C:
-			if err := im.ImportAll(ctx); err != nil && ctx.Err() == nil {
-				im.log.Error("import images", "folder", im.dir, "error", err)
+			err := im.ImportAll(ctx)
+			if ctx.Err() != nil {
+				return nil
 			}
+			im.allTried()
+			if err == nil {
+				retry = firstRetry
+				continue
+			}
+			im.log.Error("import images", "folder", im.dir, "again in", retry, "error", err)
+			timer.Reset(retry)
+			retry = min(2*retry, longestRetry)
 		}
+	}
+}
+
+// allTried notes that every archive was tried, and says so once.
+func (im *Importer) allTried() {
+	im.mu.Lock()
+	first := !im.tried
+	im.tried = true
+	im.mu.Unlock()
+	if first && im.Tried != nil {
+		im.Tried()
 	}
 }
 

@@ -39,8 +39,8 @@ type State int
 
 // The states of an image for one container.
 const (
-	Ready State = iota + 1
-	Pulling
+	Ready   State = iota + 1
+	Pulling       // or being imported
 	Failed
 )
 
@@ -70,6 +70,7 @@ type Result struct {
 // Manager knows the pulls of one node.
 type Manager struct {
 	images runtimev1.ImageServiceClient
+	coming func() bool
 	now    func() time.Time
 	log    *slog.Logger
 
@@ -91,9 +92,15 @@ type pull struct {
 	backOff time.Duration
 }
 
-// New returns a manager that pulls through CRI.
-func New(images runtimev1.ImageServiceClient, now func() time.Time, log *slog.Logger) *Manager {
-	return &Manager{images: images, now: now, log: log, pulls: map[pullKey]*pull{}}
+// New returns a manager that pulls through CRI. coming, if it is not nil, says that images
+// are being imported: one that is not here may be among them and is waited for, where its
+// policy is not to pull it always. Whoever waits asks again when an image has come, and
+// when all have.
+func New(images runtimev1.ImageServiceClient, coming func() bool, now func() time.Time, log *slog.Logger) *Manager {
+	if coming == nil {
+		coming = func() bool { return false }
+	}
+	return &Manager{images: images, coming: coming, now: now, log: log, pulls: map[pullKey]*pull{}}
 }
 
 // Forget drops what is known about the pulls of a pod that is gone.
@@ -154,6 +161,7 @@ func (m *Manager) Ensure(ctx context.Context, req Request) Result {
 	}
 	m.mu.Unlock()
 
+	coming := m.coming() // before it is looked for: what has come by then is found
 	id, err := m.present(ctx, normal)
 	if err != nil {
 		return Result{State: Failed, Reason: ReasonInspect, Message: fmt.Sprintf("Failed to inspect image %q: %v", name, err), Retry: m.now().Add(errorShown)}
@@ -168,6 +176,8 @@ func (m *Manager) Ensure(ctx context.Context, req Request) Result {
 		delete(m.pulls, key)
 		m.mu.Unlock()
 		return Result{State: Ready, ID: id}
+	case coming && policy != corev1.PullAlways:
+		return Result{State: Pulling}
 	case policy == corev1.PullNever:
 		msg := fmt.Sprintf("Container image %q is not present with pull policy of Never", name)
 		if m.firstFailure(key, msg) {

@@ -56,7 +56,7 @@ func TestEnsure(t *testing.T) {
 	t.Parallel()
 	r := &registry{present: map[string]bool{"docker.io/library/here:latest": true}}
 	now := time.Unix(1000, 0)
-	m := New(r, func() time.Time { return now }, slog.New(slog.DiscardHandler))
+	m := New(r, nil, func() time.Time { return now }, slog.New(slog.DiscardHandler))
 	changed := make(chan struct{}, 10)
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u"}}
 	ensure := func(name string, policy corev1.PullPolicy) Result {
@@ -98,6 +98,39 @@ func TestEnsure(t *testing.T) {
 	r.mu.Unlock()
 	m.Appeared("docker.io/library/absent:latest")
 	require.Equal(t, Ready, ensure("absent", corev1.PullIfNotPresent).State, "an import ends the back-off")
+}
+
+// While images are being imported one that is not here may be among them: nobody pulls it
+// or gives it up before all have been tried.
+func TestEnsureWaitsForImports(t *testing.T) {
+	t.Parallel()
+	r := &registry{present: map[string]bool{}, fail: errors.New("no route to registry")}
+	coming := true
+	m := New(r, func() bool { return coming }, time.Now, slog.New(slog.DiscardHandler))
+	var events []string
+	changed := make(chan struct{}, 10)
+	ensure := func(name string, policy corev1.PullPolicy) Result {
+		return m.Ensure(t.Context(), Request{
+			Pod: &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u"}}, Container: &corev1.Container{Name: name, Image: name, ImagePullPolicy: policy},
+			Changed: func() { changed <- struct{}{} }, Event: func(_, reason, _ string) { events = append(events, reason) },
+		})
+	}
+	require.Equal(t, Result{State: Pulling}, ensure("app", corev1.PullIfNotPresent))
+	require.Equal(t, Result{State: Pulling}, ensure("own", corev1.PullNever))
+	require.Empty(t, events)
+	require.Zero(t, r.pulls)
+	require.Equal(t, Pulling, ensure("newest", corev1.PullAlways).State)
+	<-changed
+	r.mu.Lock()
+	require.Equal(t, 1, r.pulls, "what is always pulled waits for nothing")
+	r.present["docker.io/library/app:latest"] = true
+	r.mu.Unlock()
+	require.Equal(t, Ready, ensure("app", corev1.PullIfNotPresent).State, "it has come while others are to come")
+	coming = false
+	require.Equal(t, ReasonNeverPull, ensure("own", corev1.PullNever).Reason)
+	require.Equal(t, Pulling, ensure("other", corev1.PullIfNotPresent).State)
+	<-changed
+	require.Equal(t, ReasonPull, ensure("other", corev1.PullIfNotPresent).Reason)
 }
 
 func TestCredentials(t *testing.T) {

@@ -68,14 +68,16 @@ type Config struct {
 	// MaxPids is how many processes and threads one pod may have; 0: any number.
 	MaxPids int64
 
-	Runtime  Runtime
-	Images   runtimev1.ImageServiceClient
-	Layers   Layers
-	Beside   Beside
-	Objects  Objects
-	Statuses Statuses
-	Reporter Reporter
-	Tokens   volume.Tokens
+	Runtime Runtime
+	Images  runtimev1.ImageServiceClient
+	// ImagesComing says whether images are still being imported; nil: none are.
+	ImagesComing func() bool
+	Layers       Layers
+	Beside       Beside
+	Objects      Objects
+	Statuses     Statuses
+	Reporter     Reporter
+	Tokens       volume.Tokens
 
 	HostIPs  func() []string
 	Capacity func() corev1.ResourceList
@@ -141,7 +143,7 @@ func NewManager(cfg Config) *Manager {
 				return nil
 			},
 		}),
-		images:  image.New(cfg.Images, cfg.Now, log),
+		images:  image.New(cfg.Images, cfg.ImagesComing, cfg.Now, log),
 		workers: map[types.UID]*worker{}, owner: map[string]types.UID{}, strays: map[string]bool{},
 	}
 }
