@@ -1,8 +1,10 @@
 package apiserver
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"slices"
+	"strings"
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
@@ -19,7 +21,13 @@ const keepShapes = 256
 // value is ready to use.
 type shapes struct {
 	mu    sync.Mutex
-	known map[[sha256.Size]byte]metav1.ManagedFieldsEntry
+	known map[[sha256.Size]byte]knownFields
+}
+
+// knownFields are the managed fields of an object whose only owner has a key in them.
+type knownFields struct {
+	entry metav1.ManagedFieldsEntry
+	owner string
 }
 
 // shapeOf is equal for objects that have the same fields, so that whoever creates them
@@ -42,10 +50,19 @@ func shapeOf(obj runtime.Object) (key [sha256.Size]byte, ok bool) {
 	return sha256.Sum256(raw), true
 }
 
-// shapeOfPod empties what tells the pods of one workload apart: the name, the values of
-// labels and annotations, the host's name, and which claim a volume is.
+// shapeOfPod empties what tells the pods of one workload apart, and those of workloads
+// that are alike: the namespace, the names, the values of labels and annotations, the
+// host's name, which claim a volume is, and the owner, if there is one whose key in the
+// managed fields can be told (see ownerKey).
 func shapeOfPod(p corev1.Pod) *corev1.Pod {
-	p.Name = ""
+	p.Name, p.Namespace = "", ""
+	blank(&p.GenerateName)
+	if ownerKey(&p) != "" {
+		owner := p.OwnerReferences[0]
+		blank(&owner.Name)
+		owner.UID = ""
+		p.OwnerReferences = []metav1.OwnerReference{owner}
+	}
 	p.Labels, p.Annotations = emptied(p.Labels), emptied(p.Annotations)
 	blank(&p.Spec.Hostname)
 	p.Spec.Volumes = slices.Clone(p.Spec.Volumes)
@@ -75,6 +92,27 @@ func shapeOfEvent(e corev1.Event) *corev1.Event {
 	return &e
 }
 
+// ownerKey is by what the managed fields name the reference to a pod's only owner, empty
+// if it has none or several, or an odd one.
+func ownerKey(m metav1.Object) string {
+	owners := m.GetOwnerReferences()
+	if len(owners) != 1 || owners[0].UID == "" || strings.Trim(string(owners[0].UID), uidLetters) != "" {
+		return ""
+	}
+	return `"k:{\"uid\":\"` + string(owners[0].UID) + `\"}"`
+}
+
+// uidLetters are those that JSON leaves as they are.
+const uidLetters = "0123456789abcdefghijklmnopqrstuvwxyz-"
+
+// withOwner returns managed fields in which another owner's key stands.
+func withOwner(fields *metav1.FieldsV1, old, key string) *metav1.FieldsV1 {
+	if fields == nil || old == key {
+		return fields
+	}
+	return &metav1.FieldsV1{Raw: bytes.Replace(fields.Raw, []byte(old), []byte(key), 1)}
+}
+
 // blank makes all contents of a field one.
 func blank(s *string) {
 	if *s != "" {
@@ -95,16 +133,18 @@ func emptied(m map[string]string) map[string]string {
 }
 
 // fields are the managed fields of an object that is created now.
-func (s *shapes) fields(obj runtime.Object) (metav1.ManagedFieldsEntry, bool) {
+func (s *shapes) fields(obj object) (metav1.ManagedFieldsEntry, bool) {
 	key, ok := shapeOf(obj)
 	if !ok {
 		return metav1.ManagedFieldsEntry{}, false
 	}
 	s.mu.Lock()
-	entry, ok := s.known[key]
+	k, ok := s.known[key]
 	s.mu.Unlock()
 	now := metav1.Now().Rfc3339Copy()
+	entry := k.entry
 	entry.Time = &now
+	entry.FieldsV1 = withOwner(entry.FieldsV1, k.owner, ownerKey(obj))
 	return entry, ok
 }
 
@@ -115,15 +155,16 @@ func (s *shapes) learn(sent, created runtime.Object) {
 	if err != nil || len(m.GetManagedFields()) != 1 {
 		return
 	}
-	entry := m.GetManagedFields()[0]
+	entry, owner := m.GetManagedFields()[0], ownerKey(m)
 	key, ok := shapeOf(sent)
-	if !ok || entry.Operation != metav1.ManagedFieldsOperationUpdate || entry.Subresource != "" {
+	if !ok || entry.Operation != metav1.ManagedFieldsOperationUpdate || entry.Subresource != "" || entry.FieldsV1 == nil ||
+		owner != "" && bytes.Count(entry.FieldsV1.Raw, []byte(owner)) != 1 {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.known == nil || len(s.known) >= keepShapes {
-		s.known = map[[sha256.Size]byte]metav1.ManagedFieldsEntry{}
+		s.known = map[[sha256.Size]byte]knownFields{}
 	}
-	s.known[key] = entry
+	s.known[key] = knownFields{entry, owner}
 }

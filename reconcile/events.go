@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -28,7 +29,16 @@ type recorder struct {
 	now        func() time.Time
 	backlog    chan *corev1.Event
 	log        *slog.Logger
+
+	// mu guards how many events were dropped since that was last said, and when it was.
+	mu      sync.Mutex
+	dropped int
+	said    time.Time
 }
+
+// saysDropped is how often it is said that events are dropped: it is when there is too
+// much to do that many are.
+const saysDropped = 10 * time.Second
 
 func newRecorder(w Writer, host string, clk clock.PassiveClock, log *slog.Logger) *recorder {
 	return &recorder{
@@ -60,7 +70,22 @@ func (r *recorder) record(component string, e Event) {
 	select {
 	case r.backlog <- ev:
 	default:
-		r.log.Warn("event dropped: too many wait to be written", "object", e.Object.Kind+" "+e.Object.Name, "reason", e.Reason)
+		r.drop(e)
+	}
+}
+
+// drop notes that an event is not written, and says so now and then.
+func (r *recorder) drop(e Event) {
+	now := r.now()
+	r.mu.Lock()
+	r.dropped++
+	n, say := r.dropped, now.Sub(r.said) >= saysDropped
+	if say {
+		r.dropped, r.said = 0, now
+	}
+	r.mu.Unlock()
+	if say {
+		r.log.Warn("events dropped: too many wait to be written", "dropped", n, "last", e.Object.Kind+" "+e.Object.Name, "reason", e.Reason)
 	}
 }
 

@@ -2,8 +2,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"time"
 
@@ -14,8 +14,11 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
 )
 
 // workloadNodes is how many Nodes the rows of workloads use, replicas how many pods one
@@ -134,11 +137,7 @@ func (l *load) bound(ctx context.Context, row string, create func(namespace stri
 	if err != nil {
 		return 0, err
 	}
-	w, err := l.clients[0].CoreV1().Pods(namespace).Watch(ctx, metav1.ListOptions{})
-	if err != nil {
-		return 0, err
-	}
-	defer w.Stop()
+	pods := follow[*corev1.Pod](ctx, l.clients[0].CoreV1().RESTClient(), "pods", namespace)
 	begin := time.Now()
 	meta, selector, template := podTemplate(row)
 	if err := create(namespace, meta, selector, template); err != nil {
@@ -146,7 +145,7 @@ func (l *load) bound(ctx context.Context, row string, create func(namespace stri
 	}
 	placed := map[types.UID]bool{}
 	for len(placed) < replicas {
-		pod, err := nextOf[*corev1.Pod](ctx, w)
+		pod, err := next(ctx, pods)
 		if err != nil {
 			return 0, fmt.Errorf("%d of %d pods have a Node: %w", len(placed), replicas, err)
 		}
@@ -157,20 +156,35 @@ func (l *load) bound(ctx context.Context, row string, create func(namespace stri
 	return time.Since(begin), nil
 }
 
-// nextOf is the object of a watch's next event.
-func nextOf[T any](ctx context.Context, w watch.Interface) (none T, err error) {
+// follow lists and watches a resource in a namespace until ctx ends, and again when the
+// server ends the watch of a client that is too slow for it.
+func follow[T runtime.Object](ctx context.Context, client rest.Interface, resource, namespace string) <-chan T {
+	var none T
+	kind := reflect.New(reflect.TypeOf(none).Elem()).Interface().(T)
+	out := make(chan T, 1024)
+	send := func(obj any) {
+		if o, ok := obj.(T); ok {
+			select {
+			case out <- o:
+			case <-ctx.Done():
+			}
+		}
+	}
+	_, informer := cache.NewInformerWithOptions(cache.InformerOptions{
+		ListerWatcher: cache.NewListWatchFromClient(client, resource, namespace, fields.Everything()), ObjectType: kind,
+		Handler: cache.ResourceEventHandlerFuncs{AddFunc: send, UpdateFunc: func(_, obj any) { send(obj) }},
+	})
+	go informer.RunWithContext(ctx)
+	return out
+}
+
+// next is the next object that was created or changed.
+func next[T any](ctx context.Context, objects <-chan T) (obj T, err error) {
 	select {
-	case <-ctx.Done():
-		return none, ctx.Err()
-	case e, ok := <-w.ResultChan():
-		if !ok {
-			return none, errors.New("the watch has ended")
-		}
-		obj, ok := e.Object.(T)
-		if !ok {
-			return none, apierrors.FromObject(e.Object)
-		}
+	case obj = <-objects:
 		return obj, nil
+	case <-ctx.Done():
+		return obj, ctx.Err()
 	}
 }
 
@@ -183,30 +197,22 @@ func (l *load) finished(ctx context.Context) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	pods, err := l.clients[0].CoreV1().Pods(namespace).Watch(ctx, metav1.ListOptions{})
-	if err != nil {
-		return 0, err
-	}
-	defer pods.Stop()
-	ended, err := l.clients[len(l.clients)-1].BatchV1().Jobs(namespace).Watch(ctx, metav1.ListOptions{})
-	if err != nil {
-		return 0, err
-	}
-	defer ended.Stop()
+	pods := follow[*corev1.Pod](ctx, l.clients[0].CoreV1().RESTClient(), "pods", namespace)
+	ended := follow[*batchv1.Job](ctx, l.clients[len(l.clients)-1].BatchV1().RESTClient(), "jobs", namespace)
 
 	begin := time.Now()
 	group, ctx := errgroup.WithContext(ctx)
-	next, toRun := make(chan int, jobs), make(chan *corev1.Pod, jobs)
+	todo, toRun := make(chan int, jobs), make(chan *corev1.Pod, jobs)
 	for i := range jobs {
-		next <- i
+		todo <- i
 	}
-	close(next)
+	close(todo)
 	_, _, template := podTemplate("jobs")
 	template.Spec.RestartPolicy = corev1.RestartPolicyNever
 	for i := range l.clients {
 		if i%2 == 0 {
 			group.Go(func() error {
-				for n := range next {
+				for n := range todo {
 					_, err := l.clients[i].BatchV1().Jobs(namespace).Create(ctx, &batchv1.Job{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint("job-", n)},
 						Spec: batchv1.JobSpec{Template: template}}, metav1.CreateOptions{})
 					if err != nil {
@@ -229,7 +235,7 @@ func (l *load) finished(ctx context.Context) (time.Duration, error) {
 	group.Go(func() error {
 		defer close(toRun)
 		for seen := map[types.UID]bool{}; len(seen) < jobs; {
-			pod, err := nextOf[*corev1.Pod](ctx, pods)
+			pod, err := next(ctx, pods)
 			if err != nil {
 				return fmt.Errorf("%d of %d pods have a Node: %w", len(seen), jobs, err)
 			}
@@ -242,7 +248,7 @@ func (l *load) finished(ctx context.Context) (time.Duration, error) {
 	})
 	group.Go(func() error {
 		for seen := map[types.UID]bool{}; len(seen) < jobs; {
-			job, err := nextOf[*batchv1.Job](ctx, ended)
+			job, err := next(ctx, ended)
 			if err != nil {
 				return fmt.Errorf("%d of %d Jobs are complete: %w", len(seen), jobs, err)
 			}
