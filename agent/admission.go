@@ -12,6 +12,7 @@ import (
 
 	"timonel/agent/admission"
 	"timonel/agent/hostile"
+	"timonel/network/feed"
 )
 
 // kernelFacts are what this machine's kernel can do for pods.
@@ -37,6 +38,8 @@ func (a *Agent) setLive(n *corev1.Node) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.live = n
+	zone := n.Labels[corev1.LabelTopologyZone]
+	a.known.Update(func(t *feed.Txn) { t.SetZone(zone) })
 }
 
 // admissionNode is what new pods are held against. What the machine has is what

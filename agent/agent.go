@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
-	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -32,6 +31,7 @@ import (
 	"timonel/agent/pod"
 	"timonel/agent/podnet"
 	"timonel/agent/stream"
+	"timonel/network/feed"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -46,6 +46,8 @@ type Agent struct {
 	runtime *containerd.Runtime
 	store   *desired.Store
 	network *podnet.Network
+	feed    *feed.Client
+	known   *feed.Store // what the feed tells
 	pods    *pod.Manager
 	stream  *stream.Client
 	kubelet *kubelet.Server
@@ -59,11 +61,13 @@ type Agent struct {
 	nodeChanged chan struct{}
 	volumes     chan struct{} // some may be to delete
 	synced      chan struct{}
+	told        chan struct{} // a controller said something of the cluster
 	joined      sync.Once
 
 	mu         sync.Mutex
 	node       *corev1.Node
 	live       *corev1.Node // as the API has it; nil until a controller said so
+	cluster    *pb.Cluster  // what was last said of it; nil: nothing
 	capacity   corev1.ResourceList
 	deleted    []types.UID // volumes of which nothing is left, in the order of node.Health
 	networkBad string      // why the pod network does not work
@@ -86,13 +90,15 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o711); err != nil {
 		return nil, fmt.Errorf("make the data folder: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1)}
+	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1), told: make(chan struct{}, 1)}
 	var err error
 	network := cfg.network()
 	network.Keep = podnet.HostsOf(a.controllers()...)
 	if a.network, err = podnet.New(network); err != nil {
 		return nil, err
 	}
+	a.known = feed.NewStore(cfg.Name)
+	a.feed = feed.NewClient(feed.Config{Store: a.known, Path: cfg.dir("network.feed"), Logger: cfg.Logger})
 	socket := cfg.ContainerdSocket
 	if socket == "" {
 		if a.daemon, err = containerd.NewDaemon(cfg.daemon()); err != nil {
@@ -205,7 +211,7 @@ func (a *Agent) updateNode() error {
 func (a *Agent) wire() {
 	a.stream = stream.New(stream.Config{
 		NodeName: a.cfg.Name, Version: a.cfg.Version, TLS: a.cfg.TLS, Controllers: a.controllers(),
-		Desired: a.store, Logger: a.log, Cluster: a.cluster, Node: a.setLive,
+		Desired: a.store, Logger: a.log, Cluster: a.setCluster, Node: a.setLive, Network: a.feed.Follow,
 		Tunnel:     func(_ string, conn net.Conn) { a.kubelet.Serve(conn) },
 		GossipKeys: a.cfg.GossipKeys, GossipKeyIDs: a.cfg.GossipKeyIDs,
 	})
@@ -297,6 +303,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.kubelet.Run(ctx) })
 	g.Go(func() error { return a.logs.Run(ctx) })
 	g.Go(func() error { return a.stream.Run(ctx) })
+	g.Go(func() error { return a.feed.Keep(ctx) })
+	g.Go(func() error { return a.followNetwork(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.collect(ctx) })
 	g.Go(func() error { return a.deleteVolumes(ctx) })
@@ -331,8 +339,8 @@ func (a *Agent) kick() {
 	}
 }
 
-// cluster takes what a controller says of the others.
-func (a *Agent) cluster(c *pb.Cluster) {
+// setCluster takes what a controller says of the others.
+func (a *Agent) setCluster(c *pb.Cluster) {
 	if len(c.Controllers) > 0 {
 		raw, err := json.Marshal(c.Controllers)
 		if err == nil {
@@ -342,28 +350,13 @@ func (a *Agent) cluster(c *pb.Cluster) {
 			a.log.Error("keep the list of controllers", "error", err)
 		}
 	}
-	var own []string
-	var peers []podnet.Peer
-	for _, r := range c.Routes {
-		if r.NodeName == a.cfg.Name {
-			own = r.PodCidrs
-			continue
-		}
-		peers = append(peers, podnet.Peer{Name: r.NodeName, CIDRs: r.PodCidrs, Address: r.NodeAddress})
+	a.mu.Lock()
+	a.cluster = c
+	a.mu.Unlock()
+	select {
+	case a.told <- struct{}{}:
+	default:
 	}
-	if _, err := a.network.Update(own, peers, a.guard(c)); err != nil {
-		a.log.Error("pod network", "error", err)
-	}
-	a.kick()
-}
-
-// guard is what no route may touch, as far as it is known.
-func (a *Agent) guard(c *pb.Cluster) podnet.Guard {
-	keep := slices.Concat(a.cfg.Controllers, c.Controllers, a.cfg.ClusterDNS, []string{a.cfg.KubernetesServiceIP})
-	g := podnet.Guard{NodeBits: int(c.NodeBits), Keep: podnet.HostsOf(keep...)}
-	g.Pods, _ = netip.ParsePrefix(c.PodNetwork) // an older controller does not say
-	g.Services, _ = netip.ParsePrefix(c.ServiceNetwork)
-	return g
 }
 
 // controllers are those given and those known from before.

@@ -21,6 +21,7 @@ var callers = map[string][]pki.Role{
 	pb.Agents_Join_FullMethodName:    nil, // anybody: it checks the token
 	pb.Agents_Connect_FullMethodName: {pki.RoleNode},
 	pb.Agents_Tunnel_FullMethodName:  {pki.RoleNode},
+	pb.Agents_Network_FullMethodName: {pki.RoleNode},
 	pb.Peers_Status_FullMethodName:   {pki.RoleController, pki.RoleAdmin},
 }
 

@@ -247,6 +247,8 @@ func keyOf(o runtime.Object) string {
 		return "/registry/persistentvolumes/" + m.GetName()
 	case *corev1.ServiceAccount:
 		return "/registry/serviceaccounts/" + m.GetNamespace() + "/" + m.GetName()
+	case *corev1.Service:
+		return "/registry/services/specs/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.Event:
 		return "/registry/events/" + m.GetNamespace() + "/" + m.GetName()
 	}

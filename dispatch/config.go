@@ -12,7 +12,9 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/client-go/rest"
 
+	"timonel/dispatch/network"
 	"timonel/gossip"
+	"timonel/network/feed/wire"
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 	"timonel/state"
@@ -66,6 +68,9 @@ type Config struct {
 	// ReportBytes bounds what all agents here said and is not written yet. Beyond it,
 	// and beyond 4 MiB of one agent, agents wait. Default 64 MiB.
 	ReportBytes int64
+	// NetworkBytes bounds what every node is told of Services, slices and nodes; a fourth of
+	// it is one namespace's at most. Default [wire.MaxBytes], which is also the most.
+	NetworkBytes int64
 	// NodeLifetime is how long nodes' certificates are valid. Default
 	// [pki.NodeLifetime].
 	NodeLifetime time.Duration
@@ -93,6 +98,7 @@ func (c *Config) Validate() error {
 // Times that are the same for all.
 const (
 	barrierTimeout = 1500 * time.Millisecond // an agent waits 2 s for its Welcome before it tries another controller
+	networkTimeout = 10 * time.Second        // for a controller to have read all Services
 	claimTimeout   = 700 * time.Millisecond  // for another controller to say whether it serves the same node
 	tunnelTimeout  = 10 * time.Second        // for an agent to dial back
 	peerTimeout    = 3 * time.Second         // for another controller to open a tunnel
@@ -116,6 +122,7 @@ type Dispatcher struct {
 	joins   *attempts
 	starts  *starts
 	guard   *trust.Guard
+	network *network.Feed
 
 	running atomic.Pointer[context.Context] // Run's; nil before
 	active  sync.WaitGroup                  // calls that hold on to what Run ends
@@ -133,6 +140,9 @@ func New(c Config) (*Dispatcher, error) {
 	if c.ReportBytes <= 0 {
 		c.ReportBytes = defaultReports
 	}
+	if c.NetworkBytes <= 0 || c.NetworkBytes > wire.MaxBytes {
+		c.NetworkBytes = wire.MaxBytes
+	}
 	if c.NodeLifetime == 0 {
 		c.NodeLifetime = pki.NodeLifetime
 	}
@@ -147,12 +157,16 @@ func New(c Config) (*Dispatcher, error) {
 		starts:  newStarts(time.Now),
 		guard:   trust.NewGuard(c.Trust),
 	}
+	d.network = network.New(network.Config{ClusterID: c.ClusterID, Objects: c.Objects, Checks: c.Network, Bytes: c.NetworkBytes, Logger: d.log})
 	d.hub = newHub(d)
 	return d, nil
 }
 
 // ReportBytes is how many bytes of what agents said wait to be written.
 func (d *Dispatcher) ReportBytes() int64 { return d.room.bytes() }
+
+// NetworkFigures are those of what nodes are told of the network.
+func (d *Dispatcher) NetworkFigures() network.Figures { return d.network.Figures() }
 
 // Register adds the services Agents and Peers to a server made with
 // [Dispatcher.NewPort].
@@ -172,6 +186,7 @@ func (d *Dispatcher) Run(ctx context.Context) error {
 			cancel(err)
 		}
 	})
+	wait.Go(func() { _ = d.network.Run(ctx) }) // ends with ctx alone
 	err := d.hub.run(ctx)
 	d.mu.Lock()
 	d.ended = true

@@ -80,9 +80,14 @@ func (r *relay) pass(ctx context.Context, to, from net.Conn) {
 // realAgent runs the agents' own end of the stream.
 func (c *cluster) realAgent(name string, controllers ...string) (*stream.Client, *desired.Store) {
 	c.t.Helper()
+	return c.realAgentWith(func(*stream.Config) {}, name, controllers...)
+}
+
+func (c *cluster) realAgentWith(prepare func(*stream.Config), name string, controllers ...string) (*stream.Client, *desired.Store) {
+	c.t.Helper()
 	store, err := desired.Open(c.t.TempDir(), slog.New(slog.DiscardHandler))
 	require.NoError(c.t, err)
-	client := stream.New(stream.Config{
+	config := stream.Config{
 		NodeName: name, Version: "test", TLS: c.nodeTLS(name), Controllers: controllers, Desired: store,
 		Logger:     slog.New(slog.DiscardHandler),
 		Cluster:    func(news *pb.Cluster) { c.tell(name, news.GetControllers()) },
@@ -95,7 +100,9 @@ func (c *cluster) realAgent(name string, controllers ...string) (*stream.Client,
 				}))
 			}()
 		},
-	})
+	}
+	prepare(&config)
+	client := stream.New(config)
 	client.SetNode(nodeObject(name))
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup

@@ -3,6 +3,7 @@ package dispatch
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"slices"
 	"strconv"
 	"sync"
@@ -12,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"timonel/dispatch/network"
 	pb "timonel/proto/timonel/v1"
 	"timonel/state/objects"
 )
@@ -24,15 +26,19 @@ type hub struct {
 	sessions map[string]*session
 	users    map[objKey]map[*session]struct{} // who is to hear of an object
 	cluster  *pb.Cluster
-	withheld []string // what of the Nodes is not in cluster, and why
-	keys     *nodesKeys
-	feeds    map[*feed]struct{}
+	older    *pb.Cluster   // for agents that do not call Network; nil: not made yet
+	nodes    chan struct{} // some changed, or older is wanted
+	// controllers are their addresses when they were last looked at; followCluster
+	// alone uses them.
+	controllers []netip.Addr
+	keys        *nodesKeys
+	feeds       map[*feed]struct{}
 }
 
 func newHub(d *Dispatcher) *hub {
 	return &hub{
 		d: d, sessions: make(map[string]*session), users: make(map[objKey]map[*session]struct{}),
-		cluster: &pb.Cluster{}, feeds: make(map[*feed]struct{}),
+		nodes: make(chan struct{}, 1), feeds: make(map[*feed]struct{}),
 	}
 }
 
@@ -47,8 +53,7 @@ func (h *hub) run(ctx context.Context) error {
 	defer wait.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	routes := make(chan struct{}, 1)
-	wait.Go(func() { h.followCluster(ctx, routes) })
+	wait.Go(func() { h.followCluster(ctx) })
 
 	var after, progress int64
 	for {
@@ -60,14 +65,14 @@ func (h *hub) run(ctx context.Context) error {
 		if changes.Reset || after-progress >= progressEvery {
 			progress = after
 			h.wakeAll()
-			notify(routes)
+			notify(h.nodes)
 		}
-		h.wakeFor(changes.Changed, routes)
+		h.wakeFor(changes.Changed)
 	}
 }
 
 // wakeFor wakes the sessions that changes concern.
-func (h *hub) wakeFor(changes []objects.Changed, routes chan<- struct{}) {
+func (h *hub) wakeFor(changes []objects.Changed) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, c := range changes {
@@ -81,7 +86,7 @@ func (h *hub) wakeFor(changes []objects.Changed, routes chan<- struct{}) {
 					notify(s.wake)
 				}
 			case *corev1.Node:
-				notify(routes)
+				notify(h.nodes)
 				if s := h.sessions[o.Name]; s != nil && m == c.New {
 					s.nodeChanged(o)
 					notify(s.wake) // sends nothing when no pod is held against what changed
@@ -111,12 +116,12 @@ func (h *hub) wakeUsers(k objKey) {
 }
 
 func (h *hub) wakeAll() {
-	nodes := h.d.config.Objects.Snapshot().Nodes()
+	all := h.d.config.Objects.Snapshot().Nodes()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, s := range h.sessions {
 		notify(s.wake)
-		if live, ok := nodes.Get("", s.node); ok {
+		if live, ok := all.Get("", s.node); ok {
 			s.nodeChanged(live)
 		}
 	}
@@ -132,14 +137,14 @@ func notify(wake chan<- struct{}) {
 
 // followCluster keeps the message Cluster up to date: when nodes change, and
 // when gossip sees other controllers.
-func (h *hub) followCluster(ctx context.Context, routes <-chan struct{}) {
+func (h *hub) followCluster(ctx context.Context) {
 	events := h.d.config.Gossip.Subscribe(ctx)
 	for {
 		h.updateCluster()
 		select {
 		case <-ctx.Done():
 			return
-		case <-routes:
+		case <-h.nodes:
 		case _, ok := <-events:
 			if !ok {
 				events = nil
@@ -164,37 +169,61 @@ func (h *hub) followCluster(ctx context.Context, routes <-chan struct{}) {
 }
 
 func (h *hub) updateCluster() {
-	network := h.d.config.Network
-	next := &pb.Cluster{Controllers: slices.Sorted(slices.Values(h.d.config.Controllers()))}
-	if network.Pods.IsValid() {
-		next.PodNetwork, next.NodeBits = network.Pods.String(), uint32(network.nodeBits())
+	config := h.d.config.Network
+	next := &pb.Cluster{Controllers: slices.Sorted(slices.Values(h.d.config.Controllers())), RoutesInNetwork: true}
+	if config.Pods.IsValid() {
+		next.PodNetwork, next.NodeBits = config.Pods.String(), uint32(config.nodeBits())
 	}
-	if network.Services.IsValid() {
-		next.ServiceNetwork = network.Services.String()
+	if config.Services.IsValid() {
+		next.ServiceNetwork = config.Services.String()
 	}
-	var why []string
-	next.Routes, why = network.routes(slices.Collect(h.d.config.Objects.Snapshot().Nodes().All()))
+	if addresses := config.controllers(); !slices.Equal(addresses, h.controllers) {
+		h.controllers = addresses
+		h.d.network.Recheck()
+	}
+	var older *pb.Cluster
+	if h.hasOlder() {
+		older = proto.CloneOf(next)
+		older.RoutesInNetwork = false
+		older.Routes, _ = network.AllRoutes(config, h.d.config.Objects.Snapshot().Nodes().All())
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !slices.Equal(why, h.withheld) {
-		h.withheld = why
-		if len(why) > 0 {
-			h.d.log.Warn("other nodes are not told of what is not a node's own: delete the Node, and its agent registers anew", "count", len(why), "first", why[0])
-		}
+	same, sameOlder := proto.Equal(next, h.cluster), proto.Equal(older, h.older)
+	if !same {
+		h.cluster = next
 	}
-	if proto.Equal(next, h.cluster) {
+	if !sameOlder {
+		h.older = older
+	}
+	if same && sameOlder {
 		return
 	}
-	h.cluster = next
 	for _, s := range h.sessions {
 		notify(s.wake)
 	}
 }
 
-func (h *hub) currentCluster() *pb.Cluster {
+// hasOlder says whether an agent is here that does not call Network.
+func (h *hub) hasOlder() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.cluster
+	for _, s := range h.sessions {
+		if !s.network {
+			return true
+		}
+	}
+	return false
+}
+
+// currentCluster is what a session's agent is told of the cluster; nil: nothing yet.
+func (h *hub) currentCluster(s *session) *pb.Cluster {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s.network {
+		return h.cluster
+	}
+	return h.older
 }
 
 var errReplaced = errors.New("the agent opened a newer stream")
@@ -207,6 +236,9 @@ func (h *hub) add(s *session) {
 		old.cancel(errReplaced)
 	}
 	h.sessions[s.node] = s
+	if !s.network {
+		notify(h.nodes)
+	}
 	h.publish(s.node, up)
 	h.checkAdmitted(s) // another may have been admitted since
 }
@@ -236,7 +268,7 @@ func (h *hub) session(node string) *session {
 	return h.sessions[node]
 }
 
-func (h *hub) nodes() []string {
+func (h *hub) connected() []string {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	out := make([]string, 0, len(h.sessions))

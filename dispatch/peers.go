@@ -82,6 +82,6 @@ func (d *Dispatcher) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.Statu
 	if out == nil {
 		return nil, status.Error(codes.Unavailable, "this controller is starting")
 	}
-	out.Agents = d.hub.nodes()
+	out.Agents = d.hub.connected()
 	return out, nil
 }

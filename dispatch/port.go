@@ -72,9 +72,9 @@ type Port struct {
 
 	mu      sync.Mutex
 	conns   map[connOwner][]*portConn
-	strange int             // connections of strangers
-	streams map[string]int  // open Connect streams of each node
-	ctx     context.Context // ends with Stop
+	strange int              // connections of strangers
+	streams map[nodeCall]int // open streams of each node
+	ctx     context.Context  // ends with Stop
 	cancel  context.CancelFunc
 	wait    sync.WaitGroup
 }
@@ -88,7 +88,7 @@ type connOwner struct {
 // NewPort makes the cluster port, whose servers serve nobody whom the state has
 // revoked; a stream of such a one ends while it is open.
 func (d *Dispatcher) NewPort(config *tls.Config) *Port {
-	p := &Port{d: d, tls: config.Clone(), conns: map[connOwner][]*portConn{}, streams: map[string]int{}}
+	p := &Port{d: d, tls: config.Clone(), conns: map[connOwner][]*portConn{}, streams: map[nodeCall]int{}}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	if !slices.Contains(p.tls.NextProtos, "h2") {
 		p.tls.NextProtos = append(slices.Clone(p.tls.NextProtos), "h2")
@@ -275,27 +275,30 @@ func (p *Port) tap(ctx context.Context, info *tap.Info) (context.Context, error)
 		if !p.d.tunnels.waits(header(ctx, pb.TunnelIDKey), id.Name) {
 			return nil, status.Errorf(codes.NotFound, "no controller waits for this tunnel of node %s", id.Name)
 		}
-	case pb.Agents_Connect_FullMethodName:
-		if !p.begin(ctx, id.Name) {
+	case pb.Agents_Connect_FullMethodName, pb.Agents_Network_FullMethodName:
+		if !p.begin(ctx, nodeCall{id.Name, info.FullMethodName}) {
 			return nil, status.Errorf(codes.ResourceExhausted, "node %s has %d streams to this controller: only one process may run as a node", id.Name, nodeConnects)
 		}
 	}
 	return ctx, nil
 }
 
+// nodeCall is what streams are counted by.
+type nodeCall struct{ node, method string }
+
 // begin counts a node's stream for as long as its context lasts.
-func (p *Port) begin(ctx context.Context, node string) bool {
+func (p *Port) begin(ctx context.Context, of nodeCall) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.streams[node] >= nodeConnects {
+	if p.streams[of] >= nodeConnects {
 		return false
 	}
-	p.streams[node]++
+	p.streams[of]++
 	context.AfterFunc(ctx, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		if p.streams[node]--; p.streams[node] == 0 {
-			delete(p.streams, node)
+		if p.streams[of]--; p.streams[of] == 0 {
+			delete(p.streams, of)
 		}
 	})
 	return true

@@ -1,7 +1,6 @@
 package dispatch
 
 import (
-	"cmp"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,7 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
-	pb "timonel/proto/timonel/v1"
+	"timonel/dispatch/network"
 )
 
 // Network says which addresses are whose, for what nodes are told of one another.
@@ -58,8 +57,8 @@ func (n Network) CheckAddress(ip netip.Addr) error {
 	return nil
 }
 
-// checkRange says why a range cannot be a node's.
-func (n Network) checkRange(text string) (netip.Prefix, error) {
+// CheckRange returns a pod range, or says why it cannot be a node's.
+func (n Network) CheckRange(text string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(text)
 	switch {
 	case err != nil:
@@ -79,64 +78,6 @@ func (n Network) checkRange(text string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// routes is what nodes are told of one another: of each Node the pod ranges and the
-// address that are its own. What is not the cluster's to give, or was another's
-// before, is left out; the older Node has it. Why is a sentence for each.
-func (n Network) routes(nodes []*corev1.Node) (out []*pb.NodeRoute, why []string) {
-	older := slices.Clone(nodes)
-	slices.SortFunc(older, func(a, b *corev1.Node) int {
-		return cmp.Or(a.CreationTimestamp.Time.Compare(b.CreationTimestamp.Time), cmp.Compare(a.Name, b.Name))
-	})
-	ranges, addresses := make(map[netip.Prefix]string), make(map[netip.Addr]string)
-	for _, node := range older {
-		route := &pb.NodeRoute{NodeName: node.Name}
-		cidrs := node.Spec.PodCIDRs
-		if len(cidrs) == 0 && node.Spec.PodCIDR != "" {
-			cidrs = []string{node.Spec.PodCIDR}
-		}
-		for _, text := range cidrs {
-			p, err := n.checkRange(text)
-			if owner := ranges[p]; err == nil && owner != "" {
-				err = fmt.Errorf("%s is the range of node %s", p, owner)
-			}
-			if err != nil {
-				why = append(why, fmt.Sprintf("pod range of node %s: %v", node.Name, err))
-				continue
-			}
-			ranges[p] = node.Name
-			route.PodCidrs = append(route.PodCidrs, p.String())
-		}
-		if text := internalIP(node); text != "" {
-			ip, err := netip.ParseAddr(text)
-			if err == nil {
-				err = n.CheckAddress(ip)
-			}
-			if owner := addresses[ip]; err == nil && owner != "" {
-				err = fmt.Errorf("%s is the address of node %s", ip, owner)
-			}
-			if err != nil {
-				why = append(why, fmt.Sprintf("address of node %s: %v", node.Name, err))
-			} else {
-				addresses[ip] = node.Name
-				route.NodeAddress = ip.String()
-			}
-		}
-		out = append(out, route)
-	}
-	slices.SortFunc(out, func(a, b *pb.NodeRoute) int { return cmp.Compare(a.NodeName, b.NodeName) })
-	return out, why
-}
-
-// internalIP is the address that a node says others reach it by.
-func internalIP(node *corev1.Node) string {
-	for _, a := range node.Status.Addresses {
-		if a.Type == corev1.NodeInternalIP {
-			return a.Address
-		}
-	}
-	return ""
-}
-
 // gossipAnnotation is where a Node says at which host:port its gossip is.
 const gossipAnnotation = "timonel.io/gossip-address"
 
@@ -147,7 +88,7 @@ func GossipAddress(node *corev1.Node) string {
 	if n, e := strconv.Atoi(port); err != nil || e != nil || n < 1 || n > 65535 {
 		return ""
 	}
-	own := internalIP(node)
+	own := network.InternalIP(node)
 	for _, a := range node.Status.Addresses {
 		if a.Type == corev1.NodeInternalIP && a.Address == host {
 			own = host

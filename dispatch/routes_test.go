@@ -3,12 +3,15 @@ package dispatch
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"timonel/dispatch/network"
 )
 
 var testNetwork = Network{
@@ -68,7 +71,7 @@ func TestRoutesAreOnesOwn(t *testing.T) {
 				Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.101"}}},
 			}
 			older.Name = "a"
-			routes, why := testNetwork.routes([]*corev1.Node{tc.node, older})
+			routes, why := network.AllRoutes(testNetwork, slices.Values([]*corev1.Node{tc.node, older}))
 			require.Len(t, routes, 2)
 			require.Equal(t, "192.0.2.101", routes[0].NodeAddress)
 			require.Equal(t, []string{"10.244.1.0/24"}, routes[0].PodCidrs)

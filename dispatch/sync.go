@@ -46,8 +46,8 @@ func (s *session) send(ctx context.Context) error {
 }
 
 func (s *session) sendCluster() error {
-	cluster := s.d.hub.currentCluster()
-	if cluster == s.cluster {
+	cluster := s.d.hub.currentCluster(s)
+	if cluster == s.cluster || cluster == nil {
 		return nil
 	}
 	s.cluster = cluster

@@ -165,7 +165,7 @@ func TestNewestStreamWins(t *testing.T) {
 	require.ErrorContains(t, first.end(), "newer stream")
 	c.put(podOn("a1", "web", "u1"))
 	require.Contains(t, second.batch(), "synced")
-	require.Equal(t, []string{"a1"}, c.controllers["c1"].hub.nodes())
+	require.Equal(t, []string{"a1"}, c.controllers["c1"].hub.connected())
 }
 
 // An agent that reads nothing does not keep others from their changes, and gets

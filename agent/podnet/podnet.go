@@ -105,6 +105,14 @@ func (n *Network) CIDRs() []string {
 	return n.cidrs
 }
 
+// Guard is the last that a controller told, also before a restart; the zero Guard: none
+// ever did.
+func (n *Network) Guard() Guard {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.guard
+}
+
 // Update takes the node's own pod CIDRs and those of its peers, as a controller says
 // that they are. What guard does not let pass is left out and is in the error; the
 // rest is done all the same. changed says that the node's own are new.

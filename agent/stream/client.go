@@ -39,6 +39,9 @@ type Config struct {
 	Cluster func(*pb.Cluster)
 	// Node hears what the API says of this node: labels, taints, allocatable.
 	Node func(*corev1.Node)
+	// Network takes what the controller says of the cluster's network, over the same
+	// connection, until ctx ends. Nil: this agent does not ask.
+	Network func(ctx context.Context, agents pb.AgentsClient)
 	// GossipKeys keeps the keys of gossip that a controller tells; GossipKeyIDs names
 	// those that are kept. Nil: there are none to keep.
 	GossipKeys   func(keys [][]byte) error

@@ -31,7 +31,7 @@ type session struct {
 	mu      sync.Mutex
 	nextID  uint64
 	replies map[uint64]chan *pb.Reply
-	tunnels sync.WaitGroup
+	calls   sync.WaitGroup // tunnels and Network
 }
 
 func (s *session) run(ctx context.Context) (connected bool, err error) {
@@ -79,6 +79,9 @@ func (s *session) run(ctx context.Context) (connected bool, err error) {
 	s.client.log.Info("connected", "controller", w.Controller, "address", s.address, "full", w.Full)
 	defer s.close()
 
+	if cfg.Network != nil {
+		s.calls.Go(func() { cfg.Network(streamCtx, s.agents) })
+	}
 	sent := make(chan error, 1)
 	go func() {
 		sent <- s.send(ctx, stream)
@@ -106,7 +109,7 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	}
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
 		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
-		GossipKeys: keys,
+		GossipKeys: keys, Network: cfg.Network != nil,
 	}}}, nil
 }
 
@@ -120,7 +123,7 @@ func (s *session) close() {
 	s.replies = nil
 	s.mu.Unlock()
 	s.conn.Close()
-	s.tunnels.Wait()
+	s.calls.Wait()
 }
 
 // send sends what the outbox holds until the stream or ctx ends. With ctx, it
@@ -172,11 +175,7 @@ func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[p
 		case *pb.ControllerMessage_Synced:
 			store.Synced(m.Synced.Revision)
 		case *pb.ControllerMessage_TunnelOpen:
-			s.tunnels.Add(1)
-			go func() {
-				defer s.tunnels.Done()
-				s.tunnel(ctx, m.TunnelOpen.Id, m.TunnelOpen.Target)
-			}()
+			s.calls.Go(func() { s.tunnel(ctx, m.TunnelOpen.Id, m.TunnelOpen.Target) })
 		case *pb.ControllerMessage_Reply:
 			s.reply(m.Reply)
 		case *pb.ControllerMessage_Cluster:

@@ -31,6 +31,8 @@ type shares struct {
 	watches int64
 	// reports bounds what agents said and is not written yet, all agents together.
 	reports int64
+	// network bounds what every node is told of Services, their endpoints and other nodes.
+	network int64
 	// connections bounds what the connections of strangers take: see dividePorts.
 	connections int64
 }
@@ -65,6 +67,7 @@ func (c *config) memoryShares() (shares, error) {
 	s.watches = min(max(s.memory/128, 16<<20), 256<<20)
 	s.proposals = min(max(s.memory/128, 40<<20), 160<<20)
 	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
+	s.network = min(max(s.memory/32, 32<<20), 256<<20)
 	s.connections = max(s.memory/32, 24<<20)
 	if c.stateLimit != "" {
 		if s.state, err = quantity("state-limit", c.stateLimit, leastStateLimit); err != nil {

@@ -60,6 +60,15 @@ var (
 	descExpiry           = desc("certificate_expiry_timestamp_seconds", "When a certificate that this controller has ends: of the authorities ca and front-proxy-ca, of its cluster port and Raft (cluster), of the API that it serves (api).", "of")
 	descGossip           = desc("gossip_members", "Members of the gossip pool.", "role", "state")
 	descGossipKeys       = desc("gossip_keys", "Keys that a pool of gossip takes: more than one while they are rotated.", "pool")
+	descNetworkStreams   = desc("network_feed_streams", "Agents that are told of Services, endpoints and nodes by this controller.")
+	descNetworkItems     = desc("network_feed_items", "Services, EndpointSlices and nodes that every node is told of.")
+	descNetworkWithheld  = desc("network_feed_withheld", "Objects that nodes are not told of because they are too large, or too much with the others; the log names them.")
+	descNetworkSent      = desc("network_feed_sent_items_total", "Items sent to agents, removals included.")
+	descNetworkBatches   = desc("network_feed_batches_total", "Batches sent to agents.")
+	descNetworkLists     = desc("network_feed_lists_total", "Times that an agent was sent what differed from what it said to have.")
+	descNetworkTaken     = desc("network_feed_taken_total", "Batches of which an agent said that it has them.")
+	descNetworkLag       = desc("network_feed_lag_seconds_total", "The time of those, from when they could be sent.")
+	descNetworkLagMax    = desc("network_feed_lag_max_seconds", "The longest such time in the last minute or two.")
 	descGossipRefused    = desc("gossip_refused_total", "What came by gossip and was not taken, by pool and reason.", "pool", "reason")
 )
 
@@ -71,6 +80,7 @@ func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
 		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descCut, descStrangers, descStrangersRefused, descHistoryAge, descHistory, descHistoryBytes,
+		descNetworkStreams, descNetworkItems, descNetworkWithheld, descNetworkSent, descNetworkBatches, descNetworkLists, descNetworkTaken, descNetworkLag, descNetworkLagMax,
 		descHistoryLimit, descExpiry, descGossip, descGossipKeys, descGossipRefused} {
 		to <- d
 	}
@@ -125,7 +135,16 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	history := k.store.History()
 	quota := k.quota.Status()
 	log := k.replica.Held()
-	reports := k.agents.ReportBytes()
+	reports, told := k.agents.ReportBytes(), k.agents.NetworkFigures()
+	gauge(descNetworkStreams, float64(told.Streams))
+	gauge(descNetworkItems, float64(told.Items))
+	gauge(descNetworkWithheld, float64(told.Withheld))
+	counter(descNetworkSent, float64(told.SentItems))
+	counter(descNetworkBatches, float64(told.Batches))
+	counter(descNetworkLists, float64(told.Lists))
+	counter(descNetworkTaken, float64(told.Taken))
+	counter(descNetworkLag, told.Lag.Seconds())
+	gauge(descNetworkLagMax, told.LongestLag.Seconds())
 	slow, cut := k.api.SlowWatches()
 	counter(descCut, float64(cut))
 	strangers, refused := k.api.Strangers()
@@ -146,7 +165,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"history": {history.Limit, history.Bytes - history.Spilled}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"proposals": {k.shares.proposals, log.Proposals},
-		"watches":   {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "connections": {k.shares.connections, connections},
+		"watches":   {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "network": {k.shares.network, told.Bytes}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)
 		if share == "all" {

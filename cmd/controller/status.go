@@ -33,10 +33,10 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 		PeerConn:    k.peers.conn,
 		Controllers: k.directory.clusterPorts,
 		Status:      k.status,
-		ReportBytes: k.shares.reports,
-		Keys:        k.keys,
-		Network:     k.network(),
-		Logger:      k.log,
+		ReportBytes: k.shares.reports, NetworkBytes: k.shares.network,
+		Keys:    k.keys,
+		Network: k.network(),
+		Logger:  k.log,
 	})
 	if err != nil {
 		return nil, nil, err

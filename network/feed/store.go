@@ -7,6 +7,9 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"timonel/network/feed/wire"
+	pb "timonel/proto/timonel/v1"
 )
 
 // maxLog is how many names of changed Services a Store remembers. Who waits for
@@ -20,6 +23,8 @@ type Changes struct {
 	Reset bool
 	// Services names those that changed, or a slice of which did.
 	Services map[Name]struct{}
+	// Nodes says that a node's ranges or address changed.
+	Nodes bool
 }
 
 // Store keeps the newest View of one node. Its methods are safe for concurrent use.
@@ -30,6 +35,7 @@ type Store struct {
 	sliceOf map[Name]string // of each slice its key in View.slices
 	log     []change        // in the order of their revisions
 	floor   uint64          // of changes up to here, some are not in log
+	nodes   uint64          // revision of the last change of a node
 	changed chan struct{}   // closed with the next View
 }
 
@@ -71,9 +77,9 @@ func (s *Store) Changes(ctx context.Context, after uint64) (Changes, error) {
 
 func (s *Store) since(view *View, after uint64) Changes {
 	if after < s.floor {
-		return Changes{View: view, Reset: true}
+		return Changes{View: view, Reset: true, Nodes: true}
 	}
-	out := Changes{View: view, Services: make(map[Name]struct{})}
+	out := Changes{View: view, Services: make(map[Name]struct{}), Nodes: s.nodes > after}
 	for i := len(s.log) - 1; i >= 0 && s.log[i].revision > after; i-- {
 		out.Services[s.log[i].service] = struct{}{}
 	}
@@ -86,12 +92,15 @@ func (s *Store) Update(do func(*Txn)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	old := s.View()
-	next := &View{revision: old.revision + 1, synced: old.synced, nodeName: old.nodeName, zone: old.zone}
-	next.services, next.slices = *old.services.Copy(), *old.slices.Copy()
+	next := &View{revision: old.revision + 1, synced: old.synced, nodeName: old.nodeName, zone: old.zone, epoch: old.epoch}
+	next.nodes, next.services, next.slices = *old.nodes.Copy(), *old.services.Copy(), *old.slices.Copy()
 	t := &Txn{store: s, view: next, touched: make(map[Name]struct{})}
 	do(t)
 	if !t.changed {
 		return
+	}
+	if t.nodes {
+		s.nodes = next.revision
 	}
 	for name := range t.touched {
 		s.log = append(s.log, change{next.revision, name})
@@ -119,11 +128,25 @@ type Txn struct {
 	touched map[Name]struct{}
 	changed bool
 	reset   bool
+	nodes   bool
 }
 
 func (t *Txn) touch(service Name) {
 	t.changed = true
 	t.touched[service] = struct{}{}
+}
+
+// SetNode puts what is known of a node, which is the store's from now on.
+func (t *Txn) SetNode(n *pb.NodeRoute) {
+	t.view.nodes.Set(n.GetNodeName(), n)
+	t.changed, t.nodes = true, true
+}
+
+// RemoveNode forgets a node if it is there.
+func (t *Txn) RemoveNode(name string) {
+	if _, ok := t.view.nodes.Delete(name); ok {
+		t.changed, t.nodes = true, true
+	}
 }
 
 // SetService puts a Service, which is the store's from now on.
@@ -172,8 +195,35 @@ func (t *Txn) SetZone(zone string) {
 }
 
 // SetSynced says that the view is all that the controllers know.
-func (t *Txn) SetSynced() {
-	if !t.view.synced {
-		t.view.synced, t.changed, t.reset = true, true, true
+func (t *Txn) SetSynced() { t.setSynced(t.view.epoch) }
+
+// setSynced says that the view is all that the controllers of a cluster know.
+func (t *Txn) setSynced(epoch string) {
+	if !t.view.synced || t.view.epoch != epoch {
+		t.view.synced, t.view.epoch, t.changed, t.reset = true, epoch, true, true
+	}
+}
+
+// set puts a decoded item.
+func (t *Txn) set(o wire.Object) {
+	switch {
+	case o.Node != nil:
+		t.SetNode(o.Node)
+	case o.Service != nil:
+		t.SetService(o.Service)
+	case o.Slice != nil:
+		t.SetSlice(o.Slice)
+	}
+}
+
+// remove removes an item.
+func (t *Txn) remove(k wire.Key) {
+	switch k.Kind {
+	case pb.NetworkKind_NETWORK_KIND_NODE:
+		t.RemoveNode(k.Name)
+	case pb.NetworkKind_NETWORK_KIND_SERVICE:
+		t.RemoveService(Name{k.Namespace, k.Name})
+	case pb.NetworkKind_NETWORK_KIND_SLICE:
+		t.RemoveSlice(Name{k.Namespace, k.Name})
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"github.com/tidwall/btree"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+
+	pb "timonel/proto/timonel/v1"
 )
 
 // Name names a namespaced object, or a cluster's with an empty namespace.
@@ -33,7 +35,9 @@ type View struct {
 	synced   bool
 	nodeName string
 	zone     string
+	epoch    string // id of the cluster that all of it is of, when synced
 
+	nodes    btree.Map[string, *pb.NodeRoute]
 	services btree.Map[string, *corev1.Service]
 	slices   btree.Map[string, *discoveryv1.EndpointSlice] // by namespace, Service and name
 }
@@ -50,6 +54,20 @@ func (v *View) NodeName() string { return v.nodeName }
 
 // Zone is this node's zone; empty when it has none.
 func (v *View) Zone() string { return v.zone }
+
+// Node is the pod ranges and the address of a node, nil when there is none of that
+// name. What is not the node's own by the cluster's word is left out.
+func (v *View) Node(name string) *pb.NodeRoute {
+	n, _ := v.nodes.Get(name)
+	return n
+}
+
+// Nodes are those of all nodes, this one included, in the order of their names.
+func (v *View) Nodes() iter.Seq[*pb.NodeRoute] {
+	return func(yield func(*pb.NodeRoute) bool) {
+		v.nodes.Scan(func(_ string, n *pb.NodeRoute) bool { return yield(n) })
+	}
+}
 
 // Service returns a Service, nil when there is none of that name.
 func (v *View) Service(n Name) *corev1.Service {

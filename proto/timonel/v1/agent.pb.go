@@ -25,6 +25,58 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type NetworkKind int32
+
+const (
+	NetworkKind_NETWORK_KIND_UNSPECIFIED NetworkKind = 0
+	NetworkKind_NETWORK_KIND_NODE        NetworkKind = 1 // NodeRoute
+	NetworkKind_NETWORK_KIND_SERVICE     NetworkKind = 2 // v1.Service, of what nodes need
+	NetworkKind_NETWORK_KIND_SLICE       NetworkKind = 3 // discovery.k8s.io/v1 EndpointSlice, likewise
+)
+
+// Enum value maps for NetworkKind.
+var (
+	NetworkKind_name = map[int32]string{
+		0: "NETWORK_KIND_UNSPECIFIED",
+		1: "NETWORK_KIND_NODE",
+		2: "NETWORK_KIND_SERVICE",
+		3: "NETWORK_KIND_SLICE",
+	}
+	NetworkKind_value = map[string]int32{
+		"NETWORK_KIND_UNSPECIFIED": 0,
+		"NETWORK_KIND_NODE":        1,
+		"NETWORK_KIND_SERVICE":     2,
+		"NETWORK_KIND_SLICE":       3,
+	}
+)
+
+func (x NetworkKind) Enum() *NetworkKind {
+	p := new(NetworkKind)
+	*p = x
+	return p
+}
+
+func (x NetworkKind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NetworkKind) Descriptor() protoreflect.EnumDescriptor {
+	return file_timonel_v1_agent_proto_enumTypes[0].Descriptor()
+}
+
+func (NetworkKind) Type() protoreflect.EnumType {
+	return &file_timonel_v1_agent_proto_enumTypes[0]
+}
+
+func (x NetworkKind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NetworkKind.Descriptor instead.
+func (NetworkKind) EnumDescriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{0}
+}
+
 type JoinRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`                       // the secret part of the join token, ID-SECRET; empty to renew
@@ -366,7 +418,9 @@ type Hello struct {
 	Instance string `protobuf:"bytes,15,opt,name=instance,proto3" json:"instance,omitempty"`
 	// Names of the keys of gossip that the agent has kept, the first seals. None: it
 	// knows of no more than one.
-	GossipKeys    []string `protobuf:"bytes,16,rep,name=gossip_keys,json=gossipKeys,proto3" json:"gossip_keys,omitempty"`
+	GossipKeys []string `protobuf:"bytes,16,rep,name=gossip_keys,json=gossipKeys,proto3" json:"gossip_keys,omitempty"`
+	// The agent learns the nodes' pod ranges by the call Network, where there is one.
+	Network       bool `protobuf:"varint,17,opt,name=network,proto3" json:"network,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -455,6 +509,13 @@ func (x *Hello) GetGossipKeys() []string {
 		return x.GossipKeys
 	}
 	return nil
+}
+
+func (x *Hello) GetNetwork() bool {
+	if x != nil {
+		return x.Network
+	}
+	return false
 }
 
 // Have is all that an agent has. It is bounded by MaxHave.
@@ -1910,14 +1971,15 @@ func (x *Reply) GetStatus() []byte {
 // Cluster is sent after Welcome and when it changes: where else to connect, and
 // how to reach the pods of other nodes.
 type Cluster struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Controllers    []string               `protobuf:"bytes,1,rep,name=controllers,proto3" json:"controllers,omitempty"` // host:port of cluster ports
-	Routes         []*NodeRoute           `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
-	PodNetwork     string                 `protobuf:"bytes,3,opt,name=pod_network,json=podNetwork,proto3" json:"pod_network,omitempty"`             // CIDR of all pods; the range of each node is in it
-	NodeBits       uint32                 `protobuf:"varint,4,opt,name=node_bits,json=nodeBits,proto3" json:"node_bits,omitempty"`                  // prefix length of a node's range
-	ServiceNetwork string                 `protobuf:"bytes,5,opt,name=service_network,json=serviceNetwork,proto3" json:"service_network,omitempty"` // CIDR of the Services' addresses
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Controllers     []string               `protobuf:"bytes,1,rep,name=controllers,proto3" json:"controllers,omitempty"` // host:port of cluster ports
+	Routes          []*NodeRoute           `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
+	PodNetwork      string                 `protobuf:"bytes,3,opt,name=pod_network,json=podNetwork,proto3" json:"pod_network,omitempty"`                   // CIDR of all pods; the range of each node is in it
+	NodeBits        uint32                 `protobuf:"varint,4,opt,name=node_bits,json=nodeBits,proto3" json:"node_bits,omitempty"`                        // prefix length of a node's range
+	ServiceNetwork  string                 `protobuf:"bytes,5,opt,name=service_network,json=serviceNetwork,proto3" json:"service_network,omitempty"`       // CIDR of the Services' addresses
+	RoutesInNetwork bool                   `protobuf:"varint,6,opt,name=routes_in_network,json=routesInNetwork,proto3" json:"routes_in_network,omitempty"` // routes is empty: the call Network tells of them
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Cluster) Reset() {
@@ -1985,6 +2047,13 @@ func (x *Cluster) GetServiceNetwork() string {
 	return ""
 }
 
+func (x *Cluster) GetRoutesInNetwork() bool {
+	if x != nil {
+		return x.RoutesInNetwork
+	}
+	return false
+}
+
 type NodeRoute struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	NodeName      string                 `protobuf:"bytes,1,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
@@ -2045,6 +2114,417 @@ func (x *NodeRoute) GetNodeAddress() string {
 	return ""
 }
 
+type NetworkRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Message:
+	//
+	//	*NetworkRequest_Have
+	//	*NetworkRequest_Taken
+	Message       isNetworkRequest_Message `protobuf_oneof:"message"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkRequest) Reset() {
+	*x = NetworkRequest{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkRequest) ProtoMessage() {}
+
+func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
+func (*NetworkRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
+	if x != nil {
+		return x.Message
+	}
+	return nil
+}
+
+func (x *NetworkRequest) GetHave() *NetworkHave {
+	if x != nil {
+		if x, ok := x.Message.(*NetworkRequest_Have); ok {
+			return x.Have
+		}
+	}
+	return nil
+}
+
+func (x *NetworkRequest) GetTaken() *NetworkTaken {
+	if x != nil {
+		if x, ok := x.Message.(*NetworkRequest_Taken); ok {
+			return x.Taken
+		}
+	}
+	return nil
+}
+
+type isNetworkRequest_Message interface {
+	isNetworkRequest_Message()
+}
+
+type NetworkRequest_Have struct {
+	Have *NetworkHave `protobuf:"bytes,1,opt,name=have,proto3,oneof"` // first, when asked, and when the digest differs
+}
+
+type NetworkRequest_Taken struct {
+	Taken *NetworkTaken `protobuf:"bytes,2,opt,name=taken,proto3,oneof"`
+}
+
+func (*NetworkRequest_Have) isNetworkRequest_Message() {}
+
+func (*NetworkRequest_Taken) isNetworkRequest_Message() {}
+
+// NetworkHave is all that an agent has, as digests of 256 buckets of keys.
+type NetworkHave struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Epoch         string                 `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"`                                     // cluster id that it belongs to, empty for none
+	Buckets       []byte                 `protobuf:"bytes,2,opt,name=buckets,proto3" json:"buckets,omitempty"`                                 // 256 digests of 16 bytes; empty: it has nothing
+	Kinds         []NetworkKind          `protobuf:"varint,3,rep,packed,name=kinds,proto3,enum=timonel.v1.NetworkKind" json:"kinds,omitempty"` // what the agent wants to know, at most 16
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkHave) Reset() {
+	*x = NetworkHave{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkHave) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkHave) ProtoMessage() {}
+
+func (x *NetworkHave) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
+func (*NetworkHave) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *NetworkHave) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *NetworkHave) GetBuckets() []byte {
+	if x != nil {
+		return x.Buckets
+	}
+	return nil
+}
+
+func (x *NetworkHave) GetKinds() []NetworkKind {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+// NetworkTaken says that a batch that asked for it is in the agent's view.
+type NetworkTaken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkTaken) Reset() {
+	*x = NetworkTaken{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkTaken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkTaken) ProtoMessage() {}
+
+func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
+func (*NetworkTaken) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *NetworkTaken) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+type NetworkItem struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          NetworkKind            `protobuf:"varint,1,opt,name=kind,proto3,enum=timonel.v1.NetworkKind" json:"kind,omitempty"`
+	Object        []byte                 `protobuf:"bytes,2,opt,name=object,proto3" json:"object,omitempty"` // encoded; its name is in it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkItem) Reset() {
+	*x = NetworkItem{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkItem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkItem) ProtoMessage() {}
+
+func (x *NetworkItem) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
+func (*NetworkItem) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *NetworkItem) GetKind() NetworkKind {
+	if x != nil {
+		return x.Kind
+	}
+	return NetworkKind_NETWORK_KIND_UNSPECIFIED
+}
+
+func (x *NetworkItem) GetObject() []byte {
+	if x != nil {
+		return x.Object
+	}
+	return nil
+}
+
+type NetworkKey struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          NetworkKind            `protobuf:"varint,1,opt,name=kind,proto3,enum=timonel.v1.NetworkKind" json:"kind,omitempty"`
+	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkKey) Reset() {
+	*x = NetworkKey{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkKey) ProtoMessage() {}
+
+func (x *NetworkKey) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
+func (*NetworkKey) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *NetworkKey) GetKind() NetworkKind {
+	if x != nil {
+		return x.Kind
+	}
+	return NetworkKind_NETWORK_KIND_UNSPECIFIED
+}
+
+func (x *NetworkKey) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *NetworkKey) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// NetworkBatch is one change of the agent's view.
+type NetworkBatch struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Epoch    string                 `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"`        // cluster id, in the first of a stream
+	Sequence uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"` // counts the batches of a stream
+	Set      []*NetworkItem         `protobuf:"bytes,3,rep,name=set,proto3" json:"set,omitempty"`
+	Remove   []*NetworkKey          `protobuf:"bytes,4,rep,name=remove,proto3" json:"remove,omitempty"`
+	// Begins a list: of the buckets whose bit is set (32 bytes, the lowest bit first) all
+	// items follow, up to the batch that says synced. What is not among them is gone.
+	List          []byte `protobuf:"bytes,5,opt,name=list,proto3" json:"list,omitempty"`
+	Synced        bool   `protobuf:"varint,6,opt,name=synced,proto3" json:"synced,omitempty"`
+	Digest        []byte `protobuf:"bytes,7,opt,name=digest,proto3" json:"digest,omitempty"` // 16 bytes: of all that the agent has then; empty: not known
+	Ask           bool   `protobuf:"varint,8,opt,name=ask,proto3" json:"ask,omitempty"`      // the agent is to say what it has
+	Ack           bool   `protobuf:"varint,9,opt,name=ack,proto3" json:"ack,omitempty"`      // the agent is to say when it has taken this
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkBatch) Reset() {
+	*x = NetworkBatch{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkBatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkBatch) ProtoMessage() {}
+
+func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
+func (*NetworkBatch) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *NetworkBatch) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *NetworkBatch) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *NetworkBatch) GetSet() []*NetworkItem {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
+func (x *NetworkBatch) GetRemove() []*NetworkKey {
+	if x != nil {
+		return x.Remove
+	}
+	return nil
+}
+
+func (x *NetworkBatch) GetList() []byte {
+	if x != nil {
+		return x.List
+	}
+	return nil
+}
+
+func (x *NetworkBatch) GetSynced() bool {
+	if x != nil {
+		return x.Synced
+	}
+	return false
+}
+
+func (x *NetworkBatch) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *NetworkBatch) GetAsk() bool {
+	if x != nil {
+		return x.Ask
+	}
+	return false
+}
+
+func (x *NetworkBatch) GetAck() bool {
+	if x != nil {
+		return x.Ack
+	}
+	return false
+}
+
 type Chunk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
@@ -2054,7 +2534,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2066,7 +2546,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2079,7 +2559,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -2119,7 +2599,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbye\x12F\n" +
 	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKeptB\t\n" +
-	"\amessage\"\xf4\x01\n" +
+	"\amessage\"\x8e\x02\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
@@ -2129,7 +2609,8 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x04have\x18\x06 \x01(\v2\x10.timonel.v1.HaveR\x04have\x12\x1a\n" +
 	"\binstance\x18\x0f \x01(\tR\binstance\x12\x1f\n" +
 	"\vgossip_keys\x18\x10 \x03(\tR\n" +
-	"gossipKeys\"}\n" +
+	"gossipKeys\x12\x18\n" +
+	"\anetwork\x18\x11 \x01(\bR\anetwork\"}\n" +
 	"\x04Have\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +
@@ -2229,24 +2710,59 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\x12\x16\n" +
-	"\x06status\x18\x03 \x01(\fR\x06status\"\xc1\x01\n" +
+	"\x06status\x18\x03 \x01(\fR\x06status\"\xed\x01\n" +
 	"\aCluster\x12 \n" +
 	"\vcontrollers\x18\x01 \x03(\tR\vcontrollers\x12-\n" +
 	"\x06routes\x18\x02 \x03(\v2\x15.timonel.v1.NodeRouteR\x06routes\x12\x1f\n" +
 	"\vpod_network\x18\x03 \x01(\tR\n" +
 	"podNetwork\x12\x1b\n" +
 	"\tnode_bits\x18\x04 \x01(\rR\bnodeBits\x12'\n" +
-	"\x0fservice_network\x18\x05 \x01(\tR\x0eserviceNetwork\"h\n" +
+	"\x0fservice_network\x18\x05 \x01(\tR\x0eserviceNetwork\x12*\n" +
+	"\x11routes_in_network\x18\x06 \x01(\bR\x0froutesInNetwork\"h\n" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +
-	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"\x1b\n" +
+	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"|\n" +
+	"\x0eNetworkRequest\x12-\n" +
+	"\x04have\x18\x01 \x01(\v2\x17.timonel.v1.NetworkHaveH\x00R\x04have\x120\n" +
+	"\x05taken\x18\x02 \x01(\v2\x18.timonel.v1.NetworkTakenH\x00R\x05takenB\t\n" +
+	"\amessage\"l\n" +
+	"\vNetworkHave\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x18\n" +
+	"\abuckets\x18\x02 \x01(\fR\abuckets\x12-\n" +
+	"\x05kinds\x18\x03 \x03(\x0e2\x17.timonel.v1.NetworkKindR\x05kinds\"*\n" +
+	"\fNetworkTaken\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\"R\n" +
+	"\vNetworkItem\x12+\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x17.timonel.v1.NetworkKindR\x04kind\x12\x16\n" +
+	"\x06object\x18\x02 \x01(\fR\x06object\"k\n" +
+	"\n" +
+	"NetworkKey\x12+\n" +
+	"\x04kind\x18\x01 \x01(\x0e2\x17.timonel.v1.NetworkKindR\x04kind\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"\x83\x02\n" +
+	"\fNetworkBatch\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12)\n" +
+	"\x03set\x18\x03 \x03(\v2\x17.timonel.v1.NetworkItemR\x03set\x12.\n" +
+	"\x06remove\x18\x04 \x03(\v2\x16.timonel.v1.NetworkKeyR\x06remove\x12\x12\n" +
+	"\x04list\x18\x05 \x01(\fR\x04list\x12\x16\n" +
+	"\x06synced\x18\x06 \x01(\bR\x06synced\x12\x16\n" +
+	"\x06digest\x18\a \x01(\fR\x06digest\x12\x10\n" +
+	"\x03ask\x18\b \x01(\bR\x03ask\x12\x10\n" +
+	"\x03ack\x18\t \x01(\bR\x03ack\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\xbf\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*t\n" +
+	"\vNetworkKind\x12\x1c\n" +
+	"\x18NETWORK_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11NETWORK_KIND_NODE\x10\x01\x12\x18\n" +
+	"\x14NETWORK_KIND_SERVICE\x10\x02\x12\x16\n" +
+	"\x12NETWORK_KIND_SLICE\x10\x032\x84\x02\n" +
 	"\x06Agents\x129\n" +
 	"\x04Join\x12\x17.timonel.v1.JoinRequest\x1a\x18.timonel.v1.JoinResponse\x12F\n" +
 	"\aConnect\x12\x18.timonel.v1.AgentMessage\x1a\x1d.timonel.v1.ControllerMessage(\x010\x01\x122\n" +
-	"\x06Tunnel\x12\x11.timonel.v1.Chunk\x1a\x11.timonel.v1.Chunk(\x010\x01B$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
+	"\x06Tunnel\x12\x11.timonel.v1.Chunk\x1a\x11.timonel.v1.Chunk(\x010\x01\x12C\n" +
+	"\aNetwork\x12\x1a.timonel.v1.NetworkRequest\x1a\x18.timonel.v1.NetworkBatch(\x010\x01B$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
 
 var (
 	file_timonel_v1_agent_proto_rawDescOnce sync.Once
@@ -2260,74 +2776,91 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_agent_proto_rawDescData
 }
 
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_timonel_v1_agent_proto_goTypes = []any{
-	(*JoinRequest)(nil),       // 0: timonel.v1.JoinRequest
-	(*JoinResponse)(nil),      // 1: timonel.v1.JoinResponse
-	(*AgentMessage)(nil),      // 2: timonel.v1.AgentMessage
-	(*Hello)(nil),             // 3: timonel.v1.Hello
-	(*Have)(nil),              // 4: timonel.v1.Have
-	(*HavePod)(nil),           // 5: timonel.v1.HavePod
-	(*HaveObject)(nil),        // 6: timonel.v1.HaveObject
-	(*NodeStatus)(nil),        // 7: timonel.v1.NodeStatus
-	(*PodStatus)(nil),         // 8: timonel.v1.PodStatus
-	(*PodTerminated)(nil),     // 9: timonel.v1.PodTerminated
-	(*Event)(nil),             // 10: timonel.v1.Event
-	(*Request)(nil),           // 11: timonel.v1.Request
-	(*TokenRequest)(nil),      // 12: timonel.v1.TokenRequest
-	(*Goodbye)(nil),           // 13: timonel.v1.Goodbye
-	(*GossipKeysKept)(nil),    // 14: timonel.v1.GossipKeysKept
-	(*ControllerMessage)(nil), // 15: timonel.v1.ControllerMessage
-	(*Welcome)(nil),           // 16: timonel.v1.Welcome
-	(*GossipKeys)(nil),        // 17: timonel.v1.GossipKeys
-	(*NodeSet)(nil),           // 18: timonel.v1.NodeSet
-	(*PodSet)(nil),            // 19: timonel.v1.PodSet
-	(*PodRemove)(nil),         // 20: timonel.v1.PodRemove
-	(*ObjectSet)(nil),         // 21: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),      // 22: timonel.v1.ObjectRemove
-	(*Synced)(nil),            // 23: timonel.v1.Synced
-	(*TunnelOpen)(nil),        // 24: timonel.v1.TunnelOpen
-	(*Reply)(nil),             // 25: timonel.v1.Reply
-	(*Cluster)(nil),           // 26: timonel.v1.Cluster
-	(*NodeRoute)(nil),         // 27: timonel.v1.NodeRoute
-	(*Chunk)(nil),             // 28: timonel.v1.Chunk
+	(NetworkKind)(0),          // 0: timonel.v1.NetworkKind
+	(*JoinRequest)(nil),       // 1: timonel.v1.JoinRequest
+	(*JoinResponse)(nil),      // 2: timonel.v1.JoinResponse
+	(*AgentMessage)(nil),      // 3: timonel.v1.AgentMessage
+	(*Hello)(nil),             // 4: timonel.v1.Hello
+	(*Have)(nil),              // 5: timonel.v1.Have
+	(*HavePod)(nil),           // 6: timonel.v1.HavePod
+	(*HaveObject)(nil),        // 7: timonel.v1.HaveObject
+	(*NodeStatus)(nil),        // 8: timonel.v1.NodeStatus
+	(*PodStatus)(nil),         // 9: timonel.v1.PodStatus
+	(*PodTerminated)(nil),     // 10: timonel.v1.PodTerminated
+	(*Event)(nil),             // 11: timonel.v1.Event
+	(*Request)(nil),           // 12: timonel.v1.Request
+	(*TokenRequest)(nil),      // 13: timonel.v1.TokenRequest
+	(*Goodbye)(nil),           // 14: timonel.v1.Goodbye
+	(*GossipKeysKept)(nil),    // 15: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil), // 16: timonel.v1.ControllerMessage
+	(*Welcome)(nil),           // 17: timonel.v1.Welcome
+	(*GossipKeys)(nil),        // 18: timonel.v1.GossipKeys
+	(*NodeSet)(nil),           // 19: timonel.v1.NodeSet
+	(*PodSet)(nil),            // 20: timonel.v1.PodSet
+	(*PodRemove)(nil),         // 21: timonel.v1.PodRemove
+	(*ObjectSet)(nil),         // 22: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),      // 23: timonel.v1.ObjectRemove
+	(*Synced)(nil),            // 24: timonel.v1.Synced
+	(*TunnelOpen)(nil),        // 25: timonel.v1.TunnelOpen
+	(*Reply)(nil),             // 26: timonel.v1.Reply
+	(*Cluster)(nil),           // 27: timonel.v1.Cluster
+	(*NodeRoute)(nil),         // 28: timonel.v1.NodeRoute
+	(*NetworkRequest)(nil),    // 29: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),       // 30: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),      // 31: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),       // 32: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),        // 33: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),      // 34: timonel.v1.NetworkBatch
+	(*Chunk)(nil),             // 35: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
-	3,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
-	7,  // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
-	8,  // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
-	9,  // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
-	10, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
-	11, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	13, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	14, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
-	4,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
-	5,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
-	6,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
-	12, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	16, // 12: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	19, // 13: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	20, // 14: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	21, // 15: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	22, // 16: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	23, // 17: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	24, // 18: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	25, // 19: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	26, // 20: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	18, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	17, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
-	27, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	0,  // 24: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	2,  // 25: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	28, // 26: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	1,  // 27: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	15, // 28: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	28, // 29: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	27, // [27:30] is the sub-list for method output_type
-	24, // [24:27] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	4,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
+	8,  // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
+	9,  // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
+	10, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
+	11, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
+	12, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
+	14, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	15, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	5,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
+	6,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
+	7,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
+	13, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	17, // 12: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	20, // 13: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	21, // 14: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	22, // 15: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	23, // 16: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	24, // 17: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	25, // 18: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	26, // 19: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	27, // 20: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	19, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	18, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	28, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	30, // 24: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	31, // 25: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	0,  // 26: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
+	0,  // 27: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
+	0,  // 28: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
+	32, // 29: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	33, // 30: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	1,  // 31: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	3,  // 32: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	35, // 33: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	29, // 34: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	2,  // 35: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	16, // 36: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	35, // 37: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	34, // 38: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	35, // [35:39] is the sub-list for method output_type
+	31, // [31:35] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -2361,18 +2894,23 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
+	file_timonel_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
+		(*NetworkRequest_Have)(nil),
+		(*NetworkRequest_Taken)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   29,
+			NumEnums:      1,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_timonel_v1_agent_proto_goTypes,
 		DependencyIndexes: file_timonel_v1_agent_proto_depIdxs,
+		EnumInfos:         file_timonel_v1_agent_proto_enumTypes,
 		MessageInfos:      file_timonel_v1_agent_proto_msgTypes,
 	}.Build()
 	File_timonel_v1_agent_proto = out.File

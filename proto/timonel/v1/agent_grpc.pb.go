@@ -26,6 +26,7 @@ const (
 	Agents_Join_FullMethodName    = "/timonel.v1.Agents/Join"
 	Agents_Connect_FullMethodName = "/timonel.v1.Agents/Connect"
 	Agents_Tunnel_FullMethodName  = "/timonel.v1.Agents/Tunnel"
+	Agents_Network_FullMethodName = "/timonel.v1.Agents/Network"
 )
 
 // AgentsClient is the client API for Agents service.
@@ -45,6 +46,10 @@ type AgentsClient interface {
 	// the same HTTP/2 connection, so each tunnel has flow control of its own. The
 	// tunnel's id is in the metadata key "timonel-tunnel-id".
 	Tunnel(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Chunk, Chunk], error)
+	// Network tells what every node knows of the cluster's network: Services, their
+	// EndpointSlices, and the nodes' pod ranges. It is a stream of its own, so that a
+	// long list delays no pod.
+	Network(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[NetworkRequest, NetworkBatch], error)
 }
 
 type agentsClient struct {
@@ -91,6 +96,19 @@ func (c *agentsClient) Tunnel(ctx context.Context, opts ...grpc.CallOption) (grp
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agents_TunnelClient = grpc.BidiStreamingClient[Chunk, Chunk]
 
+func (c *agentsClient) Network(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[NetworkRequest, NetworkBatch], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Agents_ServiceDesc.Streams[2], Agents_Network_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[NetworkRequest, NetworkBatch]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agents_NetworkClient = grpc.BidiStreamingClient[NetworkRequest, NetworkBatch]
+
 // AgentsServer is the server API for Agents service.
 // All implementations must embed UnimplementedAgentsServer
 // for forward compatibility.
@@ -108,6 +126,10 @@ type AgentsServer interface {
 	// the same HTTP/2 connection, so each tunnel has flow control of its own. The
 	// tunnel's id is in the metadata key "timonel-tunnel-id".
 	Tunnel(grpc.BidiStreamingServer[Chunk, Chunk]) error
+	// Network tells what every node knows of the cluster's network: Services, their
+	// EndpointSlices, and the nodes' pod ranges. It is a stream of its own, so that a
+	// long list delays no pod.
+	Network(grpc.BidiStreamingServer[NetworkRequest, NetworkBatch]) error
 	mustEmbedUnimplementedAgentsServer()
 }
 
@@ -126,6 +148,9 @@ func (UnimplementedAgentsServer) Connect(grpc.BidiStreamingServer[AgentMessage, 
 }
 func (UnimplementedAgentsServer) Tunnel(grpc.BidiStreamingServer[Chunk, Chunk]) error {
 	return status.Error(codes.Unimplemented, "method Tunnel not implemented")
+}
+func (UnimplementedAgentsServer) Network(grpc.BidiStreamingServer[NetworkRequest, NetworkBatch]) error {
+	return status.Error(codes.Unimplemented, "method Network not implemented")
 }
 func (UnimplementedAgentsServer) mustEmbedUnimplementedAgentsServer() {}
 func (UnimplementedAgentsServer) testEmbeddedByValue()                {}
@@ -180,6 +205,13 @@ func _Agents_Tunnel_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agents_TunnelServer = grpc.BidiStreamingServer[Chunk, Chunk]
 
+func _Agents_Network_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(AgentsServer).Network(&grpc.GenericServerStream[NetworkRequest, NetworkBatch]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Agents_NetworkServer = grpc.BidiStreamingServer[NetworkRequest, NetworkBatch]
+
 // Agents_ServiceDesc is the grpc.ServiceDesc for Agents service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -202,6 +234,12 @@ var Agents_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Tunnel",
 			Handler:       _Agents_Tunnel_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "Network",
+			Handler:       _Agents_Network_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
 		},
