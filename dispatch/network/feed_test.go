@@ -47,6 +47,19 @@ func TestAnAgentIsToldOfAllAndOfChanges(t *testing.T) {
 	require.EqualValues(t, 1, k.feed.Figures().Lists)
 }
 
+// The first agent of a cluster comes before there is anything to tell.
+func TestAnEmptyCluster(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	k := h.controller(nil)
+	a := newAgent(t, "n1", "")
+	defer a.stop()
+	a.connect(k)
+	h.eventually(a)
+	h.put(service("a", "s1", "10.96.0.1"))
+	h.eventually(a)
+}
+
 // Only what a node needs goes to it.
 func TestNothingElseIsTold(t *testing.T) {
 	t.Parallel()
@@ -70,7 +83,7 @@ func TestNothingElseIsTold(t *testing.T) {
 // with and without what was on its disk, it knows what one knows that came last.
 func TestWhateverHappensAnAgentKnowsAll(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(12) {
+	for seed := range uint64(40) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			r := rand.New(rand.NewPCG(seed, 1))

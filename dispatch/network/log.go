@@ -62,7 +62,7 @@ type view struct {
 // NewLog returns an empty Log.
 func NewLog() *Log {
 	l := &Log{maxGone: maxGone, entries: make(map[wire.Key]*entry), digests: make(map[pb.NetworkKind]*wire.Digest)}
-	l.published = &view{order: &sequenceMap{}, moved: make(chan struct{})}
+	l.published = &view{order: &sequenceMap{}, moved: make(chan struct{}), shared: make(map[span]part)}
 	return l
 }
 
