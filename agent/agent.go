@@ -32,6 +32,7 @@ import (
 	"timonel/agent/podnet"
 	"timonel/agent/stream"
 	"timonel/network/feed"
+	"timonel/network/service"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -40,23 +41,24 @@ const pressureInterval = 30 * time.Second
 
 // Agent is one node's agent.
 type Agent struct {
-	cfg     Config
-	log     *slog.Logger
-	daemon  *containerd.Daemon // nil: somebody else's containerd
-	runtime *containerd.Runtime
-	store   *desired.Store
-	network *podnet.Network
-	feed    *feed.Client
-	known   *feed.Store // what the feed tells
-	pods    *pod.Manager
-	stream  *stream.Client
-	kubelet *kubelet.Server
-	images  *containerd.Importer
-	imageGC *imagegc.Collector
-	logs    *logs.Logs
-	evict   *eviction.Manager
-	facts   node.Facts
-	kernel  kernelFacts
+	cfg      Config
+	log      *slog.Logger
+	daemon   *containerd.Daemon // nil: somebody else's containerd
+	runtime  *containerd.Runtime
+	store    *desired.Store
+	network  *podnet.Network
+	feed     *feed.Client
+	known    *feed.Store // what the feed tells
+	services *service.Proxy
+	pods     *pod.Manager
+	stream   *stream.Client
+	kubelet  *kubelet.Server
+	images   *containerd.Importer
+	imageGC  *imagegc.Collector
+	logs     *logs.Logs
+	evict    *eviction.Manager
+	facts    node.Facts
+	kernel   kernelFacts
 
 	nodeChanged chan struct{}
 	volumes     chan struct{} // some may be to delete
@@ -99,6 +101,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	a.known = feed.NewStore(cfg.Name)
 	a.feed = feed.NewClient(feed.Config{Store: a.known, Path: cfg.dir("network.feed"), Logger: cfg.Logger})
+	if err := a.newServices(); err != nil {
+		return nil, err
+	}
 	socket := cfg.ContainerdSocket
 	if socket == "" {
 		if a.daemon, err = containerd.NewDaemon(cfg.daemon()); err != nil {
@@ -240,7 +245,7 @@ func (a *Agent) wire() {
 		Pods: a.pods, Node: nodeRoom{a}, Thresholds: a.cfg.thresholds, Transition: a.cfg.PressureTransition,
 		Interval: a.cfg.EvictionInterval, Logger: a.log,
 	})
-	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Logger: a.log})
+	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Metrics: a.services.WriteMetrics, Logger: a.log})
 	a.store.Observe(desired.Observer{
 		PodSet:     a.pods.Set,
 		PodRemoved: a.pods.Remove,
@@ -304,6 +309,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.logs.Run(ctx) })
 	g.Go(func() error { return a.stream.Run(ctx) })
 	g.Go(func() error { return a.feed.Keep(ctx) })
+	g.Go(func() error { return a.services.Run(ctx) })
 	g.Go(func() error { return a.followNetwork(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.collect(ctx) })

@@ -19,6 +19,7 @@ import (
 	"timonel/agent/containerd"
 	"timonel/agent/hostile"
 	"timonel/agent/podnet"
+	"timonel/network/service"
 )
 
 // Cleanup ends all containers of an agent that does not run any more and
@@ -70,6 +71,7 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 	fail(hostile.Unmount(cfg.DataDir))
 	fail(cgroup.Remove(cfg.CgroupRoot))
 	fail(podnet.Remove(cfg.network()))
+	fail(service.Remove(ctx, servicesTable))
 	if !keepData && len(errs) == 0 {
 		fail(hostile.RemoveAll(ctx, cfg.DataDir))
 	}

@@ -20,6 +20,7 @@ import (
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
 	"timonel/agent/podnet"
+	"timonel/network/service"
 )
 
 // Config describes one agent. Everything it owns on the machine is derived
@@ -93,6 +94,9 @@ type Config struct {
 	ClusterDNS          []string
 	ClusterDomain       string
 	KubernetesServiceIP string
+	// NodePortAddresses are the networks of the addresses of this node where node ports
+	// are. Default service.Primary: NodeIPs.
+	NodePortAddresses []string
 	// Version of the agent.
 	Version string
 	// Joined is called, once, with the cluster's id when a controller has first
@@ -184,6 +188,9 @@ func (c *Config) Validate() error {
 	}
 	if c.PressureTransition < 0 {
 		return fmt.Errorf("agent config: PressureTransition %s is negative", c.PressureTransition)
+	}
+	if err := service.CheckNodePortAddresses(c.NodePortAddresses); err != nil {
+		return fmt.Errorf("agent config: NodePortAddresses: %w", err)
 	}
 	var err error
 	if c.thresholds, err = eviction.ParseHard(c.EvictionHard); err != nil {

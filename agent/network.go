@@ -85,6 +85,7 @@ func (a *Agent) updateRoutes(v *feed.View) {
 	if _, err := a.network.Update(own, peers, guard); err != nil {
 		a.log.Error("pod network", "error", err)
 	}
+	a.tellServices()
 	a.kick()
 }
 

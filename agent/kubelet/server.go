@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -36,6 +37,8 @@ type Config struct {
 	Runtime  runtimev1.RuntimeServiceClient
 	Pods     Pods
 	Logs     *logs.Logs
+	// Metrics writes what the node's other parts measure; may be nil.
+	Metrics func(io.Writer)
 	// Healthy is nil, or why the node is not.
 	Healthy func(ctx context.Context) error
 	Logger  *slog.Logger
@@ -58,6 +61,7 @@ func New(cfg Config) *Server {
 	mux.HandleFunc("GET /runningpods/", s.pods)
 	mux.HandleFunc("GET /stats/summary", s.summary)
 	mux.HandleFunc("GET /metrics/resource", s.resourceMetrics)
+	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("GET /containerLogs/{namespace}/{pod}/{container}", s.logs)
 	for _, suffix := range []string{"/{namespace}/{pod}/{container}", "/{namespace}/{pod}/{uid}/{container}"} {
 		mux.HandleFunc("/exec"+suffix, s.exec)

@@ -132,3 +132,11 @@ func (s *Server) resourceMetrics(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "# HELP node_memory_working_set_bytes Current working set of the node in bytes\n# TYPE node_memory_working_set_bytes gauge\nnode_memory_working_set_bytes %d %d\n", *m.WorkingSetBytes, m.Time.UnixMilli())
 	}
 }
+
+// metrics are those of the node's other parts.
+func (s *Server) metrics(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	if s.cfg.Metrics != nil {
+		s.cfg.Metrics(w)
+	}
+}

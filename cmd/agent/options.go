@@ -20,6 +20,7 @@ import (
 	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
+	"timonel/network/service"
 	"timonel/pki"
 )
 
@@ -54,6 +55,7 @@ type options struct {
 	clusterDNS      []string
 	clusterDomain   string
 	kubernetesIP    string
+	nodePorts       []string
 	purge, keepData bool
 }
 
@@ -100,6 +102,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "the cluster's name servers for pods (default: the node's own)")
 	f.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the cluster's DNS domain")
 	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
+	f.StringSliceVar(&o.nodePorts, "node-port-addresses", []string{service.Primary}, "networks of the addresses of this node where node ports of Services are, such as 192.0.2.0/24,…; primary for the node's own, 0.0.0.0/0,::/0 for all but loopback's")
 	f.BoolVar(&o.purge, "purge", false, "the same as the command cleanup")
 }
 
@@ -210,6 +213,9 @@ func (o *options) config() (agent.Config, error) {
 			return cfg, fmt.Errorf("--cluster-dns or --kubernetes-service-ip: %q is not an IP address", ip)
 		}
 	}
+	if err := service.CheckNodePortAddresses(o.nodePorts); err != nil {
+		return cfg, fmt.Errorf("--node-port-addresses: %w", err)
+	}
 	cfg = agent.Config{
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
@@ -217,7 +223,7 @@ func (o *options) config() (agent.Config, error) {
 		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles,
 		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
-		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP,
+		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP, NodePortAddresses: o.nodePorts,
 		Version: version, Logger: log,
 	}
 	cfg.SetDefaults()

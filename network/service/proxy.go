@@ -51,7 +51,8 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	if cfg.nft == nil {
 		cfg.nft = func(family knftables.Family, table string) (knftables.Interface, error) {
-			return knftables.New(family, table)
+			// nft itself would read all elements to list the names of maps.
+			return knftables.New(family, table, knftables.UseNetlink)
 		}
 	}
 	p := &Proxy{
@@ -60,6 +61,7 @@ func New(cfg Config) (*Proxy, error) {
 	p.health = newHealth(p)
 	for _, f := range []family{ipv4, ipv6} {
 		p.sides = append(p.sides, &side{
+			name:     cfg.Table,
 			compiler: compiler{family: f, node: cfg.Node, nodeIPs: cfg.NodeIPs},
 			claims:   newClaims(), held: map[feed.Name]*objects{}, said: map[feed.Name]string{}, applied: feed.NewStore(cfg.Node).View(),
 			table: &table{family: f, refs: map[string]int{}, stale: map[string]time.Time{}, broken: true, now: time.Now},

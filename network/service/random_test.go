@@ -44,7 +44,7 @@ func (f *faults) check(tx *knftables.Transaction) error {
 // faulty lets a lab's next Proxy go through f, which is there for both tables.
 func faulty(f *faults) Config {
 	return Config{nft: func(family knftables.Family, table string) (knftables.Interface, error) {
-		nft, err := knftables.New(family, table)
+		nft, err := knftables.New(family, table, knftables.UseNetlink)
 		return &withFaults{nft, f}, err
 	}}
 }
@@ -130,6 +130,9 @@ func (l *lab) same(what string) {
 	}
 	l.start(Config{})
 	l.proxy.cfg.Table = "fresh"
+	for _, s := range l.proxy.sides {
+		s.name = "fresh"
+	}
 	l.pass()
 	for _, family := range []string{"ip", "ip6"} {
 		want, got := listing(l.t, family, "fresh"), listing(l.t, family, old.cfg.Table)
@@ -363,6 +366,10 @@ func TestOneChangeIsOneSmallTransaction(t *testing.T) {
 		l.pass()
 		require.Len(t, f.runs, 2, "one for each family")
 		f.runs = nil
+		l.proxy.looked = time.Time{}
+		l.pass()
+		require.Empty(t, f.runs, "nobody else has changed anything")
+		l.proxy.looked = time.Time{} // it is time to look at each change, too
 		l.store.Update(func(t *feed.Txn) {
 			t.SetSlice(slice("s7", ep("10.244.1.2"), ep("10.244.1.3"), ep("10.244.2.9")))
 		})

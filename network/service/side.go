@@ -15,6 +15,7 @@ import (
 // side is all of one family: what is known of it, and its table.
 type side struct {
 	compiler compiler
+	name     string // of the table
 	table    *table
 	claims   *claims
 	// applied is the View that the table is of, but for held: Services whose last

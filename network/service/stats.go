@@ -15,9 +15,7 @@ const late = 2 * time.Minute
 type Stats struct {
 	// Services and Endpoints are how many the node knows.
 	Services, Endpoints int
-	// Revision is that of the View that was taken last.
-	Revision uint64
-	Families map[corev1.IPFamily]FamilyStats
+	Families            map[corev1.IPFamily]FamilyStats
 }
 
 // FamilyStats are those of one table.
@@ -83,6 +81,13 @@ func (s *stats) behind() bool {
 	return false
 }
 
+// Revision is that of the View that was taken last.
+func (p *Proxy) Revision() uint64 {
+	p.stats.mu.Lock()
+	defer p.stats.mu.Unlock()
+	return p.stats.revision
+}
+
 // Stats returns what the Proxy has done.
 func (p *Proxy) Stats() Stats {
 	view := p.cfg.Store.View()
@@ -95,7 +100,6 @@ func (p *Proxy) Stats() Stats {
 	}
 	p.stats.mu.Lock()
 	defer p.stats.mu.Unlock()
-	out.Revision = p.stats.revision
 	for ip, f := range p.stats.family {
 		out.Families[ip] = f
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"sigs.k8s.io/knftables"
 
 	"timonel/network/feed"
@@ -69,7 +70,7 @@ func (t *table) apply(ctx context.Context, changes []change) (refused, error) {
 func (t *table) reset(ctx context.Context, s surroundings, all []change) (refused, error) {
 	have, err := t.nft.ListAll(ctx)
 	if err != nil {
-		if !knftables.IsNotFound(err) && !strings.Contains(err.Error(), "No such file") {
+		if !strings.Contains(err.Error(), unix.ENOENT.Error()) { // the library drops the error's type
 			return nil, fmt.Errorf("list table: %w", err)
 		}
 		have = nil

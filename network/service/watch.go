@@ -67,7 +67,7 @@ func generation() (uint32, error) {
 			return 0, fmt.Errorf("nftables: generation: %w", err)
 		}
 		for _, a := range attrs {
-			if a.Attr.Type == unix.NFTA_GEN_ID && len(a.Value) >= 4 {
+			if a.Attr.Type&nl.NLA_TYPE_MASK == unix.NFTA_GEN_ID && len(a.Value) >= 4 {
 				return binary.BigEndian.Uint32(a.Value), nil
 			}
 		}
@@ -128,19 +128,65 @@ func (s *side) fingerprint(ctx context.Context) (print string, whole bool, err e
 			out = append(out, kind+" "+n)
 		}
 	}
-	list, err := s.table.nft.ListRules(ctx, "")
+	list, err := rulesOf(s.compiler.family, s.name)
 	if err != nil {
 		return "", false, err
 	}
 	rules := map[string]int{}
 	for _, r := range list {
-		rules[r.Chain]++
-		if r.Handle != nil {
-			out = append(out, fmt.Sprintf("rule %s %d", r.Chain, *r.Handle))
-		}
+		rules[r.chain]++
+		out = append(out, fmt.Sprintf("rule %s %d", r.chain, r.handle))
 	}
 	slices.Sort(out)
 	return strings.Join(out, "\n"), s.plausible(all, rules), nil
+}
+
+type rule struct {
+	chain  string
+	handle uint64
+}
+
+// rulesOf lists the rules of a table.
+func rulesOf(f family, table string) ([]rule, error) {
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
+	number := uint8(unix.NFPROTO_IPV4)
+	if !f.v4() {
+		number = unix.NFPROTO_IPV6
+	}
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: number, Version: nl.NFNETLINK_V0})
+	r.AddData(nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)))
+	msgs, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return nil, fmt.Errorf("nftables: list rules: %w", err)
+	}
+	var out []rule
+	for _, m := range msgs {
+		if len(m) < nl.SizeofNfgenmsg {
+			continue
+		}
+		attrs, err := nl.ParseRouteAttr(m[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return nil, fmt.Errorf("nftables: list rules: %w", err)
+		}
+		var one rule
+		of := ""
+		for _, a := range attrs {
+			switch a.Attr.Type & nl.NLA_TYPE_MASK {
+			case unix.NFTA_RULE_TABLE:
+				of = unix.ByteSliceToString(a.Value)
+			case unix.NFTA_RULE_CHAIN:
+				one.chain = unix.ByteSliceToString(a.Value)
+			case unix.NFTA_RULE_HANDLE:
+				if len(a.Value) >= 8 {
+					one.handle = binary.BigEndian.Uint64(a.Value)
+				}
+			}
+		}
+		if of == table {
+			out = append(out, one)
+		}
+	}
+	return out, nil
 }
 
 // plausible says whether a table has the chains, maps and sets that it must have, with

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -145,7 +146,7 @@ func (s *timonel) start(b *testing.B, c *cluster) {
 }
 
 func (s *timonel) wait() {
-	for want := s.store.View().Revision(); s.proxy.Stats().Revision < want; {
+	for want := s.store.View().Revision(); s.proxy.Revision() < want; {
 		time.Sleep(100 * time.Microsecond)
 	}
 }
@@ -158,6 +159,7 @@ func (s *timonel) change(_ *testing.B, _, new *discoveryv1.EndpointSlice) {
 func (s *timonel) stop(b *testing.B) {
 	s.end()
 	require.NoError(b, <-s.ended)
+	s.store, s.proxy = nil, nil
 	require.NoError(b, service.Remove(b.Context(), table))
 }
 
@@ -184,6 +186,7 @@ func (s *kubeProxy) change(_ *testing.B, old, new *discoveryv1.EndpointSlice) {
 }
 
 func (s *kubeProxy) stop(b *testing.B) {
+	s.proxier = nil
 	require.NoError(b, exec.Command("nft", "delete", "table", "ip", "kube-proxy").Run())
 }
 
@@ -220,8 +223,8 @@ func BenchmarkFirst(b *testing.B) {
 			runtime.GC()
 			runtime.GC()
 			runtime.ReadMemStats(&after)
-			b.StartTimer()
 			s.stop(b)
+			b.StartTimer()
 		}
 		b.ReportMetric((float64(after.HeapAlloc)-float64(before.HeapAlloc))/1e6, "MB-kept")
 	})
@@ -269,8 +272,10 @@ func BenchmarkConnect(b *testing.B) {
 			if err != nil {
 				return
 			}
-			_ = c.(*net.TCPConn).SetLinger(0)
-			_ = c.Close()
+			go func() {
+				_, _ = io.Copy(io.Discard, c) // until the client has gone
+				_ = c.Close()
+			}()
 		}
 	}()
 	connect := func(b *testing.B, at string) {

@@ -1,0 +1,64 @@
+package agent
+
+import (
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"timonel/network/service"
+)
+
+// servicesTable is the name of the nftables tables of Services.
+const servicesTable = "timonel-services"
+
+// newServices makes what carries packets to Services. It begins with what was known of
+// the cluster's addresses before this process.
+func (a *Agent) newServices() error {
+	var ips []netip.Addr
+	for _, ip := range a.cfg.NodeIPs {
+		if addr, ok := netip.AddrFromSlice(ip); ok {
+			ips = append(ips, addr.Unmap())
+		}
+	}
+	var err error
+	a.services, err = service.New(service.Config{
+		Node: a.cfg.Name, NodeIPs: ips, Table: servicesTable, Store: a.known, NodePortAddresses: a.cfg.NodePortAddresses,
+		Event: a.serviceEvent, Logger: a.cfg.Logger,
+	})
+	if err == nil {
+		a.tellServices()
+	}
+	return err
+}
+
+// tellServices says what is known of the cluster's addresses.
+func (a *Agent) tellServices() {
+	var n service.Networks
+	guard := a.network.Guard()
+	for _, text := range a.network.CIDRs() {
+		if p, err := netip.ParsePrefix(text); err == nil {
+			n.Own = append(n.Own, p)
+		}
+	}
+	if guard.Pods.IsValid() {
+		n.Pods = append(n.Pods, guard.Pods)
+	}
+	if guard.Services.IsValid() {
+		n.Services = append(n.Services, guard.Services)
+	}
+	a.services.SetNetworks(n)
+}
+
+// serviceEvent tells users what of their Service does not work on this node.
+func (a *Agent) serviceEvent(s *corev1.Service, reason, message string) {
+	now := metav1.Now()
+	a.stream.Event(&corev1.Event{
+		ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace},
+		InvolvedObject: corev1.ObjectReference{
+			APIVersion: "v1", Kind: "Service", Namespace: s.Namespace, Name: s.Name, UID: s.UID, ResourceVersion: s.ResourceVersion,
+		},
+		Reason: reason, Message: message, Type: corev1.EventTypeWarning, Count: 1, FirstTimestamp: now, LastTimestamp: now,
+		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
+	})
+}
