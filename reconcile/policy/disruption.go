@@ -1,7 +1,9 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -81,20 +83,31 @@ func podKeys(c objects.Changed, s *objects.Snapshot) []reconcile.Key {
 	if before != nil && now != nil && countedAlike(before, now) {
 		return keys
 	}
-	matching := 0
-	for pdb := range s.PodDisruptionBudgets().InNamespace(c.Meta().Namespace) {
-		isNow := now != nil && selects(pdb, now)
-		if isNow {
-			matching++
-		}
-		if isNow || before != nil && selects(pdb, before) {
-			keys = append(keys, reconcile.KeyOf(budgetKind, pdb))
+	matching := budgetsOf(s, now)
+	for _, pdb := range slices.Concat(matching, budgetsOf(s, before)) {
+		if key := reconcile.KeyOf(budgetKind, pdb); !slices.Contains(keys, key) {
+			keys = append(keys, key)
 		}
 	}
-	if matching > 1 && (before == nil || !equality.Semantic.DeepEqual(before.Labels, now.Labels)) {
+	if len(matching) > 1 && (before == nil || !equality.Semantic.DeepEqual(before.Labels, now.Labels)) {
 		keys = append(keys, reconcile.KeyOf(reconcile.PodKind, now))
 	}
 	return keys
+}
+
+// budgetsOf returns the budgets that select a pod, in order of name; none for nil.
+func budgetsOf(s *objects.Snapshot, pod *corev1.Pod) []*policyv1.PodDisruptionBudget {
+	if pod == nil {
+		return nil
+	}
+	var out []*policyv1.PodDisruptionBudget
+	for pdb := range s.BudgetsNear(pod.Namespace, pod.Labels) {
+		if selects(pdb, pod) {
+			out = append(out, pdb)
+		}
+	}
+	slices.SortFunc(out, func(a, b *policyv1.PodDisruptionBudget) int { return cmp.Compare(a.Name, b.Name) })
+	return out
 }
 
 // countedAlike says whether two versions of a pod are the same to every budget.
@@ -152,11 +165,10 @@ func budgetStatus(in reconcile.Input, pdb *policyv1.PodDisruptionBudget, result 
 		return policyv1.PodDisruptionBudgetStatus{}, err
 	}
 	var pods []*corev1.Pod
-	for pod := range in.Snapshot.Pods().InNamespace(pdb.Namespace) {
-		if selector.Matches(labels.Set(pod.Labels)) {
-			pods = append(pods, pod)
-		}
+	for pod := range in.Snapshot.PodsSelected(pdb.Namespace, selector) {
+		pods = append(pods, pod)
 	}
+	slices.SortFunc(pods, func(a, b *corev1.Pod) int { return cmp.Compare(a.Name, b.Name) })
 	if len(pods) == 0 {
 		event(corev1.EventTypeNormal, "NoPods", "No matching pods found")
 	}

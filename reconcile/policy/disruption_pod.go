@@ -31,18 +31,9 @@ func reconcilePod(in reconcile.Input, key reconcile.Key) (result reconcile.Resul
 	if !ok {
 		return result
 	}
-	var first string
-	budgets := 0
-	for pdb := range in.Snapshot.PodDisruptionBudgets().InNamespace(pod.Namespace) {
-		if selects(pdb, pod) {
-			if budgets++; budgets == 1 {
-				first = pdb.Name
-			}
-		}
-	}
-	if budgets > 1 {
+	if budgets := budgetsOf(in.Snapshot, pod); len(budgets) > 1 {
 		result.Events = append(result.Events, *reconcile.NewEvent(reconcile.PodKind, pod, corev1.EventTypeWarning, "MultiplePodDisruptionBudgets",
-			"Pod %q/%q matches multiple PodDisruptionBudgets.  Chose %q arbitrarily.", pod.Namespace, pod.Name, first))
+			"Pod %q/%q matches multiple PodDisruptionBudgets.  Chose %q arbitrarily.", pod.Namespace, pod.Name, budgets[0].Name))
 	}
 	c := announced(pod)
 	if c == nil {

@@ -196,10 +196,8 @@ func ownerKeys(owner metav1.Object, s *objects.Snapshot) []reconcile.Key {
 		case *appsv1.ReplicaSet:
 			keys = append(keys, ownerKeys(o, s)...)
 		case *corev1.Pod:
-			for pdb := range s.PodDisruptionBudgets().InNamespace(o.Namespace) {
-				if selects(pdb, o) {
-					keys = append(keys, reconcile.KeyOf(budgetKind, pdb))
-				}
+			for _, pdb := range budgetsOf(s, o) {
+				keys = append(keys, reconcile.KeyOf(budgetKind, pdb))
 			}
 			return keys
 		}

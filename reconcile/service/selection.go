@@ -17,11 +17,8 @@ import (
 func podsBehind(s *objects.Snapshot, svc *corev1.Service) iter.Seq[*corev1.Pod] {
 	selector := labels.SelectorFromSet(svc.Spec.Selector)
 	return func(yield func(*corev1.Pod) bool) {
-		for pod := range s.Pods().InNamespace(svc.Namespace) {
-			if objects.PodEnded(pod) || len(pod.Status.PodIPs) == 0 || !selector.Matches(labels.Set(pod.Labels)) {
-				continue
-			}
-			if !yield(pod) {
+		for pod := range s.PodsSelected(svc.Namespace, selector) {
+			if !objects.PodEnded(pod) && len(pod.Status.PodIPs) > 0 && !yield(pod) {
 				return
 			}
 		}
@@ -32,13 +29,11 @@ func podsBehind(s *objects.Snapshot, svc *corev1.Service) iter.Seq[*corev1.Pod] 
 // sets of labels.
 func servicesOf(s *objects.Snapshot, namespace string, sets ...map[string]string) []reconcile.Key {
 	var keys []reconcile.Key
-	for svc := range s.Services().InNamespace(namespace) {
-		if !selects(svc) {
-			continue
-		}
-		selector := labels.SelectorFromSet(svc.Spec.Selector)
-		if slices.ContainsFunc(sets, func(set map[string]string) bool { return selector.Matches(labels.Set(set)) }) {
-			keys = append(keys, reconcile.KeyOf(serviceKind, svc))
+	for _, set := range sets {
+		for svc := range s.ServicesSelecting(namespace, set) {
+			if key := reconcile.KeyOf(serviceKind, svc); selects(svc) && !slices.Contains(keys, key) {
+				keys = append(keys, key)
+			}
 		}
 	}
 	return keys

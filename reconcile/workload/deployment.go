@@ -158,7 +158,7 @@ func (Deployment) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Re
 // match it and have no controller, and releases those that no longer match.
 func (r *rollout) claim(selector labels.Selector) {
 	c := reconcile.Claim{Owner: r.d, OwnerKind: reconcile.DeploymentKind, Resource: reconcile.ReplicaSetsResource, Selector: selector}
-	for rs := range r.in.Snapshot.ReplicaSets().InNamespace(r.d.Namespace) {
+	for rs := range claimable(r.in.Snapshot, r.d, r.in.Snapshot.OrphanReplicaSets) {
 		if !c.Claims(rs) {
 			continue
 		}

@@ -50,7 +50,7 @@ func revisionKeys(c objects.Changed, kind schema.GroupVersionKind, adopters func
 func historyOf(in reconcile.Input, owner reconcile.Object, kind schema.GroupVersionKind, selector labels.Selector, release bool) history {
 	h := history{owner: owner, kind: kind}
 	claim := reconcile.Claim{Owner: owner, OwnerKind: kind, Resource: reconcile.ControllerRevisionsResource, Selector: selector}
-	for rev := range in.Snapshot.ControllerRevisions().InNamespace(owner.GetNamespace()) {
+	for rev := range claimable(in.Snapshot, owner, in.Snapshot.OrphanRevisions) {
 		if !release && !selector.Matches(labels.Set(rev.Labels)) {
 			continue
 		}

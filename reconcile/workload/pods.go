@@ -1,11 +1,14 @@
 package workload
 
 import (
+	"iter"
+
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"timonel/reconcile"
+	"timonel/state/objects"
 )
 
 // burstBytes is how large the pods that one pass creates may be together, by their
@@ -43,4 +46,22 @@ func available(in reconcile.Input, pod *corev1.Pod, minReadySeconds int32, resul
 		return false
 	}
 	return ok
+}
+
+// claimable yields the objects of a type in an owner's namespace that have it among their
+// owners and are controlled, and those that are nobody's: what a Claim decides about.
+func claimable[T reconcile.Object](s *objects.Snapshot, owner metav1.Object, orphans func(namespace string) iter.Seq[T]) iter.Seq[T] {
+	return func(yield func(T) bool) {
+		for m := range s.OwnedBy(owner.GetUID()) {
+			o, ok := m.Object.(T)
+			if ok && m.Namespace == owner.GetNamespace() && metav1.GetControllerOfNoCopy(m) != nil && !yield(o) {
+				return
+			}
+		}
+		for o := range orphans(owner.GetNamespace()) {
+			if !yield(o) {
+				return
+			}
+		}
+	}
 }

@@ -265,8 +265,8 @@ func (r *stateful) condemn(pod, firstUnavailable *corev1.Pod) (wait bool) {
 	switch {
 	case pod.DeletionTimestamp != nil:
 		return true
-	case r.ordered() && pod != firstUnavailable && (!runningAndReady(pod) || !r.available(pod)):
-		return true
+	case r.ordered() && pod != firstUnavailable && !objects.PodEnded(pod) && (!runningAndReady(pod) || !r.available(pod)):
+		return true // it may become ready yet; one that has ended never does, and upstream waits for it for ever
 	}
 	r.delete(pod)
 	return true

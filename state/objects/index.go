@@ -4,6 +4,7 @@ import (
 	"iter"
 	"slices"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/component-helpers/node/topology"
@@ -17,10 +18,11 @@ type indexes struct {
 	byNamespace *metaTree
 
 	byNode  *metaTree // pods
-	orphans *metaTree // pods without a controller, by namespace
+	orphans *metaTree // pods, ReplicaSets and ControllerRevisions without a controller, by namespace
 	ended   *metaTree // pods that have ended and are not being deleted, by key alone
 
 	byVolume *metaTree // pods, volumes and claims: volumes.go
+	byLabels *metaTree // pods, Services and PodDisruptionBudgets: selected.go
 
 	byZone  *metaTree // Nodes, by [Zone]
 	unready *metaTree // Nodes that are not ready, by [Zone]
@@ -29,7 +31,7 @@ type indexes struct {
 func newIndexes() indexes {
 	return indexes{
 		byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree(), orphans: newTree(), ended: newTree(),
-		byVolume: newTree(), byZone: newTree(), unready: newTree(),
+		byVolume: newTree(), byLabels: newTree(), byZone: newTree(), unready: newTree(),
 	}
 }
 
@@ -37,7 +39,7 @@ func (x *indexes) copy() indexes {
 	return indexes{
 		byUID: x.byUID.Copy(), byOwner: x.byOwner.Copy(), byNamespace: x.byNamespace.Copy(), byNode: x.byNode.Copy(),
 		orphans: x.orphans.Copy(), ended: x.ended.Copy(),
-		byVolume: x.byVolume.Copy(), byZone: x.byZone.Copy(), unready: x.unready.Copy(),
+		byVolume: x.byVolume.Copy(), byLabels: x.byLabels.Copy(), byZone: x.byZone.Copy(), unready: x.unready.Copy(),
 	}
 }
 
@@ -53,13 +55,19 @@ func (x *indexes) each(m *Meta, f func(tree *metaTree, key string)) {
 	for key := range volumeKeys(m) {
 		f(x.byVolume, key+m.Key)
 	}
+	for key := range labelKeys(m) {
+		f(x.byLabels, key+m.Key)
+	}
+	switch m.Object.(type) {
+	case *corev1.Pod, *appsv1.ReplicaSet, *appsv1.ControllerRevision:
+		if metav1.GetControllerOfNoCopy(m) == nil {
+			f(x.orphans, m.Namespace+"/"+m.Key)
+		}
+	}
 	switch o := m.Object.(type) {
 	case *corev1.Pod:
 		if o.Spec.NodeName != "" {
 			f(x.byNode, o.Spec.NodeName+"/"+m.Key)
-		}
-		if metav1.GetControllerOfNoCopy(o) == nil {
-			f(x.orphans, o.Namespace+"/"+m.Key)
 		}
 		if o.DeletionTimestamp == nil && PodEnded(o) {
 			f(x.ended, m.Key)
@@ -89,7 +97,23 @@ func (x *indexes) unindex(m *Meta) {
 
 // OrphanPods yields the pods of a namespace that have no controller, in order of name.
 func (s *Snapshot) OrphanPods(namespace string) iter.Seq[*corev1.Pod] {
-	return only[*corev1.Pod](scan(s.orphans, namespace+"/"))
+	return only[*corev1.Pod](s.orphansOf("pods/", namespace))
+}
+
+// OrphanReplicaSets yields the ReplicaSets of a namespace that have no controller, in
+// order of name.
+func (s *Snapshot) OrphanReplicaSets(namespace string) iter.Seq[*appsv1.ReplicaSet] {
+	return only[*appsv1.ReplicaSet](s.orphansOf("replicasets/", namespace))
+}
+
+// OrphanRevisions yields the ControllerRevisions of a namespace that have no controller,
+// in order of name.
+func (s *Snapshot) OrphanRevisions(namespace string) iter.Seq[*appsv1.ControllerRevision] {
+	return only[*appsv1.ControllerRevision](s.orphansOf("controllerrevisions/", namespace))
+}
+
+func (s *Snapshot) orphansOf(directory, namespace string) iter.Seq[*Meta] {
+	return scan(s.orphans, namespace+"/"+s.prefix+directory)
 }
 
 // EndedPods yields the pods that have succeeded or failed and are not being deleted.
