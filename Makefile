@@ -78,9 +78,9 @@ e2e: build older images ## A real cluster: deploy, kill the leader, bad input
 
 # SEED= or MINUTES= choose the random mix alone: see test/chaos/mix_test.go.
 .PHONY: chaos
-chaos: build images ## Break a real cluster in every way we know; SEED=n MINUTES=m repeats one random mix, FAULTS=regexp of these alone
+chaos: build images ## Break a real cluster in every way we know; SEED=n MINUTES=m repeats one random mix, FAULTS=regexp of these alone; KILLS=n leaders die while workloads run
 	@.ci/deps chaos
-	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" "FAULTS=$(FAULTS)" \
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 "SEED=$(SEED)" "MINUTES=$(MINUTES)" "FAULTS=$(FAULTS)" "KILLS=$(KILLS)" \
 		$(GO) test -tags chaos -count 1 -timeout $(if $(MINUTES),$(shell echo $$(( $(firstword $(subst ., ,$(MINUTES))) + 30 ))),90)m $(if $(SEED)$(MINUTES),-run '^TestMix$$') -v ./test/chaos
 
 # FOCUS= SKIP= REPEAT=n LOAD=1 GROW=1 KEEP=1: see test/conformance/doc.go. The first build takes minutes.

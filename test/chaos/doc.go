@@ -10,7 +10,9 @@
 // test/history checks it. TestState does the same to the log and the state alone,
 // without an API server: three processes of test/chaos/store. load_test.go has clients
 // that write 1 MiB objects as fast as they may, or fill the state to its limit, and
-// controllers that are cut off while they are watched.
+// controllers that are cut off while they are watched. TestWorkWhileLeadersDie kills the
+// leader KILLS times, ten by default, while Jobs run and workloads are rolled out, with
+// simulated agents, and checks what was counted and what ran.
 //
 // Limits on time are the ones that Timonel promises; machines that are slower
 // than two cores with a local disk may not keep them.
