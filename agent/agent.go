@@ -60,11 +60,12 @@ type Agent struct {
 	facts    node.Facts
 	kernel   kernelFacts
 
-	nodeChanged chan struct{}
-	volumes     chan struct{} // some may be to delete
-	synced      chan struct{}
-	told        chan struct{} // a controller said something of the cluster
-	joined      sync.Once
+	nodeChanged  chan struct{}
+	namesChanged chan struct{}
+	volumes      chan struct{} // some may be to delete
+	synced       chan struct{}
+	told         chan struct{} // a controller said something of the cluster
+	joined       sync.Once
 
 	mu         sync.Mutex
 	node       *corev1.Node
@@ -74,6 +75,7 @@ type Agent struct {
 	deleted    []types.UID // volumes of which nothing is left, in the order of node.Health
 	networkBad string      // why the pod network does not work
 	runtimeBad string      // why containerd does not
+	names      names       // as controllers say
 }
 
 // New checks the machine, starts or adopts containerd and reads the desired
@@ -92,7 +94,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o711); err != nil {
 		return nil, fmt.Errorf("make the data folder: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1), told: make(chan struct{}, 1)}
+	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), namesChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1), told: make(chan struct{}, 1)}
 	var err error
 	network := cfg.network()
 	network.Keep = podnet.HostsOf(a.controllers()...)
@@ -101,6 +103,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	a.known = feed.NewStore(cfg.Name)
 	a.feed = feed.NewClient(feed.Config{Store: a.known, Path: cfg.dir("network.feed"), Logger: cfg.Logger})
+	a.names = a.loadNames()
 	if err := a.newServices(); err != nil {
 		return nil, err
 	}
@@ -236,7 +239,7 @@ func (a *Agent) wire() {
 			defer a.mu.Unlock()
 			return a.networkBad == ""
 		},
-		ClusterDNS: a.cfg.ClusterDNS, ClusterDomain: a.cfg.ClusterDomain, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
+		DNS: a.podDNS, ResolvConf: a.cfg.ResolvConf, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
 		Logger: a.log,
 	})
 	a.images.Tried = a.pods.WakeAll // what waited for an image that did not come
@@ -312,6 +315,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.services.Run(ctx) })
 	g.Go(func() error { return a.followNetwork(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
+	g.Go(func() error { return a.serveNames(ctx) })
 	g.Go(func() error { return a.collect(ctx) })
 	g.Go(func() error { return a.deleteVolumes(ctx) })
 	err := g.Wait()
@@ -356,6 +360,7 @@ func (a *Agent) setCluster(c *pb.Cluster) {
 			a.log.Error("keep the list of controllers", "error", err)
 		}
 	}
+	a.learnNames(c)
 	a.mu.Lock()
 	a.cluster = c
 	a.mu.Unlock()

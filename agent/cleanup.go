@@ -72,6 +72,7 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 	fail(cgroup.Remove(cfg.CgroupRoot))
 	fail(podnet.Remove(cfg.network()))
 	fail(service.Remove(ctx, servicesTable))
+	fail(cfg.dnsAddresses().Set(nil))
 	if !keepData && len(errs) == 0 {
 		fail(hostile.RemoveAll(ctx, cfg.DataDir))
 	}

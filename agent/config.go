@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"path"
 	"path/filepath"
 	"time"
@@ -20,6 +21,7 @@ import (
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
 	"timonel/agent/podnet"
+	"timonel/network/dns/resolvconf"
 	"timonel/network/service"
 )
 
@@ -90,9 +92,18 @@ type Config struct {
 	Taints []corev1.Taint
 	// GossipAddress is where gossip reaches this node, host:port.
 	GossipAddress string
-	// ClusterDNS, ClusterDomain and KubernetesServiceIP are what containers see.
-	ClusterDNS          []string
-	ClusterDomain       string
+	// ClusterDNS are the cluster's name servers, where this agent is not to answer for the
+	// cluster's names itself: somebody else's, or NoClusterDNS. Default: this agent
+	// answers, at the addresses that controllers say.
+	ClusterDNS []string
+	// ClusterDomain is that of the cluster's names. Default: as controllers say.
+	ClusterDomain string
+	// ResolvConf has the node's name servers, for pods and for names that are not the
+	// cluster's. Default: resolvconf.Find.
+	ResolvConf string
+	// StubDomains are domains with name servers of their own.
+	StubDomains map[string][]netip.AddrPort
+	// KubernetesServiceIP is what containers see.
 	KubernetesServiceIP string
 	// NodePortAddresses are the networks of the addresses of this node where node ports
 	// are. Default service.Primary: NodeIPs.
@@ -158,6 +169,9 @@ func (c *Config) SetDefaults() {
 	}
 	if c.ContainerLogMaxFiles == 0 {
 		c.ContainerLogMaxFiles = logs.DefaultMaxFiles
+	}
+	if c.ResolvConf == "" {
+		c.ResolvConf = resolvconf.Find()
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()

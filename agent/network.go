@@ -91,7 +91,7 @@ func (a *Agent) updateRoutes(v *feed.View) {
 
 // guard is what no route may touch, as far as it is known.
 func (a *Agent) guard(c *pb.Cluster) podnet.Guard {
-	keep := slices.Concat(a.cfg.Controllers, c.Controllers, a.cfg.ClusterDNS, []string{a.cfg.KubernetesServiceIP})
+	keep := slices.Concat(a.cfg.Controllers, c.Controllers, a.podDNS().Servers, []string{a.cfg.KubernetesServiceIP})
 	g := podnet.Guard{NodeBits: int(c.NodeBits), Keep: podnet.HostsOf(keep...)}
 	g.Pods, _ = netip.ParsePrefix(c.PodNetwork) // an older controller does not say
 	g.Services, _ = netip.ParsePrefix(c.ServiceNetwork)

@@ -47,6 +47,7 @@ func (a *Agent) tellServices() {
 	if guard.Services.IsValid() {
 		n.Services = append(n.Services, guard.Services)
 	}
+	n.Local = a.serves().Addresses
 	a.services.SetNetworks(n)
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/emicklei/go-restful/v3"
 	apiextensionsapiserver "k8s.io/apiextensions-apiserver/pkg/apiserver"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apiserver/pkg/endpoints/discovery"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/kubernetes"
@@ -145,6 +146,13 @@ func addServiceHooks(s *shared, c *controlplaneapiserver.CompletedConfig, server
 		service.Stop()
 		return nil
 	})
+	if len(s.config.DNSAddresses) > 0 {
+		names := &dnsService{client: client, lister: s.informers.Core().V1().Services().Lister(), addresses: s.config.DNSAddresses}
+		server.AddPostStartHookOrDie("cluster-dns-service", func(ctx genericapiserver.PostStartHookContext) error {
+			go whileLeading(ctx, s.config.IsLeader, func(stop chan struct{}) { names.keep(wait.ContextForChannel(stop)) })
+			return nil
+		})
+	}
 	server.AddPostStartHookOrDie("start-kubernetes-service-cidr-controller", func(ctx genericapiserver.PostStartHookContext) error {
 		defaultservicecidr.NewController(s.options.PrimaryServiceClusterIPRange, s.options.SecondaryServiceClusterIPRange,
 			client).Start(ctx) // returns when the ServiceCIDR exists

@@ -63,6 +63,9 @@ type Config struct {
 
 	// ServiceCIDR is the network of Services. Default: 10.96.0.0/16.
 	ServiceCIDR net.IPNet
+	// DNSAddresses are those of the Service kube-system/kube-dns, which is made when there
+	// is none. Default: none is made.
+	DNSAddresses []netip.Addr
 	// NodePortRange is where node ports come from. Default: 30000-32767.
 	NodePortRange utilnet.PortRange
 

@@ -177,6 +177,10 @@ func (h *hub) updateCluster() {
 	if config.Services.IsValid() {
 		next.ServiceNetwork = config.Services.String()
 	}
+	next.ClusterDomain = config.Domain
+	for _, ip := range config.DNS {
+		next.ClusterDns = append(next.ClusterDns, ip.String())
+	}
 	if addresses := config.controllers(); !slices.Equal(addresses, h.controllers) {
 		h.controllers = addresses
 		h.d.network.Recheck()

@@ -21,6 +21,10 @@ type Network struct {
 	NodeBits int
 	// Services is the network of the Services' addresses.
 	Services netip.Prefix
+	// Domain is that of the cluster's DNS names, DNS the addresses at which agents answer
+	// for them; none: they do not.
+	Domain string
+	DNS    []netip.Addr
 	// Controllers lists the addresses of all controllers, alive or not. Nil: none.
 	Controllers func() []netip.Addr
 }

@@ -54,7 +54,7 @@ func (w *worker) sandboxConfig(pod *corev1.Pod, attempt uint32) (*runtimev1.PodS
 	if err != nil {
 		return nil, err
 	}
-	host, domain := hostname(pod, w.m.cfg.ClusterDomain)
+	host, domain := hostname(pod, w.m.cfg.DNS().Domain)
 	if pod.Spec.SetHostnameAsFQDN != nil && *pod.Spec.SetHostnameAsFQDN && domain != "" {
 		host += "." + domain
 		if len(host) > 64 {
@@ -75,7 +75,7 @@ func (w *worker) sandboxConfig(pod *corev1.Pod, attempt uint32) (*runtimev1.PodS
 		Metadata: &runtimev1.PodSandboxMetadata{Name: pod.Name, Namespace: pod.Namespace, Uid: string(pod.UID), Attempt: attempt},
 		Labels:   labels, Annotations: annotations,
 		LogDirectory: w.m.LogDir(pod),
-		DnsConfig:    dns,
+		DnsConfig:    dns.DNSConfig,
 		Linux: &runtimev1.LinuxPodSandboxConfig{
 			CgroupParent:    cgroupParent(w.m.cfg.CgroupRoot, pod),
 			SecurityContext: sandboxSecurity(pod),

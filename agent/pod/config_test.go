@@ -199,35 +199,6 @@ func TestResources(t *testing.T) {
 	}
 }
 
-func TestDNS(t *testing.T) {
-	t.Parallel()
-	file := filepath.Join(t.TempDir(), "resolv.conf")
-	require.NoError(t, os.WriteFile(file, []byte("# mine\nnameserver 9.9.9.9\nsearch example.com\noptions timeout:1\n"), 0o644))
-	two := "2"
-	for _, tc := range []struct {
-		name    string
-		spec    corev1.PodSpec
-		cluster []string
-		want    [3][]string // servers, searches, options
-	}{
-		{"default", corev1.PodSpec{DNSPolicy: corev1.DNSDefault}, []string{"10.96.0.10"}, [3][]string{{"9.9.9.9"}, {"example.com"}, {"timeout:1"}}},
-		{"cluster", corev1.PodSpec{DNSPolicy: corev1.DNSClusterFirst}, []string{"10.96.0.10"},
-			[3][]string{{"10.96.0.10"}, {"ns.svc.cluster.local", "svc.cluster.local", "cluster.local", "example.com"}, {"ndots:5"}}},
-		{"cluster without one", corev1.PodSpec{DNSPolicy: corev1.DNSClusterFirst}, nil, [3][]string{{"9.9.9.9"}, {"example.com"}, {"timeout:1"}}},
-		{"host network", corev1.PodSpec{DNSPolicy: corev1.DNSClusterFirst, HostNetwork: true}, []string{"10.96.0.10"}, [3][]string{{"9.9.9.9"}, {"example.com"}, {"timeout:1"}}},
-		{"none but the pod's", corev1.PodSpec{DNSPolicy: corev1.DNSNone, DNSConfig: &corev1.PodDNSConfig{Nameservers: []string{"1.1.1.1"}, Options: []corev1.PodDNSConfigOption{{Name: "ndots", Value: &two}}}},
-			nil, [3][]string{{"1.1.1.1"}, nil, {"ndots:2"}}},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			t.Parallel()
-			m := &Manager{cfg: Config{ResolvConf: file, ClusterDNS: tc.cluster, ClusterDomain: "cluster.local"}}
-			got, err := m.dnsConfig(&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns"}, Spec: tc.spec})
-			require.NoError(t, err)
-			require.Equal(t, tc.want, [3][]string{got.Servers, got.Searches, got.Options})
-		})
-	}
-}
-
 func TestTerminationMessage(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

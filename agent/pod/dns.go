@@ -1,54 +1,67 @@
 package pod
 
 import (
-	"errors"
 	"fmt"
-	"io/fs"
 	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"timonel/agent/hostile"
+	"timonel/network/dns/resolvconf"
 )
 
+// What C libraries read of a resolv.conf, and so upstream's limits.
+const (
+	maxNameservers  = 3
+	maxSearchPaths  = 32
+	maxSearchLength = 2048
+	maxSearchPath   = 253
+)
+
+// DNS is what pods are told of the cluster's name servers.
+type DNS struct {
+	// Servers are the cluster's. Without any, pods use the node's.
+	Servers []string
+	// Domain is the cluster's.
+	Domain string
+}
+
+// podDNS is a pod's resolv.conf, and what of it had to be left out, or cannot be had,
+// as events say it.
+type podDNS struct {
+	*runtimev1.DNSConfig
+	omitted []string
+	missing string
+}
+
 // dnsConfig is a pod's resolv.conf, by its dnsPolicy and dnsConfig.
-func (m *Manager) dnsConfig(pod *corev1.Pod) (*runtimev1.DNSConfig, error) {
-	node := func() (*runtimev1.DNSConfig, error) {
-		raw, err := hostile.ReadRegular(m.cfg.ResolvConf, maxHosts)
-		if errors.Is(err, fs.ErrNotExist) {
-			return &runtimev1.DNSConfig{}, nil
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read the node's name servers: %w", err)
-		}
-		return parseResolvConf(string(raw)), nil
+func (m *Manager) dnsConfig(pod *corev1.Pod) (podDNS, error) {
+	node, err := resolvconf.Read(m.cfg.ResolvConf)
+	if err != nil {
+		return podDNS{}, fmt.Errorf("read the node's name servers: %w", err)
 	}
+	cluster := m.cfg.DNS()
+	cfg := podDNS{DNSConfig: &runtimev1.DNSConfig{Servers: node.Servers, Searches: node.Searches, Options: node.Options}}
 	policy := pod.Spec.DNSPolicy
 	if policy == corev1.DNSClusterFirst && pod.Spec.HostNetwork {
 		policy = corev1.DNSDefault
 	}
-	cluster := policy == corev1.DNSClusterFirst || policy == corev1.DNSClusterFirstWithHostNet
-	var cfg *runtimev1.DNSConfig
-	var err error
-	switch {
-	case policy == corev1.DNSNone:
-		cfg = &runtimev1.DNSConfig{}
-	case cluster && len(m.cfg.ClusterDNS) > 0:
-		host, err := node()
-		if err != nil {
-			return nil, err
-		}
-		d := m.cfg.ClusterDomain
-		cfg = &runtimev1.DNSConfig{
-			Servers:  slices.Clone(m.cfg.ClusterDNS),
-			Searches: append([]string{pod.Namespace + ".svc." + d, "svc." + d, d}, host.Searches...),
-			Options:  []string{"ndots:5"},
-		}
+	switch policy {
+	case corev1.DNSNone:
+		cfg.DNSConfig = &runtimev1.DNSConfig{}
+	case corev1.DNSDefault:
 	default:
-		if cfg, err = node(); err != nil {
-			return nil, err
+		if len(cluster.Servers) == 0 {
+			cfg.missing = fmt.Sprintf("pod: %q. kubelet does not have ClusterDNS IP configured and cannot create Pod using %q policy. Falling back to %q policy.",
+				fmt.Sprintf("%s_%s(%s)", pod.Name, pod.Namespace, pod.UID), corev1.DNSClusterFirst, corev1.DNSDefault)
+			break
+		}
+		d := cluster.Domain
+		cfg.DNSConfig = &runtimev1.DNSConfig{
+			Servers:  slices.Clone(cluster.Servers),
+			Searches: unique(append([]string{pod.Namespace + ".svc." + d, "svc." + d, d}, node.Searches...)),
+			Options:  []string{"ndots:5"},
 		}
 	}
 	if extra := pod.Spec.DNSConfig; extra != nil {
@@ -56,17 +69,47 @@ func (m *Manager) dnsConfig(pod *corev1.Pod) (*runtimev1.DNSConfig, error) {
 		cfg.Searches = unique(append(cfg.Searches, extra.Searches...))
 		for _, o := range extra.Options {
 			text := o.Name
-			if o.Value != nil {
+			if o.Value != nil && *o.Value != "" {
 				text += ":" + *o.Value
 			}
-			cfg.Options = slices.DeleteFunc(cfg.Options, func(old string) bool { name, _, _ := strings.Cut(old, ":"); return name == o.Name })
-			cfg.Options = append(cfg.Options, text)
+			cfg.Options = resolvconf.MergeOptions(cfg.Options, text)
 		}
 	}
-	if len(cfg.Servers) > 3 { // what the C library reads
-		cfg.Servers = cfg.Servers[:3]
-	}
+	cfg.fit()
 	return cfg, nil
+}
+
+// fit leaves out what no C library would read, and says so.
+func (c *podDNS) fit() {
+	if len(c.Servers) > maxNameservers {
+		c.Servers = c.Servers[:maxNameservers]
+		c.omitted = append(c.omitted, "Nameserver limits were exceeded, some nameservers have been omitted, the applied nameserver line is: "+strings.Join(c.Servers, " "))
+	}
+	before := len(c.Searches)
+	searches := c.Searches[:min(before, maxSearchPaths)]
+	// Some C libraries end a program whose resolv.conf has a longer one.
+	searches = slices.DeleteFunc(slices.Clone(searches), func(s string) bool { return len(s) > maxSearchPath })
+	for len(strings.Join(searches, " ")) > maxSearchLength {
+		searches = searches[:len(searches)-1]
+	}
+	if c.Searches = searches; len(searches) < before {
+		c.omitted = append(c.omitted, "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: "+strings.Join(searches, " "))
+	}
+}
+
+// tellDNS tells of what a pod's resolv.conf lacks.
+func (w *worker) tellDNS(pod *corev1.Pod) error {
+	cfg, err := w.m.dnsConfig(pod)
+	if err != nil {
+		return err
+	}
+	for _, text := range cfg.omitted {
+		w.event(pod, corev1.EventTypeWarning, "DNSConfigForming", text, "")
+	}
+	if cfg.missing != "" {
+		w.eventOnce(pod, corev1.EventTypeWarning, "MissingClusterDNS", cfg.missing, "")
+	}
+	return nil
 }
 
 func unique(list []string) []string {
@@ -77,23 +120,4 @@ func unique(list []string) []string {
 		}
 	}
 	return out
-}
-
-func parseResolvConf(text string) *runtimev1.DNSConfig {
-	cfg := &runtimev1.DNSConfig{}
-	for line := range strings.Lines(text) {
-		fields := strings.Fields(line)
-		if len(fields) < 2 {
-			continue
-		}
-		switch fields[0] {
-		case "nameserver":
-			cfg.Servers = append(cfg.Servers, fields[1])
-		case "search":
-			cfg.Searches = fields[1:]
-		case "options":
-			cfg.Options = append(cfg.Options, fields[1:]...)
-		}
-	}
-	return cfg
 }

@@ -54,7 +54,7 @@ func cri(t *testing.T, pod *corev1.Pod) string {
 			Capacity: func() corev1.ResourceList {
 				return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("8Gi")}
 			},
-			ClusterDNS: []string{"10.96.0.10"}, ClusterDomain: "cluster.local", ResolvConf: resolv,
+			DNS: func() DNS { return DNS{Servers: []string{"10.96.0.10"}, Domain: "cluster.local"} }, ResolvConf: resolv,
 		},
 		log:     slog.New(slog.DiscardHandler),
 		volumes: volume.New(volume.Config{Dir: filepath.Join(dir, "pods"), Logger: slog.New(slog.DiscardHandler)}),

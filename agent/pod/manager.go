@@ -24,6 +24,7 @@ import (
 	"timonel/agent/hostile"
 	"timonel/agent/image"
 	"timonel/agent/volume"
+	"timonel/network/dns/resolvconf"
 )
 
 // Runtime is CRI's runtime service.
@@ -86,11 +87,10 @@ type Config struct {
 	// NetworkReady says whether sandboxes on the pod network can be made.
 	NetworkReady func() bool
 
-	// ClusterDNS are the cluster's name servers; without any, pods use the
-	// node's. ResolvConf is the node's file.
-	ClusterDNS    []string
-	ClusterDomain string
-	ResolvConf    string
+	// DNS is what new pods are told of the cluster's name servers, by now. Default: there
+	// are none. ResolvConf is the node's file.
+	DNS        func() DNS
+	ResolvConf string
 	// KubernetesServiceIP is what KUBERNETES_SERVICE_HOST says in containers.
 	KubernetesServiceIP string
 
@@ -122,10 +122,10 @@ func NewManager(cfg Config) *Manager {
 		cfg.Now = time.Now
 	}
 	if cfg.ResolvConf == "" {
-		cfg.ResolvConf = "/etc/resolv.conf"
+		cfg.ResolvConf = resolvconf.Default
 	}
-	if cfg.ClusterDomain == "" {
-		cfg.ClusterDomain = "cluster.local"
+	if cfg.DNS == nil {
+		cfg.DNS = func() DNS { return DNS{} }
 	}
 	log := cfg.Logger.With("component", "pods")
 	return &Manager{

@@ -101,7 +101,7 @@ func (w *worker) hostsFile(pod *corev1.Pod, podIPs []string) (string, error) {
 	} else {
 		b.WriteString("# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" +
 			"fe00::\tip6-localnet\nfe00::\tip6-mcastprefix\nfe00::1\tip6-allnodes\nfe00::2\tip6-allrouters\n")
-		host, domain := hostname(pod, w.m.cfg.ClusterDomain)
+		host, domain := hostname(pod, w.m.cfg.DNS().Domain)
 		for _, ip := range podIPs {
 			if domain != "" {
 				fmt.Fprintf(&b, "%s\t%s.%s\t%s\n", ip, host, domain, host)

@@ -220,6 +220,9 @@ func (w *worker) startSandbox(pod *corev1.Pod, attempt uint32) bool {
 		return fail(errors.New("the pod network is not ready: this node has no pod CIDR yet"))
 	}
 	cfg, err := w.sandboxConfig(pod, attempt)
+	if err == nil {
+		err = w.tellDNS(pod)
+	}
 	if err != nil {
 		return fail(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
+	"timonel/network/dns"
 	"timonel/network/service"
 	"timonel/pki"
 )
@@ -54,6 +55,8 @@ type options struct {
 	transition      time.Duration
 	clusterDNS      []string
 	clusterDomain   string
+	resolvConf      string
+	stubDomains     []string
 	kubernetesIP    string
 	nodePorts       []string
 	purge, keepData bool
@@ -99,8 +102,10 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.DurationVar(&o.imageGC.MinAge, "minimum-image-ttl-duration", d.MinAge, "how long an unused image is kept at least")
 	f.StringVar(&o.logMaxSize, "container-log-max-size", "10Mi", "size at which a container's log is rotated; negative for never")
 	f.IntVar(&o.logMaxFiles, "container-log-max-files", logs.DefaultMaxFiles, "how many files a container's log is at most, at least 2; older ones are removed")
-	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "the cluster's name servers for pods (default: the node's own)")
-	f.StringVar(&o.clusterDomain, "cluster-domain", "cluster.local", "the cluster's DNS domain")
+	f.StringSliceVar(&o.clusterDNS, "cluster-dns", nil, "name servers for pods instead of this agent's own, which does not answer then; none for those of the node")
+	f.StringVar(&o.clusterDomain, "cluster-domain", "", "the cluster's DNS domain (default: as the controllers say)")
+	f.StringVar(&o.resolvConf, "resolv-conf", "", "file of the node's name servers, for pods and for names outside the cluster (default: /etc/resolv.conf, or systemd-resolved's where that names the machine itself)")
+	f.StringArrayVar(&o.stubDomains, "dns-stub-domain", nil, "a domain with name servers of its own, DOMAIN=ADDRESS[:PORT],…; may be given several times")
 	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
 	f.StringSliceVar(&o.nodePorts, "node-port-addresses", []string{service.Primary}, "networks of the addresses of this node where node ports of Services are, such as 192.0.2.0/24,…; primary for the node's own, 0.0.0.0/0,::/0 for all but loopback's")
 	f.BoolVar(&o.purge, "purge", false, "the same as the command cleanup")
@@ -208,9 +213,27 @@ func (o *options) config() (agent.Config, error) {
 	if err != nil {
 		return cfg, err
 	}
-	for _, ip := range append([]string{o.kubernetesIP}, o.clusterDNS...) {
-		if ip != "" && net.ParseIP(ip) == nil {
-			return cfg, fmt.Errorf("--cluster-dns or --kubernetes-service-ip: %q is not an IP address", ip)
+	if o.kubernetesIP != "" && net.ParseIP(o.kubernetesIP) == nil {
+		return cfg, fmt.Errorf("--kubernetes-service-ip: %q is not an IP address", o.kubernetesIP)
+	}
+	for _, ip := range o.clusterDNS {
+		if net.ParseIP(ip) == nil && (ip != agent.NoClusterDNS || len(o.clusterDNS) > 1) {
+			return cfg, fmt.Errorf("--cluster-dns: %q is not an IP address", ip)
+		}
+	}
+	if o.clusterDomain != "" && len(validation.IsDNS1123Subdomain(o.clusterDomain)) > 0 {
+		return cfg, fmt.Errorf("--cluster-domain: %q is not a DNS name", o.clusterDomain)
+	}
+	stubs, err := dns.ParseStubs(o.stubDomains)
+	if err != nil {
+		return cfg, fmt.Errorf("--dns-stub-domain: %w", err)
+	}
+	if o.resolvConf != "" {
+		if o.resolvConf, err = filepath.Abs(o.resolvConf); err != nil {
+			return cfg, fmt.Errorf("--resolv-conf: %w", err)
+		}
+		if _, err := os.Stat(o.resolvConf); err != nil {
+			return cfg, fmt.Errorf("--resolv-conf: %w", err)
 		}
 	}
 	if err := service.CheckNodePortAddresses(o.nodePorts); err != nil {
@@ -224,6 +247,7 @@ func (o *options) config() (agent.Config, error) {
 		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
 		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP, NodePortAddresses: o.nodePorts,
+		ResolvConf: o.resolvConf, StubDomains: stubs,
 		Version: version, Logger: log,
 	}
 	cfg.SetDefaults()

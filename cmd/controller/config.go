@@ -32,6 +32,7 @@ type config struct {
 	apiPort, clusterPort, raftPort, gossipPort, controllersGossipPort int
 
 	clusterCIDR, serviceCIDR string
+	clusterDomain            string
 	unreachableToleration    time.Duration
 	evictions                node.HealthConfig // how fast lost nodes are evicted from, as the flags say
 
@@ -60,6 +61,7 @@ func defaultConfig() config {
 		gossipPort:            7946,
 		clusterCIDR:           "10.244.0.0/16",
 		serviceCIDR:           "10.96.0.0/16",
+		clusterDomain:         "cluster.local",
 		unreachableToleration: 30 * time.Second,
 		evictions:             node.HealthConfig{Share: 0.55, EvictionRate: 0.1, SecondaryEvictionRate: 0.01, LargeZone: 50},
 
@@ -87,6 +89,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.controllersGossipPort, "controllers-gossip-port", c.controllersGossipPort, "port of the gossip among controllers, TCP and UDP, the same on all that --join names (0: the next after --gossip-port)")
 	f.StringVar(&c.clusterCIDR, "cluster-cidr", c.clusterCIDR, "network of the pods; each node gets a /24 of it")
 	f.StringVar(&c.serviceCIDR, "service-cidr", c.serviceCIDR, "network of the Services' addresses")
+	f.StringVar(&c.clusterDomain, "cluster-domain", c.clusterDomain, "domain of the cluster's DNS names; agents learn it from the controllers")
 	f.StringSliceVar(&c.enableAdmission, "enable-admission-plugins", c.enableAdmission, "admission plugins to turn on beside Kubernetes' default ones, such as AlwaysPullImages; the same on all controllers")
 	f.StringSliceVar(&c.disableAdmission, "disable-admission-plugins", c.disableAdmission, "admission plugins to turn off; NodeRestriction and NodeNetwork stay on")
 	f.StringVar(&c.admissionConfig, "admission-control-config-file", c.admissionConfig, "file of kind AdmissionConfiguration, for plugins that have one, such as PodSecurity")
@@ -191,6 +194,9 @@ func (c *config) validate() error {
 		if prefix, err := netip.ParsePrefix(cidr); err != nil || prefix != prefix.Masked() {
 			bad(flag, "%q is not a network such as 10.244.0.0/16", cidr)
 		}
+	}
+	if len(validation.IsDNS1123Subdomain(c.clusterDomain)) > 0 || len(c.clusterDomain) > 120 {
+		bad("cluster-domain", "%q is not a DNS name such as cluster.local, of at most 120 characters", c.clusterDomain)
 	}
 	if c.unreachableToleration < time.Second {
 		bad("unreachable-toleration", "%s is under a second", c.unreachableToleration)

@@ -39,6 +39,8 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 		{"port", func(c *config) { c.apiPort = 70000 }, "--api-port: 70000"},
 		{"port twice", func(c *config) { c.raftPort = c.clusterPort }, "--raft-port: 7443 is also --cluster-port"},
 		{"network", func(c *config) { c.clusterCIDR = "10.244.0.1/16" }, "--cluster-cidr"},
+		{"domain", func(c *config) { c.clusterDomain = "corp.example" }, ""},
+		{"not a domain", func(c *config) { c.clusterDomain = "corp..example" }, "--cluster-domain"},
 		{"toleration", func(c *config) { c.unreachableToleration = 0 }, "--unreachable-toleration"},
 		{"snapshots to a folder", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, dir: "/backups"} }, ""},
 		{"snapshots to S3", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, url: "s3://b/p"} }, ""},
@@ -107,6 +109,20 @@ func TestServingNames(t *testing.T) {
 		}
 		if err := identity.Renew(); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// TestDNSAddress: the tenth address of the Services' network, if it has one.
+func TestDNSAddress(t *testing.T) {
+	t.Parallel()
+	for cidr, want := range map[string]string{
+		"10.96.0.0/16": "[10.96.0.10]", "10.0.0.16/28": "[10.0.0.26]", "10.0.0.0/29": "[]", "fd00:96::/108": "[fd00:96::a]",
+	} {
+		c := defaultConfig()
+		c.serviceCIDR = cidr
+		if got := fmt.Sprint(c.dnsAddresses()); got != want {
+			t.Errorf("%s: got %s, want %s", cidr, got, want)
 		}
 	}
 }

@@ -203,6 +203,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Caches:           k.decoded,
 		WatchBytes:       k.shares.watches,
 		ServiceCIDR:      *services,
+		DNSAddresses:     k.dnsAddresses(),
 		DialKubelet:      k.agents.DialKubelet,
 		NodeAddress:      k.agents.CheckNodeAddress,
 		Controllers:      k.directory.controllerIPs,
@@ -327,6 +328,9 @@ func (c config) servingNames() (ips []net.IP, names []string, err error) {
 	first := append(net.IP(nil), services.IP...)
 	first[len(first)-1]++ // the kubernetes Service's own
 	ips, names = []net.IP{net.ParseIP(c.advertiseIP), first}, []string{c.name}
+	if c.clusterDomain != defaultConfig().clusterDomain { // which every certificate has
+		names = append(names, "kubernetes.default.svc."+c.clusterDomain)
+	}
 	if bind := net.ParseIP(c.bindIP); !bind.IsUnspecified() && !bind.Equal(ips[0]) {
 		ips = append(ips, bind)
 	}

@@ -81,4 +81,6 @@ type Networks struct {
 	Pods, Own []netip.Prefix
 	// Services is the networks of cluster addresses.
 	Services []netip.Prefix
+	// Local are cluster addresses that this node answers itself, beside Config.Local.
+	Local []netip.Addr
 }

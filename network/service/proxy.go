@@ -248,7 +248,7 @@ func (p *Proxy) surroundings() surroundings {
 	p.taken = p.networks
 	n := p.networks
 	p.mu.Unlock()
-	out := surroundings{pods: slices.Concat(n.Pods, n.Own), services: n.Services, served: p.cfg.Local}
+	out := surroundings{pods: slices.Concat(n.Pods, n.Own), services: n.Services, served: slices.Concat(p.cfg.Local, n.Local)}
 	if !p.filter {
 		out.ownPods = n.Own
 	}

@@ -1978,8 +1978,12 @@ type Cluster struct {
 	NodeBits        uint32                 `protobuf:"varint,4,opt,name=node_bits,json=nodeBits,proto3" json:"node_bits,omitempty"`                        // prefix length of a node's range
 	ServiceNetwork  string                 `protobuf:"bytes,5,opt,name=service_network,json=serviceNetwork,proto3" json:"service_network,omitempty"`       // CIDR of the Services' addresses
 	RoutesInNetwork bool                   `protobuf:"varint,6,opt,name=routes_in_network,json=routesInNetwork,proto3" json:"routes_in_network,omitempty"` // routes is empty: the call Network tells of them
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	ClusterDomain   string                 `protobuf:"bytes,8,opt,name=cluster_domain,json=clusterDomain,proto3" json:"cluster_domain,omitempty"`          // of the cluster's DNS names
+	// Addresses of the cluster's DNS server, which each agent answers at itself. None:
+	// the controller makes no Service for it.
+	ClusterDns    []string `protobuf:"bytes,9,rep,name=cluster_dns,json=clusterDns,proto3" json:"cluster_dns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Cluster) Reset() {
@@ -2052,6 +2056,20 @@ func (x *Cluster) GetRoutesInNetwork() bool {
 		return x.RoutesInNetwork
 	}
 	return false
+}
+
+func (x *Cluster) GetClusterDomain() string {
+	if x != nil {
+		return x.ClusterDomain
+	}
+	return ""
+}
+
+func (x *Cluster) GetClusterDns() []string {
+	if x != nil {
+		return x.ClusterDns
+	}
+	return nil
 }
 
 type NodeRoute struct {
@@ -2710,7 +2728,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\x12\x16\n" +
-	"\x06status\x18\x03 \x01(\fR\x06status\"\xed\x01\n" +
+	"\x06status\x18\x03 \x01(\fR\x06status\"\xb5\x02\n" +
 	"\aCluster\x12 \n" +
 	"\vcontrollers\x18\x01 \x03(\tR\vcontrollers\x12-\n" +
 	"\x06routes\x18\x02 \x03(\v2\x15.timonel.v1.NodeRouteR\x06routes\x12\x1f\n" +
@@ -2718,7 +2736,10 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"podNetwork\x12\x1b\n" +
 	"\tnode_bits\x18\x04 \x01(\rR\bnodeBits\x12'\n" +
 	"\x0fservice_network\x18\x05 \x01(\tR\x0eserviceNetwork\x12*\n" +
-	"\x11routes_in_network\x18\x06 \x01(\bR\x0froutesInNetwork\"h\n" +
+	"\x11routes_in_network\x18\x06 \x01(\bR\x0froutesInNetwork\x12%\n" +
+	"\x0ecluster_domain\x18\b \x01(\tR\rclusterDomain\x12\x1f\n" +
+	"\vcluster_dns\x18\t \x03(\tR\n" +
+	"clusterDns\"h\n" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +
