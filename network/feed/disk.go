@@ -30,7 +30,7 @@ const (
 	maxFile = 4 * wire.MaxBytes
 	// writeAfter is how long changes are gathered before they are written, unless the
 	// last time took long: then writing takes no more than a fiftieth of the time.
-	writeAfter = 10 * time.Second
+	writeAfter = time.Second
 	writeShare = 50
 )
 

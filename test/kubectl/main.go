@@ -225,6 +225,10 @@ func (o options) tree(token string, ca []byte, files net.Addr) error {
 	if err := os.WriteFile(filepath.Join(tree, "upstream.sh"), script, 0o700); err != nil {
 		return err
 	}
+	// Its Go files are not this module's.
+	if err := os.WriteFile(filepath.Join(tree, "go.mod"), []byte("module tree\n"), 0o600); err != nil {
+		return err
+	}
 	// Upstream's API server writes its certificate to the folder of temporary files.
 	if err := os.MkdirAll(filepath.Join(tree, "tmp"), 0o700); err != nil {
 		return err
