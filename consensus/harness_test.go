@@ -317,7 +317,10 @@ func (c *cluster) tryStart(id string) (*node, error) {
 					}
 					return invoke(ctx, method, req, reply, cc, opts...)
 				}),
-				grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
+				grpc.WithConnectParams(grpc.ConnectParams{
+					MinConnectTimeout: 5 * time.Second, // else a busy machine has the 20 ms
+					Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond},
+				}))
 			if err != nil {
 				return nil, err
 			}
