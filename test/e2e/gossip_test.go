@@ -67,7 +67,8 @@ func TestGossip(t *testing.T) {
 		after := c.Status(t)
 		for i, k := range after.Controllers {
 			if k.Name != "c1" { // which was restarted
-				require.Less(t, k.Memory.Anonymous-before.Controllers[i].Memory.Anonymous, int64(80<<20), "%s grew", k.Name)
+				// It has only just started, and grows by some 60 MiB by itself.
+				require.Less(t, k.Memory.Anonymous-before.Controllers[i].Memory.Anonymous, int64(128<<20), "%s grew", k.Name)
 			}
 		}
 		end()
