@@ -45,7 +45,7 @@ type forwarder struct {
 	all     []*upstream
 	stubs   map[string][]*upstream // by domain in lower case, with a dot at its end
 	flights map[string]*flight
-	wait    sync.WaitGroup
+	wait    sync.WaitGroup // of flights; to be waited for when nobody starts any more
 }
 
 // flight is one question on its way, for all that ask it.
@@ -253,7 +253,6 @@ func (f *forwarder) lost(u *upstream) {
 
 // run tries servers that did not answer until they do.
 func (f *forwarder) run(ctx context.Context) {
-	defer f.wait.Wait()
 	for {
 		select {
 		case <-ctx.Done():

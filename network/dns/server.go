@@ -119,6 +119,7 @@ func New(cfg Config) (*Server, error) {
 // Run answers until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
+	defer s.forward.wait.Wait() // which those before start
 	defer s.wait.Wait()
 	var wait sync.WaitGroup
 	defer wait.Wait()
