@@ -42,9 +42,9 @@ func authorize(ctx context.Context, method string) error {
 	if !listed {
 		allowed = []pki.Role{pki.RoleController}
 	}
-	id, err := pki.PeerIdentity(ctx)
+	id, err := caller(ctx)
 	if err != nil {
-		return status.Error(codes.Unauthenticated, err.Error())
+		return err
 	}
 	if !slices.Contains(allowed, id.Role) {
 		names := make([]string, len(allowed))
@@ -54,4 +54,13 @@ func authorize(ctx context.Context, method string) error {
 		return status.Errorf(codes.PermissionDenied, "%s is for a %s of this cluster; the caller is %s", method, strings.Join(names, " or "), id)
 	}
 	return nil
+}
+
+// caller is who is at the other end, by its certificate. Errors are gRPC statuses.
+func caller(ctx context.Context) (pki.Identity, error) {
+	id, err := pki.PeerIdentity(ctx)
+	if err != nil {
+		return id, status.Error(codes.Unauthenticated, err.Error())
+	}
+	return id, nil
 }

@@ -19,9 +19,9 @@ func (d *Dispatcher) Network(stream grpc.BidiStreamingServer[pb.NetworkRequest, 
 		return status.Error(codes.Unavailable, err.Error())
 	}
 	defer done()
-	id, err := pki.PeerIdentity(ctx)
+	id, err := caller(ctx)
 	if err != nil {
-		return status.Error(codes.Unauthenticated, err.Error())
+		return err
 	}
 	if id.Role != pki.RoleNode {
 		return status.Errorf(codes.PermissionDenied, "network items are told to nodes; the caller is %s", id)

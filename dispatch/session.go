@@ -91,9 +91,9 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	if hello == nil {
 		return status.Errorf(codes.InvalidArgument, "the stream began with %T instead of a Hello", first.GetMessage())
 	}
-	id, err := pki.PeerIdentity(ctx)
+	id, err := caller(ctx)
 	if err != nil {
-		return status.Error(codes.Unauthenticated, err.Error())
+		return err
 	}
 	if id != (pki.Identity{Role: pki.RoleNode, Name: hello.GetNodeName()}) {
 		return status.Errorf(codes.PermissionDenied, "the certificate is that of %s, the agent calls itself node %s", id, hello.GetNodeName())

@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"timonel/gossip"
-	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -120,9 +119,9 @@ func (d *Dispatcher) Tunnel(stream grpc.BidiStreamingServer[pb.Chunk, pb.Chunk])
 		return status.Error(codes.Unavailable, err.Error())
 	}
 	defer done()
-	id, err := pki.PeerIdentity(ctx)
+	id, err := caller(ctx)
 	if err != nil {
-		return status.Error(codes.Unauthenticated, err.Error())
+		return err
 	}
 	waiting, ok := d.tunnels.take(header(ctx, pb.TunnelIDKey), id.Name)
 	if !ok {

@@ -30,8 +30,6 @@ type Config struct {
 	Table string
 	// Store is where the cluster's Services are known from.
 	Store *feed.Store
-	// Local are cluster addresses that this node answers itself; they get no rules.
-	Local []netip.Addr
 	// NodePortAddresses are the networks of the addresses of this node where node ports
 	// are, or "primary". Default: primary, NodeIPs.
 	NodePortAddresses []string
@@ -81,6 +79,6 @@ type Networks struct {
 	Pods, Own []netip.Prefix
 	// Services is the networks of cluster addresses.
 	Services []netip.Prefix
-	// Local are cluster addresses that this node answers itself, beside Config.Local.
+	// Local are cluster addresses that this node answers itself; they get no rules.
 	Local []netip.Addr
 }

@@ -12,11 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"reflect"
-	"sigs.k8s.io/knftables"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"sigs.k8s.io/knftables"
 
 	"timonel/network/feed"
 )
@@ -248,7 +249,7 @@ func (p *Proxy) surroundings() surroundings {
 	p.taken = p.networks
 	n := p.networks
 	p.mu.Unlock()
-	out := surroundings{pods: slices.Concat(n.Pods, n.Own), services: n.Services, served: slices.Concat(p.cfg.Local, n.Local)}
+	out := surroundings{pods: slices.Concat(n.Pods, n.Own), services: n.Services, served: n.Local}
 	if !p.filter {
 		out.ownPods = n.Own
 	}

@@ -96,7 +96,7 @@ func run(ctx context.Context, o options, w io.Writer) (err error) {
 	if err := o.tree(token, ca, files.Addr()); err != nil {
 		return fmt.Errorf("lay out what the tests read: %w", err)
 	}
-	go http.Serve(files, http.FileServerFS(os.DirFS(filepath.Join(o.out, "tree")))) //nolint:errcheck // ends with files
+	go func() { _ = http.Serve(files, http.FileServerFS(os.DirFS(filepath.Join(o.out, "tree")))) }() // until files is closed
 	port, err := forward(ctx, spec)
 	if err != nil {
 		return err
