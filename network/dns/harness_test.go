@@ -7,8 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -103,9 +105,10 @@ func cluster() *feed.Store {
 func server(t testing.TB, store *feed.Store, change func(*Config), prepare ...func(*Server)) (*Server, string) {
 	t.Helper()
 	cfg := Config{
-		Domain: "cluster.local", Addresses: []netip.Addr{netip.MustParseAddr("127.0.0.1")}, Port: freePort(t), Store: store,
-		Logger: slog.New(slog.DiscardHandler),
+		Domain: "cluster.local", Store: store, Logger: slog.New(slog.DiscardHandler),
 	}
+	own := ownAddr()
+	cfg.Addresses, cfg.Port = []netip.Addr{own.Addr()}, own.Port()
 	if change != nil {
 		change(&cfg)
 	}
@@ -127,22 +130,14 @@ func server(t testing.TB, store *feed.Store, change func(*Config), prepare ...fu
 	return s, addr
 }
 
-// freePort is a port that is free by UDP and TCP.
-func freePort(t testing.TB) uint16 {
-	t.Helper()
-	for range 100 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		port := l.Addr().(*net.TCPAddr).Port
-		p, err := net.ListenPacket("udp", l.Addr().String())
-		l.Close()
-		if err == nil {
-			p.Close()
-			return uint16(port)
-		}
-	}
-	t.Fatal("no port is free")
-	return 0
+var addrs atomic.Uint32
+
+// ownAddr is an address of loopback that no other server of this process has, and of
+// other processes' only one whose number ends like ours. Ports that were free a moment
+// ago are not: who asks for one next is given the same.
+func ownAddr() netip.AddrPort {
+	n := addrs.Add(1)
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, byte(1 + os.Getpid()%250), byte(n >> 8), byte(n)}), 5353)
 }
 
 func ask(name string, kind uint16) *dns.Msg {
@@ -206,7 +201,7 @@ func (f *fake) answer(network string, raw []byte) []byte {
 
 func newFake(t testing.TB, say func(network string, q *dns.Msg) []byte) *fake {
 	t.Helper()
-	f := &fake{addr: netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), freePort(t)), say: say}
+	f := &fake{addr: ownAddr(), say: say}
 	p, err := net.ListenPacket("udp", f.addr.String())
 	require.NoError(t, err)
 	l, err := net.Listen("tcp", f.addr.String())

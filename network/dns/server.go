@@ -125,9 +125,12 @@ func (s *Server) Run(ctx context.Context) error {
 	defer wait.Wait()
 	defer cancel()
 	s.zone.apply(feed.Changes{View: s.cfg.Store.View(), Reset: true}, time.Now())
+	// Before the first question: a name would not be looked up for want of servers.
+	servers := new(nameServers)
+	changed := s.readResolvConf(servers)
 	wait.Go(func() { s.follow(ctx) })
 	wait.Go(func() { s.forward.run(ctx) })
-	wait.Go(func() { s.followResolvConf(ctx) })
+	wait.Go(func() { s.followResolvConf(ctx, servers, changed) })
 	for _, a := range s.cfg.Addresses {
 		wait.Go(func() { s.listen(ctx, netip.AddrPortFrom(a, s.cfg.Port)) })
 	}
