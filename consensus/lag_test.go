@@ -31,13 +31,23 @@ func TestAFollowerFarBehindCatchesUpOverASlowLink(t *testing.T) {
 		cfg.TransportTimeout, cfg.LogCacheBytes, cfg.Listener = timeout, 8<<20, &slowListener{l, rate}
 	}
 	back := c.start(away.cfg.ID)
-	began, most := time.Now(), uint64(0)
+	began, most, flew := time.Now(), uint64(0), int64(0)
 	for want := fmt.Sprintf("%d%s", entries-1, value); back.fsm.get("k") != want; time.Sleep(20 * time.Millisecond) {
 		if time.Since(began) > 2*time.Minute {
 			t.Fatalf("it is at entry %d of %d after %v", back.Status().LastIndex, leader.Status().LastIndex, time.Since(began))
 		}
 		most = max(most, heap())
+		flew = max(flew, leader.Held().Replication)
 	}
+	if held := leader.Held(); flew == 0 || flew > held.ReplicationLimit+int64(MessagesOnTheirWay*(1<<20+1<<10)) {
+		t.Errorf("%d KiB were on their way to it at once, of %d", flew>>10, held.ReplicationLimit>>10)
+	}
+	eventually(t, "nothing is on its way", func() error {
+		if n := leader.Held().Replication; n != 0 {
+			return fmt.Errorf("%d bytes are", n)
+		}
+		return nil
+	})
 	t.Logf("caught up after %v; heap of all replicas %d MiB before, %d MiB at most", time.Since(began), before>>20, most>>20)
 	if most > before+entries<<20 {
 		t.Errorf("the heap grew from %d to %d MiB for %d MiB of entries", before>>20, most>>20, entries)

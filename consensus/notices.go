@@ -17,6 +17,7 @@ type follower struct {
 	told     uint64 // commit index it was last sent
 	sent     uint64 // messages of Raft's to it, counted
 	inflight int    // pipelined messages without an answer
+	bytes    int64  // of the entries of all messages without one
 	wake     chan struct{}
 }
 
@@ -36,12 +37,34 @@ func (t *transport) sending(id raft.ServerID, target raft.ServerAddress, args *r
 		go t.notices(id, f)
 	}
 	if args.Term > f.term {
-		f.term, f.match, f.told, f.inflight = args.Term, 0, 0, 0
+		f.term, f.match, f.told, f.inflight, f.bytes = args.Term, 0, 0, 0, 0
 	}
 	f.addr, f.header, f.leader = target, args.RPCHeader, args.Leader
 	f.told = max(f.told, args.LeaderCommitIndex)
 	f.sent++
 	f.inflight += inflight
+	f.bytes += bytesOf(args)
+}
+
+// bytesOf is what a message's entries take in memory.
+func bytesOf(args *raft.AppendEntriesRequest) (n int64) {
+	for _, l := range args.Entries {
+		n += inMemory(l)
+	}
+	return n
+}
+
+// flying is what the entries take that are on their way to followers, and to how many.
+func (t *transport) flying() (bytes, followers int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.followers {
+		if f.term == t.term {
+			bytes += f.bytes
+			followers++
+		}
+	}
+	return bytes, followers
 }
 
 // answered notes a follower's answer.
@@ -53,6 +76,7 @@ func (t *transport) answered(id raft.ServerID, args *raft.AppendEntriesRequest, 
 		return
 	}
 	f.inflight = max(0, f.inflight-inflight)
+	f.bytes = max(0, f.bytes-bytesOf(args))
 	if !success {
 		return
 	}
@@ -78,7 +102,7 @@ func (t *transport) pipelineEnded(id raft.ServerID) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if f := t.followers[id]; f != nil {
-		f.inflight = 0
+		f.inflight, f.bytes = 0, 0
 		t.wake(f)
 	}
 }

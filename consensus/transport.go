@@ -454,7 +454,7 @@ func (t *transport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAd
 		return nil, raft.ErrPipelineShutdown
 	}
 	if f := t.followers[id]; f != nil {
-		f.inflight = 0
+		f.inflight, f.bytes = 0, 0
 	}
 	p := &pipeline{AppendPipeline: inner, t: t, id: id, target: target, done: make(chan raft.AppendFuture), closed: make(chan struct{})}
 	t.wg.Add(1)

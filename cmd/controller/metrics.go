@@ -164,8 +164,8 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"all": {k.shares.memory, 0}, "state": {quota.Limit, quota.Used + quota.InFlight},
 		"history": {history.Limit, history.Bytes - history.Spilled}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
-		"proposals": {k.shares.proposals, log.Proposals},
-		"watches":   {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "network": {k.shares.network, told.Bytes}, "connections": {k.shares.connections, connections},
+		"proposals": {k.shares.proposals, log.Proposals}, "replication": {log.ReplicationLimit, log.Replication},
+		"watches": {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "network": {k.shares.network, told.Bytes}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)
 		if share == "all" {
