@@ -19,7 +19,10 @@ import (
 )
 
 // kinds are those that a View has.
-var kinds = []pb.NetworkKind{pb.NetworkKind_NETWORK_KIND_NODE, pb.NetworkKind_NETWORK_KIND_SERVICE, pb.NetworkKind_NETWORK_KIND_SLICE}
+var kinds = []pb.NetworkKind{
+	pb.NetworkKind_NETWORK_KIND_NODE, pb.NetworkKind_NETWORK_KIND_SERVICE, pb.NetworkKind_NETWORK_KIND_SLICE,
+	pb.NetworkKind_NETWORK_KIND_POLICY, pb.NetworkKind_NETWORK_KIND_GROUP, pb.NetworkKind_NETWORK_KIND_POD,
+}
 
 const (
 	// firstAsk and lastAsk are how long an agent waits that has not what the controller
@@ -49,7 +52,11 @@ type Client struct {
 	bytes       int64
 	digest      wire.Digest
 	unconfirmed map[wire.Key]struct{} // of the list that is being told: what is gone unless it comes
-	intern      interner
+	// staged is what came of policies and is not in the View yet, without an object when
+	// its key is to be removed: it holds with the batch that says a revision. It outlives
+	// a stream, as what is noted of it does.
+	staged map[wire.Key]wire.Object
+	intern interner
 }
 
 // held is what is known of an item beside the View.
@@ -62,7 +69,7 @@ type held struct {
 // NewClient returns a client, and fills the store with what is on the disk. What
 // cannot be read is as nothing: it comes anew.
 func NewClient(cfg Config) *Client {
-	c := &Client{cfg: cfg, log: cfg.Logger.With("component", "network feed"), items: make(map[wire.Key]held)}
+	c := &Client{cfg: cfg, log: cfg.Logger.With("component", "network feed"), items: make(map[wire.Key]held), staged: make(map[wire.Key]wire.Object)}
 	if cfg.Path != "" {
 		c.load()
 	}
@@ -250,24 +257,59 @@ func (c *Client) apply(b *pb.NetworkBatch, epoch string) error {
 	}
 	c.cfg.Store.Update(func(t *Txn) {
 		for _, o := range objects {
-			t.set(o)
+			c.put(t, o)
 		}
 		for _, k := range b.GetRemove() {
 			if key := wire.KeyOf(k); c.forget(key) {
-				t.remove(key)
+				c.remove(t, key)
 			}
 		}
 		if b.GetSynced() {
 			for key := range c.unconfirmed {
 				if c.forget(key) {
-					t.remove(key)
+					c.remove(t, key)
 				}
 			}
 			c.unconfirmed, c.epoch = nil, epoch
 			t.setSynced(epoch)
 		}
+		if b.GetRevision() != 0 || b.GetSynced() {
+			c.settle(t)
+		}
+		if b.GetRevision() != 0 {
+			t.SetTold(b.GetRevision())
+		}
 	})
 	return nil
+}
+
+// put puts an item, at once or with all that belongs to it.
+func (c *Client) put(t *Txn, o wire.Object) {
+	if wire.OfPolicies(o.Key.Kind) {
+		c.staged[o.Key] = o
+		return
+	}
+	t.set(o)
+}
+
+func (c *Client) remove(t *Txn, key wire.Key) {
+	if wire.OfPolicies(key.Kind) {
+		c.staged[key] = wire.Object{Key: key}
+		return
+	}
+	t.remove(key)
+}
+
+// settle puts what was staged: it is whole.
+func (c *Client) settle(t *Txn) {
+	for key, o := range c.staged {
+		if o.Policy == nil && o.Group == nil && o.Pod == nil {
+			t.remove(key)
+		} else {
+			t.set(o)
+		}
+	}
+	clear(c.staged)
 }
 
 // note counts an item that is to be put, and says whether it is not there as it is.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
 	"timonel/internal/durable"
@@ -23,9 +24,11 @@ import (
 
 // The file: magic, then a record of the cluster's id and one of the zone, then of each
 // item its kind and a record, then a zero and the SHA-256 of all before. A record is its
-// length and its bytes; numbers are varints.
+// length and its bytes; numbers are varints. The kind told is no item's: its record is
+// the revision that policies were told up to, a varint.
 const (
 	magic = "timonel network 1\n"
+	told  = 1 << 20
 	// maxFile bounds what is read.
 	maxFile = 4 * wire.MaxBytes
 	// writeAfter is how long changes are gathered before they are written, unless the
@@ -77,8 +80,6 @@ func (c *Client) Keep(ctx context.Context) error {
 	}
 }
 
-type marshaler interface{ Marshal() ([]byte, error) }
-
 // write makes the file of a view.
 func write(path string, v *View) error {
 	temp := path + ".tmp"
@@ -125,32 +126,56 @@ func encode(to io.Writer, v *View) error {
 	if err := errors.Join(record(0, []byte(v.epoch), nil), record(0, []byte(v.zone), nil)); err != nil {
 		return err
 	}
-	var failed error
-	put := func(kind pb.NetworkKind, o marshaler) bool {
-		raw, err := o.Marshal()
-		failed = record(kind, raw, err)
-		return failed == nil
-	}
-	for n := range v.Nodes() {
-		raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(n)
-		if err := record(pb.NetworkKind_NETWORK_KIND_NODE, raw, err); err != nil {
+	for kind, marshal := range v.items {
+		raw, err := marshal()
+		if err := record(kind, raw, err); err != nil {
 			return err
 		}
-	}
-	for _, s := range v.Services() {
-		if !put(pb.NetworkKind_NETWORK_KIND_SERVICE, s) {
-			return failed
-		}
-	}
-	v.slices.Scan(func(_ string, s *discoveryv1.EndpointSlice) bool { return put(pb.NetworkKind_NETWORK_KIND_SLICE, s) })
-	if failed != nil {
-		return failed
 	}
 	if _, err := w.Write([]byte{0}); err != nil {
 		return err
 	}
 	_, err := to.Write(sum.Sum(nil))
 	return err
+}
+
+// items yields all that is kept.
+func (v *View) items(yield func(kind pb.NetworkKind, marshal func() ([]byte, error)) bool) {
+	message := func(kind pb.NetworkKind, m proto.Message) bool {
+		return yield(kind, func() ([]byte, error) { return proto.MarshalOptions{Deterministic: true}.Marshal(m) })
+	}
+	more := true
+	v.nodes.Scan(func(_ string, n *pb.NodeRoute) bool { more = message(pb.NetworkKind_NETWORK_KIND_NODE, n); return more })
+	if more {
+		v.services.Scan(func(_ string, s *corev1.Service) bool {
+			more = yield(pb.NetworkKind_NETWORK_KIND_SERVICE, s.Marshal)
+			return more
+		})
+	}
+	if more {
+		v.slices.Scan(func(_ string, s *discoveryv1.EndpointSlice) bool {
+			more = yield(pb.NetworkKind_NETWORK_KIND_SLICE, s.Marshal)
+			return more
+		})
+	}
+	if more {
+		v.policies.Scan(func(_ string, p *pb.NetworkPolicyItem) bool {
+			more = message(pb.NetworkKind_NETWORK_KIND_POLICY, p)
+			return more
+		})
+	}
+	if more {
+		v.groups.Scan(func(_ string, g *pb.NetworkGroup) bool {
+			more = message(pb.NetworkKind_NETWORK_KIND_GROUP, g)
+			return more
+		})
+	}
+	if more {
+		v.pods.Scan(func(_ string, p *pb.NetworkPod) bool { more = message(pb.NetworkKind_NETWORK_KIND_POD, p); return more })
+	}
+	if more && v.told != 0 {
+		yield(told, func() ([]byte, error) { return binary.AppendUvarint(nil, uint64(v.told)), nil })
+	}
 }
 
 // load fills the store with what the file has.
@@ -219,6 +244,7 @@ func (c *Client) decode(r *bufio.Reader) error {
 		return err
 	}
 	var objects []wire.Object
+	var revision uint64
 	for {
 		kind, err := binary.ReadUvarint(r)
 		if err != nil {
@@ -230,6 +256,10 @@ func (c *Client) decode(r *bufio.Reader) error {
 		raw, err := record(2 * wire.MaxItem)
 		if err != nil {
 			return err
+		}
+		if kind == told {
+			revision, _ = binary.Uvarint(raw)
+			continue
 		}
 		o, err := wire.Decode(&pb.NetworkItem{Kind: pb.NetworkKind(min(kind, 1<<30)), Object: raw})
 		if err != nil {
@@ -245,6 +275,7 @@ func (c *Client) decode(r *bufio.Reader) error {
 		for _, o := range objects {
 			t.set(o)
 		}
+		t.SetTold(int64(revision))
 		t.SetZone(string(zone))
 		t.setSynced(string(epoch))
 	})

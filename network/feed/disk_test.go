@@ -22,6 +22,10 @@ func known() *View {
 		t.SetNode(&pb.NodeRoute{NodeName: "a1", PodCidrs: []string{"10.1.0.0/24"}, NodeAddress: "192.0.2.1"})
 		t.SetService(service("default", "web", "10.96.0.1"))
 		t.SetSlice(slice("default", "web-a", "web", "10.1.0.1"))
+		t.SetPolicy(&pb.NetworkPolicyItem{Namespace: "default", Name: "p", IngressIsolated: true, Ingress: []*pb.NetworkRule{{Groups: []string{"g"}}}})
+		t.SetGroup(&pb.NetworkGroup{Of: "g", Name: "g.x", V4: []byte{10, 1, 0, 1}})
+		t.SetPod(&pb.NetworkPod{Namespace: "default", Name: "web-0", Uid: "u", Policies: []*pb.NetworkPolicyRef{{Namespace: "default", Name: "p"}}})
+		t.SetTold(7)
 		t.SetZone("z1")
 		t.setSynced("cluster")
 	})
@@ -42,6 +46,12 @@ func TestWhatIsKeptComesBack(t *testing.T) {
 	require.Equal(t, "10.96.0.1", v.Service(Name{"default", "web"}).Spec.ClusterIP)
 	require.Equal(t, []string{"web-a"}, sliceNames(v, Name{"default", "web"}))
 	require.NotEqual(t, wire.Digest{}, c.digest)
+	require.EqualValues(t, 7, v.Told())
+	require.Equal(t, "p", v.Pod(Name{"default", "web-0"}).Policies[0].Name)
+	require.Equal(t, "g", v.Policy("default", "p").Ingress[0].Groups[0])
+	parts, ok := v.Group("g")
+	require.True(t, ok)
+	require.Equal(t, []byte{10, 1, 0, 1}, parts[0].V4)
 }
 
 // Whatever became of the file, what cannot be trusted is as nothing.

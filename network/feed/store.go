@@ -12,19 +12,26 @@ import (
 	pb "timonel/proto/timonel/v1"
 )
 
-// maxLog is how many names of changed Services a Store remembers. Who waits for
-// changes and is further behind looks at all of them.
+// maxLog is how many names of what changed a Store remembers. Who waits for changes and is
+// further behind looks at all there is.
 const maxLog = 1 << 14
 
 // Changes is what happened after a revision.
 type Changes struct {
 	View *View
-	// Reset says that anything may have changed, and Services is nil.
+	// Reset says that anything may have changed, and the maps are nil.
 	Reset bool
 	// Services names those that changed, or a slice of which did.
 	Services map[Name]struct{}
 	// Nodes says that a node's ranges or address changed.
 	Nodes bool
+	// Policy says that something of policies changed, which the maps below name, or what
+	// View.Told says.
+	Policy bool
+	// PoliciesChanged, GroupsChanged and PodsChanged name what came, changed or went.
+	PoliciesChanged map[Name]struct{}
+	GroupsChanged   map[string]struct{}
+	PodsChanged     map[Name]struct{}
 }
 
 // Store keeps the newest View of one node. Its methods are safe for concurrent use.
@@ -36,13 +43,29 @@ type Store struct {
 	log     []change        // in the order of their revisions
 	floor   uint64          // of changes up to here, some are not in log
 	nodes   uint64          // revision of the last change of a node
+	told    uint64          // and of the last of View.Told
 	changed chan struct{}   // closed with the next View
 }
 
-// change says that a Service changed, or a slice of it.
+// kindOfChange is what changed.
+type kindOfChange uint8
+
+const (
+	serviceChanged kindOfChange = iota // or a slice of it
+	policyChanged
+	groupChanged
+	podChanged
+)
+
+// thing is one that changed.
+type thing struct {
+	kind kindOfChange
+	name Name
+}
+
 type change struct {
 	revision uint64
-	service  Name
+	thing
 }
 
 // NewStore returns the store of a node that knows nothing yet.
@@ -77,11 +100,25 @@ func (s *Store) Changes(ctx context.Context, after uint64) (Changes, error) {
 
 func (s *Store) since(view *View, after uint64) Changes {
 	if after < s.floor {
-		return Changes{View: view, Reset: true, Nodes: true}
+		return Changes{View: view, Reset: true, Nodes: true, Policy: true}
 	}
-	out := Changes{View: view, Services: make(map[Name]struct{}), Nodes: s.nodes > after}
+	out := Changes{
+		View: view, Services: make(map[Name]struct{}), Nodes: s.nodes > after, Policy: s.told > after,
+		PoliciesChanged: make(map[Name]struct{}), GroupsChanged: make(map[string]struct{}), PodsChanged: make(map[Name]struct{}),
+	}
 	for i := len(s.log) - 1; i >= 0 && s.log[i].revision > after; i-- {
-		out.Services[s.log[i].service] = struct{}{}
+		c := s.log[i]
+		out.Policy = out.Policy || c.kind != serviceChanged
+		switch c.kind {
+		case serviceChanged:
+			out.Services[c.name] = struct{}{}
+		case policyChanged:
+			out.PoliciesChanged[c.name] = struct{}{}
+		case groupChanged:
+			out.GroupsChanged[c.name.Name] = struct{}{}
+		case podChanged:
+			out.PodsChanged[c.name] = struct{}{}
+		}
 	}
 	return out
 }
@@ -94,7 +131,8 @@ func (s *Store) Update(do func(*Txn)) {
 	old := s.View()
 	next := &View{revision: old.revision + 1, synced: old.synced, nodeName: old.nodeName, zone: old.zone, epoch: old.epoch}
 	next.nodes, next.services, next.slices = *old.nodes.Copy(), *old.services.Copy(), *old.slices.Copy()
-	t := &Txn{store: s, view: next, touched: make(map[Name]struct{})}
+	next.policies, next.groups, next.pods, next.told = *old.policies.Copy(), *old.groups.Copy(), *old.pods.Copy(), old.told
+	t := &Txn{store: s, view: next, touched: make(map[thing]struct{})}
 	do(t)
 	if !t.changed {
 		return
@@ -102,8 +140,11 @@ func (s *Store) Update(do func(*Txn)) {
 	if t.nodes {
 		s.nodes = next.revision
 	}
-	for name := range t.touched {
-		s.log = append(s.log, change{next.revision, name})
+	if t.told {
+		s.told = next.revision
+	}
+	for what := range t.touched {
+		s.log = append(s.log, change{next.revision, what})
 	}
 	switch {
 	case t.reset:
@@ -125,15 +166,16 @@ func (s *Store) Update(do func(*Txn)) {
 type Txn struct {
 	store   *Store
 	view    *View
-	touched map[Name]struct{}
+	touched map[thing]struct{}
 	changed bool
 	reset   bool
 	nodes   bool
+	told    bool
 }
 
-func (t *Txn) touch(service Name) {
+func (t *Txn) touch(kind kindOfChange, name Name) {
 	t.changed = true
-	t.touched[service] = struct{}{}
+	t.touched[thing{kind, name}] = struct{}{}
 }
 
 // SetNode puts what is known of a node, which is the store's from now on.
@@ -153,13 +195,13 @@ func (t *Txn) RemoveNode(name string) {
 func (t *Txn) SetService(o *corev1.Service) {
 	name := Name{o.Namespace, o.Name}
 	t.view.services.Set(name.key(), o)
-	t.touch(name)
+	t.touch(serviceChanged, name)
 }
 
 // RemoveService removes a Service if it is there.
 func (t *Txn) RemoveService(name Name) {
 	if _, ok := t.view.services.Delete(name.key()); ok {
-		t.touch(name)
+		t.touch(serviceChanged, name)
 	}
 }
 
@@ -173,7 +215,7 @@ func (t *Txn) SetSlice(o *discoveryv1.EndpointSlice) {
 	}
 	t.store.sliceOf[name] = key
 	t.view.slices.Set(key, o)
-	t.touch(service)
+	t.touch(serviceChanged, service)
 }
 
 // RemoveSlice removes an EndpointSlice if it is there.
@@ -184,7 +226,7 @@ func (t *Txn) RemoveSlice(name Name) {
 	}
 	delete(t.store.sliceOf, name)
 	o, _ := t.view.slices.Delete(key)
-	t.touch(Name{o.Namespace, o.Labels[discoveryv1.LabelServiceName]})
+	t.touch(serviceChanged, Name{o.Namespace, o.Labels[discoveryv1.LabelServiceName]})
 }
 
 // SetZone says in which zone this node is; hints of all Services are read by it.
@@ -213,6 +255,12 @@ func (t *Txn) set(o wire.Object) {
 		t.SetService(o.Service)
 	case o.Slice != nil:
 		t.SetSlice(o.Slice)
+	case o.Policy != nil:
+		t.SetPolicy(o.Policy)
+	case o.Group != nil:
+		t.SetGroup(o.Group)
+	case o.Pod != nil:
+		t.SetPod(o.Pod)
 	}
 }
 
@@ -225,5 +273,11 @@ func (t *Txn) remove(k wire.Key) {
 		t.RemoveService(Name{k.Namespace, k.Name})
 	case pb.NetworkKind_NETWORK_KIND_SLICE:
 		t.RemoveSlice(Name{k.Namespace, k.Name})
+	case pb.NetworkKind_NETWORK_KIND_POLICY:
+		t.RemovePolicy(Name{k.Namespace, k.Name})
+	case pb.NetworkKind_NETWORK_KIND_GROUP:
+		t.RemoveGroup(k.Name)
+	case pb.NetworkKind_NETWORK_KIND_POD:
+		t.RemovePod(Name{k.Namespace, k.Name})
 	}
 }

@@ -40,6 +40,10 @@ type View struct {
 	nodes    btree.Map[string, *pb.NodeRoute]
 	services btree.Map[string, *corev1.Service]
 	slices   btree.Map[string, *discoveryv1.EndpointSlice] // by namespace, Service and name
+	policies btree.Map[string, *pb.NetworkPolicyItem]
+	groups   btree.Map[string, *pb.NetworkGroup] // by names of their parts
+	pods     btree.Map[string, *pb.NetworkPod]
+	told     int64 // revision of the state as of which the last three are
 }
 
 // Revision grows with each change on this node. It is this process' own.

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"strings"
 
 	"google.golang.org/protobuf/proto"
 	corev1 "k8s.io/api/core/v1"
@@ -51,6 +52,7 @@ func (k Key) Size() int { return len(k.Namespace) + len(k.Name) + 8 }
 func (k Key) String() string {
 	kind := map[pb.NetworkKind]string{
 		pb.NetworkKind_NETWORK_KIND_NODE: "node", pb.NetworkKind_NETWORK_KIND_SERVICE: "service", pb.NetworkKind_NETWORK_KIND_SLICE: "endpointslice",
+		pb.NetworkKind_NETWORK_KIND_POLICY: "policy", pb.NetworkKind_NETWORK_KIND_GROUP: "group", pb.NetworkKind_NETWORK_KIND_POD: "pod",
 	}[k.Kind]
 	if kind == "" {
 		kind = k.Kind.String()
@@ -170,18 +172,34 @@ func SetOf(raw []byte) (out Set, err error) {
 	return out, nil
 }
 
+// OfPolicies says whether items of a kind change together, with a revision.
+func OfPolicies(kind pb.NetworkKind) bool {
+	switch kind {
+	case pb.NetworkKind_NETWORK_KIND_POLICY, pb.NetworkKind_NETWORK_KIND_GROUP, pb.NetworkKind_NETWORK_KIND_POD:
+		return true
+	}
+	return false
+}
+
+// GroupOf is the group that a part's name is of, "" when it is no part's name.
+func GroupOf(part string) string { return part[:max(strings.LastIndexByte(part, '.'), 0)] }
+
 // Object is a decoded item.
 type Object struct {
 	Key     Key
 	Node    *pb.NodeRoute
 	Service *corev1.Service
 	Slice   *discoveryv1.EndpointSlice
+	Policy  *pb.NetworkPolicyItem
+	Group   *pb.NetworkGroup
+	Pod     *pb.NetworkPod
 }
 
 // Decode reads an item. What it does not know is refused: it was not asked for.
 func Decode(item *pb.NetworkItem) (o Object, err error) {
 	raw := item.GetObject()
 	o.Key.Kind = item.GetKind()
+	clusterWide := o.Key.Kind == pb.NetworkKind_NETWORK_KIND_NODE
 	switch o.Key.Kind {
 	case pb.NetworkKind_NETWORK_KIND_NODE:
 		o.Node = &pb.NodeRoute{}
@@ -198,16 +216,49 @@ func Decode(item *pb.NetworkItem) (o Object, err error) {
 		if err = o.Slice.Unmarshal(raw); err == nil {
 			o.Key.Namespace, o.Key.Name = o.Slice.Namespace, o.Slice.Name
 		}
+	case pb.NetworkKind_NETWORK_KIND_POLICY:
+		o.Policy = &pb.NetworkPolicyItem{}
+		if err = proto.Unmarshal(raw, o.Policy); err == nil {
+			o.Key.Namespace, o.Key.Name = o.Policy.GetNamespace(), o.Policy.GetName()
+			clusterWide = o.Policy.GetTier() != pb.NetworkPolicyItem_NAMESPACE
+		}
+	case pb.NetworkKind_NETWORK_KIND_GROUP:
+		o.Group, clusterWide = &pb.NetworkGroup{}, true
+		if err = proto.Unmarshal(raw, o.Group); err == nil {
+			o.Key.Name = o.Group.GetName()
+			err = checkGroup(o.Group)
+		}
+	case pb.NetworkKind_NETWORK_KIND_POD:
+		o.Pod = &pb.NetworkPod{}
+		if err = proto.Unmarshal(raw, o.Pod); err == nil {
+			o.Key.Namespace, o.Key.Name = o.Pod.GetNamespace(), o.Pod.GetName()
+		}
 	default:
 		err = fmt.Errorf("unknown kind %d", item.GetKind())
 	}
 	switch {
 	case err != nil:
 		return Object{}, fmt.Errorf("decode a network item: %w", err)
-	case !plain(o.Key.Name) || o.Key.Kind != pb.NetworkKind_NETWORK_KIND_NODE && !plain(o.Key.Namespace):
+	case !plain(o.Key.Name) || clusterWide != (o.Key.Namespace == "") || !clusterWide && !plain(o.Key.Namespace):
 		return Object{}, fmt.Errorf("decode a network item: %q is no name of an object", o.Key.String())
 	}
 	return o, nil
+}
+
+// checkGroup says what of a part of a group cannot be.
+func checkGroup(g *pb.NetworkGroup) error {
+	if of := g.GetOf(); of == "" || GroupOf(g.GetName()) != of {
+		return fmt.Errorf("%q is no part of group %q", g.GetName(), of)
+	}
+	if len(g.GetV4())%4 != 0 || len(g.GetV6())%16 != 0 {
+		return fmt.Errorf("group %q has %d bytes of IPv4 and %d of IPv6 addresses", g.GetName(), len(g.GetV4()), len(g.GetV6()))
+	}
+	for _, t := range g.GetTargets() {
+		if n := len(t.GetAddress()); n != 4 && n != 16 || t.GetPort() == 0 || t.GetPort() > 65535 {
+			return fmt.Errorf("group %q has a target %x:%d", g.GetName(), t.GetAddress(), t.GetPort())
+		}
+	}
+	return nil
 }
 
 // plain says whether a name is one that the API gives.

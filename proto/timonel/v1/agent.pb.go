@@ -32,6 +32,11 @@ const (
 	NetworkKind_NETWORK_KIND_NODE        NetworkKind = 1 // NodeRoute
 	NetworkKind_NETWORK_KIND_SERVICE     NetworkKind = 2 // v1.Service, of what nodes need
 	NetworkKind_NETWORK_KIND_SLICE       NetworkKind = 3 // discovery.k8s.io/v1 EndpointSlice, likewise
+	// Of these a node is told what concerns its own pods, and they change together: what
+	// came of them holds with the batch that says a revision.
+	NetworkKind_NETWORK_KIND_POLICY NetworkKind = 4 // NetworkPolicyItem: those that NetworkPods name
+	NetworkKind_NETWORK_KIND_GROUP  NetworkKind = 5 // NetworkGroup: those that the policies name
+	NetworkKind_NETWORK_KIND_POD    NetworkKind = 6 // NetworkPod: of this node's pods that a policy selects
 )
 
 // Enum value maps for NetworkKind.
@@ -41,12 +46,18 @@ var (
 		1: "NETWORK_KIND_NODE",
 		2: "NETWORK_KIND_SERVICE",
 		3: "NETWORK_KIND_SLICE",
+		4: "NETWORK_KIND_POLICY",
+		5: "NETWORK_KIND_GROUP",
+		6: "NETWORK_KIND_POD",
 	}
 	NetworkKind_value = map[string]int32{
 		"NETWORK_KIND_UNSPECIFIED": 0,
 		"NETWORK_KIND_NODE":        1,
 		"NETWORK_KIND_SERVICE":     2,
 		"NETWORK_KIND_SLICE":       3,
+		"NETWORK_KIND_POLICY":      4,
+		"NETWORK_KIND_GROUP":       5,
+		"NETWORK_KIND_POD":         6,
 	}
 )
 
@@ -75,6 +86,104 @@ func (x NetworkKind) Number() protoreflect.EnumNumber {
 // Deprecated: Use NetworkKind.Descriptor instead.
 func (NetworkKind) EnumDescriptor() ([]byte, []int) {
 	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{0}
+}
+
+type NetworkPolicyItem_Tier int32
+
+const (
+	NetworkPolicyItem_NAMESPACE NetworkPolicyItem_Tier = 0 // a NetworkPolicy
+	NetworkPolicyItem_ADMIN     NetworkPolicyItem_Tier = 1 // asked before NetworkPolicies
+	NetworkPolicyItem_BASELINE  NetworkPolicyItem_Tier = 2 // asked where no NetworkPolicy isolates
+)
+
+// Enum value maps for NetworkPolicyItem_Tier.
+var (
+	NetworkPolicyItem_Tier_name = map[int32]string{
+		0: "NAMESPACE",
+		1: "ADMIN",
+		2: "BASELINE",
+	}
+	NetworkPolicyItem_Tier_value = map[string]int32{
+		"NAMESPACE": 0,
+		"ADMIN":     1,
+		"BASELINE":  2,
+	}
+)
+
+func (x NetworkPolicyItem_Tier) Enum() *NetworkPolicyItem_Tier {
+	p := new(NetworkPolicyItem_Tier)
+	*p = x
+	return p
+}
+
+func (x NetworkPolicyItem_Tier) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NetworkPolicyItem_Tier) Descriptor() protoreflect.EnumDescriptor {
+	return file_timonel_v1_agent_proto_enumTypes[1].Descriptor()
+}
+
+func (NetworkPolicyItem_Tier) Type() protoreflect.EnumType {
+	return &file_timonel_v1_agent_proto_enumTypes[1]
+}
+
+func (x NetworkPolicyItem_Tier) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NetworkPolicyItem_Tier.Descriptor instead.
+func (NetworkPolicyItem_Tier) EnumDescriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30, 0}
+}
+
+type NetworkRule_Action int32
+
+const (
+	NetworkRule_ALLOW NetworkRule_Action = 0
+	NetworkRule_DENY  NetworkRule_Action = 1
+	NetworkRule_PASS  NetworkRule_Action = 2 // the next tier decides
+)
+
+// Enum value maps for NetworkRule_Action.
+var (
+	NetworkRule_Action_name = map[int32]string{
+		0: "ALLOW",
+		1: "DENY",
+		2: "PASS",
+	}
+	NetworkRule_Action_value = map[string]int32{
+		"ALLOW": 0,
+		"DENY":  1,
+		"PASS":  2,
+	}
+)
+
+func (x NetworkRule_Action) Enum() *NetworkRule_Action {
+	p := new(NetworkRule_Action)
+	*p = x
+	return p
+}
+
+func (x NetworkRule_Action) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NetworkRule_Action) Descriptor() protoreflect.EnumDescriptor {
+	return file_timonel_v1_agent_proto_enumTypes[2].Descriptor()
+}
+
+func (NetworkRule_Action) Type() protoreflect.EnumType {
+	return &file_timonel_v1_agent_proto_enumTypes[2]
+}
+
+func (x NetworkRule_Action) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NetworkRule_Action.Descriptor instead.
+func (NetworkRule_Action) EnumDescriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31, 0}
 }
 
 type JoinRequest struct {
@@ -1562,9 +1671,13 @@ func (x *NodeSet) GetNode() []byte {
 // PodSet is a pod bound to this node, new or changed. A pod being deleted comes
 // with its deletionTimestamp until the agent has sent PodTerminated.
 type PodSet struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Pod           []byte                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"` // v1.Pod
-	Revision      int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Pod      []byte                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"` // v1.Pod
+	Revision int64                  `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Not 0: a network policy may select the pod. Nothing of it runs before the rules of
+	// its NetworkPod are in force, or the call Network has told up to this revision and
+	// there is none.
+	Policies      int64 `protobuf:"varint,3,opt,name=policies,proto3" json:"policies,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1609,6 +1722,13 @@ func (x *PodSet) GetPod() []byte {
 func (x *PodSet) GetRevision() int64 {
 	if x != nil {
 		return x.Revision
+	}
+	return 0
+}
+
+func (x *PodSet) GetPolicies() int64 {
+	if x != nil {
+		return x.Policies
 	}
 	return 0
 }
@@ -2132,6 +2252,604 @@ func (x *NodeRoute) GetNodeAddress() string {
 	return ""
 }
 
+// NetworkPod says which policies hold for a pod. A pod for which none does has none.
+type NetworkPod struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Policies      []*NetworkPolicyRef    `protobuf:"bytes,4,rep,name=policies,proto3" json:"policies,omitempty"`   // in the order of their names
+	Addresses     [][]byte               `protobuf:"bytes,5,rep,name=addresses,proto3" json:"addresses,omitempty"` // of 4 or 16 bytes, when the pod's status has them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkPod) Reset() {
+	*x = NetworkPod{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPod) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPod) ProtoMessage() {}
+
+func (x *NetworkPod) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPod.ProtoReflect.Descriptor instead.
+func (*NetworkPod) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *NetworkPod) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *NetworkPod) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkPod) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *NetworkPod) GetPolicies() []*NetworkPolicyRef {
+	if x != nil {
+		return x.Policies
+	}
+	return nil
+}
+
+func (x *NetworkPod) GetAddresses() [][]byte {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+type NetworkPolicyRef struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"` // empty: of the cluster
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkPolicyRef) Reset() {
+	*x = NetworkPolicyRef{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPolicyRef) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPolicyRef) ProtoMessage() {}
+
+func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPolicyRef.ProtoReflect.Descriptor instead.
+func (*NetworkPolicyRef) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *NetworkPolicyRef) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *NetworkPolicyRef) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// NetworkPolicyItem is a policy without its selectors: who is selected is said by
+// NetworkPods and NetworkGroups.
+type NetworkPolicyItem struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name      string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid       string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Tier      NetworkPolicyItem_Tier `protobuf:"varint,4,opt,name=tier,proto3,enum=timonel.v1.NetworkPolicyItem_Tier" json:"tier,omitempty"`
+	Priority  int32                  `protobuf:"varint,5,opt,name=priority,proto3" json:"priority,omitempty"` // of ADMIN and BASELINE: the lowest is asked first
+	// Of NAMESPACE: what no rule of any policy allows is refused.
+	IngressIsolated bool           `protobuf:"varint,6,opt,name=ingress_isolated,json=ingressIsolated,proto3" json:"ingress_isolated,omitempty"`
+	EgressIsolated  bool           `protobuf:"varint,7,opt,name=egress_isolated,json=egressIsolated,proto3" json:"egress_isolated,omitempty"`
+	Ingress         []*NetworkRule `protobuf:"bytes,8,rep,name=ingress,proto3" json:"ingress,omitempty"`
+	Egress          []*NetworkRule `protobuf:"bytes,9,rep,name=egress,proto3" json:"egress,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *NetworkPolicyItem) Reset() {
+	*x = NetworkPolicyItem{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPolicyItem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPolicyItem) ProtoMessage() {}
+
+func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPolicyItem.ProtoReflect.Descriptor instead.
+func (*NetworkPolicyItem) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *NetworkPolicyItem) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *NetworkPolicyItem) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkPolicyItem) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *NetworkPolicyItem) GetTier() NetworkPolicyItem_Tier {
+	if x != nil {
+		return x.Tier
+	}
+	return NetworkPolicyItem_NAMESPACE
+}
+
+func (x *NetworkPolicyItem) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *NetworkPolicyItem) GetIngressIsolated() bool {
+	if x != nil {
+		return x.IngressIsolated
+	}
+	return false
+}
+
+func (x *NetworkPolicyItem) GetEgressIsolated() bool {
+	if x != nil {
+		return x.EgressIsolated
+	}
+	return false
+}
+
+func (x *NetworkPolicyItem) GetIngress() []*NetworkRule {
+	if x != nil {
+		return x.Ingress
+	}
+	return nil
+}
+
+func (x *NetworkPolicyItem) GetEgress() []*NetworkRule {
+	if x != nil {
+		return x.Egress
+	}
+	return nil
+}
+
+// NetworkRule holds for what is of one of its peers (any_peer, groups, blocks) and to
+// one of its ports (any_port, ports), and for what is to one of its targets. Of ADMIN and
+// BASELINE the first rule that holds decides.
+type NetworkRule struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Action  NetworkRule_Action     `protobuf:"varint,1,opt,name=action,proto3,enum=timonel.v1.NetworkRule_Action" json:"action,omitempty"` // ALLOW in NAMESPACE
+	AnyPeer bool                   `protobuf:"varint,2,opt,name=any_peer,json=anyPeer,proto3" json:"any_peer,omitempty"`
+	Groups  []string               `protobuf:"bytes,3,rep,name=groups,proto3" json:"groups,omitempty"` // NetworkGroup.of
+	Blocks  []*NetworkBlock        `protobuf:"bytes,4,rep,name=blocks,proto3" json:"blocks,omitempty"`
+	AnyPort bool                   `protobuf:"varint,5,opt,name=any_port,json=anyPort,proto3" json:"any_port,omitempty"`
+	Ports   []*NetworkPort         `protobuf:"bytes,6,rep,name=ports,proto3" json:"ports,omitempty"`
+	// Of egress, where ports are named: groups whose members have targets.
+	Targets       []string `protobuf:"bytes,7,rep,name=targets,proto3" json:"targets,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkRule) Reset() {
+	*x = NetworkRule{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkRule) ProtoMessage() {}
+
+func (x *NetworkRule) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
+func (*NetworkRule) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *NetworkRule) GetAction() NetworkRule_Action {
+	if x != nil {
+		return x.Action
+	}
+	return NetworkRule_ALLOW
+}
+
+func (x *NetworkRule) GetAnyPeer() bool {
+	if x != nil {
+		return x.AnyPeer
+	}
+	return false
+}
+
+func (x *NetworkRule) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *NetworkRule) GetBlocks() []*NetworkBlock {
+	if x != nil {
+		return x.Blocks
+	}
+	return nil
+}
+
+func (x *NetworkRule) GetAnyPort() bool {
+	if x != nil {
+		return x.AnyPort
+	}
+	return false
+}
+
+func (x *NetworkRule) GetPorts() []*NetworkPort {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *NetworkRule) GetTargets() []string {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+type NetworkBlock struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cidr          string                 `protobuf:"bytes,1,opt,name=cidr,proto3" json:"cidr,omitempty"`
+	Except        []string               `protobuf:"bytes,2,rep,name=except,proto3" json:"except,omitempty"` // CIDRs
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkBlock) Reset() {
+	*x = NetworkBlock{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkBlock) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkBlock) ProtoMessage() {}
+
+func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkBlock.ProtoReflect.Descriptor instead.
+func (*NetworkBlock) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *NetworkBlock) GetCidr() string {
+	if x != nil {
+		return x.Cidr
+	}
+	return ""
+}
+
+func (x *NetworkBlock) GetExcept() []string {
+	if x != nil {
+		return x.Except
+	}
+	return nil
+}
+
+type NetworkPort struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Protocol string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // TCP, UDP or SCTP
+	// The first and the last port; 0 and 0: all of the protocol.
+	First uint32 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"`
+	Last  uint32 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	// Of ingress: not a number but the port of that name of the pod that the policy holds
+	// for.
+	Name          string `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkPort) Reset() {
+	*x = NetworkPort{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkPort) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkPort) ProtoMessage() {}
+
+func (x *NetworkPort) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkPort.ProtoReflect.Descriptor instead.
+func (*NetworkPort) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *NetworkPort) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *NetworkPort) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *NetworkPort) GetLast() uint32 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *NetworkPort) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// NetworkGroup is a part of a group of addresses. Its parts are told apart by bits of
+// their addresses' hashes, so that one address changes one part. A group with nobody
+// in it has one part.
+type NetworkGroup struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // of the part: of, a dot, and what tells the part
+	V4            []byte                 `protobuf:"bytes,2,opt,name=v4,proto3" json:"v4,omitempty"`     // addresses, 4 bytes each, in order
+	V6            []byte                 `protobuf:"bytes,3,opt,name=v6,proto3" json:"v6,omitempty"`     // 16 bytes each
+	Targets       []*NetworkTarget       `protobuf:"bytes,4,rep,name=targets,proto3" json:"targets,omitempty"`
+	Of            string                 `protobuf:"bytes,5,opt,name=of,proto3" json:"of,omitempty"` // the group, which rules name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkGroup) Reset() {
+	*x = NetworkGroup{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkGroup) ProtoMessage() {}
+
+func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkGroup.ProtoReflect.Descriptor instead.
+func (*NetworkGroup) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *NetworkGroup) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *NetworkGroup) GetV4() []byte {
+	if x != nil {
+		return x.V4
+	}
+	return nil
+}
+
+func (x *NetworkGroup) GetV6() []byte {
+	if x != nil {
+		return x.V6
+	}
+	return nil
+}
+
+func (x *NetworkGroup) GetTargets() []*NetworkTarget {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+func (x *NetworkGroup) GetOf() string {
+	if x != nil {
+		return x.Of
+	}
+	return ""
+}
+
+type NetworkTarget struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       []byte                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"` // 4 or 16 bytes
+	Protocol      string                 `protobuf:"bytes,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NetworkTarget) Reset() {
+	*x = NetworkTarget{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NetworkTarget) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NetworkTarget) ProtoMessage() {}
+
+func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NetworkTarget.ProtoReflect.Descriptor instead.
+func (*NetworkTarget) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *NetworkTarget) GetAddress() []byte {
+	if x != nil {
+		return x.Address
+	}
+	return nil
+}
+
+func (x *NetworkTarget) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *NetworkTarget) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
 type NetworkRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -2145,7 +2863,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2157,7 +2875,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2170,7 +2888,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
@@ -2226,7 +2944,7 @@ type NetworkHave struct {
 
 func (x *NetworkHave) Reset() {
 	*x = NetworkHave{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2238,7 +2956,7 @@ func (x *NetworkHave) String() string {
 func (*NetworkHave) ProtoMessage() {}
 
 func (x *NetworkHave) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2251,7 +2969,7 @@ func (x *NetworkHave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
 func (*NetworkHave) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetworkHave) GetEpoch() string {
@@ -2285,7 +3003,7 @@ type NetworkTaken struct {
 
 func (x *NetworkTaken) Reset() {
 	*x = NetworkTaken{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +3015,7 @@ func (x *NetworkTaken) String() string {
 func (*NetworkTaken) ProtoMessage() {}
 
 func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +3028,7 @@ func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
 func (*NetworkTaken) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetworkTaken) GetSequence() uint64 {
@@ -2330,7 +3048,7 @@ type NetworkItem struct {
 
 func (x *NetworkItem) Reset() {
 	*x = NetworkItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2342,7 +3060,7 @@ func (x *NetworkItem) String() string {
 func (*NetworkItem) ProtoMessage() {}
 
 func (x *NetworkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2355,7 +3073,7 @@ func (x *NetworkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
 func (*NetworkItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NetworkItem) GetKind() NetworkKind {
@@ -2383,7 +3101,7 @@ type NetworkKey struct {
 
 func (x *NetworkKey) Reset() {
 	*x = NetworkKey{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +3113,7 @@ func (x *NetworkKey) String() string {
 func (*NetworkKey) ProtoMessage() {}
 
 func (x *NetworkKey) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +3126,7 @@ func (x *NetworkKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
 func (*NetworkKey) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NetworkKey) GetKind() NetworkKind {
@@ -2441,18 +3159,21 @@ type NetworkBatch struct {
 	Remove   []*NetworkKey          `protobuf:"bytes,4,rep,name=remove,proto3" json:"remove,omitempty"`
 	// Begins a list: of the buckets whose bit is set (32 bytes, the lowest bit first) all
 	// items follow, up to the batch that says synced. What is not among them is gone.
-	List          []byte `protobuf:"bytes,5,opt,name=list,proto3" json:"list,omitempty"`
-	Synced        bool   `protobuf:"varint,6,opt,name=synced,proto3" json:"synced,omitempty"`
-	Digest        []byte `protobuf:"bytes,7,opt,name=digest,proto3" json:"digest,omitempty"` // 16 bytes: of all that the agent has then; empty: not known
-	Ask           bool   `protobuf:"varint,8,opt,name=ask,proto3" json:"ask,omitempty"`      // the agent is to say what it has
-	Ack           bool   `protobuf:"varint,9,opt,name=ack,proto3" json:"ack,omitempty"`      // the agent is to say when it has taken this
+	List   []byte `protobuf:"bytes,5,opt,name=list,proto3" json:"list,omitempty"`
+	Synced bool   `protobuf:"varint,6,opt,name=synced,proto3" json:"synced,omitempty"`
+	Digest []byte `protobuf:"bytes,7,opt,name=digest,proto3" json:"digest,omitempty"` // 16 bytes: of all that the agent has then; empty: not known
+	Ask    bool   `protobuf:"varint,8,opt,name=ask,proto3" json:"ask,omitempty"`      // the agent is to say what it has
+	Ack    bool   `protobuf:"varint,9,opt,name=ack,proto3" json:"ack,omitempty"`      // the agent is to say when it has taken this
+	// Not 0: with this batch the agent has all that it is told of policies as of this
+	// revision of the state.
+	Revision      int64 `protobuf:"varint,10,opt,name=revision,proto3" json:"revision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NetworkBatch) Reset() {
 	*x = NetworkBatch{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +3185,7 @@ func (x *NetworkBatch) String() string {
 func (*NetworkBatch) ProtoMessage() {}
 
 func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +3198,7 @@ func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
 func (*NetworkBatch) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NetworkBatch) GetEpoch() string {
@@ -2543,6 +3264,13 @@ func (x *NetworkBatch) GetAck() bool {
 	return false
 }
 
+func (x *NetworkBatch) GetRevision() int64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 type Chunk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
@@ -2552,7 +3280,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2564,7 +3292,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2577,7 +3305,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -2701,10 +3429,11 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"GossipKeys\x12\x12\n" +
 	"\x04keys\x18\x01 \x03(\fR\x04keys\"\x1d\n" +
 	"\aNodeSet\x12\x12\n" +
-	"\x04node\x18\x01 \x01(\fR\x04node\"6\n" +
+	"\x04node\x18\x01 \x01(\fR\x04node\"R\n" +
 	"\x06PodSet\x12\x10\n" +
 	"\x03pod\x18\x01 \x01(\fR\x03pod\x12\x1a\n" +
-	"\brevision\x18\x02 \x01(\x03R\brevision\"k\n" +
+	"\brevision\x18\x02 \x01(\x03R\brevision\x12\x1a\n" +
+	"\bpolicies\x18\x03 \x01(\x03R\bpolicies\"k\n" +
 	"\tPodRemove\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
@@ -2743,7 +3472,61 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +
-	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"|\n" +
+	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"\xa8\x01\n" +
+	"\n" +
+	"NetworkPod\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\x128\n" +
+	"\bpolicies\x18\x04 \x03(\v2\x1c.timonel.v1.NetworkPolicyRefR\bpolicies\x12\x1c\n" +
+	"\taddresses\x18\x05 \x03(\fR\taddresses\"D\n" +
+	"\x10NetworkPolicyRef\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\"\x93\x03\n" +
+	"\x11NetworkPolicyItem\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\x126\n" +
+	"\x04tier\x18\x04 \x01(\x0e2\".timonel.v1.NetworkPolicyItem.TierR\x04tier\x12\x1a\n" +
+	"\bpriority\x18\x05 \x01(\x05R\bpriority\x12)\n" +
+	"\x10ingress_isolated\x18\x06 \x01(\bR\x0fingressIsolated\x12'\n" +
+	"\x0fegress_isolated\x18\a \x01(\bR\x0eegressIsolated\x121\n" +
+	"\aingress\x18\b \x03(\v2\x17.timonel.v1.NetworkRuleR\aingress\x12/\n" +
+	"\x06egress\x18\t \x03(\v2\x17.timonel.v1.NetworkRuleR\x06egress\".\n" +
+	"\x04Tier\x12\r\n" +
+	"\tNAMESPACE\x10\x00\x12\t\n" +
+	"\x05ADMIN\x10\x01\x12\f\n" +
+	"\bBASELINE\x10\x02\"\xb7\x02\n" +
+	"\vNetworkRule\x126\n" +
+	"\x06action\x18\x01 \x01(\x0e2\x1e.timonel.v1.NetworkRule.ActionR\x06action\x12\x19\n" +
+	"\bany_peer\x18\x02 \x01(\bR\aanyPeer\x12\x16\n" +
+	"\x06groups\x18\x03 \x03(\tR\x06groups\x120\n" +
+	"\x06blocks\x18\x04 \x03(\v2\x18.timonel.v1.NetworkBlockR\x06blocks\x12\x19\n" +
+	"\bany_port\x18\x05 \x01(\bR\aanyPort\x12-\n" +
+	"\x05ports\x18\x06 \x03(\v2\x17.timonel.v1.NetworkPortR\x05ports\x12\x18\n" +
+	"\atargets\x18\a \x03(\tR\atargets\"'\n" +
+	"\x06Action\x12\t\n" +
+	"\x05ALLOW\x10\x00\x12\b\n" +
+	"\x04DENY\x10\x01\x12\b\n" +
+	"\x04PASS\x10\x02\":\n" +
+	"\fNetworkBlock\x12\x12\n" +
+	"\x04cidr\x18\x01 \x01(\tR\x04cidr\x12\x16\n" +
+	"\x06except\x18\x02 \x03(\tR\x06except\"g\n" +
+	"\vNetworkPort\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\rR\x05first\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\rR\x04last\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\"\x87\x01\n" +
+	"\fNetworkGroup\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02v4\x18\x02 \x01(\fR\x02v4\x12\x0e\n" +
+	"\x02v6\x18\x03 \x01(\fR\x02v6\x123\n" +
+	"\atargets\x18\x04 \x03(\v2\x19.timonel.v1.NetworkTargetR\atargets\x12\x0e\n" +
+	"\x02of\x18\x05 \x01(\tR\x02of\"Y\n" +
+	"\rNetworkTarget\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\fR\aaddress\x12\x1a\n" +
+	"\bprotocol\x18\x02 \x01(\tR\bprotocol\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\"|\n" +
 	"\x0eNetworkRequest\x12-\n" +
 	"\x04have\x18\x01 \x01(\v2\x17.timonel.v1.NetworkHaveH\x00R\x04have\x120\n" +
 	"\x05taken\x18\x02 \x01(\v2\x18.timonel.v1.NetworkTakenH\x00R\x05takenB\t\n" +
@@ -2761,7 +3544,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"NetworkKey\x12+\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x17.timonel.v1.NetworkKindR\x04kind\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
-	"\x04name\x18\x03 \x01(\tR\x04name\"\x83\x02\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"\x9f\x02\n" +
 	"\fNetworkBatch\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12)\n" +
@@ -2771,14 +3554,19 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x06synced\x18\x06 \x01(\bR\x06synced\x12\x16\n" +
 	"\x06digest\x18\a \x01(\fR\x06digest\x12\x10\n" +
 	"\x03ask\x18\b \x01(\bR\x03ask\x12\x10\n" +
-	"\x03ack\x18\t \x01(\bR\x03ack\"\x1b\n" +
+	"\x03ack\x18\t \x01(\bR\x03ack\x12\x1a\n" +
+	"\brevision\x18\n" +
+	" \x01(\x03R\brevision\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data*t\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*\xbb\x01\n" +
 	"\vNetworkKind\x12\x1c\n" +
 	"\x18NETWORK_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11NETWORK_KIND_NODE\x10\x01\x12\x18\n" +
 	"\x14NETWORK_KIND_SERVICE\x10\x02\x12\x16\n" +
-	"\x12NETWORK_KIND_SLICE\x10\x032\x84\x02\n" +
+	"\x12NETWORK_KIND_SLICE\x10\x03\x12\x17\n" +
+	"\x13NETWORK_KIND_POLICY\x10\x04\x12\x16\n" +
+	"\x12NETWORK_KIND_GROUP\x10\x05\x12\x14\n" +
+	"\x10NETWORK_KIND_POD\x10\x062\x84\x02\n" +
 	"\x06Agents\x129\n" +
 	"\x04Join\x12\x17.timonel.v1.JoinRequest\x1a\x18.timonel.v1.JoinResponse\x12F\n" +
 	"\aConnect\x12\x18.timonel.v1.AgentMessage\x1a\x1d.timonel.v1.ControllerMessage(\x010\x01\x122\n" +
@@ -2797,91 +3585,109 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_agent_proto_rawDescData
 }
 
-var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_timonel_v1_agent_proto_goTypes = []any{
-	(NetworkKind)(0),          // 0: timonel.v1.NetworkKind
-	(*JoinRequest)(nil),       // 1: timonel.v1.JoinRequest
-	(*JoinResponse)(nil),      // 2: timonel.v1.JoinResponse
-	(*AgentMessage)(nil),      // 3: timonel.v1.AgentMessage
-	(*Hello)(nil),             // 4: timonel.v1.Hello
-	(*Have)(nil),              // 5: timonel.v1.Have
-	(*HavePod)(nil),           // 6: timonel.v1.HavePod
-	(*HaveObject)(nil),        // 7: timonel.v1.HaveObject
-	(*NodeStatus)(nil),        // 8: timonel.v1.NodeStatus
-	(*PodStatus)(nil),         // 9: timonel.v1.PodStatus
-	(*PodTerminated)(nil),     // 10: timonel.v1.PodTerminated
-	(*Event)(nil),             // 11: timonel.v1.Event
-	(*Request)(nil),           // 12: timonel.v1.Request
-	(*TokenRequest)(nil),      // 13: timonel.v1.TokenRequest
-	(*Goodbye)(nil),           // 14: timonel.v1.Goodbye
-	(*GossipKeysKept)(nil),    // 15: timonel.v1.GossipKeysKept
-	(*ControllerMessage)(nil), // 16: timonel.v1.ControllerMessage
-	(*Welcome)(nil),           // 17: timonel.v1.Welcome
-	(*GossipKeys)(nil),        // 18: timonel.v1.GossipKeys
-	(*NodeSet)(nil),           // 19: timonel.v1.NodeSet
-	(*PodSet)(nil),            // 20: timonel.v1.PodSet
-	(*PodRemove)(nil),         // 21: timonel.v1.PodRemove
-	(*ObjectSet)(nil),         // 22: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),      // 23: timonel.v1.ObjectRemove
-	(*Synced)(nil),            // 24: timonel.v1.Synced
-	(*TunnelOpen)(nil),        // 25: timonel.v1.TunnelOpen
-	(*Reply)(nil),             // 26: timonel.v1.Reply
-	(*Cluster)(nil),           // 27: timonel.v1.Cluster
-	(*NodeRoute)(nil),         // 28: timonel.v1.NodeRoute
-	(*NetworkRequest)(nil),    // 29: timonel.v1.NetworkRequest
-	(*NetworkHave)(nil),       // 30: timonel.v1.NetworkHave
-	(*NetworkTaken)(nil),      // 31: timonel.v1.NetworkTaken
-	(*NetworkItem)(nil),       // 32: timonel.v1.NetworkItem
-	(*NetworkKey)(nil),        // 33: timonel.v1.NetworkKey
-	(*NetworkBatch)(nil),      // 34: timonel.v1.NetworkBatch
-	(*Chunk)(nil),             // 35: timonel.v1.Chunk
+	(NetworkKind)(0),            // 0: timonel.v1.NetworkKind
+	(NetworkPolicyItem_Tier)(0), // 1: timonel.v1.NetworkPolicyItem.Tier
+	(NetworkRule_Action)(0),     // 2: timonel.v1.NetworkRule.Action
+	(*JoinRequest)(nil),         // 3: timonel.v1.JoinRequest
+	(*JoinResponse)(nil),        // 4: timonel.v1.JoinResponse
+	(*AgentMessage)(nil),        // 5: timonel.v1.AgentMessage
+	(*Hello)(nil),               // 6: timonel.v1.Hello
+	(*Have)(nil),                // 7: timonel.v1.Have
+	(*HavePod)(nil),             // 8: timonel.v1.HavePod
+	(*HaveObject)(nil),          // 9: timonel.v1.HaveObject
+	(*NodeStatus)(nil),          // 10: timonel.v1.NodeStatus
+	(*PodStatus)(nil),           // 11: timonel.v1.PodStatus
+	(*PodTerminated)(nil),       // 12: timonel.v1.PodTerminated
+	(*Event)(nil),               // 13: timonel.v1.Event
+	(*Request)(nil),             // 14: timonel.v1.Request
+	(*TokenRequest)(nil),        // 15: timonel.v1.TokenRequest
+	(*Goodbye)(nil),             // 16: timonel.v1.Goodbye
+	(*GossipKeysKept)(nil),      // 17: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil),   // 18: timonel.v1.ControllerMessage
+	(*Welcome)(nil),             // 19: timonel.v1.Welcome
+	(*GossipKeys)(nil),          // 20: timonel.v1.GossipKeys
+	(*NodeSet)(nil),             // 21: timonel.v1.NodeSet
+	(*PodSet)(nil),              // 22: timonel.v1.PodSet
+	(*PodRemove)(nil),           // 23: timonel.v1.PodRemove
+	(*ObjectSet)(nil),           // 24: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),        // 25: timonel.v1.ObjectRemove
+	(*Synced)(nil),              // 26: timonel.v1.Synced
+	(*TunnelOpen)(nil),          // 27: timonel.v1.TunnelOpen
+	(*Reply)(nil),               // 28: timonel.v1.Reply
+	(*Cluster)(nil),             // 29: timonel.v1.Cluster
+	(*NodeRoute)(nil),           // 30: timonel.v1.NodeRoute
+	(*NetworkPod)(nil),          // 31: timonel.v1.NetworkPod
+	(*NetworkPolicyRef)(nil),    // 32: timonel.v1.NetworkPolicyRef
+	(*NetworkPolicyItem)(nil),   // 33: timonel.v1.NetworkPolicyItem
+	(*NetworkRule)(nil),         // 34: timonel.v1.NetworkRule
+	(*NetworkBlock)(nil),        // 35: timonel.v1.NetworkBlock
+	(*NetworkPort)(nil),         // 36: timonel.v1.NetworkPort
+	(*NetworkGroup)(nil),        // 37: timonel.v1.NetworkGroup
+	(*NetworkTarget)(nil),       // 38: timonel.v1.NetworkTarget
+	(*NetworkRequest)(nil),      // 39: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),         // 40: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),        // 41: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),         // 42: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),          // 43: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),        // 44: timonel.v1.NetworkBatch
+	(*Chunk)(nil),               // 45: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
-	4,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
-	8,  // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
-	9,  // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
-	10, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
-	11, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
-	12, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	14, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	15, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
-	5,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
-	6,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
-	7,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
-	13, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	17, // 12: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	20, // 13: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	21, // 14: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	22, // 15: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	23, // 16: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	24, // 17: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	25, // 18: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	26, // 19: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	27, // 20: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	19, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	18, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
-	28, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	30, // 24: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
-	31, // 25: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
-	0,  // 26: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
-	0,  // 27: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
-	0,  // 28: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
-	32, // 29: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
-	33, // 30: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
-	1,  // 31: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	3,  // 32: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	35, // 33: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	29, // 34: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
-	2,  // 35: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	16, // 36: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	35, // 37: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	34, // 38: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
-	35, // [35:39] is the sub-list for method output_type
-	31, // [31:35] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	6,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
+	10, // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
+	11, // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
+	12, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
+	13, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
+	14, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
+	16, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	17, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	7,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
+	8,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
+	9,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
+	15, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	19, // 12: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	22, // 13: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	23, // 14: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	24, // 15: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	25, // 16: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	26, // 17: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	27, // 18: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	28, // 19: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	29, // 20: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	21, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	20, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	30, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	32, // 24: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
+	1,  // 25: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
+	34, // 26: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
+	34, // 27: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
+	2,  // 28: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
+	35, // 29: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
+	36, // 30: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
+	38, // 31: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
+	40, // 32: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	41, // 33: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	0,  // 34: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
+	0,  // 35: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
+	0,  // 36: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
+	42, // 37: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	43, // 38: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	3,  // 39: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	5,  // 40: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	45, // 41: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	39, // 42: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	4,  // 43: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	18, // 44: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	45, // 45: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	44, // 46: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	43, // [43:47] is the sub-list for method output_type
+	39, // [39:43] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -2915,7 +3721,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[28].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[36].OneofWrappers = []any{
 		(*NetworkRequest_Have)(nil),
 		(*NetworkRequest_Taken)(nil),
 	}
@@ -2924,8 +3730,8 @@ func file_timonel_v1_agent_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   35,
+			NumEnums:      3,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

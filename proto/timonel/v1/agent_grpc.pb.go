@@ -47,8 +47,8 @@ type AgentsClient interface {
 	// tunnel's id is in the metadata key "timonel-tunnel-id".
 	Tunnel(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[Chunk, Chunk], error)
 	// Network tells what every node knows of the cluster's network: Services, their
-	// EndpointSlices, and the nodes' pod ranges. It is a stream of its own, so that a
-	// long list delays no pod.
+	// EndpointSlices, and the nodes' pod ranges; and which policies hold for the node's
+	// pods. It is a stream of its own, so that a long list delays no pod.
 	Network(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[NetworkRequest, NetworkBatch], error)
 }
 
@@ -127,8 +127,8 @@ type AgentsServer interface {
 	// tunnel's id is in the metadata key "timonel-tunnel-id".
 	Tunnel(grpc.BidiStreamingServer[Chunk, Chunk]) error
 	// Network tells what every node knows of the cluster's network: Services, their
-	// EndpointSlices, and the nodes' pod ranges. It is a stream of its own, so that a
-	// long list delays no pod.
+	// EndpointSlices, and the nodes' pod ranges; and which policies hold for the node's
+	// pods. It is a stream of its own, so that a long list delays no pod.
 	Network(grpc.BidiStreamingServer[NetworkRequest, NetworkBatch]) error
 	mustEmbedUnimplementedAgentsServer()
 }
