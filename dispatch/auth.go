@@ -7,13 +7,14 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	"timonel/pki"
 	pb "timonel/proto/timonel/v1"
 )
 
-// DialOptions are those of a client of a cluster port, TLS credentials aside.
+// DialOptions are those of one client of a cluster port, TLS credentials aside.
 func DialOptions() []grpc.DialOption { return pb.DialOptions() }
 
 // callers are who may call a method. What is not listed is for controllers only.
@@ -23,6 +24,8 @@ var callers = map[string][]pki.Role{
 	pb.Agents_Tunnel_FullMethodName:  {pki.RoleNode},
 	pb.Agents_Network_FullMethodName: {pki.RoleNode},
 	pb.Peers_Status_FullMethodName:   {pki.RoleController, pki.RoleAdmin},
+	// Who has heard nothing for a while asks, and the answer says that we are there.
+	healthv1.Health_Check_FullMethodName: {pki.RoleNode, pki.RoleController, pki.RoleAdmin},
 }
 
 // mayCall says why the caller of a context may not call a method, by what it is and

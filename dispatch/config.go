@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"k8s.io/client-go/rest"
 
 	"timonel/dispatch/network"
@@ -168,9 +170,10 @@ func (d *Dispatcher) ReportBytes() int64 { return d.room.bytes() }
 // NetworkFigures are those of what nodes are told of the network.
 func (d *Dispatcher) NetworkFigures() network.Figures { return d.network.Figures() }
 
-// Register adds the services Agents and Peers to a server made with
-// [Dispatcher.NewPort].
+// Register adds the services Agents, Peers and Health, which says that the port
+// answers, to a server made with [Dispatcher.NewPort].
 func (d *Dispatcher) Register(r grpc.ServiceRegistrar) {
+	healthv1.RegisterHealthServer(r, health.NewServer())
 	pb.RegisterAgentsServer(r, d)
 	pb.RegisterPeersServer(r, d)
 }

@@ -17,7 +17,7 @@ import (
 type peers struct {
 	directory *directory
 	tls       func(name string) *tls.Config
-	opts      []grpc.DialOption
+	options   func() []grpc.DialOption // of one connection
 
 	mu    sync.Mutex
 	conns map[string]peerConn
@@ -28,8 +28,8 @@ type peerConn struct {
 	conn *grpc.ClientConn
 }
 
-func newPeers(d *directory, tlsTo func(name string) *tls.Config, opts ...grpc.DialOption) *peers {
-	return &peers{directory: d, tls: tlsTo, opts: opts, conns: map[string]peerConn{}}
+func newPeers(d *directory, tlsTo func(name string) *tls.Config, options func() []grpc.DialOption) *peers {
+	return &peers{directory: d, tls: tlsTo, options: options, conns: map[string]peerConn{}}
 }
 
 // conn returns the connection to the controller called name.
@@ -48,7 +48,7 @@ func (p *peers) conn(_ context.Context, name string) (grpc.ClientConnInterface, 
 		c.conn.Close()
 		delete(p.conns, name)
 	}
-	conn, err := grpc.NewClient(addr, append([]grpc.DialOption{grpc.WithTransportCredentials(credentials.NewTLS(p.tls(name)))}, p.opts...)...)
+	conn, err := grpc.NewClient(addr, append(p.options(), grpc.WithTransportCredentials(credentials.NewTLS(p.tls(name))))...)
 	if err != nil {
 		return nil, fmt.Errorf("controller %s at %s: %w", name, addr, err)
 	}

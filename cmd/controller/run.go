@@ -257,7 +257,7 @@ func (k *controller) openGossip(ctx context.Context, identity *pki.Controller) e
 		return fmt.Errorf("--data-dir: %w", err)
 	}
 	k.directory = &directory{cache: k.cache, config: &k.config}
-	k.peers = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.DialOptions()...)
+	k.peers = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.DialOptions)
 	var kept bool
 	var err error
 	if k.keys, kept, err = newKeyrings(k.bundle, k.dataDir, k.log); err != nil {

@@ -5,16 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 )
 
 // How the two ends of a connection to a cluster port find out that the other is
 // gone: the server asks by pings, the client listens for them, because gRPC lets
-// a client ask only every 10 s.
+// a client ask only every 10 s. But a server pings nobody from whom it hears something
+// all the time, such as an agent that sends the log of a container: so a client that has
+// heard nothing for half of Silence makes a call, of which the answer is all the same.
 const (
 	// PingInterval is how often a server pings a silent client.
 	PingInterval = time.Second
@@ -60,10 +64,13 @@ func ServerOptions() []grpc.ServerOption {
 	}
 }
 
-// DialOptions are those of every client of a cluster port, credentials aside.
+// DialOptions are those of one client of a cluster port, credentials aside.
 func DialOptions() []grpc.DialOption {
+	a := &asker{}
 	return []grpc.DialOption{
-		grpc.WithContextDialer(dial),
+		grpc.WithContextDialer(a.dial),
+		grpc.WithChainUnaryInterceptor(a.unary),
+		grpc.WithChainStreamInterceptor(a.stream),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
 			MinConnectTimeout: connectTimeout,
@@ -77,28 +84,67 @@ func DialOptions() []grpc.DialOption {
 	}
 }
 
-func dial(ctx context.Context, address string) (net.Conn, error) {
+// asker makes a call over a client's connection when the other end says nothing.
+type asker struct {
+	client atomic.Pointer[grpc.ClientConn]
+	asking atomic.Bool
+}
+
+func (a *asker) unary(ctx context.Context, method string, req, reply any, c *grpc.ClientConn, call grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	a.client.Store(c)
+	return call(ctx, method, req, reply, c, opts...)
+}
+
+func (a *asker) stream(ctx context.Context, desc *grpc.StreamDesc, c *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	a.client.Store(c)
+	return open(ctx, desc, c, method, opts...)
+}
+
+// ask makes the call, unless one is being made. A server that does not know it or
+// refuses it has answered too.
+func (a *asker) ask() {
+	c := a.client.Load()
+	if c == nil || !a.asking.CompareAndSwap(false, true) {
+		return
+	}
+	go func() {
+		defer a.asking.Store(false)
+		ctx, cancel := context.WithTimeout(context.Background(), Silence)
+		defer cancel()
+		_, _ = healthv1.NewHealthClient(c).Check(ctx, &healthv1.HealthCheckRequest{})
+	}()
+}
+
+func (a *asker) dial(ctx context.Context, address string) (net.Conn, error) {
 	d := net.Dialer{Timeout: connectTimeout}
 	conn, err := d.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
 	}
-	return &listening{Conn: conn}, nil
+	return &listening{conn, a}, nil
 }
 
 // listening is a connection whose reads fail when the other end says nothing
 // for Silence.
-type listening struct{ net.Conn }
+type listening struct {
+	net.Conn
+	asker *asker
+}
 
 // Read implements [net.Conn].
 func (l *listening) Read(p []byte) (int, error) {
-	if err := l.SetReadDeadline(time.Now().Add(Silence)); err != nil {
-		return 0, err
+	for asked := false; ; asked = true {
+		if err := l.SetReadDeadline(time.Now().Add(Silence / 2)); err != nil {
+			return 0, err
+		}
+		n, err := l.Conn.Read(p)
+		var timeout net.Error
+		if n > 0 || !errors.As(err, &timeout) || !timeout.Timeout() {
+			return n, err
+		}
+		if asked {
+			return 0, fmt.Errorf("%s said nothing for %s", l.RemoteAddr(), Silence)
+		}
+		l.asker.ask()
 	}
-	n, err := l.Conn.Read(p)
-	var timeout net.Error
-	if errors.As(err, &timeout) && timeout.Timeout() {
-		err = fmt.Errorf("%s said nothing for %s", l.RemoteAddr(), Silence)
-	}
-	return n, err
 }
