@@ -34,6 +34,21 @@ type NodeHealth struct {
 	ProbesSince  time.Time
 }
 
+// MissedBy returns since when, and by whom, a node without a stream is also missed: by
+// gossip, or by the probes of so many controllers.
+func (n NodeHealth) MissedBy(probes int) (since time.Time, by string, ok bool) {
+	switch n.Gossip {
+	case GossipSuspect:
+		return n.GossipSince, "gossip suspects it", true
+	case GossipDead, GossipLeft:
+		return n.GossipSince, "gossip says that it is gone", true
+	}
+	if n.ProbesFailed >= probes {
+		return n.ProbesSince, fmt.Sprintf("%d controllers cannot reach it", n.ProbesFailed), true
+	}
+	return time.Time{}, "", false
+}
+
 // Health is what is known of all nodes' liveness. It is never changed once given out.
 type Health struct {
 	// Since is when the watch over the nodes began: the election, or the end of

@@ -91,6 +91,7 @@ var (
 	NamespacesResource      = corev1.SchemeGroupVersion.WithResource("namespaces")
 	ServiceAccountsResource = corev1.SchemeGroupVersion.WithResource("serviceaccounts")
 	ConfigMapsResource      = corev1.SchemeGroupVersion.WithResource("configmaps")
+	ServicesResource        = corev1.SchemeGroupVersion.WithResource("services")
 	ReplicaSetsResource     = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "replicasets"}
 	DeploymentsResource     = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "deployments"}
 

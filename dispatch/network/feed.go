@@ -6,11 +6,13 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/proto"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
@@ -23,6 +25,7 @@ const (
 	nodeKind    = pb.NetworkKind_NETWORK_KIND_NODE
 	serviceKind = pb.NetworkKind_NETWORK_KIND_SERVICE
 	sliceKind   = pb.NetworkKind_NETWORK_KIND_SLICE
+	addressKind = pb.NetworkKind_NETWORK_KIND_ADDRESS
 )
 
 // Config says what a Feed works with.
@@ -189,6 +192,8 @@ func (f *Feed) apply(c objects.Changed) {
 		f.setService(o, c.New == nil)
 	case *discoveryv1.EndpointSlice:
 		f.setSlice(o, c.New == nil)
+	case *coordinationv1.Lease:
+		f.setAddress(o, c.New == nil)
 	case *corev1.Node:
 		if c.New == nil {
 			f.tellRoutes(f.routes.Remove(o.Name))
@@ -217,6 +222,34 @@ func (f *Feed) setSlice(o *discoveryv1.EndpointSlice, gone bool) {
 		return
 	}
 	f.put(key, s)
+}
+
+// setAddress takes the Lease of an address of Services.
+func (f *Feed) setAddress(l *coordinationv1.Lease, gone bool) {
+	ip, ok := pb.LeasedAddress(l.Name, l.Annotations)
+	if l.Namespace != pb.AddressNamespace || !ok {
+		return
+	}
+	key := wire.Key{Kind: addressKind, Name: ip.String()}
+	if gone {
+		f.remove(key)
+		return
+	}
+	holder := &pb.AddressHolder{Address: ip.String()}
+	if l.Spec.HolderIdentity != nil {
+		holder.NodeName = *l.Spec.HolderIdentity
+	}
+	var err error
+	if holder.Number, err = strconv.ParseUint(l.ResourceVersion, 10, 64); err != nil {
+		f.withhold(key, err.Error())
+		return
+	}
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(holder)
+	if err != nil {
+		f.withhold(key, err.Error())
+		return
+	}
+	f.putRaw(key, raw)
 }
 
 func (f *Feed) put(key wire.Key, o marshaler) {
@@ -333,6 +366,12 @@ func (f *Feed) reload(s *objects.Snapshot) {
 	for o := range s.EndpointSlices().All() {
 		seen[wire.Key{Kind: sliceKind, Namespace: o.Namespace, Name: o.Name}] = struct{}{}
 		f.setSlice(o, false)
+	}
+	for o := range s.Leases().Named(pb.AddressNamespace, pb.AddressLease) {
+		if ip, ok := pb.LeasedAddress(o.Name, o.Annotations); ok {
+			seen[wire.Key{Kind: addressKind, Name: ip.String()}] = struct{}{}
+			f.setAddress(o, false)
+		}
 	}
 	for o := range s.Nodes().All() {
 		seen[wire.Key{Kind: nodeKind, Name: o.Name}] = struct{}{}

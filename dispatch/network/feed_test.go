@@ -96,7 +96,13 @@ func TestWhateverHappensAnAgentKnowsAll(t *testing.T) {
 			namespace := func() string { return []string{"a", "b"}[r.IntN(2)] }
 			name := func() string { return fmt.Sprint("s", r.IntN(12)) }
 			for range 60 {
-				switch r.IntN(10) {
+				switch r.IntN(12) {
+				case 10:
+					other := lease("2001:db8::9", "n1")
+					other.Name = "of-somebody-else"
+					h.put(lease(fmt.Sprintf("192.0.2.%d", r.IntN(4)), fmt.Sprint("n", r.IntN(3))), lease("2001:db8::1", "n1"), other)
+				case 11:
+					h.remove(lease(fmt.Sprintf("192.0.2.%d", r.IntN(4)), ""))
 				case 0, 1:
 					h.put(service(namespace(), name(), fmt.Sprintf("10.96.0.%d", r.IntN(250))))
 				case 2, 3, 4:

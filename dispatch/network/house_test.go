@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +21,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -57,6 +60,8 @@ func keyAndVersion(o runtime.Object) (string, schema.GroupVersion) {
 		return "/registry/minions/" + m.GetName(), corev1.SchemeGroupVersion
 	case *corev1.Service:
 		return "/registry/services/specs/" + m.GetNamespace() + "/" + m.GetName(), corev1.SchemeGroupVersion
+	case *coordinationv1.Lease:
+		return "/registry/leases/" + m.GetNamespace() + "/" + m.GetName(), coordinationv1.SchemeGroupVersion
 	case *discoveryv1.EndpointSlice:
 		return "/registry/endpointslices/" + m.GetNamespace() + "/" + m.GetName(), discoveryv1.SchemeGroupVersion
 	}
@@ -184,6 +189,9 @@ func dump(v *feed.View) string {
 	for n := range v.Nodes() {
 		out = append(out, fmt.Sprintf("node %s %v %s", n.NodeName, n.PodCidrs, n.NodeAddress))
 	}
+	for a := range v.Addresses() {
+		out = append(out, fmt.Sprintf("address %s of %s by %d", a.Address, a.NodeName, a.Number))
+	}
 	for name, s := range v.Services() {
 		out = append(out, fmt.Sprintf("service %s %s %v", name, s.Spec.ClusterIP, s.Labels))
 	}
@@ -216,6 +224,13 @@ func (h *house) want() string {
 		routes, _ := AllRoutes(&testChecks{}, s.Nodes().All())
 		for _, r := range routes {
 			t.SetNode(r)
+		}
+		for o := range s.Leases().All() {
+			if ip := o.Annotations[pb.AddressAnnotation]; strings.HasPrefix(o.Name, pb.AddressLease) && o.Namespace == pb.AddressNamespace && ip != "" {
+				number, err := strconv.ParseUint(o.ResourceVersion, 10, 64)
+				require.NoError(h.t, err)
+				t.SetAddress(&pb.AddressHolder{Address: ip, NodeName: *o.Spec.HolderIdentity, Number: number})
+			}
 		}
 		for o := range s.Services().All() {
 			t.SetService(stripService(o))
@@ -284,6 +299,14 @@ func slice(namespace, name, of string, addresses ...string) *discoveryv1.Endpoin
 }
 
 // names are those of many objects, so that a batch is not enough.
+// lease is that of an address of Services, which a node announces.
+func lease(ip, node string) *coordinationv1.Lease {
+	return &coordinationv1.Lease{
+		ObjectMeta: metav1.ObjectMeta{Namespace: pb.AddressNamespace, Name: pb.AddressLeaseName(netip.MustParseAddr(ip)), Annotations: map[string]string{pb.AddressAnnotation: ip}},
+		Spec:       coordinationv1.LeaseSpec{HolderIdentity: &node},
+	}
+}
+
 func many(n int) (out []runtime.Object) {
 	for i := range n {
 		name := fmt.Sprint("s", i)

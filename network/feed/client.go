@@ -22,6 +22,7 @@ import (
 var kinds = []pb.NetworkKind{
 	pb.NetworkKind_NETWORK_KIND_NODE, pb.NetworkKind_NETWORK_KIND_SERVICE, pb.NetworkKind_NETWORK_KIND_SLICE,
 	pb.NetworkKind_NETWORK_KIND_POLICY, pb.NetworkKind_NETWORK_KIND_GROUP, pb.NetworkKind_NETWORK_KIND_POD,
+	pb.NetworkKind_NETWORK_KIND_ADDRESS,
 }
 
 const (

@@ -173,6 +173,12 @@ func (v *View) items(yield func(kind pb.NetworkKind, marshal func() ([]byte, err
 	if more {
 		v.pods.Scan(func(_ string, p *pb.NetworkPod) bool { more = message(pb.NetworkKind_NETWORK_KIND_POD, p); return more })
 	}
+	if more {
+		v.addresses.Scan(func(_ string, a *pb.AddressHolder) bool {
+			more = message(pb.NetworkKind_NETWORK_KIND_ADDRESS, a)
+			return more
+		})
+	}
 	if more && v.told != 0 {
 		yield(told, func() ([]byte, error) { return binary.AppendUvarint(nil, uint64(v.told)), nil })
 	}

@@ -26,6 +26,7 @@ func known() *View {
 		t.SetGroup(&pb.NetworkGroup{Of: "g", Name: "g.x", V4: []byte{10, 1, 0, 1}})
 		t.SetPod(&pb.NetworkPod{Namespace: "default", Name: "web-0", Uid: "u", Policies: []*pb.NetworkPolicyRef{{Namespace: "default", Name: "p"}}})
 		t.SetTold(7)
+		t.SetAddress(&pb.AddressHolder{Address: "192.0.2.9", NodeName: "a1", Number: 7})
 		t.SetZone("z1")
 		t.setSynced("cluster")
 	})
@@ -47,6 +48,10 @@ func TestWhatIsKeptComesBack(t *testing.T) {
 	require.Equal(t, []string{"web-a"}, sliceNames(v, Name{"default", "web"}))
 	require.NotEqual(t, wire.Digest{}, c.digest)
 	require.EqualValues(t, 7, v.Told())
+	for a := range v.Addresses() {
+		require.EqualValues(t, 7, a.Number)
+		require.Equal(t, "a1", a.NodeName)
+	}
 	require.Equal(t, "p", v.Pod(Name{"default", "web-0"}).Policies[0].Name)
 	require.Equal(t, "g", v.Policy("default", "p").Ingress[0].Groups[0])
 	parts, ok := v.Group("g")

@@ -25,6 +25,8 @@ type Changes struct {
 	Services map[Name]struct{}
 	// Nodes says that a node's ranges or address changed.
 	Nodes bool
+	// Addresses says that who announces an address changed.
+	Addresses bool
 	// Policy says that something of policies changed, which the maps below name, or what
 	// View.Told says.
 	Policy bool
@@ -38,13 +40,14 @@ type Changes struct {
 type Store struct {
 	view atomic.Pointer[View]
 
-	mu      sync.Mutex
-	sliceOf map[Name]string // of each slice its key in View.slices
-	log     []change        // in the order of their revisions
-	floor   uint64          // of changes up to here, some are not in log
-	nodes   uint64          // revision of the last change of a node
-	told    uint64          // and of the last of View.Told
-	changed chan struct{}   // closed with the next View
+	mu        sync.Mutex
+	sliceOf   map[Name]string // of each slice its key in View.slices
+	log       []change        // in the order of their revisions
+	floor     uint64          // of changes up to here, some are not in log
+	nodes     uint64          // revision of the last change of a node
+	told      uint64          // and of the last of View.Told
+	addresses uint64          // and of who announces an address
+	changed   chan struct{}   // closed with the next View
 }
 
 // kindOfChange is what changed.
@@ -100,10 +103,10 @@ func (s *Store) Changes(ctx context.Context, after uint64) (Changes, error) {
 
 func (s *Store) since(view *View, after uint64) Changes {
 	if after < s.floor {
-		return Changes{View: view, Reset: true, Nodes: true, Policy: true}
+		return Changes{View: view, Reset: true, Nodes: true, Policy: true, Addresses: true}
 	}
 	out := Changes{
-		View: view, Services: make(map[Name]struct{}), Nodes: s.nodes > after, Policy: s.told > after,
+		View: view, Services: make(map[Name]struct{}), Nodes: s.nodes > after, Policy: s.told > after, Addresses: s.addresses > after,
 		PoliciesChanged: make(map[Name]struct{}), GroupsChanged: make(map[string]struct{}), PodsChanged: make(map[Name]struct{}),
 	}
 	for i := len(s.log) - 1; i >= 0 && s.log[i].revision > after; i-- {
@@ -132,6 +135,7 @@ func (s *Store) Update(do func(*Txn)) {
 	next := &View{revision: old.revision + 1, synced: old.synced, nodeName: old.nodeName, zone: old.zone, epoch: old.epoch}
 	next.nodes, next.services, next.slices = *old.nodes.Copy(), *old.services.Copy(), *old.slices.Copy()
 	next.policies, next.groups, next.pods, next.told = *old.policies.Copy(), *old.groups.Copy(), *old.pods.Copy(), old.told
+	next.addresses = *old.addresses.Copy()
 	t := &Txn{store: s, view: next, touched: make(map[thing]struct{})}
 	do(t)
 	if !t.changed {
@@ -139,6 +143,9 @@ func (s *Store) Update(do func(*Txn)) {
 	}
 	if t.nodes {
 		s.nodes = next.revision
+	}
+	if t.addresses {
+		s.addresses = next.revision
 	}
 	if t.told {
 		s.told = next.revision
@@ -164,13 +171,14 @@ func (s *Store) Update(do func(*Txn)) {
 
 // Txn is one change of a Store. It is valid within Update alone.
 type Txn struct {
-	store   *Store
-	view    *View
-	touched map[thing]struct{}
-	changed bool
-	reset   bool
-	nodes   bool
-	told    bool
+	store     *Store
+	view      *View
+	touched   map[thing]struct{}
+	changed   bool
+	reset     bool
+	nodes     bool
+	told      bool
+	addresses bool
 }
 
 func (t *Txn) touch(kind kindOfChange, name Name) {
@@ -188,6 +196,19 @@ func (t *Txn) SetNode(n *pb.NodeRoute) {
 func (t *Txn) RemoveNode(name string) {
 	if _, ok := t.view.nodes.Delete(name); ok {
 		t.changed, t.nodes = true, true
+	}
+}
+
+// SetAddress puts who announces an address, which is the store's from now on.
+func (t *Txn) SetAddress(a *pb.AddressHolder) {
+	t.view.addresses.Set(a.GetAddress(), a)
+	t.changed, t.addresses = true, true
+}
+
+// RemoveAddress forgets an address if it is there.
+func (t *Txn) RemoveAddress(ip string) {
+	if _, ok := t.view.addresses.Delete(ip); ok {
+		t.changed, t.addresses = true, true
 	}
 }
 
@@ -259,6 +280,8 @@ func (t *Txn) set(o wire.Object) {
 		t.SetPolicy(o.Policy)
 	case o.Group != nil:
 		t.SetGroup(o.Group)
+	case o.Address != nil:
+		t.SetAddress(o.Address)
 	case o.Pod != nil:
 		t.SetPod(o.Pod)
 	}
@@ -277,6 +300,8 @@ func (t *Txn) remove(k wire.Key) {
 		t.RemovePolicy(Name{k.Namespace, k.Name})
 	case pb.NetworkKind_NETWORK_KIND_GROUP:
 		t.RemoveGroup(k.Name)
+	case pb.NetworkKind_NETWORK_KIND_ADDRESS:
+		t.RemoveAddress(k.Name)
 	case pb.NetworkKind_NETWORK_KIND_POD:
 		t.RemovePod(Name{k.Namespace, k.Name})
 	}

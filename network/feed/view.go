@@ -37,13 +37,14 @@ type View struct {
 	zone     string
 	epoch    string // id of the cluster that all of it is of, when synced
 
-	nodes    btree.Map[string, *pb.NodeRoute]
-	services btree.Map[string, *corev1.Service]
-	slices   btree.Map[string, *discoveryv1.EndpointSlice] // by namespace, Service and name
-	policies btree.Map[string, *pb.NetworkPolicyItem]
-	groups   btree.Map[string, *pb.NetworkGroup] // by names of their parts
-	pods     btree.Map[string, *pb.NetworkPod]
-	told     int64 // revision of the state as of which the last three are
+	nodes     btree.Map[string, *pb.NodeRoute]
+	addresses btree.Map[string, *pb.AddressHolder]
+	services  btree.Map[string, *corev1.Service]
+	slices    btree.Map[string, *discoveryv1.EndpointSlice] // by namespace, Service and name
+	policies  btree.Map[string, *pb.NetworkPolicyItem]
+	groups    btree.Map[string, *pb.NetworkGroup] // by names of their parts
+	pods      btree.Map[string, *pb.NetworkPod]
+	told      int64 // revision of the state as of which the last three are
 }
 
 // Revision grows with each change on this node. It is this process' own.
@@ -70,6 +71,13 @@ func (v *View) Node(name string) *pb.NodeRoute {
 func (v *View) Nodes() iter.Seq[*pb.NodeRoute] {
 	return func(yield func(*pb.NodeRoute) bool) {
 		v.nodes.Scan(func(_ string, n *pb.NodeRoute) bool { return yield(n) })
+	}
+}
+
+// Addresses are those of Services of type LoadBalancer that some node announces, or none.
+func (v *View) Addresses() iter.Seq[*pb.AddressHolder] {
+	return func(yield func(*pb.AddressHolder) bool) {
+		v.addresses.Scan(func(_ string, a *pb.AddressHolder) bool { return yield(a) })
 	}
 }
 

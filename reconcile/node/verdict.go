@@ -121,7 +121,7 @@ func (c HealthConfig) judge(h reconcile.Health, node string, now time.Time) verd
 	due, why := reconcile.Latest(gone, h.Since).Add(c.Alone), "its stream is gone and nobody else has seen it fail"
 	if n.Goodbye {
 		due, why = reconcile.Latest(gone, h.Since).Add(c.Goodbye), "its agent said goodbye and has not come back"
-	} else if at, by, ok := c.secondWitness(n); ok {
+	} else if at, by, ok := n.MissedBy(c.Probes); ok {
 		if both := reconcile.Latest(at, gone, start).Add(c.Confirm); both.Before(due) {
 			due, why = both, "its stream is gone and "+by
 		}
@@ -131,20 +131,6 @@ func (c HealthConfig) judge(h reconcile.Health, node string, now time.Time) verd
 		return verdict{Next: due}
 	}
 	return verdict{Unreachable: true, Why: why}
-}
-
-// secondWitness returns since when, and by whom, a node without a stream is also missed.
-func (c HealthConfig) secondWitness(n reconcile.NodeHealth) (time.Time, string, bool) {
-	switch n.Gossip {
-	case reconcile.GossipSuspect:
-		return n.GossipSince, "gossip suspects it", true
-	case reconcile.GossipDead, reconcile.GossipLeft:
-		return n.GossipSince, "gossip says that it is gone", true
-	}
-	if n.ProbesFailed >= c.Probes {
-		return n.ProbesSince, fmt.Sprintf("%d controllers cannot reach it", n.ProbesFailed), true
-	}
-	return time.Time{}, "", false
 }
 
 // longTainted says whether a Node's eviction taint is from before the window in

@@ -62,6 +62,8 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		service.EndpointSlice{},
 		service.Endpoints{},
 		service.EndpointSliceMirroring{},
+		service.LoadBalancer{},
+		service.AddressHolder{},
 		policy.NamespaceDefaults{RootCA: c.RootCA},
 		policy.Disruption{},
 		storage.Binder{},

@@ -82,7 +82,7 @@ func All(t T) []reconcile.Reconciler {
 		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, workload.DaemonSet{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
-		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3},
+		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3}, service.LoadBalancer{}, service.AddressHolder{},
 		storage.Binder{}, storage.Class{}, storage.ClaimProtection{}, storage.VolumeProtection{}, storage.AttributesProtection{}, storage.Ephemeral{},
 	}
 }

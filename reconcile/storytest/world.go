@@ -65,6 +65,7 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	{Group: "ships.example.org", Version: "v1", Kind: "Fleet"}:                       "ships.example.org/fleets",
 	{Group: "apiextensions.k8s.io", Version: "v1", Kind: "CustomResourceDefinition"}: "apiextensions.k8s.io/customresourcedefinitions",
 	{Group: "discovery.k8s.io", Version: "v1", Kind: "EndpointSlice"}:                "endpointslices",
+	{Group: "coordination.k8s.io", Version: "v1", Kind: "Lease"}:                     "leases",
 	corev1.SchemeGroupVersion.WithKind("Service"):                                    "services/specs",
 	reconcile.DaemonSetKind:                                                          "daemonsets",
 	reconcile.StatefulSetKind:                                                        "statefulsets",

@@ -24,6 +24,8 @@ type indexes struct {
 	byVolume *metaTree // pods, volumes and claims: volumes.go
 	byLabels *metaTree // pods, Services and PodDisruptionBudgets: selected.go
 
+	balancers *metaTree // Services of type LoadBalancer, by key alone
+
 	byZone  *metaTree // Nodes, by [Zone]
 	unready *metaTree // Nodes that are not ready, by [Zone]
 }
@@ -31,7 +33,7 @@ type indexes struct {
 func newIndexes() indexes {
 	return indexes{
 		byUID: newTree(), byOwner: newTree(), byNamespace: newTree(), byNode: newTree(), orphans: newTree(), ended: newTree(),
-		byVolume: newTree(), byLabels: newTree(), byZone: newTree(), unready: newTree(),
+		byVolume: newTree(), byLabels: newTree(), balancers: newTree(), byZone: newTree(), unready: newTree(),
 	}
 }
 
@@ -39,7 +41,7 @@ func (x *indexes) copy() indexes {
 	return indexes{
 		byUID: x.byUID.Copy(), byOwner: x.byOwner.Copy(), byNamespace: x.byNamespace.Copy(), byNode: x.byNode.Copy(),
 		orphans: x.orphans.Copy(), ended: x.ended.Copy(),
-		byVolume: x.byVolume.Copy(), byLabels: x.byLabels.Copy(), byZone: x.byZone.Copy(), unready: x.unready.Copy(),
+		byVolume: x.byVolume.Copy(), byLabels: x.byLabels.Copy(), balancers: x.balancers.Copy(), byZone: x.byZone.Copy(), unready: x.unready.Copy(),
 	}
 }
 
@@ -71,6 +73,10 @@ func (x *indexes) each(m *Meta, f func(tree *metaTree, key string)) {
 		}
 		if o.DeletionTimestamp == nil && PodEnded(o) {
 			f(x.ended, m.Key)
+		}
+	case *corev1.Service:
+		if o.Spec.Type == corev1.ServiceTypeLoadBalancer {
+			f(x.balancers, m.Key)
 		}
 	case *corev1.Node:
 		zone := Zone(o) + "/"
@@ -145,6 +151,11 @@ func (s *Snapshot) UnreadyNodes() iter.Seq[*corev1.Node] {
 // UnreadyNodesInZone yields those of them that are in a zone.
 func (s *Snapshot) UnreadyNodesInZone(zone string) iter.Seq[*corev1.Node] {
 	return only[*corev1.Node](scan(s.unready, zone+"/"))
+}
+
+// LoadBalancers yields the Services of type LoadBalancer, in order of namespace and name.
+func (s *Snapshot) LoadBalancers() iter.Seq[*corev1.Service] {
+	return only[*corev1.Service](scan(s.balancers, ""))
 }
 
 // PodEnded says whether all of a pod's containers have stopped for good.

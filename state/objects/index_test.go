@@ -26,7 +26,12 @@ func drawObject(t *rapid.T) (key string, o runtime.Object) {
 	namespace := rapid.SampledFrom([]string{"a", "ab"}).Draw(t, "namespace")
 	name := fmt.Sprintf("o%d", rapid.IntRange(0, 3).Draw(t, "name"))
 	meta := metav1.ObjectMeta{Namespace: namespace, Name: name, UID: types.UID(rapid.SampledFrom([]string{"u1", "u2"}).Draw(t, "uid") + namespace + name), Labels: labels}
-	switch rapid.IntRange(0, 2).Draw(t, "kind") {
+	switch rapid.IntRange(0, 3).Draw(t, "kind") {
+	case 3:
+		svc := &corev1.Service{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Service"}, ObjectMeta: meta}
+		svc.UID = types.UID("service" + namespace + name)
+		svc.Spec.Type = rapid.SampledFrom([]corev1.ServiceType{corev1.ServiceTypeClusterIP, corev1.ServiceTypeLoadBalancer}).Draw(t, "type")
+		return DefaultPrefix + "services/specs/" + namespace + "/" + name, svc
 	case 0:
 		meta.Namespace, meta.UID = "", types.UID("node"+name)
 		n := &corev1.Node{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Node"}, ObjectMeta: meta}
@@ -63,6 +68,9 @@ func told(s *Snapshot) map[string][]string {
 	}
 	for p := range s.EndedPods() {
 		out["ended"] = append(out["ended"], p.Namespace+p.Name)
+	}
+	for svc := range s.LoadBalancers() {
+		out["balancers"] = append(out["balancers"], svc.Namespace+svc.Name)
 	}
 	for n := range s.UnreadyNodes() {
 		out["unready"] = append(out["unready"], n.Name)
@@ -104,6 +112,11 @@ func looked(s *Snapshot) map[string][]string {
 		}
 		if len(p.OwnerReferences) > 0 {
 			add("owned", podKey(p.Namespace, p.Name))
+		}
+	}
+	for svc := range s.Services().All() {
+		if svc.Spec.Type == corev1.ServiceTypeLoadBalancer {
+			add("balancers", svc.Namespace+svc.Name)
 		}
 	}
 	for n := range s.Nodes().All() {

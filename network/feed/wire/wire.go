@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -53,6 +54,7 @@ func (k Key) String() string {
 	kind := map[pb.NetworkKind]string{
 		pb.NetworkKind_NETWORK_KIND_NODE: "node", pb.NetworkKind_NETWORK_KIND_SERVICE: "service", pb.NetworkKind_NETWORK_KIND_SLICE: "endpointslice",
 		pb.NetworkKind_NETWORK_KIND_POLICY: "policy", pb.NetworkKind_NETWORK_KIND_GROUP: "group", pb.NetworkKind_NETWORK_KIND_POD: "pod",
+		pb.NetworkKind_NETWORK_KIND_ADDRESS: "address",
 	}[k.Kind]
 	if kind == "" {
 		kind = k.Kind.String()
@@ -193,6 +195,7 @@ type Object struct {
 	Policy  *pb.NetworkPolicyItem
 	Group   *pb.NetworkGroup
 	Pod     *pb.NetworkPod
+	Address *pb.AddressHolder
 }
 
 // Decode reads an item. What it does not know is refused: it was not asked for.
@@ -232,6 +235,14 @@ func Decode(item *pb.NetworkItem) (o Object, err error) {
 		o.Pod = &pb.NetworkPod{}
 		if err = proto.Unmarshal(raw, o.Pod); err == nil {
 			o.Key.Namespace, o.Key.Name = o.Pod.GetNamespace(), o.Pod.GetName()
+		}
+	case pb.NetworkKind_NETWORK_KIND_ADDRESS:
+		o.Address, clusterWide = &pb.AddressHolder{}, true
+		if err = proto.Unmarshal(raw, o.Address); err == nil {
+			o.Key.Name = o.Address.GetAddress()
+			if ip, wrong := netip.ParseAddr(o.Key.Name); wrong != nil || ip.Zone() != "" || ip.String() != o.Key.Name {
+				err = fmt.Errorf("%q is not an address", o.Key.Name)
+			}
 		}
 	default:
 		err = fmt.Errorf("unknown kind %d", item.GetKind())

@@ -67,11 +67,12 @@ func FuzzDecode(f *testing.F) {
 	f.Add(int32(svc), body)
 	f.Add(int32(pb.NetworkKind_NETWORK_KIND_SLICE), body)
 	f.Add(int32(pb.NetworkKind_NETWORK_KIND_NODE), []byte("\x0a\x02a1"))
-	f.Add(int32(7), body)
+	f.Add(int32(17), body)
 	for kind, m := range map[pb.NetworkKind]proto.Message{
-		pb.NetworkKind_NETWORK_KIND_POLICY: &pb.NetworkPolicyItem{Namespace: "default", Name: "p", Ingress: []*pb.NetworkRule{{Groups: []string{"g"}}}},
-		pb.NetworkKind_NETWORK_KIND_GROUP:  &pb.NetworkGroup{Name: "g.x", Of: "g", V4: []byte{10, 0, 0, 1}},
-		pb.NetworkKind_NETWORK_KIND_POD:    &pb.NetworkPod{Namespace: "default", Name: "web"},
+		pb.NetworkKind_NETWORK_KIND_POLICY:  &pb.NetworkPolicyItem{Namespace: "default", Name: "p", Ingress: []*pb.NetworkRule{{Groups: []string{"g"}}}},
+		pb.NetworkKind_NETWORK_KIND_GROUP:   &pb.NetworkGroup{Name: "g.x", Of: "g", V4: []byte{10, 0, 0, 1}},
+		pb.NetworkKind_NETWORK_KIND_ADDRESS: &pb.AddressHolder{Address: "2001:db8::"},
+		pb.NetworkKind_NETWORK_KIND_POD:     &pb.NetworkPod{Namespace: "default", Name: "web"},
 	} {
 		raw, err := proto.Marshal(m)
 		if err != nil {
@@ -81,7 +82,7 @@ func FuzzDecode(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, kind int32, body []byte) {
 		o, err := Decode(&pb.NetworkItem{Kind: pb.NetworkKind(kind), Object: body})
-		if err == nil && (o.Key.Name == "" || o.Node == nil && o.Service == nil && o.Slice == nil && o.Policy == nil && o.Group == nil && o.Pod == nil) {
+		if err == nil && (o.Key.Name == "" || o.Node == nil && o.Service == nil && o.Slice == nil && o.Policy == nil && o.Group == nil && o.Pod == nil && o.Address == nil) {
 			t.Fatalf("%+v", o)
 		}
 	})

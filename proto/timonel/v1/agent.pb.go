@@ -34,9 +34,10 @@ const (
 	NetworkKind_NETWORK_KIND_SLICE       NetworkKind = 3 // discovery.k8s.io/v1 EndpointSlice, likewise
 	// Of these a node is told what concerns its own pods, and they change together: what
 	// came of them holds with the batch that says a revision.
-	NetworkKind_NETWORK_KIND_POLICY NetworkKind = 4 // NetworkPolicyItem: those that NetworkPods name
-	NetworkKind_NETWORK_KIND_GROUP  NetworkKind = 5 // NetworkGroup: those that the policies name
-	NetworkKind_NETWORK_KIND_POD    NetworkKind = 6 // NetworkPod: of this node's pods that a policy selects
+	NetworkKind_NETWORK_KIND_POLICY  NetworkKind = 4 // NetworkPolicyItem: those that NetworkPods name
+	NetworkKind_NETWORK_KIND_GROUP   NetworkKind = 5 // NetworkGroup: those that the policies name
+	NetworkKind_NETWORK_KIND_POD     NetworkKind = 6 // NetworkPod: of this node's pods that a policy selects
+	NetworkKind_NETWORK_KIND_ADDRESS NetworkKind = 7 // AddressHolder
 )
 
 // Enum value maps for NetworkKind.
@@ -49,6 +50,7 @@ var (
 		4: "NETWORK_KIND_POLICY",
 		5: "NETWORK_KIND_GROUP",
 		6: "NETWORK_KIND_POD",
+		7: "NETWORK_KIND_ADDRESS",
 	}
 	NetworkKind_value = map[string]int32{
 		"NETWORK_KIND_UNSPECIFIED": 0,
@@ -58,6 +60,7 @@ var (
 		"NETWORK_KIND_POLICY":      4,
 		"NETWORK_KIND_GROUP":       5,
 		"NETWORK_KIND_POD":         6,
+		"NETWORK_KIND_ADDRESS":     7,
 	}
 )
 
@@ -134,7 +137,7 @@ func (x NetworkPolicyItem_Tier) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkPolicyItem_Tier.Descriptor instead.
 func (NetworkPolicyItem_Tier) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31, 0}
 }
 
 type NetworkRule_Action int32
@@ -183,7 +186,7 @@ func (x NetworkRule_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkRule_Action.Descriptor instead.
 func (NetworkRule_Action) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32, 0}
 }
 
 type JoinRequest struct {
@@ -2252,6 +2255,67 @@ func (x *NodeRoute) GetNodeAddress() string {
 	return ""
 }
 
+// AddressHolder says which node announces an address of Services of type LoadBalancer.
+type AddressHolder struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`                   // its name
+	NodeName      string                 `protobuf:"bytes,2,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"` // empty: none
+	Number        uint64                 `protobuf:"varint,3,opt,name=number,proto3" json:"number,omitempty"`                    // grows with each word about the address: the highest is true
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddressHolder) Reset() {
+	*x = AddressHolder{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddressHolder) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddressHolder) ProtoMessage() {}
+
+func (x *AddressHolder) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddressHolder.ProtoReflect.Descriptor instead.
+func (*AddressHolder) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *AddressHolder) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *AddressHolder) GetNodeName() string {
+	if x != nil {
+		return x.NodeName
+	}
+	return ""
+}
+
+func (x *AddressHolder) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
 // NetworkPod says which policies hold for a pod. A pod for which none does has none.
 type NetworkPod struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2266,7 +2330,7 @@ type NetworkPod struct {
 
 func (x *NetworkPod) Reset() {
 	*x = NetworkPod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2278,7 +2342,7 @@ func (x *NetworkPod) String() string {
 func (*NetworkPod) ProtoMessage() {}
 
 func (x *NetworkPod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2291,7 +2355,7 @@ func (x *NetworkPod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPod.ProtoReflect.Descriptor instead.
 func (*NetworkPod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NetworkPod) GetNamespace() string {
@@ -2339,7 +2403,7 @@ type NetworkPolicyRef struct {
 
 func (x *NetworkPolicyRef) Reset() {
 	*x = NetworkPolicyRef{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2351,7 +2415,7 @@ func (x *NetworkPolicyRef) String() string {
 func (*NetworkPolicyRef) ProtoMessage() {}
 
 func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2364,7 +2428,7 @@ func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyRef.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyRef) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NetworkPolicyRef) GetNamespace() string {
@@ -2401,7 +2465,7 @@ type NetworkPolicyItem struct {
 
 func (x *NetworkPolicyItem) Reset() {
 	*x = NetworkPolicyItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2477,7 @@ func (x *NetworkPolicyItem) String() string {
 func (*NetworkPolicyItem) ProtoMessage() {}
 
 func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2490,7 @@ func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyItem.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *NetworkPolicyItem) GetNamespace() string {
@@ -2511,7 +2575,7 @@ type NetworkRule struct {
 
 func (x *NetworkRule) Reset() {
 	*x = NetworkRule{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2523,7 +2587,7 @@ func (x *NetworkRule) String() string {
 func (*NetworkRule) ProtoMessage() {}
 
 func (x *NetworkRule) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2536,7 +2600,7 @@ func (x *NetworkRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
 func (*NetworkRule) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *NetworkRule) GetAction() NetworkRule_Action {
@@ -2598,7 +2662,7 @@ type NetworkBlock struct {
 
 func (x *NetworkBlock) Reset() {
 	*x = NetworkBlock{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +2674,7 @@ func (x *NetworkBlock) String() string {
 func (*NetworkBlock) ProtoMessage() {}
 
 func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +2687,7 @@ func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBlock.ProtoReflect.Descriptor instead.
 func (*NetworkBlock) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *NetworkBlock) GetCidr() string {
@@ -2655,7 +2719,7 @@ type NetworkPort struct {
 
 func (x *NetworkPort) Reset() {
 	*x = NetworkPort{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2667,7 +2731,7 @@ func (x *NetworkPort) String() string {
 func (*NetworkPort) ProtoMessage() {}
 
 func (x *NetworkPort) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2680,7 +2744,7 @@ func (x *NetworkPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPort.ProtoReflect.Descriptor instead.
 func (*NetworkPort) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *NetworkPort) GetProtocol() string {
@@ -2727,7 +2791,7 @@ type NetworkGroup struct {
 
 func (x *NetworkGroup) Reset() {
 	*x = NetworkGroup{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2739,7 +2803,7 @@ func (x *NetworkGroup) String() string {
 func (*NetworkGroup) ProtoMessage() {}
 
 func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2752,7 +2816,7 @@ func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkGroup.ProtoReflect.Descriptor instead.
 func (*NetworkGroup) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NetworkGroup) GetName() string {
@@ -2801,7 +2865,7 @@ type NetworkTarget struct {
 
 func (x *NetworkTarget) Reset() {
 	*x = NetworkTarget{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2813,7 +2877,7 @@ func (x *NetworkTarget) String() string {
 func (*NetworkTarget) ProtoMessage() {}
 
 func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2826,7 +2890,7 @@ func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTarget.ProtoReflect.Descriptor instead.
 func (*NetworkTarget) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetworkTarget) GetAddress() []byte {
@@ -2863,7 +2927,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +2939,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +2952,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
@@ -2944,7 +3008,7 @@ type NetworkHave struct {
 
 func (x *NetworkHave) Reset() {
 	*x = NetworkHave{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2956,7 +3020,7 @@ func (x *NetworkHave) String() string {
 func (*NetworkHave) ProtoMessage() {}
 
 func (x *NetworkHave) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2969,7 +3033,7 @@ func (x *NetworkHave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
 func (*NetworkHave) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetworkHave) GetEpoch() string {
@@ -3003,7 +3067,7 @@ type NetworkTaken struct {
 
 func (x *NetworkTaken) Reset() {
 	*x = NetworkTaken{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3015,7 +3079,7 @@ func (x *NetworkTaken) String() string {
 func (*NetworkTaken) ProtoMessage() {}
 
 func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3028,7 +3092,7 @@ func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
 func (*NetworkTaken) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NetworkTaken) GetSequence() uint64 {
@@ -3048,7 +3112,7 @@ type NetworkItem struct {
 
 func (x *NetworkItem) Reset() {
 	*x = NetworkItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3060,7 +3124,7 @@ func (x *NetworkItem) String() string {
 func (*NetworkItem) ProtoMessage() {}
 
 func (x *NetworkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3073,7 +3137,7 @@ func (x *NetworkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
 func (*NetworkItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NetworkItem) GetKind() NetworkKind {
@@ -3101,7 +3165,7 @@ type NetworkKey struct {
 
 func (x *NetworkKey) Reset() {
 	*x = NetworkKey{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3113,7 +3177,7 @@ func (x *NetworkKey) String() string {
 func (*NetworkKey) ProtoMessage() {}
 
 func (x *NetworkKey) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3126,7 +3190,7 @@ func (x *NetworkKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
 func (*NetworkKey) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NetworkKey) GetKind() NetworkKind {
@@ -3173,7 +3237,7 @@ type NetworkBatch struct {
 
 func (x *NetworkBatch) Reset() {
 	*x = NetworkBatch{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3185,7 +3249,7 @@ func (x *NetworkBatch) String() string {
 func (*NetworkBatch) ProtoMessage() {}
 
 func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3198,7 +3262,7 @@ func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
 func (*NetworkBatch) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NetworkBatch) GetEpoch() string {
@@ -3280,7 +3344,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3292,7 +3356,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3305,7 +3369,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -3472,7 +3536,11 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +
-	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"\xa8\x01\n" +
+	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"^\n" +
+	"\rAddressHolder\x12\x18\n" +
+	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x1b\n" +
+	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x12\x16\n" +
+	"\x06number\x18\x03 \x01(\x04R\x06number\"\xa8\x01\n" +
 	"\n" +
 	"NetworkPod\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
@@ -3558,7 +3626,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\brevision\x18\n" +
 	" \x01(\x03R\brevision\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data*\xbb\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*\xd5\x01\n" +
 	"\vNetworkKind\x12\x1c\n" +
 	"\x18NETWORK_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11NETWORK_KIND_NODE\x10\x01\x12\x18\n" +
@@ -3566,7 +3634,8 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x12NETWORK_KIND_SLICE\x10\x03\x12\x17\n" +
 	"\x13NETWORK_KIND_POLICY\x10\x04\x12\x16\n" +
 	"\x12NETWORK_KIND_GROUP\x10\x05\x12\x14\n" +
-	"\x10NETWORK_KIND_POD\x10\x062\x84\x02\n" +
+	"\x10NETWORK_KIND_POD\x10\x06\x12\x18\n" +
+	"\x14NETWORK_KIND_ADDRESS\x10\a2\x84\x02\n" +
 	"\x06Agents\x129\n" +
 	"\x04Join\x12\x17.timonel.v1.JoinRequest\x1a\x18.timonel.v1.JoinResponse\x12F\n" +
 	"\aConnect\x12\x18.timonel.v1.AgentMessage\x1a\x1d.timonel.v1.ControllerMessage(\x010\x01\x122\n" +
@@ -3586,7 +3655,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(NetworkKind)(0),            // 0: timonel.v1.NetworkKind
 	(NetworkPolicyItem_Tier)(0), // 1: timonel.v1.NetworkPolicyItem.Tier
@@ -3619,21 +3688,22 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*Reply)(nil),               // 28: timonel.v1.Reply
 	(*Cluster)(nil),             // 29: timonel.v1.Cluster
 	(*NodeRoute)(nil),           // 30: timonel.v1.NodeRoute
-	(*NetworkPod)(nil),          // 31: timonel.v1.NetworkPod
-	(*NetworkPolicyRef)(nil),    // 32: timonel.v1.NetworkPolicyRef
-	(*NetworkPolicyItem)(nil),   // 33: timonel.v1.NetworkPolicyItem
-	(*NetworkRule)(nil),         // 34: timonel.v1.NetworkRule
-	(*NetworkBlock)(nil),        // 35: timonel.v1.NetworkBlock
-	(*NetworkPort)(nil),         // 36: timonel.v1.NetworkPort
-	(*NetworkGroup)(nil),        // 37: timonel.v1.NetworkGroup
-	(*NetworkTarget)(nil),       // 38: timonel.v1.NetworkTarget
-	(*NetworkRequest)(nil),      // 39: timonel.v1.NetworkRequest
-	(*NetworkHave)(nil),         // 40: timonel.v1.NetworkHave
-	(*NetworkTaken)(nil),        // 41: timonel.v1.NetworkTaken
-	(*NetworkItem)(nil),         // 42: timonel.v1.NetworkItem
-	(*NetworkKey)(nil),          // 43: timonel.v1.NetworkKey
-	(*NetworkBatch)(nil),        // 44: timonel.v1.NetworkBatch
-	(*Chunk)(nil),               // 45: timonel.v1.Chunk
+	(*AddressHolder)(nil),       // 31: timonel.v1.AddressHolder
+	(*NetworkPod)(nil),          // 32: timonel.v1.NetworkPod
+	(*NetworkPolicyRef)(nil),    // 33: timonel.v1.NetworkPolicyRef
+	(*NetworkPolicyItem)(nil),   // 34: timonel.v1.NetworkPolicyItem
+	(*NetworkRule)(nil),         // 35: timonel.v1.NetworkRule
+	(*NetworkBlock)(nil),        // 36: timonel.v1.NetworkBlock
+	(*NetworkPort)(nil),         // 37: timonel.v1.NetworkPort
+	(*NetworkGroup)(nil),        // 38: timonel.v1.NetworkGroup
+	(*NetworkTarget)(nil),       // 39: timonel.v1.NetworkTarget
+	(*NetworkRequest)(nil),      // 40: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),         // 41: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),        // 42: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),         // 43: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),          // 44: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),        // 45: timonel.v1.NetworkBatch
+	(*Chunk)(nil),               // 46: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
 	6,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
@@ -3660,29 +3730,29 @@ var file_timonel_v1_agent_proto_depIdxs = []int32{
 	21, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
 	20, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
 	30, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	32, // 24: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
+	33, // 24: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
 	1,  // 25: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
-	34, // 26: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
-	34, // 27: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
+	35, // 26: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
+	35, // 27: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
 	2,  // 28: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
-	35, // 29: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
-	36, // 30: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
-	38, // 31: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
-	40, // 32: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
-	41, // 33: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	36, // 29: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
+	37, // 30: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
+	39, // 31: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
+	41, // 32: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	42, // 33: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
 	0,  // 34: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
 	0,  // 35: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
 	0,  // 36: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
-	42, // 37: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
-	43, // 38: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	43, // 37: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	44, // 38: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
 	3,  // 39: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
 	5,  // 40: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	45, // 41: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	39, // 42: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	46, // 41: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	40, // 42: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
 	4,  // 43: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
 	18, // 44: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	45, // 45: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	44, // 46: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	46, // 45: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	45, // 46: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
 	43, // [43:47] is the sub-list for method output_type
 	39, // [39:43] is the sub-list for method input_type
 	39, // [39:39] is the sub-list for extension type_name
@@ -3721,7 +3791,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[36].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[37].OneofWrappers = []any{
 		(*NetworkRequest_Have)(nil),
 		(*NetworkRequest_Taken)(nil),
 	}
@@ -3731,7 +3801,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   43,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
