@@ -239,7 +239,7 @@ func (a *Agent) wire() {
 			defer a.mu.Unlock()
 			return a.networkBad == ""
 		},
-		DNS: a.podDNS, ResolvConf: a.cfg.ResolvConf, KubernetesServiceIP: a.cfg.KubernetesServiceIP,
+		DNS: a.podDNS, ResolvConf: a.cfg.ResolvConf, KubernetesServiceIP: a.cfg.KubernetesServiceIP, Services: a.servicesIn,
 		Logger: a.log,
 	})
 	a.images.Tried = a.pods.WakeAll // what waited for an image that did not come

@@ -62,6 +62,11 @@ func (a *Agent) wantedImages() map[string]bool {
 				}
 			}
 		}
+		for i := range pod.Spec.EphemeralContainers {
+			if name, err := image.Normalize(pod.Spec.EphemeralContainers[i].Image); err == nil {
+				out[name] = true
+			}
+		}
 	}
 	return out
 }

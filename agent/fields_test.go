@@ -8,12 +8,14 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/utils/ptr"
 
 	"timonel/agent/cgroup"
+	"timonel/agent/pod"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -149,9 +151,10 @@ func TestNodeRefusesPods(t *testing.T) {
 	c.ready(port)
 }
 
-// A running pod is not resized and gets no ephemeral containers, and both are
-// said in its status, after a restart of the agent too.
-func TestChangesOfRunningPodsThatAreNotDone(t *testing.T) {
+// A running pod is not resized, which is said in its status. It gets ephemeral
+// containers, once each, but for those with fields that the node refuses. All of it is
+// so after a restart of the agent too.
+func TestChangesOfRunningPods(t *testing.T) {
 	n, cs := cluster(t, "c1")
 	c := cs[0]
 	n.start()
@@ -169,24 +172,40 @@ func TestChangesOfRunningPodsThatAreNotDone(t *testing.T) {
 	asked := p.DeepCopy()
 	asked.Generation = 2
 	asked.Spec.Containers[0].Resources.Requests = quantities("200m", "16Mi")
-	asked.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "timonel/busybox"}}}
+	added := func(name, script string) corev1.EphemeralContainerCommon {
+		c := shell(name, script)
+		c.Image = "timonel/busybox"
+		return corev1.EphemeralContainerCommon(c)
+	}
+	asked.Spec.EphemeralContainers = []corev1.EphemeralContainer{
+		{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "refused", Image: "timonel/busybox", VolumeDevices: []corev1.VolumeDevice{{Name: "data", DevicePath: "/dev/x"}}}},
+		{EphemeralContainerCommon: added("debug", "cat /proc/1/cmdline | tr '\\0' ' '; echo; exec sleep 1000"), TargetContainerName: "app"},
+		{EphemeralContainerCommon: added("once", "exit 3")},
+	}
 	c.set(asked)
 	answered := func(st *corev1.PodStatus) bool {
 		return slices.ContainsFunc(st.Conditions, func(cond corev1.PodCondition) bool {
 			return cond.Type == corev1.PodResizePending && cond.Status == corev1.ConditionTrue && cond.Reason == corev1.PodReasonInfeasible
-		}) && len(st.EphemeralContainerStatuses) == 1
+		}) && len(st.EphemeralContainerStatuses) == 3 && st.EphemeralContainerStatuses[1].State.Running != nil && st.EphemeralContainerStatuses[2].State.Terminated != nil
 	}
 	st := c.until(p, "refused a resize", 20*time.Second, answered)
 	require.Equal(t, "PodFeatureUnsupported", st.EphemeralContainerStatuses[0].State.Terminated.Reason)
+	require.Equal(t, int32(3), st.EphemeralContainerStatuses[2].State.Terminated.ExitCode)
+	debug := st.EphemeralContainerStatuses[1].ContainerID
 	require.True(t, isReady(st))
 	require.Equal(t, ids(before), ids(st))
+	require.EventuallyWithT(t, func(t *assert.CollectT) {
+		log, err := os.ReadFile(filepath.Join(n.cfg.DataDir, "logs", pod.LogDirName(p), "debug", "0.log"))
+		require.NoError(t, err)
+		require.Contains(t, string(log), "trap 'exit 0' TERM", "it sees the processes of its target")
+	}, 20*time.Second, 50*time.Millisecond)
 	c.wait("events", 10*time.Second, func() bool {
 		seen := map[string]string{}
 		for _, e := range c.events {
 			seen[e.Reason] = e.InvolvedObject.FieldPath
 		}
 		_, resized := seen["ResizeInfeasible"]
-		return resized && seen["PodFeatureUnsupported"] == "spec.ephemeralContainers{debug}"
+		return resized && seen["PodFeatureUnsupported"] == "spec.ephemeralContainers{refused}"
 	})
 
 	n.stop()
@@ -197,6 +216,8 @@ func TestChangesOfRunningPodsThatAreNotDone(t *testing.T) {
 	st = c.until(p, "still refused a resize", 20*time.Second, answered)
 	require.Equal(t, ids(before), ids(st))
 	require.Equal(t, "100m", st.ContainerStatuses[0].AllocatedResources.Cpu().String())
+	require.Equal(t, debug, st.EphemeralContainerStatuses[1].ContainerID)
+	require.Zero(t, st.EphemeralContainerStatuses[2].RestartCount)
 	require.Len(t, c.said(p, "ResizeInfeasible"), 1)
 	require.Len(t, c.said(p, "PodFeatureUnsupported"), 1)
 

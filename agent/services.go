@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"errors"
 	"net/netip"
 
 	corev1 "k8s.io/api/core/v1"
@@ -49,6 +50,19 @@ func (a *Agent) tellServices() {
 	}
 	n.Local = a.serves().Addresses
 	a.services.SetNetworks(n)
+}
+
+// servicesIn are the Services of a namespace, or an error while a controller that is
+// going to say them has not said them.
+func (a *Agent) servicesIn(namespace string) ([]*corev1.Service, error) {
+	v := a.known.View()
+	a.mu.Lock()
+	c := a.cluster
+	a.mu.Unlock()
+	if !v.Synced() && c != nil && c.RoutesInNetwork {
+		return nil, errors.New("services have not yet been read at least once, cannot construct envvars")
+	}
+	return v.ServicesIn(namespace), nil
 }
 
 // serviceEvent tells users what of their Service does not work on this node.

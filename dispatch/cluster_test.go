@@ -18,9 +18,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
+	certificatesv1beta1 "k8s.io/api/certificates/v1beta1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
 	"k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
@@ -241,6 +243,8 @@ func keyOf(o runtime.Object) string {
 		return "/registry/configmaps/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.Secret:
 		return "/registry/secrets/" + m.GetNamespace() + "/" + m.GetName()
+	case *certificatesv1beta1.ClusterTrustBundle:
+		return "/registry/clustertrustbundles/" + m.GetName()
 	case *corev1.PersistentVolumeClaim:
 		return "/registry/persistentvolumeclaims/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.PersistentVolume:
@@ -260,7 +264,7 @@ func encode(t *testing.T, o runtime.Object) []byte {
 	o.(metav1.Object).SetResourceVersion("")
 	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
 	var out bytes.Buffer
-	require.NoError(t, scheme.Codecs.EncoderForVersion(s, corev1.SchemeGroupVersion).Encode(o, &out))
+	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion}).Encode(o, &out))
 	return out.Bytes()
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -38,7 +39,7 @@ func (a *agent) take(m *pb.ControllerMessage) {
 			metav1.Object
 			Unmarshal([]byte) error
 		}{kindConfigMap: &corev1.ConfigMap{}, kindSecret: &corev1.Secret{}, kindServiceAccount: &corev1.ServiceAccount{},
-			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}}[m.ObjectSet.Kind]
+			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}, kindTrustBundle: &certificatesv1.ClusterTrustBundle{}}[m.ObjectSet.Kind]
 		require.NoError(a.t, o.Unmarshal(m.ObjectSet.Object))
 		a.objs[m.ObjectSet.Kind+"/"+o.GetName()] = &pb.HaveObject{
 			Kind: m.ObjectSet.Kind, Namespace: o.GetNamespace(), Name: o.GetName(), Uid: string(o.GetUID()),

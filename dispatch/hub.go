@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -99,6 +100,9 @@ func (h *hub) wakeFor(changes []objects.Changed) {
 				h.wakeUsers(objKey{kindServiceAccount, o.Namespace, o.Name})
 			case *corev1.PersistentVolumeClaim:
 				h.wakeUsers(objKey{kindClaim, o.Namespace, o.Name})
+			case *certificatesv1.ClusterTrustBundle:
+				h.wakeUsers(objKey{kindTrustBundle, "", o.Name})
+				h.wakeUsers(objKey{kindSigner, "", o.Spec.SignerName})
 			case *corev1.PersistentVolume:
 				h.wakeUsers(objKey{kindVolume, "", o.Name})
 				if s := h.sessions[o.Annotations[objects.NodeAnnotation]]; s != nil && o.DeletionTimestamp != nil {

@@ -2,6 +2,8 @@ package dispatch
 
 import (
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/state/objects"
@@ -14,6 +16,9 @@ const (
 	kindServiceAccount = "ServiceAccount"
 	kindClaim          = "PersistentVolumeClaim"
 	kindVolume         = "PersistentVolume" // without a namespace
+	kindTrustBundle    = "ClusterTrustBundle"
+	// kindSigner is no object: who refers to a signer hears of all its trust bundles.
+	kindSigner = "signer"
 )
 
 // objKey names an object that pods refer to.
@@ -37,7 +42,7 @@ func wanted(node string, pods []*corev1.Pod, s *objects.Snapshot, add func(objKe
 
 // references calls add with each object that a pod needs: ConfigMaps and Secrets
 // of its environment, volumes and image pulls, its ServiceAccount, the pull
-// secrets of that, its claims and their volumes.
+// secrets of that, its claims and their volumes. trust bundles.
 func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	ns := pod.Namespace
 	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
@@ -112,6 +117,28 @@ func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 			if p.Secret != nil {
 				secret(p.Secret.Name)
 			}
+			if p.ClusterTrustBundle != nil {
+				trustBundles(p.ClusterTrustBundle, s, add)
+			}
+		}
+	}
+}
+
+// trustBundles calls add with the ClusterTrustBundles that a volume shows: one by name,
+// or those of a signer that a selector matches; no selector matches none, an empty one all.
+func trustBundles(p *corev1.ClusterTrustBundleProjection, s *objects.Snapshot, add func(objKey)) {
+	if p.Name != nil {
+		addNamed(add, kindTrustBundle, "", *p.Name)
+		return
+	}
+	selector, err := metav1.LabelSelectorAsSelector(p.LabelSelector)
+	if err != nil || p.SignerName == nil || *p.SignerName == "" {
+		return // the node says what is wrong with it
+	}
+	add(objKey{kindSigner, "", *p.SignerName})
+	for b := range s.TrustBundlesOf(*p.SignerName) {
+		if selector.Matches(labels.Set(b.Labels)) {
+			addNamed(add, kindTrustBundle, "", b.Name)
 		}
 	}
 }
@@ -149,6 +176,10 @@ func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 		}
 	case kindVolume:
 		if o, ok := s.PVs().Get("", k.name); ok {
+			return o, revisionOf(o)
+		}
+	case kindTrustBundle:
+		if o, ok := s.ClusterTrustBundles().Get("", k.name); ok {
 			return o, revisionOf(o)
 		}
 	}

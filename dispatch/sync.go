@@ -129,6 +129,9 @@ func (s *session) sync() error {
 // present revision.
 func (s *session) sendObjects(snapshot *objects.Snapshot, refs map[objKey]struct{}) (sent bool, err error) {
 	for _, k := range slices.SortedFunc(maps.Keys(refs), compareKeys) {
+		if k.kind == kindTrustBundle && !s.bundles {
+			continue // it does not run the pods that need them
+		}
 		o, revision := lookup(snapshot, k)
 		had, known := s.objects[k]
 		if o == nil {

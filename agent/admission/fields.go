@@ -39,7 +39,7 @@ func Fields() []Field {
 		typeName string
 		fields   []Field
 	}{
-		{"PodSpec", podSpec}, {"PodSecurityContext", podSecurityContext}, {"Container", container},
+		{"PodSpec", podSpec}, {"PodSecurityContext", podSecurityContext}, {"Container", container}, {"EphemeralContainer", ephemeralContainer},
 		{"SecurityContext", securityContext}, {"Capabilities", capabilities}, {"SeccompProfile", seccompProfile},
 		{"AppArmorProfile", appArmorProfile}, {"SELinuxOptions", seLinuxOptions}, {"Sysctl", nameAndValue("pod")},
 		{"ResourceRequirements", resourceRequirements}, {"ContainerPort", containerPort},
@@ -57,7 +57,7 @@ func Fields() []Field {
 		{"DownwardAPIVolumeSource", downwardSource}, {"DownwardAPIVolumeFile", downwardFile},
 		{"ProjectedVolumeSource", projectedSource}, {"VolumeProjection", projection},
 		{"SecretProjection", projectedItems}, {"ConfigMapProjection", projectedItems},
-		{"DownwardAPIProjection", []Field{{"items", Done, "volume", ""}}}, {"ServiceAccountTokenProjection", tokenProjection},
+		{"DownwardAPIProjection", []Field{{"items", Done, "volume", ""}}}, {"ServiceAccountTokenProjection", tokenProjection}, {"ClusterTrustBundleProjection", bundleProjection},
 		{"LocalObjectReference", []Field{{"name", Done, "pod", ""}}},
 		{"Affinity", affinityFields}, {"NodeAffinity", nodeAffinityFields}, {"NodeSelector", []Field{{"nodeSelectorTerms", Done, "admission", ""}}},
 		{"NodeSelectorTerm", nodeSelectorTerm}, {"NodeSelectorRequirement", nodeSelectorRequirement},

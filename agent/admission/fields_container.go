@@ -28,6 +28,36 @@ var container = []Field{
 	{"tty", Done, "pod", ""},
 }
 
+// ephemeralContainer is what the API lets an ephemeral container have.
+var ephemeralContainer = []Field{
+	{"name", Done, "pod", ""},
+	{"image", Done, "pod", ""},
+	{"command", Done, "pod", ""},
+	{"args", Done, "pod", ""},
+	{"workingDir", Done, "pod", ""},
+	{"ports", Meaningless, "", "the API allows none"},
+	{"envFrom", Done, "pod", ""},
+	{"env", Done, "pod", ""},
+	{"resources", Meaningless, "", "the API allows none"},
+	{"resizePolicy", Meaningless, "", "the API allows none"},
+	{"restartPolicy", Meaningless, "", "the API allows none"},
+	{"restartPolicyRules", Meaningless, "", "the API allows none"},
+	{"volumeMounts", Done, "pod", ""},
+	{"volumeDevices", Refused, "", "block volumes"},
+	{"livenessProbe", Meaningless, "", "the API allows none"},
+	{"readinessProbe", Meaningless, "", "the API allows none"},
+	{"startupProbe", Meaningless, "", "the API allows none"},
+	{"lifecycle", Meaningless, "", "the API allows none"},
+	{"terminationMessagePath", Done, "pod", ""},
+	{"terminationMessagePolicy", Done, "pod", ""},
+	{"imagePullPolicy", Done, "image", ""},
+	{"securityContext", Done, "pod", ""},
+	{"stdin", Done, "pod", ""},
+	{"stdinOnce", Done, "pod", ""},
+	{"tty", Done, "pod", ""},
+	{"targetContainerName", Done, "pod", ""},
+}
+
 var securityContext = []Field{
 	{"capabilities", Done, "pod", ""},
 	{"privileged", Done, "pod", ""},

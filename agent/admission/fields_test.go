@@ -142,7 +142,7 @@ func TestFieldsThatAreDone(t *testing.T) {
 			missing = append(missing, name)
 		}
 	}
-	require.Equal(t, []string{"PodSpec.enableServiceLinks"}, missing)
+	require.Empty(t, missing)
 }
 
 func first(spec *corev1.PodSpec) *corev1.Container { return &spec.Containers[0] }
@@ -227,7 +227,7 @@ func refusedExamples() map[string][]func(*corev1.PodSpec) {
 		"DownwardAPIVolumeSource.defaultUser": {withVolume(corev1.VolumeSource{DownwardAPI: &corev1.DownwardAPIVolumeSource{DefaultUser: one}})},
 		"ProjectedVolumeSource.defaultUser":   {withVolume(corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{DefaultUser: one}})},
 		"ServiceAccountTokenProjection.user":  {withProjection(corev1.VolumeProjection{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{User: one}})},
-		"VolumeProjection.clusterTrustBundle": {withProjection(corev1.VolumeProjection{ClusterTrustBundle: &corev1.ClusterTrustBundleProjection{}})},
+		"ClusterTrustBundleProjection.user":   {withProjection(corev1.VolumeProjection{ClusterTrustBundle: &corev1.ClusterTrustBundleProjection{User: one}})},
 		"VolumeProjection.podCertificate":     {withProjection(corev1.VolumeProjection{PodCertificate: &corev1.PodCertificateProjection{}})},
 	}
 	key := []corev1.KeyToPath{{Key: "k", Path: "p", User: one}}
@@ -280,7 +280,7 @@ func TestRefusedFields(t *testing.T) {
 		"PodSecurityContext.sysctls": ReasonSysctl, "PodSecurityContext.appArmorProfile": ReasonAppArmor, "SecurityContext.appArmorProfile": ReasonAppArmor,
 	}
 	for _, f := range Fields() {
-		if f.Verdict != Refused && f.Verdict != Partly || f.Name == "PodSpec.ephemeralContainers" {
+		if f.Verdict != Refused && f.Verdict != Partly || strings.HasPrefix(f.Name, "EphemeralContainer.") {
 			continue
 		}
 		t.Run(f.Name, func(t *testing.T) {
@@ -366,6 +366,28 @@ func TestValuesThatAreTaken(t *testing.T) {
 			change(&pod.Spec)
 			require.Nil(t, Admit(pod, node))
 		})
+	}
+}
+
+// What an ephemeral container has and the node does not do is its own to answer for.
+func TestRefusedEphemeralContainers(t *testing.T) {
+	t.Parallel()
+	node := testNode()
+	node.AppArmor = fmt.Errorf("AppArmor is not enabled on the host")
+	plain := corev1.Container{Name: "debug", Image: "i", SecurityContext: &corev1.SecurityContext{Privileged: ptr.To(true)}}
+	require.Nil(t, RefuseEphemeral(&plain, node))
+	for want, change := range map[string]func(*corev1.Container){
+		"volumeDevices":       func(c *corev1.Container) { c.VolumeDevices = []corev1.VolumeDevice{{Name: "v"}} },
+		"procMount: Unmasked": func(c *corev1.Container) { c.SecurityContext.ProcMount = ptr.To(corev1.UnmaskedProcMount) },
+		"Cannot enforce AppArmor": func(c *corev1.Container) {
+			c.SecurityContext.AppArmorProfile = &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeRuntimeDefault}
+		},
+	} {
+		c := plain.DeepCopy()
+		change(c)
+		r := RefuseEphemeral(c, node)
+		require.NotNil(t, r, want)
+		require.Contains(t, r.Message, want)
 	}
 }
 

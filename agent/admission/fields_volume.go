@@ -69,10 +69,15 @@ var projectedSource = []Field{{"sources", Done, "volume", ""}, {"defaultMode", D
 
 var projection = []Field{
 	{"secret", Done, "volume", ""}, {"downwardAPI", Done, "volume", ""}, {"configMap", Done, "volume", ""},
-	{"serviceAccountToken", Done, "volume", ""}, {"clusterTrustBundle", Refused, "", ""}, {"podCertificate", Refused, "", ""},
+	{"serviceAccountToken", Done, "volume", ""}, {"clusterTrustBundle", Done, "volume", ""}, {"podCertificate", Refused, "", ""},
 }
 
 var projectedItems = []Field{{"name", Done, "volume", ""}, {"items", Done, "volume", ""}, {"optional", Done, "volume", ""}}
+
+var bundleProjection = []Field{
+	{"name", Done, "volume", ""}, {"signerName", Done, "volume", ""}, {"labelSelector", Done, "volume", "none matches no bundle, an empty one all"},
+	{"optional", Done, "volume", ""}, {"path", Done, "volume", ""}, {"user", Refused, "", ""},
+}
 
 var tokenProjection = []Field{
 	{"audience", Done, "volume", ""}, {"expirationSeconds", Done, "volume", ""}, {"path", Done, "volume", ""}, {"user", Refused, "", ""},

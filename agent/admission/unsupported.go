@@ -75,8 +75,8 @@ func unsupported(pod *corev1.Pod, node *Node) *Rejection {
 	return reject(ReasonUnsupported, "%s%s", notAvailable, strings.Join(found, ", "))
 }
 
-// containers are those that run with the pod, and before it. Ephemeral ones
-// never do: see [EphemeralMessage].
+// containers are those that run with the pod, and before it. Ephemeral ones come
+// later: see [RefuseEphemeral].
 func containers(pod *corev1.Pod) iter.Seq[*corev1.Container] {
 	return func(yield func(*corev1.Container) bool) {
 		for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
@@ -89,9 +89,15 @@ func containers(pod *corev1.Pod) iter.Seq[*corev1.Container] {
 	}
 }
 
-// EphemeralMessage is what the status of an ephemeral container says: it is
-// never started, and the pod goes on without it.
-const EphemeralMessage = "ephemeral containers are not supported by this node"
+// RefuseEphemeral says what of an ephemeral container this node does not carry out, or
+// nil. One that is refused is not started, and its pod goes on.
+func RefuseEphemeral(c *corev1.Container, node *Node) *Rejection {
+	alone := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{*c}}}
+	if r := appArmor(alone, node); r != nil {
+		return r
+	}
+	return unsupported(alone, node)
+}
 
 // ResizeMessage is why a change of a running pod's resources is infeasible.
 const ResizeMessage = "In-place resize of pods is not supported by this node"
@@ -172,7 +178,7 @@ func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...a
 var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral"}
 
 // projections are the sources within a projected volume.
-var projections = []string{"secret", "configMap", "downwardAPI", "serviceAccountToken"}
+var projections = []string{"secret", "configMap", "downwardAPI", "serviceAccountToken", "clusterTrustBundle"}
 
 // set lists the fields of a struct of pointers that are set, as in YAML.
 func set(source any) []string {
@@ -248,6 +254,8 @@ func unsupportedVolume(v *corev1.Volume, say func(string, ...any)) {
 			files(s.DownwardAPI.Items)
 		case s.ServiceAccountToken != nil:
 			user("serviceAccountToken.user", s.ServiceAccountToken.User)
+		case s.ClusterTrustBundle != nil:
+			user("clusterTrustBundle.user", s.ClusterTrustBundle.User)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -24,6 +25,7 @@ const (
 	KindServiceAccount = "ServiceAccount"
 	KindClaim          = "PersistentVolumeClaim"
 	KindVolume         = "PersistentVolume" // of a pod's claim, or the node's own and being deleted
+	KindTrustBundle    = "ClusterTrustBundle"
 )
 
 // object is what the generated API types have in common here.
@@ -63,6 +65,8 @@ func newObject(kind string) (object, error) {
 		return &corev1.PersistentVolumeClaim{}, nil
 	case KindVolume:
 		return &corev1.PersistentVolume{}, nil
+	case KindTrustBundle:
+		return &certificatesv1.ClusterTrustBundle{}, nil
 	}
 	return nil, fmt.Errorf("objects of kind %q are not known to this agent; is it older than the controller?", kind)
 }
@@ -345,6 +349,25 @@ func (s *Store) PersistentVolumeClaim(namespace, name string) (*corev1.Persisten
 func (s *Store) PersistentVolume(name string) (*corev1.PersistentVolume, bool) {
 	obj, ok := s.object(KindVolume, "", name).(*corev1.PersistentVolume)
 	return obj, ok
+}
+
+// ClusterTrustBundle returns one that a pod's volume shows.
+func (s *Store) ClusterTrustBundle(name string) (*certificatesv1.ClusterTrustBundle, bool) {
+	obj, ok := s.object(KindTrustBundle, "", name).(*certificatesv1.ClusterTrustBundle)
+	return obj, ok
+}
+
+// ClusterTrustBundles returns those of a signer that the node was told of.
+func (s *Store) ClusterTrustBundles(signer string) []*certificatesv1.ClusterTrustBundle {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []*certificatesv1.ClusterTrustBundle
+	for _, o := range s.objects {
+		if b, ok := o.(*certificatesv1.ClusterTrustBundle); ok && b.Spec.SignerName == signer {
+			out = append(out, b)
+		}
+	}
+	return out
 }
 
 // PersistentVolumes returns all that the node was told of.

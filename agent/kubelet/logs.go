@@ -135,6 +135,9 @@ func (s *Server) logFile(ctx context.Context, pod *corev1.Pod, name string, prev
 			known = known || list[i].Name == name
 		}
 	}
+	for i := range pod.Spec.EphemeralContainers {
+		known = known || pod.Spec.EphemeralContainers[i].Name == name
+	}
 	if !known {
 		return "", "", &apiError{http.StatusBadRequest, fmt.Sprintf("container %q in pod %q is not available", name, pod.Name)}
 	}

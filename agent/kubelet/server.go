@@ -267,6 +267,10 @@ func (s *Server) attach(w http.ResponseWriter, r *http.Request) {
 				tty = tty || list[i].Name == r.PathValue("container") && list[i].TTY
 			}
 		}
+		for i := range pod.Spec.EphemeralContainers {
+			c := &pod.Spec.EphemeralContainers[i]
+			tty = tty || c.Name == r.PathValue("container") && c.TTY
+		}
 	}
 	resp, err := s.cfg.Runtime.Attach(r.Context(), &runtimev1.AttachRequest{
 		ContainerId: id, Tty: tty,

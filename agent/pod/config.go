@@ -148,6 +148,9 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 	if err != nil {
 		return nil, err
 	}
+	if s.target != "" {
+		security.NamespaceOptions.Pid, security.NamespaceOptions.TargetId = runtimev1.NamespaceMode_TARGET, s.target
+	}
 	command, args, err := commandLine(c, env)
 	if err != nil {
 		return nil, err

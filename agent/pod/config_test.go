@@ -1,8 +1,10 @@
 package pod
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -10,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -36,6 +39,12 @@ func (objects) PersistentVolumeClaim(_, _ string) (*corev1.PersistentVolumeClaim
 }
 
 func (objects) PersistentVolume(string) (*corev1.PersistentVolume, bool) { return nil, false }
+
+func (objects) ClusterTrustBundle(string) (*certificatesv1.ClusterTrustBundle, bool) {
+	return nil, false
+}
+
+func (objects) ClusterTrustBundles(string) []*certificatesv1.ClusterTrustBundle { return nil }
 
 func TestEnvironment(t *testing.T) {
 	t.Parallel()
@@ -101,6 +110,76 @@ func TestEnvironment(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestServiceLinks: containers have the variables of the Services of their namespace,
+// unless the pod does not want them, and always those of the API.
+func TestServiceLinks(t *testing.T) {
+	t.Parallel()
+	port := func(name string, n int32, p corev1.Protocol) corev1.ServicePort {
+		return corev1.ServicePort{Name: name, Port: n, Protocol: p}
+	}
+	service := func(name, ip string, ports ...corev1.ServicePort) *corev1.Service {
+		return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Spec: corev1.ServiceSpec{ClusterIP: ip, Ports: ports}}
+	}
+	var unknown error
+	m := &Manager{cfg: Config{
+		Objects: objects{}, KubernetesServiceIP: "10.96.0.1", HostIPs: func() []string { return nil },
+		Services: func(namespace string) ([]*corev1.Service, error) {
+			require.Equal(t, "ns", namespace)
+			return []*corev1.Service{
+				service("my-web", "10.96.0.7", port("http", 80, corev1.ProtocolTCP), port("dns-udp", 53, corev1.ProtocolUDP)),
+				service("headless", "None", port("", 80, corev1.ProtocolTCP)),
+				service("elsewhere", "", port("", 80, corev1.ProtocolTCP)),
+				service("odd", "10.96.0.8"),
+				service("kubernetes", "10.96.0.9", port("", 80, corev1.ProtocolTCP)),
+			}, unknown
+		},
+	}}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "p", Namespace: "ns"}, Spec: corev1.PodSpec{Containers: []corev1.Container{{
+		Name: "c", Env: []corev1.EnvVar{{Name: "MY_WEB_PORT", Value: "mine"}, {Name: "URL", Value: "http://$(MY_WEB_SERVICE_HOST):$(MY_WEB_SERVICE_PORT_HTTP)"}},
+	}}}}
+	environment := func() map[string]string {
+		env, err := m.environment(pod, &pod.Spec.Containers[0], nil)
+		require.NoError(t, err)
+		require.Len(t, env, len(env.values()), "no name comes twice")
+		return env.values()
+	}
+	api := map[string]string{
+		"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "KUBERNETES_SERVICE_PORT_HTTPS": "443",
+		"KUBERNETES_PORT": "tcp://10.96.0.1:443", "KUBERNETES_PORT_443_TCP": "tcp://10.96.0.1:443", "KUBERNETES_PORT_443_TCP_PROTO": "tcp",
+		"KUBERNETES_PORT_443_TCP_PORT": "443", "KUBERNETES_PORT_443_TCP_ADDR": "10.96.0.1",
+	}
+	want := map[string]string{
+		"MY_WEB_PORT": "mine", "URL": "http://10.96.0.7:80",
+		"MY_WEB_SERVICE_HOST": "10.96.0.7", "MY_WEB_SERVICE_PORT": "80", "MY_WEB_SERVICE_PORT_HTTP": "80", "MY_WEB_SERVICE_PORT_DNS_UDP": "53",
+		"MY_WEB_PORT_80_TCP": "tcp://10.96.0.7:80", "MY_WEB_PORT_80_TCP_PROTO": "tcp", "MY_WEB_PORT_80_TCP_PORT": "80", "MY_WEB_PORT_80_TCP_ADDR": "10.96.0.7",
+		"MY_WEB_PORT_53_UDP": "udp://10.96.0.7:53", "MY_WEB_PORT_53_UDP_PROTO": "udp", "MY_WEB_PORT_53_UDP_PORT": "53", "MY_WEB_PORT_53_UDP_ADDR": "10.96.0.7",
+		// What a Service of the pod's own namespace that is called kubernetes has beside.
+		"KUBERNETES_PORT_80_TCP": "tcp://10.96.0.9:80", "KUBERNETES_PORT_80_TCP_PROTO": "tcp", "KUBERNETES_PORT_80_TCP_PORT": "80", "KUBERNETES_PORT_80_TCP_ADDR": "10.96.0.9",
+	}
+	maps.Copy(want, api)
+	require.Equal(t, want, environment())
+
+	unknown = errors.New("not read yet")
+	_, err := m.environment(pod, &pod.Spec.Containers[0], nil)
+	require.ErrorIs(t, err, unknown)
+
+	pod.Spec.EnableServiceLinks = new(bool)
+	want = maps.Clone(api)
+	want["MY_WEB_PORT"], want["URL"] = "mine", "http://$(MY_WEB_SERVICE_HOST):$(MY_WEB_SERVICE_PORT_HTTP)"
+	require.Equal(t, want, environment(), "what it does not ask for it does not wait for")
+
+	// More than a process can be started with is said, and what helps.
+	pod.Spec.EnableServiceLinks, unknown = nil, nil
+	m.cfg.Services = func(string) (out []*corev1.Service, err error) {
+		for i := range 30000 {
+			out = append(out, service(fmt.Sprintf("service-%d", i), "10.96.0.7", port("", 80, corev1.ProtocolTCP)))
+		}
+		return out, nil
+	}
+	_, err = m.environment(pod, &pod.Spec.Containers[0], nil)
+	require.ErrorContains(t, err, "spec.enableServiceLinks: false")
 }
 
 // TestTextHasABound: a few bytes of a pod ask for any number of bytes in its

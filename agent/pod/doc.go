@@ -11,6 +11,7 @@
 //	status.go     what to report, a pure function
 //	accept.go     whether the node takes the pod, asked once (package admission)
 //	resize.go     what a running pod asks for and does not get
+//	ephemeral.go  containers that are added to a pod to look at it
 //	classes.go    the CPU weights of classes of pods
 //	start.go      sandboxes and containers: starting them
 //	stop.go       killing containers, ending pods, cleaning up

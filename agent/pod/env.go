@@ -4,13 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/kubernetes/pkg/api/v1/resource"
 	"k8s.io/kubernetes/pkg/fieldpath"
+	"k8s.io/kubernetes/pkg/kubelet/envvars"
 	"k8s.io/kubernetes/third_party/forked/golang/expansion"
 )
 
@@ -68,8 +69,8 @@ func (r *room) expand(text string, lookup func(string) string) (string, error) {
 	return out, err
 }
 
-// environment is a container's: the kubernetes service's variables, then
-// envFrom, then env with $(VAR) expanded, as the kubelet orders them.
+// environment is a container's: envFrom, then env with $(VAR) expanded, then what
+// Services' variables neither of them has set, as the kubelet orders them.
 func (m *Manager) environment(pod *corev1.Pod, c *corev1.Container, podIPs []string) (environment, error) {
 	var env environment
 	left, at := room{maxText}, map[string]int{}
@@ -100,7 +101,10 @@ func (m *Manager) environment(pod *corev1.Pod, c *corev1.Container, podIPs []str
 			}
 		}
 	}
-	services := m.serviceEnvironment()
+	services, err := m.serviceEnvironment(pod)
+	if err != nil {
+		return nil, err
+	}
 	seen := env.values()
 	for _, e := range c.Env {
 		value, found, err := m.envValue(pod, c, &e, podIPs, left, expansion.MappingFuncFor(seen, services))
@@ -116,8 +120,11 @@ func (m *Manager) environment(pod *corev1.Pod, c *corev1.Container, podIPs []str
 		seen[e.Name] = value
 	}
 	for _, k := range slices.Sorted(maps.Keys(services)) {
-		if _, taken := seen[k]; !taken {
-			env = append(env, variable{k, services[k]})
+		if _, taken := seen[k]; taken {
+			continue
+		}
+		if err := set(k, services[k]); err != nil {
+			return nil, fmt.Errorf("%w: spec.enableServiceLinks: false leaves out those of Services", err)
 		}
 	}
 	return env, nil
@@ -235,21 +242,30 @@ func first(list []string) string {
 	return list[0]
 }
 
-// serviceEnvironment points at the API: what in-cluster clients read.
-func (m *Manager) serviceEnvironment() map[string]string {
-	ip := m.cfg.KubernetesServiceIP
-	if ip == "" {
-		return nil
+// serviceEnvironment points at the API, which in-cluster clients read, and unless the
+// pod does not want that at the Services of its namespace.
+func (m *Manager) serviceEnvironment(pod *corev1.Pod) (map[string]string, error) {
+	var services []*corev1.Service
+	if links := pod.Spec.EnableServiceLinks; m.cfg.Services != nil && (links == nil || *links) {
+		all, err := m.cfg.Services(pod.Namespace)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range all {
+			if len(s.Spec.Ports) > 0 { // all that have an address do
+				services = append(services, s)
+			}
+		}
 	}
-	addr := "tcp://" + net.JoinHostPort(ip, "443")
-	return map[string]string{
-		"KUBERNETES_SERVICE_HOST":       ip,
-		"KUBERNETES_SERVICE_PORT":       "443",
-		"KUBERNETES_SERVICE_PORT_HTTPS": "443",
-		"KUBERNETES_PORT":               addr,
-		"KUBERNETES_PORT_443_TCP":       addr,
-		"KUBERNETES_PORT_443_TCP_PROTO": "tcp",
-		"KUBERNETES_PORT_443_TCP_PORT":  "443",
-		"KUBERNETES_PORT_443_TCP_ADDR":  ip,
+	if ip := m.cfg.KubernetesServiceIP; ip != "" { // last: none of the pod's namespace hides it
+		services = append(services, &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceDefault, Name: "kubernetes"},
+			Spec:       corev1.ServiceSpec{ClusterIP: ip, Ports: []corev1.ServicePort{{Name: "https", Port: 443, Protocol: corev1.ProtocolTCP}}},
+		})
 	}
+	out := map[string]string{}
+	for _, v := range envvars.FromServices(services) {
+		out[v.Name] = v.Value
+	}
+	return out, nil
 }

@@ -93,6 +93,9 @@ type Config struct {
 	ResolvConf string
 	// KubernetesServiceIP is what KUBERNETES_SERVICE_HOST says in containers.
 	KubernetesServiceIP string
+	// Services are those of a namespace, of which containers get variables, or why they
+	// are not known yet. nil: there are none.
+	Services func(namespace string) ([]*corev1.Service, error)
 
 	Now    func() time.Time
 	Logger *slog.Logger

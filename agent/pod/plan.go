@@ -24,7 +24,10 @@ type start struct {
 	spec     *corev1.Container
 	init     bool
 	restarts int32
-	previous *container // the one before, in any sandbox; nil at first
+	// ephemeral is the whole of an ephemeral container, else nil.
+	ephemeral *corev1.EphemeralContainer
+	target    string     // container that an ephemeral one shares processes with, if any
+	previous  *container // the one before, in any sandbox; nil at first
 }
 
 // kill is a container to stop, because it is not as it should be.
@@ -76,6 +79,7 @@ func plan(pod *corev1.Pod, obs *observed, f facts) actions {
 			a.kill = append(a.kill, kill{container: c, spec: specOf(pod, c.name), message: "The container belongs to a sandbox that was replaced."})
 		}
 	}
+	planEphemeral(pod, obs, &a)
 	initialized := planInit(pod, obs, box, f, &a)
 	if !initialized {
 		return a
@@ -214,6 +218,11 @@ func specOf(pod *corev1.Pod, name string) *corev1.Container {
 			if list[i].Name == name {
 				return &list[i]
 			}
+		}
+	}
+	for i := range pod.Spec.EphemeralContainers {
+		if pod.Spec.EphemeralContainers[i].Name == name {
+			return asContainer(&pod.Spec.EphemeralContainers[i])
 		}
 	}
 	return nil

@@ -85,22 +85,6 @@ func TestResizeIsInfeasible(t *testing.T) {
 	require.Nil(t, got.Spec.Resources)
 }
 
-// A container that is added to a running pod is never started and says so, in
-// the same words for ever.
-func TestEphemeralContainersSayThatTheyDoNotRun(t *testing.T) {
-	t.Parallel()
-	pod := fieldPod()
-	pod.Spec.EphemeralContainers = []corev1.EphemeralContainer{{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "debug", Image: "busybox"}}}
-	st := statusOf(pod, &pod.Status, nil)
-	require.Len(t, st.EphemeralContainerStatuses, 1)
-	end := st.EphemeralContainerStatuses[0].State.Terminated
-	require.NotNil(t, end)
-	require.Equal(t, []any{"PodFeatureUnsupported", admission.EphemeralMessage, int32(128)}, []any{end.Reason, end.Message, end.ExitCode})
-	later := statusOf(pod, st, func(in *statusInput) { in.now = in.now.Add(time.Hour) })
-	require.Equal(t, st.EphemeralContainerStatuses, later.EphemeralContainerStatuses)
-	require.Equal(t, corev1.PodPending, st.Phase, "the pod goes on without")
-}
-
 // A pod that was not taken says nothing of containers, and the same to whoever
 // asks later, after restarts of its agent too.
 func TestRejectedStatus(t *testing.T) {

@@ -51,6 +51,11 @@ func sandboxSecurity(pod *corev1.Pod) *runtimev1.LinuxSandboxSecurityContext {
 			}
 		}
 	}
+	for i := range pod.Spec.EphemeralContainers {
+		if sc := pod.Spec.EphemeralContainers[i].SecurityContext; sc != nil && isTrue(sc.Privileged) {
+			out.Privileged = true
+		}
+	}
 	if sc := pod.Spec.SecurityContext; sc != nil {
 		out.RunAsUser = int64Value(sc.RunAsUser)
 		if sc.RunAsUser != nil {

@@ -106,11 +106,14 @@ func (w *worker) act(pod *corev1.Pod, obs *observed, a actions, shown uint64) bo
 	if a.newSandbox {
 		return w.startSandbox(pod, a.attempt)
 	}
-	box := obs.current()
+	box, refused := obs.current(), w.refusedEphemeral(pod)
 	started := false
 	for _, s := range a.start {
 		if w.ending() { // there may be thousands to start
 			return true
+		}
+		if _, bad := refused[s.spec.Name]; bad {
+			continue
 		}
 		if w.startContainer(pod, obs, box, s) {
 			started = true
@@ -320,6 +323,11 @@ func (w *worker) startContainer(pod *corev1.Pod, obs *observed, box *sandbox, s 
 		w.eventOnce(pod, corev1.EventTypeWarning, "Failed", "Error: "+text, name)
 		w.putOff(name, waiting{reason, text})
 		return wait(reason, text)
+	}
+	if s.ephemeral != nil {
+		if s.target, err = targetOf(s.ephemeral, obs); err != nil {
+			return fail(reasonConfigError, err)
+		}
 	}
 	cfg, err := w.containerConfig(pod, s, res.ID, ips)
 	if err != nil {

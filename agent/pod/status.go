@@ -34,6 +34,8 @@ type statusInput struct {
 	facts   facts
 	hostIPs []string
 	verdict *verdict
+	// refused are ephemeral containers that are not started, and why.
+	refused map[string]string
 	// resized: the pod asks for other resources than it has.
 	resized bool
 	// ending: the pod is being stopped, or has been.

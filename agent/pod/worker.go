@@ -167,6 +167,9 @@ func (w *worker) refersTo(kind, namespace, name string) bool {
 	if kind == desired.KindVolume { // the claims that it may be of are the pod's
 		return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool { return volume.ClaimOf(pod, &v) != "" })
 	}
+	if kind == desired.KindTrustBundle {
+		return volume.ShowsBundle(pod, name)
+	}
 	if pod.Namespace != namespace {
 		return false
 	}
@@ -202,6 +205,11 @@ func (w *worker) refersTo(kind, namespace, name string) bool {
 			if envRefersTo(&list[i], kind, name) {
 				return true
 			}
+		}
+	}
+	for i := range pod.Spec.EphemeralContainers {
+		if envRefersTo(asContainer(&pod.Spec.EphemeralContainers[i]), kind, name) {
+			return true
 		}
 	}
 	return false
@@ -434,12 +442,13 @@ func (w *worker) report(pod *corev1.Pod, obs *observed, ending, stopped bool) {
 	if w.resizing {
 		w.sayResize(pod, old)
 	}
-	w.sayEphemeral(pod, old)
+	refused := w.refusedEphemeral(pod)
+	w.sayEphemeral(pod, old, refused)
 	st := *old
 	if !terminal(old.Phase) || len(old.ContainerStatuses) == 0 || len(obs.containers) > 0 || len(obs.sandboxes) > 0 {
 		st = makeStatus(statusInput{
 			pod: pod, obs: obs, old: old, resized: w.resizing, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
-			hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
+			hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, refused: refused, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
 		})
 	} // else what ended was removed: its last status tells more than is left
 	w.mu.Lock()

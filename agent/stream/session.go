@@ -109,7 +109,7 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	}
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
 		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
-		GossipKeys: keys, Network: cfg.Network != nil,
+		GossipKeys: keys, Network: cfg.Network != nil, TrustBundles: true,
 	}}}, nil
 }
 

@@ -21,7 +21,7 @@
 // compared, never believed. All of it goes through package hostile.
 //
 //	atomic.go    the writer of API data
-//	payload.go, token.go
+//	payload.go, token.go, trust.go
 //	             what is in it
 //	tmpfs.go     where it is; emptyDir
 //	subpath.go, hostpath.go

@@ -182,8 +182,10 @@ func (p *payload) projected(src *corev1.ProjectedVolumeSource) error {
 			err = p.downward(s.DownwardAPI.Items, m)
 		case s.ServiceAccountToken != nil:
 			err = p.token(s.ServiceAccountToken, m)
+		case s.ClusterTrustBundle != nil:
+			err = p.trustBundle(s.ClusterTrustBundle, m)
 		default:
-			err = fmt.Errorf("projected source %d (clusterTrustBundle or podCertificate) is %w", i, ErrUnsupported)
+			err = fmt.Errorf("projected source %d (podCertificate) is %w", i, ErrUnsupported)
 		}
 		if err != nil {
 			return err

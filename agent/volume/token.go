@@ -46,14 +46,7 @@ func (p *payload) token(src *corev1.ServiceAccountTokenProjection, mode int32) e
 	if src.ExpirationSeconds != nil {
 		want.Seconds = *src.ExpirationSeconds
 	}
-	e := entry{mode: mode, uid: -1}
-	uid, one := singleUser(p.pod)
-	if one {
-		e.uid = int(uid)
-	}
-	if one || fsGroup(p.pod) != nil {
-		e.mode = 0o600
-	}
+	e := p.private(mode)
 	records, err := p.manager.podSubDir(p.pod.UID, "tokens")
 	if err != nil {
 		return err
@@ -91,6 +84,19 @@ func (p *payload) token(src *corev1.ServiceAccountTokenProjection, mode int32) e
 	e.data = []byte(want.Token)
 	p.renew(want.renewAt())
 	return p.add(src.Path, e)
+}
+
+// private is a file for the pod's user alone, when its spec says which that is.
+func (p *payload) private(mode int32) entry {
+	e := entry{mode: mode, uid: -1}
+	uid, one := singleUser(p.pod)
+	if one {
+		e.uid = int(uid)
+	}
+	if one || fsGroup(p.pod) != nil {
+		e.mode = 0o600
+	}
+	return e
 }
 
 func (p *payload) renew(at time.Time) {

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	authenticationv1 "k8s.io/api/authentication/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -26,6 +27,9 @@ type Objects interface {
 	Secret(namespace, name string) (*corev1.Secret, bool)
 	PersistentVolumeClaim(namespace, name string) (*corev1.PersistentVolumeClaim, bool)
 	PersistentVolume(name string) (*corev1.PersistentVolume, bool)
+	ClusterTrustBundle(name string) (*certificatesv1.ClusterTrustBundle, bool)
+	// ClusterTrustBundles are those of a signer.
+	ClusterTrustBundles(signer string) []*certificatesv1.ClusterTrustBundle
 }
 
 // Tokens asks a controller for a service account token.

@@ -11,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	authenticationv1 "k8s.io/api/authentication/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -23,6 +24,22 @@ type fakeObjects struct {
 	secrets map[string]*corev1.Secret
 	claims  map[string]*corev1.PersistentVolumeClaim
 	volumes map[string]*corev1.PersistentVolume
+	bundles map[string]*certificatesv1.ClusterTrustBundle
+}
+
+func (f *fakeObjects) ClusterTrustBundle(name string) (*certificatesv1.ClusterTrustBundle, bool) {
+	o, ok := f.bundles[name]
+	return o, ok
+}
+
+func (f *fakeObjects) ClusterTrustBundles(signer string) []*certificatesv1.ClusterTrustBundle {
+	var out []*certificatesv1.ClusterTrustBundle
+	for _, b := range f.bundles {
+		if b.Spec.SignerName == signer {
+			out = append(out, b)
+		}
+	}
+	return out
 }
 
 func (f *fakeObjects) PersistentVolumeClaim(_, name string) (*corev1.PersistentVolumeClaim, bool) {

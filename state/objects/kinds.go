@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"iter"
 	"strings"
 
 	admissionv1 "k8s.io/api/admissionregistration/v1"
@@ -82,8 +83,9 @@ func typedKinds() map[string]kind {
 		"storageclasses/":             {storagev1.SchemeGroupVersion.WithKind("StorageClass"), func() object { return &storagev1.StorageClass{} }},
 		"volumeattachments/":          {storagev1.SchemeGroupVersion.WithKind("VolumeAttachment"), func() object { return &storagev1.VolumeAttachment{} }},
 
-		// For upstream's controllers. What is stored in a beta version is decoded into the
+		// For upstream's controllers and nodes. What is stored in a beta version is decoded into the
 		// types of the version after it, whose encoding is the same.
+		"clustertrustbundles/":         {certificatesv1beta1.SchemeGroupVersion.WithKind("ClusterTrustBundle"), func() object { return &certificatesv1.ClusterTrustBundle{} }},
 		"clusterroles/":                {rbacv1.SchemeGroupVersion.WithKind("ClusterRole"), func() object { return &rbacv1.ClusterRole{} }},
 		"deviceclasses/":               {resourcev1.SchemeGroupVersion.WithKind("DeviceClass"), func() object { return &resourcev1.DeviceClass{} }},
 		"devicetaintrules/":            {resourcev1.SchemeGroupVersion.WithKind("DeviceTaintRule"), func() object { return &resourcev1.DeviceTaintRule{} }},
@@ -174,6 +176,21 @@ func (s *Snapshot) Jobs() Table[*batchv1.Job] { return newTable[*batchv1.Job](s,
 
 func (s *Snapshot) CertificateSigningRequests() Table[*certificatesv1.CertificateSigningRequest] {
 	return newTable[*certificatesv1.CertificateSigningRequest](s, "certificatesigningrequests/")
+}
+func (s *Snapshot) ClusterTrustBundles() Table[*certificatesv1.ClusterTrustBundle] {
+	return newTable[*certificatesv1.ClusterTrustBundle](s, "clustertrustbundles/")
+}
+
+// TrustBundlesOf yields the ClusterTrustBundles of a signer, in order of name: their
+// names begin with the signer's.
+func (s *Snapshot) TrustBundlesOf(signer string) iter.Seq[*certificatesv1.ClusterTrustBundle] {
+	return func(yield func(*certificatesv1.ClusterTrustBundle) bool) {
+		for b := range s.ClusterTrustBundles().scan(s.prefix + "clustertrustbundles/" + strings.ReplaceAll(signer, "/", ":") + ":") {
+			if b.Spec.SignerName == signer && !yield(b) {
+				return
+			}
+		}
+	}
 }
 func (s *Snapshot) CSIDrivers() Table[*storagev1.CSIDriver] {
 	return newTable[*storagev1.CSIDriver](s, "csidrivers/")

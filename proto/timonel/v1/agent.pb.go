@@ -532,7 +532,9 @@ type Hello struct {
 	// knows of no more than one.
 	GossipKeys []string `protobuf:"bytes,16,rep,name=gossip_keys,json=gossipKeys,proto3" json:"gossip_keys,omitempty"`
 	// The agent learns the nodes' pod ranges by the call Network, where there is one.
-	Network       bool `protobuf:"varint,17,opt,name=network,proto3" json:"network,omitempty"`
+	Network bool `protobuf:"varint,17,opt,name=network,proto3" json:"network,omitempty"`
+	// The agent knows ClusterTrustBundles; others get none.
+	TrustBundles  bool `protobuf:"varint,18,opt,name=trust_bundles,json=trustBundles,proto3" json:"trust_bundles,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -626,6 +628,13 @@ func (x *Hello) GetGossipKeys() []string {
 func (x *Hello) GetNetwork() bool {
 	if x != nil {
 		return x.Network
+	}
+	return false
+}
+
+func (x *Hello) GetTrustBundles() bool {
+	if x != nil {
+		return x.TrustBundles
 	}
 	return false
 }
@@ -1804,7 +1813,7 @@ func (x *PodRemove) GetRevision() int64 {
 	return 0
 }
 
-// ObjectSet is a ConfigMap, Secret, ServiceAccount, claim or volume that a pod of this
+// ObjectSet is a ConfigMap, Secret, ServiceAccount, claim, volume or trust bundle that a pod of this
 // node refers to, or a volume that the node is to delete. Objects are sent before the
 // pods that need them.
 type ObjectSet struct {
@@ -3409,7 +3418,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbye\x12F\n" +
 	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKeptB\t\n" +
-	"\amessage\"\x8e\x02\n" +
+	"\amessage\"\xb3\x02\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
@@ -3420,7 +3429,8 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\binstance\x18\x0f \x01(\tR\binstance\x12\x1f\n" +
 	"\vgossip_keys\x18\x10 \x03(\tR\n" +
 	"gossipKeys\x12\x18\n" +
-	"\anetwork\x18\x11 \x01(\bR\anetwork\"}\n" +
+	"\anetwork\x18\x11 \x01(\bR\anetwork\x12#\n" +
+	"\rtrust_bundles\x18\x12 \x01(\bR\ftrustBundles\"}\n" +
 	"\x04Have\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +
