@@ -81,7 +81,7 @@ func (r *round) prepareAffinity(p *podInfo) *affinityFilter {
 			}
 		}
 	}
-	if len(f.affinity) == 0 && len(f.anti) == 0 && len(f.existing) == 0 && len(r.nominated) == 0 {
+	if len(f.affinity) == 0 && len(f.anti) == 0 && len(f.existing) == 0 && r.nominatedAnti == 0 {
 		return nil
 	}
 	return f

@@ -69,13 +69,16 @@ type candidate struct {
 	spread   *spreadFilter
 	affinity *affinityFilter
 	volumes  *podVolumes
+	// answers are what nodes said to equal pods; nil: nobody remembers.
+	answers *answers
 	// spreadSelector is the selector for default spreading; see spread.go.
 	spreadSelector *derivedSelector
 }
 
 // scratch holds memory that is reused from pod to pod.
 type scratch struct {
-	feasible []int32
+	feasible           []int32
+	leaving, potential []*podInfo
 }
 
 // keepAffinities is how many different node selectors a round remembers the
@@ -258,8 +261,8 @@ func (r *round) filterNode(c *candidate, n *nodeInfo) *status {
 	if len(c.p.ports) > 0 && !n.portsFree(c.p) {
 		return statusPorts
 	}
-	if reasons, never := n.insufficient(c.p); len(reasons) > 0 {
-		return &status{reasons: reasons, unresolvable: never, cause: causeResources}
+	if s := n.insufficient(c.p); s != nil {
+		return s
 	}
 	if c.volumes != nil {
 		if s := r.filterVolumes(c, n); s != nil {

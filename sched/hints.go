@@ -174,24 +174,11 @@ func (c *Cluster) mayFit(p *podInfo, node string) bool {
 		return false
 	}
 	n := c.nodes[slot]
-	if reasons, _ := n.insufficient(p); len(reasons) == 0 {
+	if n.hasRoom(p) {
 		return true
 	}
-	var aside []*podInfo
-	for _, other := range n.pods {
-		if other.priority < p.priority {
-			aside = append(aside, other)
-		}
-	}
-	if len(aside) == 0 {
-		return false
-	}
-	n = n.clone()
-	for _, other := range aside {
-		n.remove(other)
-	}
-	reasons, _ := n.insufficient(p)
-	return len(reasons) == 0
+	less := func(other *podInfo) bool { return other.priority < p.priority }
+	return slices.ContainsFunc(n.pods, less) && n.without(less).hasRoom(p)
 }
 
 func namespaceLabels(s State, name string) labels.Set {

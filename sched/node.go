@@ -58,6 +58,22 @@ func (n *nodeInfo) clone() *nodeInfo {
 	return &c
 }
 
+// without returns a copy that has only the pods that stay.
+func (n *nodeInfo) without(goes func(*podInfo) bool) *nodeInfo {
+	c := *n
+	c.pods = make([]*podInfo, 0, len(n.pods)+1)
+	c.requested, c.ports = n.requested.clone(), nil
+	for _, p := range n.pods {
+		if goes(p) {
+			c.update(p, -1)
+			continue
+		}
+		c.pods = append(c.pods, p)
+		c.ports = append(c.ports, p.ports...)
+	}
+	return &c
+}
+
 func (n *nodeInfo) add(p *podInfo) {
 	n.pods = append(n.pods, p)
 	n.ports = append(n.ports, p.ports...)
@@ -78,6 +94,14 @@ func (n *nodeInfo) remove(p *podInfo) bool {
 	}
 	n.update(p, -1)
 	return true
+}
+
+// pop takes out the pod that was added last.
+func (n *nodeInfo) pop() {
+	p := n.pods[len(n.pods)-1]
+	n.pods = n.pods[:len(n.pods)-1]
+	n.ports = n.ports[:len(n.ports)-len(p.ports)]
+	n.update(p, -1)
 }
 
 func (n *nodeInfo) update(p *podInfo, sign int64) {

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -23,6 +24,10 @@ type podInfo struct {
 	req                     resources
 	scoredCPU, scoredMemory int64
 	ports                   []hostPort
+	// leaving says that the pod was evicted for another before; started is its start
+	// time, zero while it has none.
+	leaving bool
+	started time.Time
 
 	// The pod's inter-pod terms by kind; see termKind.
 	terms [termKinds][]*term
@@ -71,7 +76,10 @@ func (t *term) matches(pod *corev1.Pod, nsLabels labels.Set) bool {
 func podKey(namespace, name string) string { return namespace + "/" + name }
 
 func makePodInfo(pod *corev1.Pod) *podInfo {
-	p := &podInfo{pod: pod, priority: corev1helpers.PodPriority(pod)}
+	p := &podInfo{pod: pod, priority: corev1helpers.PodPriority(pod), leaving: leavingForPreemptor(pod)}
+	if t := pod.Status.StartTime; t != nil {
+		p.started = t.Time
+	}
 	p.req, p.scoredCPU, p.scoredMemory = podRequests(pod)
 	for i := range pod.Spec.InitContainers {
 		c := &pod.Spec.InitContainers[i]

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -23,6 +24,10 @@ type nodeVictims struct {
 	slot       int32
 	pods       []*podInfo // most important first
 	violations int
+	// highest is their highest priority, sum that of all, earliest the start of the first
+	// of those that have the highest.
+	highest, sum int64
+	earliest     time.Time
 }
 
 // preempt looks for a node where evicting pods of lower priority lets the pod
@@ -42,7 +47,7 @@ func (r *round) preempt(c *candidate) (evicts bool, nominated, message string) {
 	}
 	n := r.nodes[best.slot]
 	r.withdraw(c.p)
-	r.nominated[best.slot] = append(r.nominated[best.slot], c.p)
+	r.nominate(c.p, best.slot)
 	if len(best.pods) == 0 {
 		return false, n.name, " preemption: waiting for evicted pods to leave node " + n.name + "."
 	}
@@ -79,7 +84,7 @@ func (r *round) mayNotPreempt(c *candidate) string {
 		return ""
 	}
 	for _, p := range r.nodes[slot].pods {
-		if p.priority < c.p.priority && leavingForPreemptor(p.pod) {
+		if p.priority < c.p.priority && p.leaving {
 			return "not eligible due to a terminating pod on the nominated node."
 		}
 	}
@@ -88,7 +93,7 @@ func (r *round) mayNotPreempt(c *candidate) string {
 
 // leaving reports whether the pod was evicted for another, in this round or
 // before.
-func (r *round) leaving(p *podInfo) bool { return r.evicted[p] || leavingForPreemptor(p.pod) }
+func (r *round) leaving(p *podInfo) bool { return p.leaving || r.evicted[p] }
 
 func leavingForPreemptor(pod *corev1.Pod) bool {
 	if pod.DeletionTimestamp == nil {
@@ -116,13 +121,17 @@ func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
 		return nil, statuses
 	}
 	enough := max(len(nodes)*int(r.cfg.PreemptionCandidatesPercentage)/100, int(r.cfg.PreemptionCandidatesMin))
-	offset := r.random(c.p).IntN(len(nodes))
-	budgets := slices.Collect(r.in.State.PodDisruptionBudgets())
+	var offset int
+	if c.answers != nil {
+		offset = int(c.answers.offset % uint64(len(nodes)))
+	} else {
+		offset = r.random(c.p).IntN(len(nodes))
+	}
 	var found []*nodeVictims
 	harmless, searched := false, false
 	for i := range nodes {
 		slot := nodes[(offset+i)%len(nodes)]
-		v, s := r.victimsOn(c, slot, budgets)
+		v, s := r.victims(c, slot)
 		if s != statusNoVictims && !searched {
 			searched = true
 			r.searches++
@@ -140,15 +149,15 @@ func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
 	if len(found) == 0 {
 		return nil, statuses
 	}
-	return r.leastHarm(found), nil
+	return leastHarm(found), nil
 }
 
 // victimsOn returns the fewest and least important pods to evict from a node:
 // all of lower priority are taken away, then put back one by one, the most
 // important first, as long as the pod still fits. Pods that leave already are
 // no victims. A status says why it does not help.
-func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisruptionBudget) (*nodeVictims, *status) {
-	var leaving, potential []*podInfo
+func (r *round) victimsOn(c *candidate, slot int32) (*nodeVictims, *status) {
+	leaving, potential := r.scratch.leaving[:0], r.scratch.potential[:0]
 	for _, p := range r.nodes[slot].pods {
 		switch {
 		case p.priority >= c.p.priority:
@@ -158,43 +167,48 @@ func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisru
 			potential = append(potential, p)
 		}
 	}
+	r.scratch.leaving, r.scratch.potential = leaving, potential
 	if len(leaving)+len(potential) == 0 {
 		return nil, statusNoVictims
 	}
-	n := r.nodes[slot].clone()
-	remove := func(p *podInfo) {
-		n.remove(p)
-		c.count(p, n, -1)
-	}
-	add := func(p *podInfo) {
-		n.add(p)
-		c.count(p, n, 1)
-	}
-	for _, p := range leaving {
-		remove(p)
-		defer c.count(p, n, 1)
-	}
-	for _, p := range potential {
-		remove(p)
-	}
-	if s := r.filter(c, n); s != nil {
-		for _, p := range potential {
-			c.count(p, n, 1)
+	n := r.nodes[slot].without(func(p *podInfo) bool {
+		return p.priority < c.p.priority && (p.pod.Spec.NodeName != "" || r.leaving(p))
+	})
+	plain := c.plain()
+	count := func(pods []*podInfo, sign int64) {
+		if plain {
+			return
 		}
+		for _, p := range pods {
+			c.count(p, n, sign)
+		}
+	}
+	count(leaving, -1)
+	defer count(leaving, 1)
+	count(potential, -1)
+	if s := r.filter(c, n); s != nil {
+		count(potential, 1)
 		return nil, s
+	}
+	// Of what a plain pod asks of a node alone, room and ports depend on its pods.
+	fits := func() bool { return r.filter(c, n) == nil }
+	if plain && !r.expects(c, slot) {
+		fits = func() bool { return n.hasRoom(c.p) && (len(c.p.ports) == 0 || n.portsFree(c.p)) }
 	}
 	out := &nodeVictims{slot: slot}
 	reprieve := func(p *podInfo) bool {
-		add(p)
-		if r.filter(c, n) == nil {
+		n.add(p)
+		count([]*podInfo{p}, 1)
+		if fits() {
 			return true
 		}
-		remove(p)
+		n.pop()
+		count([]*podInfo{p}, -1)
 		out.pods = append(out.pods, p)
 		return false
 	}
 	slices.SortFunc(potential, r.moreImportant)
-	violating, others := splitByBudget(potential, budgets)
+	violating, others := r.splitByBudget(potential)
 	for _, p := range violating {
 		if !reprieve(p) {
 			out.violations++
@@ -203,11 +217,18 @@ func (r *round) victimsOn(c *candidate, slot int32, budgets []*policyv1.PodDisru
 	for _, p := range others {
 		reprieve(p)
 	}
-	for _, p := range out.pods {
-		c.count(p, n, 1)
+	count(out.pods, 1)
+	if len(violating) > 0 { // else they are in order
+		slices.SortFunc(out.pods, r.moreImportant)
 	}
-	slices.SortFunc(out.pods, r.moreImportant)
+	r.weigh(out)
 	return out, nil
+}
+
+// expects reports whether others are nominated for a node whose coming the candidate
+// has to reckon with.
+func (r *round) expects(c *candidate, slot int32) bool {
+	return slices.ContainsFunc(r.nominated[slot], func(p *podInfo) bool { return p != c.p && p.priority >= c.p.priority })
 }
 
 // moreImportant orders pods by priority, then by how long they run, then by
@@ -216,37 +237,55 @@ func (r *round) moreImportant(a, b *podInfo) int {
 	if a.priority != b.priority {
 		return cmp.Compare(b.priority, a.priority)
 	}
-	return cmp.Or(
-		r.startTime(a).Compare(r.startTime(b)),
-		cmp.Compare(a.pod.Namespace, b.pod.Namespace),
-		cmp.Compare(a.pod.Name, b.pod.Name),
-	)
+	if d := r.startTime(a).Compare(r.startTime(b)); d != 0 {
+		return d
+	}
+	if d := strings.Compare(a.pod.Namespace, b.pod.Namespace); d != 0 {
+		return d
+	}
+	return strings.Compare(a.pod.Name, b.pod.Name)
 }
 
+// startTime is when a pod started; those that have not yet do now.
 func (r *round) startTime(p *podInfo) time.Time {
-	if t := p.pod.Status.StartTime; t != nil {
-		return t.Time
+	if p.started.IsZero() {
+		return r.in.Now
 	}
-	return r.in.Now
+	return p.started
+}
+
+// budget is a PodDisruptionBudget that selects some pods.
+type budget struct {
+	*policyv1.PodDisruptionBudget
+	selector labels.Selector
+}
+
+func (r *round) listBudgets() (out []budget) {
+	for b := range r.in.State.PodDisruptionBudgets() {
+		if s, err := metav1.LabelSelectorAsSelector(b.Spec.Selector); err == nil && !s.Empty() {
+			out = append(out, budget{b, s})
+		}
+	}
+	return out
 }
 
 // splitByBudget tells the pods whose eviction a PodDisruptionBudget forbids,
 // given that those before them in the list are evicted, from the others.
-func splitByBudget(pods []*podInfo, budgets []*policyv1.PodDisruptionBudget) (violating, others []*podInfo) {
+func (r *round) splitByBudget(pods []*podInfo) (violating, others []*podInfo) {
+	budgets := r.budgets()
+	if len(budgets) == 0 {
+		return nil, pods
+	}
 	left := make([]int32, len(budgets))
-	selectors := make([]labels.Selector, len(budgets))
 	for i, b := range budgets {
 		left[i] = b.Status.DisruptionsAllowed
-		if s, err := metav1.LabelSelectorAsSelector(b.Spec.Selector); err == nil && !s.Empty() {
-			selectors[i] = s
-		}
 	}
 	forbidden := func(pod *corev1.Pod) bool {
 		if len(pod.Labels) == 0 {
 			return false
 		}
 		for i, b := range budgets {
-			if b.Namespace != pod.Namespace || selectors[i] == nil || !selectors[i].Matches(labels.Set(pod.Labels)) {
+			if b.Namespace != pod.Namespace || !b.selector.Matches(labels.Set(pod.Labels)) {
 				continue
 			}
 			if _, already := b.Status.DisruptedPods[pod.Name]; already {
@@ -268,38 +307,34 @@ func splitByBudget(pods []*podInfo, budgets []*policyv1.PodDisruptionBudget) (vi
 	return violating, others
 }
 
+// weigh works out what leastHarm compares.
+func (r *round) weigh(v *nodeVictims) {
+	v.highest, v.earliest = math.MinInt64, r.in.Now
+	for _, p := range v.pods {
+		v.sum += int64(p.priority) + math.MaxInt32 + 1
+	}
+	if len(v.pods) == 0 {
+		return
+	}
+	v.highest = int64(v.pods[0].priority)
+	for _, p := range v.pods {
+		if start := r.startTime(p); int64(p.priority) == v.highest && start.Before(v.earliest) {
+			v.earliest = start
+		}
+	}
+}
+
 // leastHarm picks the node with the fewest violated budgets, then the lowest
 // highest priority, the lowest sum of priorities, the fewest victims, and the
 // most recently started important victims; then the first.
-func (r *round) leastHarm(found []*nodeVictims) *nodeVictims {
-	highest := func(v *nodeVictims) int64 {
-		if len(v.pods) == 0 {
-			return math.MinInt64
-		}
-		return int64(v.pods[0].priority)
-	}
-	sum := func(v *nodeVictims) (total int64) {
-		for _, p := range v.pods {
-			total += int64(p.priority) + math.MaxInt32 + 1
-		}
-		return total
-	}
-	earliest := func(v *nodeVictims) time.Time {
-		t := r.in.Now
-		for _, p := range v.pods {
-			if start := r.startTime(p); p.priority == v.pods[0].priority && start.Before(t) {
-				t = start
-			}
-		}
-		return t
-	}
+func leastHarm(found []*nodeVictims) *nodeVictims {
 	return slices.MinFunc(found, func(a, b *nodeVictims) int {
 		return cmp.Or(
 			cmp.Compare(a.violations, b.violations),
-			cmp.Compare(highest(a), highest(b)),
-			cmp.Compare(sum(a), sum(b)),
+			cmp.Compare(a.highest, b.highest),
+			cmp.Compare(a.sum, b.sum),
 			cmp.Compare(len(a.pods), len(b.pods)),
-			earliest(b).Compare(earliest(a)),
+			b.earliest.Compare(a.earliest),
 		)
 	})
 }

@@ -52,12 +52,6 @@ func makeResources(list corev1.ResourceList) resources {
 	return r
 }
 
-// isZero reports whether nothing is requested; a scalar that is named counts as
-// requested even when its amount is 0.
-func (r *resources) isZero() bool {
-	return r.milliCPU == 0 && r.memory == 0 && r.ephemeralStorage == 0 && len(r.scalars) == 0
-}
-
 func (r *resources) scalar(name corev1.ResourceName) int64 {
 	for _, s := range r.scalars {
 		if s.name == name {
@@ -182,26 +176,84 @@ func isScalar(name corev1.ResourceName) bool {
 	return len(validation.IsQualifiedName(corev1.DefaultResourceRequestsPrefix+s)) == 0
 }
 
-// insufficient returns why the pod does not fit into what the node has left,
-// and whether it would not fit into the empty node either.
-func (n *nodeInfo) insufficient(p *podInfo) (reasons []string, unresolvable bool) {
+// hasRoom reports whether the pod fits into what the node has left.
+func (n *nodeInfo) hasRoom(p *podInfo) bool {
 	if int64(len(n.pods))+1 > n.allocatable.pods {
-		reasons = append(reasons, "Too many pods")
+		return false
 	}
-	if p.req.isZero() {
-		return reasons, false
+	fits := func(want, allocatable, used int64) bool { return want <= 0 || want <= allocatable-used }
+	if !fits(p.req.milliCPU, n.allocatable.milliCPU, n.requested.milliCPU) ||
+		!fits(p.req.memory, n.allocatable.memory, n.requested.memory) ||
+		!fits(p.req.ephemeralStorage, n.allocatable.ephemeralStorage, n.requested.ephemeralStorage) {
+		return false
 	}
-	check := func(name string, want, allocatable, used int64) {
-		if want > 0 && want > allocatable-used {
-			reasons = append(reasons, "Insufficient "+name)
-			unresolvable = unresolvable || want > allocatable
+	for _, s := range p.req.scalars {
+		if !fits(s.value, n.allocatable.scalar(s.name), n.requested.scalar(s.name)) {
+			return false
 		}
 	}
-	check("cpu", p.req.milliCPU, n.allocatable.milliCPU, n.requested.milliCPU)
-	check("memory", p.req.memory, n.allocatable.memory, n.requested.memory)
-	check("ephemeral-storage", p.req.ephemeralStorage, n.allocatable.ephemeralStorage, n.requested.ephemeralStorage)
-	for _, s := range p.req.scalars {
-		check(string(s.name), s.value, n.allocatable.scalar(s.name), n.requested.scalar(s.name))
+	return true
+}
+
+// What a node can lack, as bits.
+const (
+	lacksPods = 1 << iota
+	lacksCPU
+	lacksMemory
+	lacksStorage
+	lacksForever // the pod would not fit into the empty node either
+	lackings
+)
+
+// insufficiencies are the statuses of all that a node can lack but scalars.
+var insufficiencies = func() (out [lackings]*status) {
+	for bits := 1; bits < lackings; bits++ {
+		s := &status{unresolvable: bits&lacksForever != 0, cause: causeResources}
+		for i, reason := range []string{"Too many pods", "Insufficient cpu", "Insufficient memory", "Insufficient ephemeral-storage"} {
+			if bits&(1<<i) != 0 {
+				s.reasons = append(s.reasons, reason)
+			}
+		}
+		out[bits] = s
 	}
-	return reasons, unresolvable
+	return out
+}()
+
+// insufficient returns why the pod does not fit into what the node has left, nil if it
+// does. It is unresolvable when the pod would not fit into the empty node either.
+func (n *nodeInfo) insufficient(p *podInfo) *status {
+	if n.hasRoom(p) {
+		return nil
+	}
+	lacks := 0
+	if int64(len(n.pods))+1 > n.allocatable.pods {
+		lacks |= lacksPods
+	}
+	check := func(bit int, want, allocatable, used int64) {
+		if want > 0 && want > allocatable-used {
+			if lacks |= bit; want > allocatable {
+				lacks |= lacksForever
+			}
+		}
+	}
+	check(lacksCPU, p.req.milliCPU, n.allocatable.milliCPU, n.requested.milliCPU)
+	check(lacksMemory, p.req.memory, n.allocatable.memory, n.requested.memory)
+	check(lacksStorage, p.req.ephemeralStorage, n.allocatable.ephemeralStorage, n.requested.ephemeralStorage)
+	var scalars []string
+	for _, s := range p.req.scalars {
+		allocatable, used := n.allocatable.scalar(s.name), n.requested.scalar(s.name)
+		if s.value > 0 && s.value > allocatable-used {
+			scalars = append(scalars, "Insufficient "+string(s.name))
+			check(0, s.value, allocatable, used)
+		}
+	}
+	known := insufficiencies[lacks]
+	if len(scalars) == 0 {
+		return known
+	}
+	out := &status{unresolvable: lacks&lacksForever != 0, cause: causeResources, reasons: scalars}
+	if known != nil {
+		out.reasons = append(slices.Clone(known.reasons), scalars...)
+	}
+	return out
 }

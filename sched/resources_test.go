@@ -151,9 +151,12 @@ func TestInsufficient(t *testing.T) {
 			t.Parallel()
 			n := &nodeInfo{allocatable: makeResources(requests(tc.allocatable...))}
 			n.add(makePodInfo(&corev1.Pod{Spec: corev1.PodSpec{Containers: used}}))
-			got, unresolvable := n.insufficient(makePodInfo(&corev1.Pod{Spec: corev1.PodSpec{Containers: tc.containers}}))
-			if !slices.Equal(got, tc.want) || unresolvable != tc.unresolvable {
-				t.Errorf("got %q, %v; want %q, %v", got, unresolvable, tc.want, tc.unresolvable)
+			var got status
+			if s := n.insufficient(makePodInfo(&corev1.Pod{Spec: corev1.PodSpec{Containers: tc.containers}})); s != nil {
+				got = *s
+			}
+			if !slices.Equal(got.reasons, tc.want) || got.unresolvable != tc.unresolvable {
+				t.Errorf("got %q, %v; want %q, %v", got.reasons, got.unresolvable, tc.want, tc.unresolvable)
 			}
 		})
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"math/rand/v2"
+	"sync"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -79,6 +80,8 @@ type round struct {
 	counts      map[string]*roundCount
 	// nominated pods hold room by slot until they are placed.
 	nominated map[int32][]*podInfo
+	// nominatedAnti counts the nominated pods that have required anti-affinity.
+	nominatedAnti int
 
 	volumes volumeRound
 	// evicted pods were chosen as victims in this round.
@@ -87,6 +90,11 @@ type round struct {
 	searches int
 	// hopeless maps what a pod asks for to the failure of an equal pod.
 	hopeless map[string]hopeless
+	// equal maps what a pod asks for to what nodes answered to equal pods; versions say
+	// which answers still hold.
+	equal    map[string]*answers
+	versions []uint32
+	budgets  func() []budget
 
 	// affinities keeps which nodes node selectors match; see affinityAnswers.
 	affinities map[string][]uint8
@@ -121,13 +129,18 @@ func newRound(c *Config, in Input) *round {
 		hopeless:   map[string]hopeless{},
 		affinities: map[string][]uint8{},
 		statuses:   make([]*status, len(cl.nodes)),
+		equal:      map[string]*answers{},
+		versions:   make([]uint32, len(cl.nodes)),
 	}
+	r.budgets = sync.OnceValue(r.listBudgets)
 	for kind := range r.placedTerms {
 		r.placedTerms[kind] = map[string]*termCount{}
 	}
 	for name, list := range cl.nominated {
 		if slot, ok := cl.slots[name]; ok {
-			r.nominated[slot] = append([]*podInfo(nil), list...)
+			for _, p := range list {
+				r.nominate(p, slot)
+			}
 		}
 	}
 	if n := len(cl.order); n > 0 {
@@ -143,7 +156,7 @@ func (r *round) schedule(p *podInfo) {
 		return
 	}
 	signature := ""
-	if len(r.hopeless) > 0 {
+	if len(r.hopeless)+len(r.equal) > 0 {
 		if signature = r.signature(p); signature != "" {
 			if h, ok := r.hopeless[signature]; ok {
 				r.fail(p, corev1.PodReasonUnschedulable, h.message, "", h.causes)
@@ -156,6 +169,9 @@ func (r *round) schedule(p *podInfo) {
 		r.reject(c, rejected)
 		return
 	}
+	if a := r.equal[signature]; a != nil && c.plain() {
+		c.answers = a
+	}
 	feasible, failed := r.findFeasible(c)
 	if failed != nil {
 		r.reject(c, failed)
@@ -163,15 +179,14 @@ func (r *round) schedule(p *podInfo) {
 	}
 	if len(feasible) == 0 {
 		message, causes := r.fitMessage(r.statuses, nil), r.causes()
+		if signature == "" {
+			signature = r.signature(p)
+		}
+		r.remembers(c, signature)
 		preempted, nominated, extra := r.preempt(c)
 		r.fail(p, corev1.PodReasonUnschedulable, message+extra, nominated, causes)
-		if !preempted && nominated == "" {
-			if signature == "" {
-				signature = r.signature(p)
-			}
-			if signature != "" {
-				r.hopeless[signature] = hopeless{message + extra, causes}
-			}
+		if !preempted && nominated == "" && signature != "" {
+			r.hopeless[signature] = hopeless{message + extra, causes}
 		}
 		return
 	}
@@ -233,6 +248,7 @@ func (r *round) assume(p *podInfo, slot int32) *nodeInfo {
 	if !r.own[slot] {
 		r.nodes[slot], r.own[slot] = r.nodes[slot].clone(), true
 	}
+	r.changed(slot)
 	n := r.nodes[slot]
 	n.add(p)
 	for kind, list := range p.terms {
@@ -255,6 +271,15 @@ func (r *round) assume(p *podInfo, slot int32) *nodeInfo {
 	return n
 }
 
+// nominate keeps room on a node for a pod.
+func (r *round) nominate(p *podInfo, slot int32) {
+	r.nominated[slot] = append(r.nominated[slot], p)
+	if len(p.terms[requiredAntiAffinity]) > 0 {
+		r.nominatedAnti++
+	}
+	r.changed(slot)
+}
+
 // withdraw gives up the room a nominated pod held.
 func (r *round) withdraw(p *podInfo) {
 	name := p.pod.Status.NominatedNodeName
@@ -269,6 +294,10 @@ func (r *round) withdraw(p *podInfo) {
 	for i, other := range list {
 		if other == p {
 			r.nominated[slot] = append(list[:i:i], list[i+1:]...)
+			if len(p.terms[requiredAntiAffinity]) > 0 {
+				r.nominatedAnti--
+			}
+			r.changed(slot)
 			clear(r.hopeless) // the room may be what another lacked
 			return
 		}
@@ -325,7 +354,7 @@ func (r *round) findFeasible(c *candidate) ([]int32, *status) {
 				r.statuses[slot] = statusNotNamed
 				continue
 			}
-			s := r.filter(c, n)
+			s := r.fit(c, slot)
 			if s == nil {
 				feasible = append(feasible, slot)
 				continue
@@ -342,7 +371,7 @@ func (r *round) findFeasible(c *candidate) ([]int32, *status) {
 	want, tried := nodesToFind(int(r.cfg.PercentageOfNodesToScore), len(order)), 0
 	for ; tried < len(order) && len(feasible) < want; tried++ {
 		slot := order[(r.start+tried)%len(order)]
-		s := r.filter(c, r.nodes[slot])
+		s := r.fit(c, slot)
 		if s == nil {
 			feasible = append(feasible, slot)
 			continue
