@@ -104,12 +104,14 @@ func (r *Replica) touchErr(clock, since int64) error {
 	if err := r.heardOf(clock); err != nil {
 		return err
 	}
-	proven := t.proven.Load()
+	proven, disk := t.proven.Load(), r.DiskErr()
 	if proven <= since {
+		if disk != nil {
+			return disk // it would catch up for ever
+		}
 		return errors.New("it catches up with the others")
 	}
 	limit := max(r.cfg.ProposeTimeout, r.cfg.TouchTimeout)
-	disk := r.DiskErr()
 	if disk != nil {
 		limit = r.cfg.TouchTimeout
 	}

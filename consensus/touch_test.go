@@ -150,6 +150,11 @@ func TestAReplicaThatStandsStillIsOutOfTouch(t *testing.T) {
 			go func() { defer close(done); write(t, c, stop) }()
 			test.spoil(n)
 			requireLost(t, n, lost, test.why)
+			if name == "its disk fails" { // also when it was out of touch for another reason before
+				if err := n.touchErr(n.touch.clock(), n.touch.clock()); err == nil || !strings.Contains(err.Error(), test.why) {
+					t.Errorf("it says %v, want %q", err, test.why)
+				}
+			}
 			close(stop)
 			<-done
 			for _, other := range c.nodes {
