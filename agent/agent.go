@@ -97,7 +97,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), namesChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1), told: make(chan struct{}, 1)}
 	var err error
 	network := cfg.network()
-	network.Keep = podnet.HostsOf(a.controllers()...)
+	network.Keep, network.Event = podnet.HostsOf(a.controllers()...), a.networkEvent
 	if a.network, err = podnet.New(network); err != nil {
 		return nil, err
 	}

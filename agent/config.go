@@ -108,6 +108,15 @@ type Config struct {
 	// NodePortAddresses are the networks of the addresses of this node where node ports
 	// are. Default service.Primary: NodeIPs.
 	NodePortAddresses []string
+	// PodNetworkMode says how other nodes' pods are reached. Default podnet.Auto.
+	PodNetworkMode podnet.Mode
+	// VXLAN is where packets are that are carried to nodes of other segments.
+	VXLAN podnet.VXLAN
+	// PodMTU is the MTU of pods. Default: as the node's own network allows.
+	PodMTU int
+	// KeepSource are networks beside the pods' to which pods' packets go with the pod's
+	// own address.
+	KeepSource []netip.Prefix
 	// Version of the agent.
 	Version string
 	// Joined is called, once, with the cluster's id when a controller has first
@@ -237,8 +246,15 @@ func (c *Config) daemon() containerd.DaemonConfig {
 }
 
 func (c *Config) network() podnet.Config {
+	var ips []netip.Addr
+	for _, ip := range c.NodeIPs {
+		if addr, ok := netip.AddrFromSlice(ip); ok {
+			ips = append(ips, addr.Unmap())
+		}
+	}
 	return podnet.Config{
 		Name: "timonel-" + c.ID(), Bridge: c.Bridge, ConfDir: c.dir("cni", "conf"), StateDir: c.dir("cni", "state"),
-		BinDir: c.CNIBin, Table: "timonel-pods", Logger: c.Logger,
+		BinDir: c.CNIBin, Table: "timonel-pods", NodeIPs: ips, Mode: c.PodNetworkMode, VXLAN: c.VXLAN, MTU: c.PodMTU, KeepSource: c.KeepSource,
+		Logger: c.Logger,
 	}
 }

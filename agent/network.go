@@ -6,6 +6,10 @@ import (
 	"slices"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
 	"timonel/agent/podnet"
 	"timonel/network/feed"
 	pb "timonel/proto/timonel/v1"
@@ -14,6 +18,10 @@ import (
 // routesEvery is how often routes are made anew at most: while many nodes change, their
 // changes are merged.
 const routesEvery = 200 * time.Millisecond
+
+// networkLook is how often it is looked whether routes and what else the pod network needs
+// are as they were left, and other nodes where they were.
+const networkLook = 5 * time.Second
 
 // followNetwork keeps the routes to other nodes' pods as the controllers say, until ctx
 // ends.
@@ -37,10 +45,23 @@ func (a *Agent) followNetwork(ctx context.Context) error {
 		}
 	}()
 	defer func() { <-followed }()
+	look := time.NewTicker(networkLook)
+	defer look.Stop()
+	lookedBad := ""
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-look.C:
+			text := ""
+			if err := a.network.Look(); err != nil {
+				text = err.Error()
+			}
+			if text != lookedBad && text != "" {
+				a.log.Error("pod network", "error", text)
+			}
+			lookedBad = text
+			continue
 		case <-nodes:
 		case <-a.told:
 		}
@@ -69,7 +90,7 @@ func (a *Agent) updateRoutes(v *feed.View) {
 		routes, guard = slices.Collect(v.Nodes()), a.guard(c)
 	default: // no controller has answered since the start; what is on the disk is the last that one said
 		routes, guard = slices.Collect(v.Nodes()), a.network.Guard()
-		if !guard.Pods.IsValid() {
+		if !guard.Pods.Known() {
 			return
 		}
 	}
@@ -80,7 +101,11 @@ func (a *Agent) updateRoutes(v *feed.View) {
 			own = r.PodCidrs
 			continue
 		}
-		peers = append(peers, podnet.Peer{Name: r.NodeName, CIDRs: r.PodCidrs, Address: r.NodeAddress})
+		addresses := r.MoreAddresses
+		if r.NodeAddress != "" {
+			addresses = append([]string{r.NodeAddress}, addresses...)
+		}
+		peers = append(peers, podnet.Peer{Name: r.NodeName, CIDRs: r.PodCidrs, Addresses: addresses})
 	}
 	if _, err := a.network.Update(own, peers, guard); err != nil {
 		a.log.Error("pod network", "error", err)
@@ -92,8 +117,37 @@ func (a *Agent) updateRoutes(v *feed.View) {
 // guard is what no route may touch, as far as it is known.
 func (a *Agent) guard(c *pb.Cluster) podnet.Guard {
 	keep := slices.Concat(a.cfg.Controllers, c.Controllers, a.podDNS().Servers, []string{a.cfg.KubernetesServiceIP})
-	g := podnet.Guard{NodeBits: int(c.NodeBits), Keep: podnet.HostsOf(keep...)}
-	g.Pods, _ = netip.ParsePrefix(c.PodNetwork) // an older controller does not say
-	g.Services, _ = netip.ParsePrefix(c.ServiceNetwork)
+	g := podnet.Guard{Keep: podnet.HostsOf(keep...)}
+	pods, services := c.PodNetworks, c.ServiceNetworks
+	g.Pods.Bits4, g.Pods.Bits6 = int(c.NodeBits4), int(c.NodeBits6)
+	if len(pods) == 0 { // of a controller that knows of one network, or of none
+		pods, services = []string{c.PodNetwork}, []string{c.ServiceNetwork}
+		g.Pods.Bits4, g.Pods.Bits6 = int(c.NodeBits), int(c.NodeBits)
+	}
+	g.Pods.Networks, g.Services = prefixes(pods), prefixes(services)
 	return g
+}
+
+// prefixes are those of the texts that are networks.
+func prefixes(text []string) (out []netip.Prefix) {
+	for _, t := range text {
+		if p, err := netip.ParsePrefix(t); err == nil {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// networkEvent tells administrators what of the pod network does not work on this node.
+func (a *Agent) networkEvent(reason, message string) {
+	if a.stream == nil {
+		return // it is in the log
+	}
+	now := metav1.Now()
+	a.stream.Event(&corev1.Event{
+		ObjectMeta:     metav1.ObjectMeta{Namespace: metav1.NamespaceDefault},
+		InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: a.cfg.Name, UID: types.UID(a.cfg.Name)},
+		Reason:         reason, Message: message, Type: corev1.EventTypeWarning, Count: 1, FirstTimestamp: now, LastTimestamp: now,
+		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
+	})
 }

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"errors"
-	"net/netip"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -16,15 +15,9 @@ const servicesTable = "timonel-services"
 // newServices makes what carries packets to Services. It begins with what was known of
 // the cluster's addresses before this process.
 func (a *Agent) newServices() error {
-	var ips []netip.Addr
-	for _, ip := range a.cfg.NodeIPs {
-		if addr, ok := netip.AddrFromSlice(ip); ok {
-			ips = append(ips, addr.Unmap())
-		}
-	}
 	var err error
 	a.services, err = service.New(service.Config{
-		Node: a.cfg.Name, NodeIPs: ips, Table: servicesTable, Store: a.known, NodePortAddresses: a.cfg.NodePortAddresses,
+		Node: a.cfg.Name, NodeIPs: a.cfg.network().NodeIPs, Table: servicesTable, Store: a.known, NodePortAddresses: a.cfg.NodePortAddresses,
 		Event: a.serviceEvent, Logger: a.cfg.Logger,
 	})
 	if err == nil {
@@ -37,17 +30,7 @@ func (a *Agent) newServices() error {
 func (a *Agent) tellServices() {
 	var n service.Networks
 	guard := a.network.Guard()
-	for _, text := range a.network.CIDRs() {
-		if p, err := netip.ParsePrefix(text); err == nil {
-			n.Own = append(n.Own, p)
-		}
-	}
-	if guard.Pods.IsValid() {
-		n.Pods = append(n.Pods, guard.Pods)
-	}
-	if guard.Services.IsValid() {
-		n.Services = append(n.Services, guard.Services)
-	}
+	n.Own, n.Pods, n.Services = prefixes(a.network.CIDRs()), guard.Pods.Networks, guard.Services
 	n.Local = a.serves().Addresses
 	a.services.SetNetworks(n)
 }

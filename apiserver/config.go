@@ -32,7 +32,7 @@ const (
 
 // DefaultServiceCIDR is the network of Services' cluster IPs; its first address
 // is the kubernetes Service's.
-var DefaultServiceCIDR = net.IPNet{IP: net.IPv4(10, 96, 0, 0).To4(), Mask: net.CIDRMask(16, 32)}
+var DefaultServiceCIDR = netip.MustParsePrefix("10.96.0.0/16")
 
 // DefaultNodePortRange is upstream's, 30000-32767.
 var DefaultNodePortRange = utilnet.PortRange{Base: 30000, Size: 2768}
@@ -45,7 +45,7 @@ type Config struct {
 	// BindAddress is where to listen. Default: all addresses, IPv4.
 	BindAddress net.IP
 	// AdvertiseAddress is the address others reach this replica by. It must be
-	// of ServiceCIDR's family. Required.
+	// of the first ServiceCIDR's family. Required.
 	AdvertiseAddress net.IP
 	// Port to listen on. Default: 6443.
 	Port int
@@ -61,8 +61,9 @@ type Config struct {
 	// nobody.
 	Trust *trust.Registry
 
-	// ServiceCIDR is the network of Services. Default: 10.96.0.0/16.
-	ServiceCIDR net.IPNet
+	// ServiceCIDRs are the networks of Services: one, or one of each family. Default:
+	// 10.96.0.0/16.
+	ServiceCIDRs []netip.Prefix
 	// DNSAddresses are those of the Service kube-system/kube-dns, which is made when there
 	// is none. Default: none is made.
 	DNSAddresses []netip.Addr
@@ -135,8 +136,8 @@ func (c Config) withDefaults() Config {
 	if c.Port == 0 {
 		c.Port = DefaultPort
 	}
-	if c.ServiceCIDR.IP == nil {
-		c.ServiceCIDR = DefaultServiceCIDR
+	if len(c.ServiceCIDRs) == 0 {
+		c.ServiceCIDRs = []netip.Prefix{DefaultServiceCIDR}
 	}
 	if c.NodePortRange.Size == 0 {
 		c.NodePortRange = DefaultNodePortRange
@@ -180,14 +181,19 @@ func (c Config) Validate() error {
 		wrong("AdvertiseAddress", "is required")
 	case c.AdvertiseAddress.IsUnspecified():
 		wrong("AdvertiseAddress", "%s is not an address that others can reach", c.AdvertiseAddress)
-	case c.ServiceCIDR.IP != nil && (c.AdvertiseAddress.To4() == nil) != (c.ServiceCIDR.IP.To4() == nil):
-		wrong("AdvertiseAddress", "%s and ServiceCIDR %s must be of one IP family", c.AdvertiseAddress, c.ServiceCIDR.String())
+	case len(c.ServiceCIDRs) > 0 && (c.AdvertiseAddress.To4() != nil) != c.ServiceCIDRs[0].Addr().Is4():
+		wrong("AdvertiseAddress", "%s and the first of ServiceCIDRs, %s, must be of one IP family", c.AdvertiseAddress, c.ServiceCIDRs[0])
+	}
+	if len(c.ServiceCIDRs) > 2 || len(c.ServiceCIDRs) == 2 && c.ServiceCIDRs[0].Addr().Is4() == c.ServiceCIDRs[1].Addr().Is4() {
+		wrong("ServiceCIDRs", "%v are not one network, or one of each IP family", c.ServiceCIDRs)
 	}
 	if c.Port < 0 || c.Port > 65535 {
 		wrong("Port", "%d is not a port", c.Port)
 	}
-	if ones, bits := c.ServiceCIDR.Mask.Size(); c.ServiceCIDR.IP != nil && bits-ones < 3 {
-		wrong("ServiceCIDR", "%s has fewer than 8 addresses", c.ServiceCIDR.String())
+	for _, s := range c.ServiceCIDRs {
+		if s.Addr().BitLen()-s.Bits() < 3 {
+			wrong("ServiceCIDRs", "%s has fewer than 8 addresses", s)
+		}
 	}
 	if r := c.NodePortRange; r.Size != 0 && (r.Base < 1 || r.Base+r.Size-1 > 65535) {
 		wrong("NodePortRange", "%s is not a range of ports", r.String())

@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -33,9 +34,15 @@ func TestConfigValidate(t *testing.T) {
 		{"no backend", func(c *Config) { c.Backend = nil }, "Backend is required"},
 		{"no address", func(c *Config) { c.AdvertiseAddress = nil }, "AdvertiseAddress is required"},
 		{"any address", func(c *Config) { c.AdvertiseAddress = net.IPv4zero }, "AdvertiseAddress 0.0.0.0"},
-		{"families", func(c *Config) { c.AdvertiseAddress = net.ParseIP("2001:db8::1"); c.ServiceCIDR = DefaultServiceCIDR }, "one IP family"},
+		{"families", func(c *Config) {
+			c.AdvertiseAddress = net.ParseIP("2001:db8::1")
+			c.ServiceCIDRs = []netip.Prefix{DefaultServiceCIDR}
+		}, "one IP family"},
 		{"port", func(c *Config) { c.Port = 70000 }, "Port 70000"},
-		{"network", func(c *Config) { c.ServiceCIDR = net.IPNet{IP: net.IPv4(10, 0, 0, 0), Mask: net.CIDRMask(30, 32)} }, "ServiceCIDR 10.0.0.0/30"},
+		{"network", func(c *Config) { c.ServiceCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/30")} }, "ServiceCIDRs 10.0.0.0/30"},
+		{"networks", func(c *Config) {
+			c.ServiceCIDRs = []netip.Prefix{DefaultServiceCIDR, netip.MustParsePrefix("10.97.0.0/16")}
+		}, "ServiceCIDRs"},
 		{"node ports", func(c *Config) { c.NodePortRange = utilnet.PortRange{Base: 65000, Size: 1000} }, "NodePortRange 65000-65999"},
 		{"toleration", func(c *Config) { c.UnreachableTolerationSeconds = -1 }, "UnreachableTolerationSeconds"},
 		{"bounds of nodes", func(c *Config) { c.DisableAdmission = []string{"NodeRestriction"} }, "DisableAdmission NodeRestriction"},

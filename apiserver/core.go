@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"time"
 
 	"k8s.io/apiserver/pkg/registry/generic"
@@ -58,16 +59,23 @@ func newCoreProvider(s *shared, c *controlplaneapiserver.CompletedConfig, client
 	p := &coreProvider{shared: s, generic: c.NewCoreGenericConfig(), control: c, client: client,
 		clusterIPs: map[core.IPFamily]ipallocator.Interface{}}
 
-	network := s.options.PrimaryServiceClusterIPRange
-	ips, err := ipallocator.NewMetaAllocator(client.NetworkingV1(), s.informers.Networking().V1().ServiceCIDRs(),
-		s.informers.Networking().V1().IPAddresses(), netutils.IsIPv6CIDR(&network), nil)
-	if err != nil {
-		return nil, fmt.Errorf("allocate cluster IPs of %s: %w", network.String(), err)
+	for _, network := range []net.IPNet{s.options.PrimaryServiceClusterIPRange, s.options.SecondaryServiceClusterIPRange} {
+		if network.IP == nil {
+			continue // there is no second
+		}
+		ips, err := ipallocator.NewMetaAllocator(client.NetworkingV1(), s.informers.Networking().V1().ServiceCIDRs(),
+			s.informers.Networking().V1().IPAddresses(), netutils.IsIPv6CIDR(&network), nil)
+		if err != nil {
+			return nil, fmt.Errorf("allocate cluster IPs of %s: %w", network.String(), err)
+		}
+		ips.EnableMetrics()
+		p.clusterIPs[ips.IPFamily()] = ips
+		if p.family == "" {
+			p.family = ips.IPFamily()
+		}
 	}
-	ips.EnableMetrics()
-	p.family = ips.IPFamily()
-	p.clusterIPs[p.family] = ips
 
+	var err error
 	if p.ports, err = newPortRegistry(s); err != nil {
 		return nil, err
 	}

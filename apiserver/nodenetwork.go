@@ -40,13 +40,14 @@ func addNodeNetwork(o *options.ServerRunOptions, c Config) {
 }
 
 func newNodeNetwork(c Config) *nodeNetwork {
-	services, _ := netip.ParsePrefix(c.ServiceCIDR.String())
 	return &nodeNetwork{
 		Handler: admission.NewHandler(admission.Create, admission.Update),
 		nodes:   nodeidentifier.NewDefaultNodeIdentifier(),
 		address: func(node string, ip netip.Addr) error {
-			if services.IsValid() && services.Contains(ip) {
-				return fmt.Errorf("%s is of the Services' network %s", ip, services)
+			for _, services := range c.ServiceCIDRs {
+				if services.Contains(ip) {
+					return fmt.Errorf("%s is of the Services' network %s", ip, services)
+				}
 			}
 			if c.NodeAddress != nil {
 				return c.NodeAddress(node, ip)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -114,7 +115,11 @@ func newOptions(ctx context.Context, c Config) (options.CompletedOptions, error)
 
 	o.AllowPrivileged = true
 	o.EventTTL = c.EventTTL
-	o.ServiceClusterIPRanges = c.ServiceCIDR.String()
+	services := make([]string, 0, len(c.ServiceCIDRs))
+	for _, s := range c.ServiceCIDRs {
+		services = append(services, s.String())
+	}
+	o.ServiceClusterIPRanges = strings.Join(services, ",")
 	o.ServiceNodePortRange = c.NodePortRange
 	o.EndpointReconcilerType = string(reconcilers.NoneEndpointReconcilerType)
 

@@ -175,11 +175,19 @@ func (h *hub) followCluster(ctx context.Context) {
 func (h *hub) updateCluster() {
 	config := h.d.config.Network
 	next := &pb.Cluster{Controllers: slices.Sorted(slices.Values(h.d.config.Controllers())), RoutesInNetwork: true}
-	if config.Pods.IsValid() {
-		next.PodNetwork, next.NodeBits = config.Pods.String(), uint32(config.nodeBits())
+	for _, p := range config.Pods.Networks {
+		next.PodNetworks = append(next.PodNetworks, p.String())
 	}
-	if config.Services.IsValid() {
-		next.ServiceNetwork = config.Services.String()
+	if config.Pods.Known() {
+		first := config.Pods.Networks[0]
+		next.PodNetwork, next.NodeBits = first.String(), uint32(config.Pods.Bits(first))
+		next.NodeBits4, next.NodeBits6 = uint32(config.Pods.Bits4), uint32(config.Pods.Bits6)
+	}
+	for _, p := range config.Services {
+		next.ServiceNetworks = append(next.ServiceNetworks, p.String())
+	}
+	if len(config.Services) > 0 {
+		next.ServiceNetwork = next.ServiceNetworks[0]
 	}
 	next.ClusterDomain = config.Domain
 	for _, ip := range config.DNS {

@@ -56,7 +56,9 @@ func TestRoutesAreToldByNetwork(t *testing.T) {
 	for _, cl := range told {
 		require.True(t, cl.RoutesInNetwork)
 		require.Empty(t, cl.Routes)
-		require.Equal(t, testNetwork.Pods.String(), cl.PodNetwork)
+		require.Equal(t, "10.244.0.0/16", cl.PodNetwork)
+		require.Equal(t, []string{"10.244.0.0/16", "fd00:244::/48", "10.12.0.0/20"}, cl.PodNetworks)
+		require.Equal(t, []string{"10.244.255.0/24", "fd00:96::/112"}, cl.ServiceNetworks)
 	}
 }
 

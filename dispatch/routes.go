@@ -10,33 +10,22 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/dispatch/network"
+	"timonel/internal/podrange"
 )
 
 // Network says which addresses are whose, for what nodes are told of one another.
 // The zero value tells them of no pod range.
 type Network struct {
-	// Pods is the network of all pods; each node's range is a prefix of NodeBits
-	// within it. NodeBits 0 means 24, or 64 for IPv6.
-	Pods     netip.Prefix
-	NodeBits int
-	// Services is the network of the Services' addresses.
-	Services netip.Prefix
+	// Pods are the networks of all pods, of which each node has a part.
+	Pods podrange.Ranges
+	// Services are the networks of the Services' addresses.
+	Services []netip.Prefix
 	// Domain is that of the cluster's DNS names, DNS the addresses at which agents answer
 	// for them; none: they do not.
 	Domain string
 	DNS    []netip.Addr
 	// Controllers lists the addresses of all controllers, alive or not. Nil: none.
 	Controllers func() []netip.Addr
-}
-
-func (n Network) nodeBits() int {
-	switch {
-	case n.NodeBits != 0:
-		return n.NodeBits
-	case n.Pods.Addr().Is6():
-		return 64
-	}
-	return 24
 }
 
 func (n Network) controllers() []netip.Addr {
@@ -51,12 +40,15 @@ func (n Network) CheckAddress(ip netip.Addr) error {
 	switch {
 	case !ip.IsValid() || ip.Zone() != "" || ip.Is4In6() || !ip.IsGlobalUnicast():
 		return fmt.Errorf("%s is not a unicast address that others can reach", ip)
-	case n.Pods.IsValid() && n.Pods.Contains(ip):
+	case n.Pods.Contains(ip):
 		return fmt.Errorf("%s is of the pods' network %s", ip, n.Pods)
-	case n.Services.IsValid() && n.Services.Contains(ip):
-		return fmt.Errorf("%s is of the Services' network %s", ip, n.Services)
 	case slices.Contains(n.controllers(), ip):
 		return fmt.Errorf("%s is a controller's address: give the agent another with --node-ip", ip)
+	}
+	for _, s := range n.Services {
+		if s.Contains(ip) {
+			return fmt.Errorf("%s is of the Services' network %s", ip, s)
+		}
 	}
 	return nil
 }
@@ -67,12 +59,18 @@ func (n Network) CheckRange(text string) (netip.Prefix, error) {
 	switch {
 	case err != nil:
 		return p, fmt.Errorf("%q is not a network", text)
-	case !n.Pods.IsValid():
+	case !n.Pods.Known():
 		return p, fmt.Errorf("%s: no network of the pods is configured", p)
-	case p != p.Masked() || p.Bits() != n.nodeBits() || p.Addr().Is4() != n.Pods.Addr().Is4() || !n.Pods.Contains(p.Addr()):
-		return p, fmt.Errorf("%s is not one of the /%d networks of %s", p, n.nodeBits(), n.Pods)
-	case n.Services.IsValid() && n.Services.Overlaps(p):
-		return p, fmt.Errorf("%s overlaps the Services' network %s", p, n.Services)
+	case p != p.Masked():
+		return p, fmt.Errorf("%s is not a network: %s is", p, p.Masked())
+	}
+	if err := n.Pods.CheckPart(p); err != nil {
+		return p, err
+	}
+	for _, s := range n.Services {
+		if s.Overlaps(p) {
+			return p, fmt.Errorf("%s overlaps the Services' network %s", p, s)
+		}
 	}
 	for _, c := range n.controllers() {
 		if p.Contains(c) {

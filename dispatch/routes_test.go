@@ -12,10 +12,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"timonel/dispatch/network"
+	"timonel/internal/podrange"
 )
 
 var testNetwork = Network{
-	Pods: netip.MustParsePrefix("10.244.0.0/16"), Services: netip.MustParsePrefix("10.244.255.0/24"),
+	Pods:     podrange.Ranges{Networks: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/48"), netip.MustParsePrefix("10.12.0.0/20")}},
+	Services: []netip.Prefix{netip.MustParsePrefix("10.244.255.0/24"), netip.MustParsePrefix("fd00:96::/112")},
 	Controllers: func() []netip.Addr {
 		return []netip.Addr{netip.MustParseAddr("192.0.2.11"), netip.MustParseAddr("10.244.40.1")}
 	},
@@ -44,18 +46,18 @@ func TestRoutesAreOnesOwn(t *testing.T) {
 		why     string
 	}{
 		{"as it should be", node("b", "192.0.2.102", "10.244.2.0/24"), "192.0.2.102", []string{"10.244.2.0/24"}, ""},
-		{"everything", node("b", "192.0.2.102", "0.0.0.0/0"), "192.0.2.102", nil, "not one of the /24 networks of 10.244.0.0/16"},
-		{"half of it", node("b", "192.0.2.102", "128.0.0.0/1"), "192.0.2.102", nil, "not one of"},
-		{"all pods", node("b", "192.0.2.102", "10.244.0.0/16"), "192.0.2.102", nil, "not one of"},
-		{"half a range", node("b", "192.0.2.102", "10.244.2.0/25"), "192.0.2.102", nil, "not one of"},
-		{"an address in a range", node("b", "192.0.2.102", "10.244.2.7/24"), "192.0.2.102", nil, "not one of"},
-		{"the controllers", node("b", "192.0.2.102", "192.0.2.0/24"), "192.0.2.102", nil, "not one of"},
+		{"everything", node("b", "192.0.2.102", "0.0.0.0/0"), "192.0.2.102", nil, "not of the pods' network"},
+		{"half of it", node("b", "192.0.2.102", "128.0.0.0/1"), "192.0.2.102", nil, "is not"},
+		{"all pods", node("b", "192.0.2.102", "10.244.0.0/16"), "192.0.2.102", nil, "is not"},
+		{"half a range", node("b", "192.0.2.102", "10.244.2.0/25"), "192.0.2.102", nil, "is not"},
+		{"an address in a range", node("b", "192.0.2.102", "10.244.2.7/24"), "192.0.2.102", nil, "is not"},
+		{"the controllers", node("b", "192.0.2.102", "192.0.2.0/24"), "192.0.2.102", nil, "is not"},
 		{"a controller among the pods", node("b", "192.0.2.102", "10.244.40.0/24"), "192.0.2.102", nil, "controller's address"},
 		{"the Services", node("b", "192.0.2.102", "10.244.255.0/24"), "192.0.2.102", nil, "Services"},
-		{"IPv6", node("b", "192.0.2.102", "::/0", "fd00::/64"), "192.0.2.102", nil, "not one of"},
+		{"IPv6", node("b", "192.0.2.102", "::/0", "fd00::/64"), "192.0.2.102", nil, "is not"},
 		{"nonsense", node("b", "192.0.2.102", "all"), "192.0.2.102", nil, "not a network"},
 		{"an older node's range", node("b", "192.0.2.102", "10.244.1.0/24"), "192.0.2.102", nil, "is the range of node a"},
-		{"hundreds", node("b", "192.0.2.102", append(many, "10.244.2.0/24")...), "192.0.2.102", []string{"10.244.2.0/24"}, "not one of"},
+		{"hundreds", node("b", "192.0.2.102", append(many, "10.244.2.0/24")...), "192.0.2.102", []string{"10.244.2.0/24"}, "is not"},
 		{"an older node's address", node("b", "192.0.2.101", "10.244.2.0/24"), "", []string{"10.244.2.0/24"}, "is the address of node a"},
 		{"a controller's address", node("b", "192.0.2.11", "10.244.2.0/24"), "", []string{"10.244.2.0/24"}, "controller's address"},
 		{"loopback", node("b", "127.0.0.1", "10.244.2.0/24"), "", []string{"10.244.2.0/24"}, "not a unicast"},

@@ -359,7 +359,7 @@ func TestConfigValidate(t *testing.T) {
 		{"share", "HealthConfig.Share", func(c *reconcile.Config) {
 			c.Reconcilers = []reconcile.Reconciler{node.NodeLifecycle{Health: node.HealthConfig{Share: 2}}}
 		}},
-		{"no range", "NodeIPAM.ClusterCIDR", func(c *reconcile.Config) { c.Reconcilers = []reconcile.Reconciler{node.NodeIPAM{}} }},
+		{"no range", "NodeIPAM.Pods", func(c *reconcile.Config) { c.Reconcilers = []reconcile.Reconciler{node.NodeIPAM{}} }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

@@ -13,18 +13,18 @@ import (
 	"strings"
 
 	"timonel/internal/durable"
+	"timonel/internal/podrange"
 )
 
 // Guard is what a node knows of the cluster's addresses, to refuse by itself what
 // must not become a route whoever says so: the controllers check the same before,
 // and this is the second line.
 type Guard struct {
-	// Pods is the network that all pods' ranges are of, NodeBits the prefix length of
-	// one. Zero when the controller does not say, being older.
-	Pods     netip.Prefix `json:"pods"`
-	NodeBits int          `json:"nodeBits"`
-	// Services is the network of the Services' addresses; may be zero.
-	Services netip.Prefix `json:"services"`
+	// Pods are the networks that all pods' ranges are of. Zero when the controller does
+	// not say, being older.
+	Pods podrange.Ranges `json:"podRanges"`
+	// Services are the networks of the Services' addresses; may be none.
+	Services []netip.Prefix `json:"serviceRanges"`
 	// Keep are addresses that no route of ours may lead away from: those of the
 	// controllers, of the name servers, of the kubernetes Service.
 	Keep []netip.Addr `json:"keep"`
@@ -54,15 +54,12 @@ func (g Guard) checkRange(text string, own []netip.Addr) (netip.Prefix, error) {
 		return p, fmt.Errorf("%q is not a network", text)
 	}
 	p = p.Masked()
-	if g.Pods.IsValid() {
-		if p.Addr().Is4() != g.Pods.Addr().Is4() || p.Bits() < g.Pods.Bits() || !g.Pods.Contains(p.Addr()) {
-			return p, fmt.Errorf("%s is not of the pods' network %s", p, g.Pods)
-		}
-		if g.NodeBits != 0 && p.Bits() != g.NodeBits {
-			return p, fmt.Errorf("%s is not a /%d, which a node's range is", p, g.NodeBits)
+	if g.Pods.Known() {
+		if err := g.Pods.CheckPart(p); err != nil {
+			return p, err
 		}
 	}
-	if least := map[bool]int{true: widest4, false: widest6}[p.Addr().Is4()]; p.Bits() < least && !g.Pods.IsValid() {
+	if least := map[bool]int{true: widest4, false: widest6}[p.Addr().Is4()]; p.Bits() < least && !g.Pods.Known() {
 		return p, fmt.Errorf("%s is wider than a /%d", p, least)
 	}
 	for _, never := range []netip.Prefix{shared4, loopback4, local4, high4, low6, local6, multi6} {
@@ -70,8 +67,10 @@ func (g Guard) checkRange(text string, own []netip.Addr) (netip.Prefix, error) {
 			return p, fmt.Errorf("%s overlaps %s, where no pods can be", p, never)
 		}
 	}
-	if g.Services.IsValid() && g.Services.Overlaps(p) {
-		return p, fmt.Errorf("%s overlaps the Services' network %s", p, g.Services)
+	for _, s := range g.Services {
+		if s.Overlaps(p) {
+			return p, fmt.Errorf("%s overlaps the Services' network %s", p, s)
+		}
 	}
 	for _, ip := range g.Keep {
 		if p.Contains(ip) {
@@ -95,7 +94,7 @@ func (g Guard) checkNextHop(text string, own []netip.Addr) (netip.Addr, error) {
 		return ip, fmt.Errorf("%q is not an IP address", text)
 	case ip.Zone() != "" || ip.Is4In6() || !ip.IsGlobalUnicast():
 		return ip, fmt.Errorf("%s is not a unicast address", ip)
-	case g.Pods.IsValid() && g.Pods.Contains(ip) || g.Services.IsValid() && g.Services.Contains(ip):
+	case g.Pods.Contains(ip) || slices.ContainsFunc(g.Services, func(s netip.Prefix) bool { return s.Contains(ip) }):
 		return ip, fmt.Errorf("%s is a pod's or a Service's address", ip)
 	case slices.Contains(g.Keep, ip):
 		return ip, fmt.Errorf("%s is a controller's address", ip)
@@ -105,11 +104,21 @@ func (g Guard) checkNextHop(text string, own []netip.Addr) (netip.Addr, error) {
 	return ip, nil
 }
 
-// hop is a range that is reached by a node.
+// hop is a range that is reached by a node, at its addresses that are known.
 type hop struct {
-	node string
-	dst  netip.Prefix
-	via  netip.Addr // zero: the node's address is not known
+	node      string
+	dst       netip.Prefix
+	addresses []netip.Addr
+}
+
+// address is the node's first of a family, zero when there is none.
+func (h hop) address(v4 bool) netip.Addr {
+	for _, ip := range h.addresses {
+		if ip.Is4() == v4 {
+			return ip
+		}
+	}
+	return netip.Addr{}
 }
 
 // sift returns what of the peers may become routes, and what is wrong with the rest.
@@ -119,17 +128,18 @@ func (g Guard) sift(ranges []netip.Prefix, peers []Peer, own []netip.Addr) (out 
 	taken := newTaken(ranges)
 	addresses := make(map[netip.Addr]string)
 	for _, p := range peers {
-		var via netip.Addr
-		if p.Address != "" {
-			ip, err := g.checkNextHop(p.Address, own)
+		var mine []netip.Addr
+		for _, text := range p.Addresses {
+			ip, err := g.checkNextHop(text, own)
 			if other := addresses[ip]; err == nil && other != "" {
 				err = fmt.Errorf("%s is the address of node %s", ip, other)
 			}
 			if err != nil {
 				errs = append(errs, fmt.Errorf("address of node %s: %w", p.Name, err))
-			} else {
-				via, addresses[ip] = ip, p.Name
+				continue
 			}
+			addresses[ip] = p.Name
+			mine = append(mine, ip)
 		}
 		for _, text := range p.CIDRs {
 			dst, err := g.checkRange(text, own)
@@ -140,10 +150,10 @@ func (g Guard) sift(ranges []netip.Prefix, peers []Peer, own []netip.Addr) (out 
 				errs = append(errs, fmt.Errorf("pod range of node %s: %w", p.Name, err))
 				continue
 			}
-			out = append(out, hop{node: p.Name, dst: dst, via: via})
+			out = append(out, hop{node: p.Name, dst: dst, addresses: mine})
 		}
 	}
-	if g.Pods.IsValid() {
+	if g.Pods.Known() {
 		return out, summary(errs) // no address of a node is of the pods' network
 	}
 	// A range must lead away from no node.
@@ -219,7 +229,7 @@ func summary(errs []error) error {
 	return errors.Join(errors.Join(errs[:3]...), fmt.Errorf("and %d more", len(errs)-3))
 }
 
-// ownAddresses are this machine's, but for those of the pods' bridge.
+// ownAddresses are this machine's, but for those of the pod network's devices.
 func (n *Network) ownAddresses() ([]netip.Addr, error) {
 	links, err := net.Interfaces()
 	if err != nil {
@@ -227,7 +237,7 @@ func (n *Network) ownAddresses() ([]netip.Addr, error) {
 	}
 	var out []netip.Addr
 	for _, link := range links {
-		if link.Name == n.cfg.Bridge {
+		if link.Name == n.cfg.Bridge || link.Name == n.cfg.VXLAN.Device {
 			continue
 		}
 		addrs, err := link.Addrs()
@@ -249,12 +259,23 @@ const guardLimit = 1 << 20
 
 func (n *Network) guardPath() string { return filepath.Join(n.cfg.StateDir, "guard.json") }
 
+// equal says whether both are the same.
+func (g Guard) equal(o Guard) bool {
+	return g.Pods.Equal(o.Pods) && slices.Equal(g.Services, o.Services) && slices.Equal(g.Keep, o.Keep)
+}
+
 // loadGuard reads what was known before this process; none is the zero Guard.
 func (n *Network) loadGuard() Guard {
-	var g Guard
+	var g struct {
+		Guard
+		// As agents kept it that knew of one network.
+		Pods     netip.Prefix `json:"pods"`
+		NodeBits int          `json:"nodeBits"`
+		Services netip.Prefix `json:"services"`
+	}
 	f, err := os.Open(n.guardPath())
 	if err != nil {
-		return g
+		return Guard{}
 	}
 	defer f.Close()
 	raw, err := io.ReadAll(io.LimitReader(f, guardLimit))
@@ -265,7 +286,13 @@ func (n *Network) loadGuard() Guard {
 		n.log.Warn("what is known of the cluster's addresses cannot be read; it comes anew with the next controller", "error", err)
 		return Guard{}
 	}
-	return g
+	if !g.Guard.Pods.Known() && g.Pods.IsValid() {
+		g.Guard.Pods = podrange.Ranges{Networks: []netip.Prefix{g.Pods}, Bits4: g.NodeBits, Bits6: g.NodeBits}
+	}
+	if len(g.Guard.Services) == 0 && g.Services.IsValid() {
+		g.Guard.Services = []netip.Prefix{g.Services}
+	}
+	return g.Guard
 }
 
 func (n *Network) keepGuard(g Guard) error {

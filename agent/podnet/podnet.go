@@ -6,23 +6,20 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"timonel/agent/hostile"
 	"timonel/internal/durable"
 )
-
-// routeProtocol marks the routes that are ours in the kernel's table.
-const routeProtocol = 157
 
 // Config says where the network's files are and what it is called.
 type Config struct {
@@ -38,17 +35,53 @@ type Config struct {
 	BinDir string
 	// Table is the nftables table for address translation.
 	Table string
+	// NodeIPs are this node's own addresses. The family of the first is that of what
+	// carries packets to other nodes.
+	NodeIPs []netip.Addr
+	// Mode says how other nodes' pods are reached. Default Auto.
+	Mode Mode
+	// VXLAN says where packets are that are carried to nodes of other segments.
+	VXLAN VXLAN
+	// MTU is that of pods. Default: that of the device with this node's address, less
+	// what VXLAN takes where that is needed.
+	MTU int
+	// KeepSource are networks beside the pods' to which pods' packets go with the pod's
+	// own address.
+	KeepSource []netip.Prefix
+	// Event is called with what an administrator should know; may be nil.
+	Event func(reason, message string)
 	// Keep are addresses that no route may lead away from, known before a controller
 	// has said anything: the controllers'.
 	Keep   []netip.Addr
 	Logger *slog.Logger
 }
 
-// Peer is another node.
+// Mode is how the pods of other nodes are reached.
+type Mode string
+
+// Modes of the pod network.
+const (
+	// Auto is by routes to nodes of the same segment and by VXLAN to others.
+	Auto Mode = "auto"
+	// Direct is by routes alone: nodes of other segments are not reached.
+	Direct Mode = "direct"
+	// Tunnel is by VXLAN alone, as where a segment drops packets of pods' addresses.
+	Tunnel Mode = "vxlan"
+)
+
+// CheckMode says whether a text is a mode.
+func CheckMode(text string) error {
+	if !slices.Contains([]Mode{Auto, Direct, Tunnel}, Mode(text)) {
+		return fmt.Errorf("%q is not %s, %s or %s", text, Auto, Direct, Tunnel)
+	}
+	return nil
+}
+
+// Peer is another node: its pods' ranges and its addresses, one of a family at most.
 type Peer struct {
-	Name    string
-	CIDRs   []string
-	Address string
+	Name      string
+	CIDRs     []string
+	Addresses []string
 }
 
 // Network is one node's pod network.
@@ -56,8 +89,13 @@ type Network struct {
 	cfg Config
 	log *slog.Logger
 
-	updating sync.Mutex // one Update at a time
+	updating sync.Mutex // one Update at a time; guards what follows
 	refused  string     // what was last refused, as it was logged
+	told     map[string]string
+	peers    []Peer
+	updated  bool
+	rules    rules     // as they were written last
+	ruled    time.Time // when
 
 	mu    sync.Mutex
 	cidrs []string
@@ -72,7 +110,8 @@ func New(cfg Config) (*Network, error) {
 			return nil, fmt.Errorf("CNI plugin %s not found in %s: install it with: apt-get install containernetworking-plugins (or set --cni-bin)", plugin, cfg.BinDir)
 		}
 	}
-	n := &Network{cfg: cfg, log: cfg.Logger.With("component", "podnet")}
+	cfg.VXLAN = cfg.VXLAN.withDefaults()
+	n := &Network{cfg: cfg, log: cfg.Logger.With("component", "podnet"), told: map[string]string{}}
 	if raw, err := hostile.ReadRegular(n.statePath(), hostile.MaxOwn); err == nil {
 		_ = json.Unmarshal(raw, &n.cidrs) // a damaged file is as none: it comes anew
 	}
@@ -80,12 +119,11 @@ func New(cfg Config) (*Network, error) {
 	if err := n.sweep(); err != nil {
 		n.log.Error("look for routes that must not be", "error", err)
 	}
-	if len(n.cidrs) > 0 {
-		if err := n.apply(n.cidrs); err != nil {
-			return nil, err
-		}
+	if _, err := os.Stat(n.confPath()); len(n.cidrs) > 0 && err != nil {
+		mtu, _ := n.underlay()
+		return n, n.apply(n.cidrs, mtu)
 	}
-	return n, nil
+	return n, forwarding()
 }
 
 func (n *Network) statePath() string { return filepath.Join(n.cfg.StateDir, "pod-cidrs.json") }
@@ -126,7 +164,7 @@ func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool,
 	n.mu.Lock()
 	old, known := n.cidrs, n.guard
 	n.mu.Unlock()
-	if !slices.Equal(known.Keep, guard.Keep) || known.Pods != guard.Pods || known.NodeBits != guard.NodeBits || known.Services != guard.Services {
+	if !known.equal(guard) {
 		if err := os.MkdirAll(n.cfg.StateDir, 0o700); err != nil {
 			return false, fmt.Errorf("make the pod network's folder: %w", err)
 		}
@@ -148,8 +186,11 @@ func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool,
 	if len(own) > 0 && fmt.Sprint(own) != fmt.Sprint(old) {
 		if len(old) > 0 {
 			n.log.Warn("this node's pod CIDR has changed; running pods keep their old addresses", "old", old, "new", own)
+			n.event("PodRangeChanged", fmt.Sprintf("The pod range of this node was %s and is %s: pods that run keep addresses that nobody has a route to any more. Delete them, so that they are made anew",
+				strings.Join(old, ", "), strings.Join(own, ", ")))
 		}
-		if err := n.apply(own); err != nil {
+		mtu, _ := n.underlay()
+		if err := n.apply(own, mtu); err != nil {
 			return false, err
 		}
 		raw, err := json.Marshal(own)
@@ -166,16 +207,98 @@ func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool,
 		n.cidrs = own
 	}
 	n.guard = guard
-	cidrs := n.cidrs
 	n.mu.Unlock()
 	for _, text := range old { // a range that was refused leaves the old one in place
 		if p, err := netip.ParsePrefix(text); err == nil && len(own) == 0 {
 			ranges = append(ranges, p.Masked())
 		}
 	}
-	hops, wrong := guard.sift(ranges, peers, addresses)
+	n.peers, n.updated = peers, true
+	return changed, errors.Join(refused, n.connect(ranges, guard, addresses, refused))
+}
+
+// Look looks again at how other nodes are reached, and makes anew what somebody took
+// away or a device lost that went down.
+func (n *Network) Look() error {
+	n.updating.Lock()
+	defer n.updating.Unlock()
+	if !n.updated {
+		return nil
+	}
+	addresses, err := n.ownAddresses()
+	if err != nil {
+		return err
+	}
+	var ranges []netip.Prefix
+	for _, text := range n.CIDRs() {
+		if p, err := netip.ParsePrefix(text); err == nil {
+			ranges = append(ranges, p.Masked())
+		}
+	}
+	return n.connect(ranges, n.Guard(), addresses, nil)
+}
+
+// connect makes everything as it should be for the node's ranges and its peers. What
+// cannot be is in the error, and the rest is made all the same.
+func (n *Network) connect(ranges []netip.Prefix, guard Guard, addresses []netip.Addr, refused error) error {
+	hops, wrong := guard.sift(ranges, n.peers, addresses)
 	n.say(errors.Join(refused, wrong))
-	return changed, errors.Join(refused, wrong, n.routes(hops), n.masquerade(cidrs, hops))
+	paths, far := n.paths(hops)
+	n.tell("PodsOfNodeNotReached", far)
+	errs := []error{wrong}
+	mtu, linkErr := n.underlay()
+	tunnelled := slices.ContainsFunc(paths, func(p path) bool { return p.end.IsValid() })
+	outer := 0
+	if linkErr != nil {
+		errs = append(errs, linkErr)
+	} else if mtu > 0 {
+		outer = mtu - n.overhead()
+	}
+	if tunnelled && outer > 0 {
+		mtu = outer
+	}
+	if n.cfg.MTU > 0 {
+		mtu = n.cfg.MTU
+	}
+	if cidrs := n.CIDRs(); len(cidrs) > 0 {
+		errs = append(errs, n.apply(cidrs, mtu))
+	}
+	rulesErr := n.makeRules(ranges, guard, hops)
+	errs = append(errs, rulesErr)
+	switch {
+	case !n.tunnels():
+		errs = append(errs, n.removeTunnel())
+	case rulesErr == nil && len(ranges) > 0: // what comes out of it is looked at from the first packet
+		err := n.tunnel(ranges, paths, outer)
+		n.tell("PodTunnelFailed", err)
+		errs = append(errs, err)
+	}
+	paths = slices.DeleteFunc(paths, func(p path) bool { return p.link == 0 })
+	errs = append(errs, n.routes(paths))
+	if n.tunnels() {
+		errs = append(errs, n.sweepTunnel(paths))
+	}
+	return errors.Join(errs...)
+}
+
+// event is Config.Event.
+func (n *Network) event(reason, message string) {
+	if n.cfg.Event != nil {
+		n.cfg.Event(reason, message)
+	}
+}
+
+// tell logs an error and makes an event of it, once for as long as it is the same.
+func (n *Network) tell(reason string, err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	if text != n.told[reason] && text != "" {
+		n.log.Warn("pod network", "reason", reason, "error", err)
+		n.event(reason, text)
+	}
+	n.told[reason] = text
 }
 
 // say logs what was refused, once for as long as it is the same.
@@ -186,38 +309,13 @@ func (n *Network) say(err error) {
 	}
 	if text != n.refused && text != "" {
 		n.log.Error("the controller asks for routes that must not be; they are left out", "error", err)
+		n.event("PodRangeRefused", "Left out: "+text)
 	}
 	n.refused = text
 }
 
-// sweep removes routes of ours that may not be, such as an earlier version made, so
-// that a node that they cut off comes back.
-func (n *Network) sweep() error {
-	addresses, err := n.ownAddresses()
-	if err != nil {
-		return err
-	}
-	have, err := ourRoutes()
-	if err != nil {
-		return err
-	}
-	var errs []error
-	guard := n.guard
-	guard.Keep = slices.Concat(guard.Keep, n.cfg.Keep)
-	for _, r := range have {
-		if r.Dst == nil {
-			continue
-		}
-		if _, wrong := guard.checkRange(r.Dst.String(), addresses); wrong != nil {
-			n.log.Warn("removing a route that must not be", "route", r.Dst.String(), "reason", wrong)
-			errs = append(errs, remove(&r))
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // apply writes the CNI configuration and turns forwarding on.
-func (n *Network) apply(cidrs []string) error {
+func (n *Network) apply(cidrs []string, mtu int) error {
 	if err := forwarding(); err != nil {
 		return err
 	}
@@ -226,7 +324,7 @@ func (n *Network) apply(cidrs []string) error {
 			return fmt.Errorf("make the pod network's folder: %w", err)
 		}
 	}
-	conf, err := n.render(cidrs)
+	conf, err := n.render(cidrs, mtu)
 	if err != nil {
 		return err
 	}
@@ -239,7 +337,7 @@ func (n *Network) apply(cidrs []string) error {
 	return nil
 }
 
-func (n *Network) render(cidrs []string) ([]byte, error) {
+func (n *Network) render(cidrs []string, mtu int) ([]byte, error) {
 	type object = map[string]any
 	var ranges [][]object
 	var routes []object
@@ -255,10 +353,14 @@ func (n *Network) render(cidrs []string) ([]byte, error) {
 		}
 		routes = append(routes, object{"dst": dst})
 	}
-	plugins := []object{{
+	bridge := object{
 		"type": "bridge", "bridge": n.cfg.Bridge, "isGateway": true, "hairpinMode": true, "ipMasq": false,
 		"ipam": object{"type": "host-local", "dataDir": filepath.Join(n.cfg.StateDir, "ipam"), "ranges": ranges, "routes": routes},
-	}}
+	}
+	if mtu > 0 {
+		bridge["mtu"] = mtu
+	}
+	plugins := []object{bridge}
 	// portmap needs iptables even to take nothing down.
 	_, portmap := os.Stat(filepath.Join(n.cfg.BinDir, "portmap"))
 	if _, err := exec.LookPath("iptables"); err == nil && portmap == nil {
@@ -268,119 +370,33 @@ func (n *Network) render(cidrs []string) ([]byte, error) {
 }
 
 func forwarding() error {
-	for _, path := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
-		raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
-		if os.IsNotExist(err) {
-			continue // no such family
-		}
-		if err == nil && len(raw) > 0 && raw[0] == '1' {
-			continue
-		}
-		if err := os.WriteFile(path, []byte("1"), 0o644); err != nil {
+	for _, path := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+		if err := setSysctl(path, "1"); err != nil {
 			return fmt.Errorf("turn on forwarding: %w", err)
 		}
 	}
 	return nil
 }
 
-// routes makes the kernel's routes to the pods of peers, and removes those of
-// ours that lead nowhere any more. Routes that are not ours stay as they are.
-func (n *Network) routes(hops []hop) error {
-	var errs []error
-	want := map[string]bool{}
-	all, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("list routes: %w", err)
+// setSysctl sets a value below /proc/sys/net, where there is that family.
+func setSysctl(path, value string) error {
+	path = filepath.Join("/proc/sys/net", path)
+	raw, err := hostile.ReadRegular(path, hostile.MaxOwn)
+	if os.IsNotExist(err) || err == nil && strings.TrimSpace(string(raw)) == value {
+		return nil
 	}
-	foreign := map[string]bool{}
-	for _, r := range all {
-		if r.Dst != nil && r.Protocol != routeProtocol {
-			foreign[r.Dst.String()] = true
-		}
-	}
-	links := map[netip.Addr]int{}
-	for _, h := range hops {
-		dst, gw := &net.IPNet{IP: h.dst.Addr().AsSlice(), Mask: net.CIDRMask(h.dst.Bits(), h.dst.Addr().BitLen())}, net.IP(h.via.AsSlice())
-		if !h.via.IsValid() || h.via.Is4() != h.dst.Addr().Is4() {
-			continue
-		}
-		if foreign[dst.String()] {
-			errs = append(errs, fmt.Errorf("route %s via node %s: this machine has another route to there, which is not the agent's", dst, h.node))
-			continue
-		}
-		link, seen := links[h.via]
-		if !seen {
-			index, ok, err := direct(gw)
-			if err != nil {
-				errs = append(errs, fmt.Errorf("route to node %s: %w", h.node, err))
-				continue
-			}
-			if link = index; !ok {
-				link = -1
-				n.log.Warn("node is not on this network; its pods cannot be reached from here", "node", h.node, "address", h.via)
-			}
-			links[h.via] = link
-		}
-		if link < 0 {
-			continue
-		}
-		want[dst.String()] = true
-		if err := netlink.RouteReplace(&netlink.Route{Dst: dst, Gw: gw, LinkIndex: link, Protocol: routeProtocol}); err != nil {
-			errs = append(errs, fmt.Errorf("route %s via node %s (%s): %w", dst, h.node, h.via, err))
-		}
-	}
-	have, err := ourRoutes()
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	for _, r := range have {
-		if r.Dst != nil && !want[r.Dst.String()] {
-			errs = append(errs, remove(&r))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-func ourRoutes() ([]netlink.Route, error) {
-	have, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)
-	if err != nil {
-		return nil, fmt.Errorf("list routes: %w", err)
-	}
-	return have, nil
-}
-
-func remove(r *netlink.Route) error {
-	if err := netlink.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("remove route %s: %w", r.Dst, err)
-	}
-	return nil
-}
-
-// direct says by which link an address is reached without a gateway.
-func direct(ip net.IP) (link int, ok bool, err error) {
-	routes, err := netlink.RouteGet(ip)
-	if errors.Is(err, unix.ENETUNREACH) || errors.Is(err, unix.EHOSTUNREACH) {
-		return 0, false, nil
-	}
-	if err != nil {
-		return 0, false, err
-	}
-	for _, r := range routes {
-		if r.Gw == nil && r.Type != unix.RTN_LOCAL {
-			return r.LinkIndex, true, nil
-		}
-	}
-	return 0, false, nil
+	return os.WriteFile(path, []byte(value), 0o644)
 }
 
 // Remove takes down what this package made in the network namespace: the
-// bridge, the routes and the nftables table.
+// devices, the routes and the nftables table.
 func Remove(cfg Config) error {
 	var errs []error
 	if link, err := netlink.LinkByName(cfg.Bridge); err == nil {
 		errs = append(errs, netlink.LinkDel(link))
 	}
+	cfg.VXLAN = cfg.VXLAN.withDefaults()
 	n := &Network{cfg: cfg, log: cfg.Logger}
-	errs = append(errs, n.routes(nil), n.unmasquerade())
+	errs = append(errs, n.routes(nil), n.removeTunnel(), n.removeRules())
 	return errors.Join(errs...)
 }

@@ -11,7 +11,7 @@ import (
 func TestConfiguration(t *testing.T) {
 	t.Parallel()
 	n := &Network{cfg: Config{Name: "timonel-a1", Bridge: "br0", StateDir: "/state", BinDir: t.TempDir()}, log: slog.Default()}
-	raw, err := n.render([]string{"10.244.3.0/24", "fd00:3::/64"})
+	raw, err := n.render([]string{"10.244.3.0/24", "fd00:3::/64"}, 1450)
 	require.NoError(t, err)
 	var got struct {
 		Name    string
@@ -31,7 +31,7 @@ func TestConfiguration(t *testing.T) {
 	require.Equal(t, "/state/ipam", got.Plugins[0].IPAM.DataDir)
 	require.Equal(t, "10.244.3.0/24", got.Plugins[0].IPAM.Ranges[0][0].Subnet)
 	require.Equal(t, "::/0", got.Plugins[0].IPAM.Routes[1].Dst)
-	_, err = n.render([]string{"nonsense"})
+	_, err = n.render([]string{"nonsense"}, 0)
 	require.ErrorContains(t, err, `pod CIDR "nonsense"`)
 	_, err = New(Config{BinDir: t.TempDir(), Logger: slog.Default()})
 	require.ErrorContains(t, err, "apt-get install containernetworking-plugins")

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -20,6 +21,7 @@ import (
 	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
+	"timonel/agent/podnet"
 	"timonel/network/dns"
 	"timonel/network/service"
 	"timonel/pki"
@@ -59,6 +61,10 @@ type options struct {
 	stubDomains     []string
 	kubernetesIP    string
 	nodePorts       []string
+	podNetwork      string
+	vxlan           podnet.VXLAN
+	podMTU          int
+	keepSource      []string
 	purge, keepData bool
 }
 
@@ -108,6 +114,11 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringArrayVar(&o.stubDomains, "dns-stub-domain", nil, "a domain with name servers of its own, DOMAIN=ADDRESS[:PORT],…; may be given several times")
 	f.StringVar(&o.kubernetesIP, "kubernetes-service-ip", "10.96.0.1", "address of the kubernetes service, as containers are told")
 	f.StringSliceVar(&o.nodePorts, "node-port-addresses", []string{service.Primary}, "networks of the addresses of this node where node ports of Services are, such as 192.0.2.0/24,…; primary for the node's own, 0.0.0.0/0,::/0 for all but loopback's")
+	f.StringVar(&o.podNetwork, "pod-network-mode", string(podnet.Auto), "how other nodes' pods are reached: direct by routes, vxlan, or auto for routes to nodes of the same network segment and VXLAN to others")
+	f.IntVar(&o.vxlan.ID, "pod-network-vxlan-id", podnet.DefaultVXLANID, "number (VNI) of the pods' VXLAN, the same on all nodes")
+	f.IntVar(&o.vxlan.Port, "pod-network-vxlan-port", podnet.DefaultVXLANPort, "UDP port of the pods' VXLAN, the same on all nodes")
+	f.IntVar(&o.podMTU, "pod-network-mtu", 0, "greatest packet of pods; 0 for that of the device with --node-ip, less what VXLAN takes where it is needed")
+	f.StringSliceVar(&o.keepSource, "non-masquerade-cidr", nil, "networks outside the cluster to which pods' packets go with the pod's own address, and not the node's")
 	f.BoolVar(&o.purge, "purge", false, "the same as the command cleanup")
 }
 
@@ -239,7 +250,28 @@ func (o *options) config() (agent.Config, error) {
 	if err := service.CheckNodePortAddresses(o.nodePorts); err != nil {
 		return cfg, fmt.Errorf("--node-port-addresses: %w", err)
 	}
+	if err := podnet.CheckMode(o.podNetwork); err != nil {
+		return cfg, fmt.Errorf("--pod-network-mode: %w", err)
+	}
+	if o.vxlan.ID < 1 || o.vxlan.ID >= 1<<24 {
+		return cfg, fmt.Errorf("--pod-network-vxlan-id %d: must be 1 to %d", o.vxlan.ID, 1<<24-1)
+	}
+	if o.vxlan.Port < 1 || o.vxlan.Port > 65535 {
+		return cfg, fmt.Errorf("--pod-network-vxlan-port %d is not a port number", o.vxlan.Port)
+	}
+	if o.podMTU != 0 && (o.podMTU < 1280 || o.podMTU > 65535) {
+		return cfg, fmt.Errorf("--pod-network-mtu %d: must be 1280 to 65535, or 0", o.podMTU)
+	}
+	var keepSource []netip.Prefix
+	for _, text := range o.keepSource {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return cfg, fmt.Errorf("--non-masquerade-cidr: %q is not a network such as 192.0.2.0/24", text)
+		}
+		keepSource = append(keepSource, p.Masked())
+	}
 	cfg = agent.Config{
+		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource,
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
 		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"os"
 	"regexp"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/consensus"
+	"timonel/internal/podrange"
 	"timonel/reconcile/node"
 )
 
@@ -31,7 +31,8 @@ type config struct {
 
 	apiPort, clusterPort, raftPort, gossipPort, controllersGossipPort int
 
-	clusterCIDR, serviceCIDR string
+	clusterCIDR, serviceCIDR []string
+	nodeBits4, nodeBits6     int
 	clusterDomain            string
 	unreachableToleration    time.Duration
 	evictions                node.HealthConfig // how fast lost nodes are evicted from, as the flags say
@@ -59,8 +60,10 @@ func defaultConfig() config {
 		clusterPort:           7443,
 		raftPort:              7444,
 		gossipPort:            7946,
-		clusterCIDR:           "10.244.0.0/16",
-		serviceCIDR:           "10.96.0.0/16",
+		clusterCIDR:           []string{"10.244.0.0/16"},
+		serviceCIDR:           []string{"10.96.0.0/16"},
+		nodeBits4:             podrange.DefaultBits4,
+		nodeBits6:             podrange.DefaultBits6,
 		clusterDomain:         "cluster.local",
 		unreachableToleration: 30 * time.Second,
 		evictions:             node.HealthConfig{Share: 0.55, EvictionRate: 0.1, SecondaryEvictionRate: 0.01, LargeZone: 50},
@@ -87,8 +90,10 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.IntVar(&c.raftPort, "raft-port", c.raftPort, "port of Raft's own connections")
 	f.IntVar(&c.gossipPort, "gossip-port", c.gossipPort, "port of the gossip with nodes, TCP and UDP")
 	f.IntVar(&c.controllersGossipPort, "controllers-gossip-port", c.controllersGossipPort, "port of the gossip among controllers, TCP and UDP, the same on all that --join names (0: the next after --gossip-port)")
-	f.StringVar(&c.clusterCIDR, "cluster-cidr", c.clusterCIDR, "network of the pods; each node gets a /24 of it")
-	f.StringVar(&c.serviceCIDR, "service-cidr", c.serviceCIDR, "network of the Services' addresses")
+	f.Var((*networks)(&c.clusterCIDR), "cluster-cidr", "networks of the pods, IPv4, IPv6 or both; each node gets a part of one of each family, the first that has one left. Networks can be added at the end; the same on all controllers")
+	f.IntVar(&c.nodeBits4, "node-cidr-mask-size-ipv4", c.nodeBits4, "prefix length of a node's part of an IPv4 network of --cluster-cidr; for the life of the cluster")
+	f.IntVar(&c.nodeBits6, "node-cidr-mask-size-ipv6", c.nodeBits6, "the same, IPv6")
+	f.Var((*networks)(&c.serviceCIDR), "service-cidr", "network of the Services' addresses, or two of different families: the first is that of Services that do not say which they want, and of --advertise-ip")
 	f.StringVar(&c.clusterDomain, "cluster-domain", c.clusterDomain, "domain of the cluster's DNS names; agents learn it from the controllers")
 	f.StringSliceVar(&c.enableAdmission, "enable-admission-plugins", c.enableAdmission, "admission plugins to turn on beside Kubernetes' default ones, such as AlwaysPullImages; the same on all controllers")
 	f.StringSliceVar(&c.disableAdmission, "disable-admission-plugins", c.disableAdmission, "admission plugins to turn off; NodeRestriction and NodeNetwork stay on")
@@ -190,11 +195,7 @@ func (c *config) validate() error {
 		}
 		seen[p.port] = p.flag
 	}
-	for flag, cidr := range map[string]string{"cluster-cidr": c.clusterCIDR, "service-cidr": c.serviceCIDR} {
-		if prefix, err := netip.ParsePrefix(cidr); err != nil || prefix != prefix.Masked() {
-			bad(flag, "%q is not a network such as 10.244.0.0/16", cidr)
-		}
-	}
+	c.validateNetworks(bad)
 	if len(validation.IsDNS1123Subdomain(c.clusterDomain)) > 0 || len(c.clusterDomain) > 120 {
 		bad("cluster-domain", "%q is not a DNS name such as cluster.local, of at most 120 characters", c.clusterDomain)
 	}

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/pflag"
+
 	"timonel/pki"
 )
 
@@ -38,7 +40,7 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 		{"every address", func(c *config) { c.tlsSAN = []string{"0.0.0.0"} }, `--tls-san: "0.0.0.0"`},
 		{"port", func(c *config) { c.apiPort = 70000 }, "--api-port: 70000"},
 		{"port twice", func(c *config) { c.raftPort = c.clusterPort }, "--raft-port: 7443 is also --cluster-port"},
-		{"network", func(c *config) { c.clusterCIDR = "10.244.0.1/16" }, "--cluster-cidr"},
+		{"network", func(c *config) { c.clusterCIDR = []string{"10.244.0.1/16"} }, "--cluster-cidr"},
 		{"domain", func(c *config) { c.clusterDomain = "corp.example" }, ""},
 		{"not a domain", func(c *config) { c.clusterDomain = "corp..example" }, "--cluster-domain"},
 		{"toleration", func(c *config) { c.unreachableToleration = 0 }, "--unreachable-toleration"},
@@ -59,6 +61,16 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 		{"rate", func(c *config) { c.evictions.EvictionRate = -1 }, "--node-eviction-rate"},
 		{"secondary rate", func(c *config) { c.evictions.SecondaryEvictionRate = -1 }, "--secondary-node-eviction-rate"},
 		{"large", func(c *config) { c.evictions.LargeZone = -1 }, "--large-cluster-size-threshold"},
+		{"both families", func(c *config) {
+			c.clusterCIDR, c.serviceCIDR = []string{"10.244.0.0/16", "fd00:244::/48", "10.12.0.0/20"}, []string{"10.96.0.0/16", "fd00:96::/112"}
+			c.nodeBits4 = 22
+		}, ""},
+		{"pods twice", func(c *config) { c.clusterCIDR = []string{"10.244.0.0/16", "10.244.8.0/22"} }, "--cluster-cidr: 10.244.8.0/22 overlaps 10.244.0.0/16"},
+		{"nodes too wide", func(c *config) { c.nodeBits4 = 12 }, "--cluster-cidr: a node's part of 10.244.0.0/16"},
+		{"pods are Services", func(c *config) { c.serviceCIDR = []string{"10.244.128.0/20"} }, "--service-cidr: 10.244.128.0/20 overlaps 10.244.0.0/16 of --cluster-cidr"},
+		{"two of one family", func(c *config) { c.serviceCIDR = []string{"10.96.0.0/16", "10.97.0.0/16"} }, "--service-cidr: 10.96.0.0/16, 10.97.0.0/16: give one"},
+		{"no Services", func(c *config) { c.serviceCIDR = nil }, "--service-cidr"},
+		{"very many Services", func(c *config) { c.serviceCIDR = []string{"fd00::/32"} }, "--service-cidr: fd00::/32 has more addresses"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -113,6 +125,21 @@ func TestServingNames(t *testing.T) {
 	}
 }
 
+// A flag of networks that is given again replaces what was given before, as 'timonel up
+// --controller-flag' does.
+func TestNetworksGivenAgain(t *testing.T) {
+	t.Parallel()
+	c := defaultConfig()
+	f := pflag.NewFlagSet("", pflag.ContinueOnError)
+	c.flags(f)
+	if err := f.Parse([]string{"--cluster-cidr", "10.245.0.0/16", "--cluster-cidr=10.1.0.0/16,fd00:1::/48"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := c.pods().String(); got != "10.1.0.0/16, fd00:1::/48" {
+		t.Errorf("got %s", got)
+	}
+}
+
 // TestDNSAddress: the tenth address of the Services' network, if it has one.
 func TestDNSAddress(t *testing.T) {
 	t.Parallel()
@@ -120,7 +147,7 @@ func TestDNSAddress(t *testing.T) {
 		"10.96.0.0/16": "[10.96.0.10]", "10.0.0.16/28": "[10.0.0.26]", "10.0.0.0/29": "[]", "fd00:96::/108": "[fd00:96::a]",
 	} {
 		c := defaultConfig()
-		c.serviceCIDR = cidr
+		c.serviceCIDR = []string{cidr}
 		if got := fmt.Sprint(c.dnsAddresses()); got != want {
 			t.Errorf("%s: got %s, want %s", cidr, got, want)
 		}

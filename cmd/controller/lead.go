@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"net/netip"
 	"path/filepath"
 
 	"golang.org/x/sync/errgroup"
@@ -22,13 +21,9 @@ import (
 // lead schedules and reconciles in each term that this replica is elected for,
 // until ctx ends. What it commits is refused in any other term.
 func (k *controller) lead(ctx context.Context) error {
-	pods, err := netip.ParsePrefix(k.clusterCIDR)
-	if err != nil {
-		return err // checked by validate
-	}
 	reconcilers, err := standard.Reconcilers(standard.Config{
 		Health:            k.health(),
-		ClusterCIDR:       pods,
+		Pods:              k.pods(),
 		RootCA:            k.bundle.CA(),
 		ServiceAccountKey: k.bundle.ServiceAccountSigner(),
 	})

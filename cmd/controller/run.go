@@ -190,7 +190,6 @@ func (k *controller) serve(ctx context.Context, group *errgroup.Group, files pki
 }
 
 func (k *controller) apiConfig(files pki.Files) apiserver.Config {
-	_, services, _ := net.ParseCIDR(k.serviceCIDR) // checked by validate
 	return apiserver.Config{
 		Name:             k.name,
 		BindAddress:      net.ParseIP(k.bindIP),
@@ -202,7 +201,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Trust:            k.trust,
 		Caches:           k.decoded,
 		WatchBytes:       k.shares.watches,
-		ServiceCIDR:      *services,
+		ServiceCIDRs:     k.services(),
 		DNSAddresses:     k.dnsAddresses(),
 		DialKubelet:      k.agents.DialKubelet,
 		NodeAddress:      k.agents.CheckNodeAddress,
@@ -321,12 +320,7 @@ func (k *controller) stepDown() {
 // servingNames are the addresses and names that the API's certificate is valid for,
 // and those that are made when it is renewed.
 func (c config) servingNames() (ips []net.IP, names []string, err error) {
-	_, services, err := net.ParseCIDR(c.serviceCIDR)
-	if err != nil {
-		return nil, nil, fmt.Errorf("--service-cidr: %w", err)
-	}
-	first := append(net.IP(nil), services.IP...)
-	first[len(first)-1]++ // the kubernetes Service's own
+	first := net.IP(c.services()[0].Addr().Next().AsSlice()) // the kubernetes Service's own
 	ips, names = []net.IP{net.ParseIP(c.advertiseIP), first}, []string{c.name}
 	if c.clusterDomain != defaultConfig().clusterDomain { // which every certificate has
 		names = append(names, "kubernetes.default.svc."+c.clusterDomain)

@@ -46,28 +46,9 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 
 // network is whose addresses are whose, for what nodes are told of one another.
 func (k *controller) network() dispatch.Network {
-	pods, _ := netip.ParsePrefix(k.clusterCIDR) // checked by validate
-	services, _ := netip.ParsePrefix(k.serviceCIDR)
 	return dispatch.Network{
-		Pods: pods, Services: services, Controllers: k.controllerAddresses, Domain: k.clusterDomain, DNS: k.dnsAddresses(),
+		Pods: k.pods(), Services: k.services(), Controllers: k.controllerAddresses, Domain: k.clusterDomain, DNS: k.dnsAddresses(),
 	}
-}
-
-// dnsAddresses are the cluster's DNS servers': the tenth address of the Services'
-// network, where kubeadm's is; none in a network that has no tenth.
-func (c config) dnsAddresses() []netip.Addr {
-	services, err := netip.ParsePrefix(c.serviceCIDR)
-	if err != nil {
-		return nil // validate said so
-	}
-	ip := services.Masked().Addr()
-	for range 10 {
-		ip = ip.Next()
-	}
-	if !services.Contains(ip.Next()) { // it would be the last, which is nobody's
-		return nil
-	}
-	return []netip.Addr{ip}
 }
 
 // controllerAddresses are those of all members, alive or not, and this one's own.

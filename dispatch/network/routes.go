@@ -35,11 +35,11 @@ type Routes struct {
 
 // claims is what one Node says, and what of it is not so.
 type claims struct {
-	node    *corev1.Node // for a new look when the checks changed
-	created time.Time
-	ranges  []netip.Prefix
-	address netip.Addr // zero: none
-	wrong   []string
+	node      *corev1.Node // for a new look when the checks changed
+	created   time.Time
+	ranges    []netip.Prefix
+	addresses []netip.Addr // one of a family at most
+	wrong     []string
 }
 
 // NewRoutes returns the routes of no nodes.
@@ -58,6 +58,24 @@ func InternalIP(node *corev1.Node) string {
 		}
 	}
 	return ""
+}
+
+// internalIPs are the first such address, and the first of the other family.
+func internalIPs(node *corev1.Node) (out []string) {
+	for _, a := range node.Status.Addresses {
+		if a.Type != corev1.NodeInternalIP {
+			continue
+		}
+		if out = append(out, a.Address); len(out) == 1 {
+			continue
+		}
+		first, err := netip.ParseAddr(out[0])
+		if other, e := netip.ParseAddr(a.Address); err == nil && e == nil && first.Is4() != other.Is4() {
+			return out
+		}
+		out = out[:1]
+	}
+	return out
 }
 
 // AllRoutes is what is told of all nodes, in the order of their names, and what is not
@@ -93,19 +111,19 @@ func (r *Routes) Set(node *corev1.Node) map[string]struct{} {
 		}
 		next.ranges = append(next.ranges, p)
 	}
-	if text := InternalIP(node); text != "" {
-		ip, err := netip.ParseAddr(text)
+	for _, ip := range internalIPs(node) {
+		addr, err := netip.ParseAddr(ip)
 		if err == nil {
-			err = r.checks.CheckAddress(ip)
+			err = r.checks.CheckAddress(addr)
 		}
 		if err != nil {
 			next.wrong = append(next.wrong, fmt.Sprintf("address of node %s: %v", node.Name, err))
-		} else {
-			next.address = ip
+			continue
 		}
+		next.addresses = append(next.addresses, addr)
 	}
 	if was := r.nodes[node.Name]; was != nil && was.created.Equal(next.created) && slices.Equal(was.ranges, next.ranges) &&
-		was.address == next.address && slices.Equal(was.wrong, next.wrong) {
+		slices.Equal(was.addresses, next.addresses) && slices.Equal(was.wrong, next.wrong) {
 		was.node = node
 		return nil
 	}
@@ -114,8 +132,8 @@ func (r *Routes) Set(node *corev1.Node) map[string]struct{} {
 	for _, p := range next.ranges {
 		claim(r.ranges, p, node.Name, touched)
 	}
-	if next.address.IsValid() {
-		claim(r.addresses, next.address, node.Name, touched)
+	for _, ip := range next.addresses {
+		claim(r.addresses, ip, node.Name, touched)
 	}
 	touched[node.Name] = struct{}{}
 	return touched
@@ -148,8 +166,8 @@ func (r *Routes) Remove(name string) map[string]struct{} {
 	for _, p := range was.ranges {
 		unclaim(r.ranges, p, name, touched)
 	}
-	if was.address.IsValid() {
-		unclaim(r.addresses, was.address, name, touched)
+	for _, ip := range was.addresses {
+		unclaim(r.addresses, ip, name, touched)
 	}
 	touched[name] = struct{}{}
 	return touched
@@ -180,11 +198,14 @@ func (r *Routes) Route(name string) (route *pb.NodeRoute, why []string) {
 		}
 		route.PodCidrs = append(route.PodCidrs, p.String())
 	}
-	if c.address.IsValid() {
-		if owner := r.oldest(r.addresses[c.address]); owner != name {
-			why = append(why, fmt.Sprintf("address of node %s: %s is the address of node %s", name, c.address, owner))
-		} else {
-			route.NodeAddress = c.address.String()
+	for _, ip := range c.addresses {
+		switch owner := r.oldest(r.addresses[ip]); {
+		case owner != name:
+			why = append(why, fmt.Sprintf("address of node %s: %s is the address of node %s", name, ip, owner))
+		case route.NodeAddress == "":
+			route.NodeAddress = ip.String()
+		default:
+			route.MoreAddresses = append(route.MoreAddresses, ip.String())
 		}
 	}
 	return route, why

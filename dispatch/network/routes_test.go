@@ -63,6 +63,26 @@ func TestARangeGoesToTheNextWhenItsOwnerGoes(t *testing.T) {
 	require.Nil(t, route)
 }
 
+// A node is told of by one address of each family, the first, whatever else it says.
+func TestAddressesOfTwoFamilies(t *testing.T) {
+	t.Parallel()
+	for want, all := range map[string][]string{
+		"192.0.2.1 [2001:db8::1]": {"192.0.2.1", "192.0.2.7", "2001:db8::1", "2001:db8::7"},
+		"2001:db8::1 [192.0.2.1]": {"2001:db8::1", "192.0.2.1", "192.0.2.7"},
+		"192.0.2.1 []":            {"192.0.2.1", "192.0.2.7"},
+	} {
+		n := node("a", "", 1)
+		for _, ip := range all {
+			n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: ip})
+		}
+		r := NewRoutes(&testChecks{})
+		r.Set(n)
+		route, why := r.Route("a")
+		require.Empty(t, why)
+		require.Equal(t, want, fmt.Sprint(route.NodeAddress, " ", route.MoreAddresses))
+	}
+}
+
 // The routes that follow changes, of those of which they say that they changed, are
 // those of looking at all Nodes.
 func TestRoutesAreAFold(t *testing.T) {
@@ -72,6 +92,7 @@ func TestRoutesAreAFold(t *testing.T) {
 		r, nodes, told := NewRoutes(checks), map[string]*corev1.Node{}, map[string]*pb.NodeRoute{}
 		name := rapid.SampledFrom([]string{"a", "b", "c", "d"})
 		address := rapid.SampledFrom([]string{"", "192.0.2.1", "192.0.2.2", "10.1.0.7", "nonsense"})
+		second := rapid.SampledFrom([]string{"", "192.0.2.2", "2001:db8::1", "2001:db8::2"})
 		cidrs := rapid.SliceOfN(rapid.SampledFrom([]string{"10.1.0.0/24", "10.1.1.0/24", "10.1.2.0/24", "nonsense"}), 0, 3)
 		tell := func(touched map[string]struct{}) {
 			for n := range touched {
@@ -85,6 +106,9 @@ func TestRoutesAreAFold(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"set": func(t *rapid.T) {
 				n := node(name.Draw(t, "name"), address.Draw(t, "address"), rapid.Int64Range(1, 3).Draw(t, "created"), cidrs.Draw(t, "cidrs")...)
+				if text := second.Draw(t, "second address"); text != "" {
+					n.Status.Addresses = append(n.Status.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: text})
+				}
 				nodes[n.Name] = n
 				tell(r.Set(n))
 			},
@@ -109,7 +133,7 @@ func TestRoutesAreAFold(t *testing.T) {
 				}
 				owners := map[string]string{}
 				for _, w := range want {
-					for _, what := range slices.Concat(w.PodCidrs, []string{w.NodeAddress}) {
+					for _, what := range slices.Concat(w.PodCidrs, []string{w.NodeAddress}, w.MoreAddresses) {
 						if what != "" && owners[what] != "" {
 							t.Fatalf("%s is of %s and of %s", what, owners[what], w.NodeName)
 						}

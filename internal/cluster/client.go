@@ -208,6 +208,9 @@ func (s *Spec) route(node *corev1.Node) error {
 		if err != nil {
 			return fmt.Errorf("node %s: pod network: %w", node.Name, err)
 		}
+		if !prefix.Addr().Is4() {
+			continue // machines have addresses of IPv4 alone
+		}
 		if err := s.Network().Route(prefix, s.Address(node.Name)); err != nil {
 			return err
 		}

@@ -32,6 +32,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 
 	"timonel/apiserver"
+	"timonel/internal/podrange"
 	"timonel/pki"
 	"timonel/reconcile"
 	"timonel/reconcile/node"
@@ -92,8 +93,8 @@ func start(t *testing.T) *cluster {
 	}
 	c.cache = objects.NewCache(c.backend.Store())
 	reconcilers, err := standard.Reconcilers(standard.Config{
-		Health:      node.HealthConfig{Settle: 100 * time.Millisecond, Confirm: 100 * time.Millisecond},
-		ClusterCIDR: netip.MustParsePrefix("10.244.0.0/16"), RootCA: []byte("the CA"), ServiceAccountKey: bundle.ServiceAccountSigner(),
+		Health: node.HealthConfig{Settle: 100 * time.Millisecond, Confirm: 100 * time.Millisecond},
+		Pods:   podrange.Ranges{Networks: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, RootCA: []byte("the CA"), ServiceAccountKey: bundle.ServiceAccountSigner(),
 	})
 	if err != nil {
 		t.Fatal(err)

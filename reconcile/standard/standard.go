@@ -4,8 +4,8 @@ package standard
 import (
 	"crypto"
 	"fmt"
-	"net/netip"
 
+	"timonel/internal/podrange"
 	"timonel/reconcile"
 	"timonel/reconcile/cleanup"
 	"timonel/reconcile/node"
@@ -24,10 +24,9 @@ type Config struct {
 	Scheduler sched.Config
 	// Health holds the times after which a silent Node is declared unreachable.
 	Health node.HealthConfig
-	// ClusterCIDR is the range of all pods' addresses, NodeBits the prefix length of
-	// one Node's part. Without a range Nodes get none from here.
-	ClusterCIDR netip.Prefix
-	NodeBits    int
+	// Pods are the networks of all pods' addresses. Without any, Nodes get no range from
+	// here.
+	Pods podrange.Ranges
 	// RootCA is the cluster's CA bundle in PEM, published in every namespace.
 	RootCA []byte
 	// ServiceAccountKey signs the tokens in Secrets of type kubernetes.io/service-account-token.
@@ -77,8 +76,8 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		cleanup.PodGC{},
 		cleanup.TerminatedPodGC{Threshold: c.TerminatedPods},
 	}
-	if c.ClusterCIDR.IsValid() {
-		out = append(out, node.NodeIPAM{ClusterCIDR: c.ClusterCIDR, NodeBits: c.NodeBits})
+	if c.Pods.Known() {
+		out = append(out, node.NodeIPAM{Pods: c.Pods})
 	}
 	if c.ServiceAccountKey != nil {
 		signer, err := policy.NewTokenSigner(c.ServiceAccountKey)

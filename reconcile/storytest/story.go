@@ -15,6 +15,7 @@ import (
 	"github.com/cockroachdb/datadriven"
 	corev1 "k8s.io/api/core/v1"
 
+	"timonel/internal/podrange"
 	"timonel/reconcile"
 	"timonel/reconcile/cleanup"
 	"timonel/reconcile/node"
@@ -81,7 +82,7 @@ func All(t T) []reconcile.Reconciler {
 	return []reconcile.Reconciler{
 		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, workload.DaemonSet{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
-		node.NodeIPAM{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/22")},
+		node.NodeIPAM{Pods: podrange.Ranges{Networks: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/22")}}},
 		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3}, service.LoadBalancer{}, service.AddressHolder{},
 		storage.Binder{}, storage.Class{}, storage.ClaimProtection{}, storage.VolumeProtection{}, storage.AttributesProtection{}, storage.Ephemeral{},
 	}

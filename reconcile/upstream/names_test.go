@@ -14,6 +14,7 @@ import (
 
 	"k8s.io/kubernetes/cmd/kube-controller-manager/app"
 
+	"timonel/internal/podrange"
 	"timonel/reconcile/standard"
 )
 
@@ -73,7 +74,7 @@ func TestEveryNameOfUpstream(t *testing.T) {
 		t.Errorf("%s is in the lists %v and no name of upstream's", name, in)
 	}
 	// What a reconciler does, none of upstream's does too.
-	reconcilers, err := standard.Reconcilers(standard.Config{ClusterCIDR: netip.MustParsePrefix("10.244.0.0/16")})
+	reconcilers, err := standard.Reconcilers(standard.Config{Pods: podrange.Ranges{Networks: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2106,16 +2106,20 @@ type Cluster struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Controllers     []string               `protobuf:"bytes,1,rep,name=controllers,proto3" json:"controllers,omitempty"` // host:port of cluster ports
 	Routes          []*NodeRoute           `protobuf:"bytes,2,rep,name=routes,proto3" json:"routes,omitempty"`
-	PodNetwork      string                 `protobuf:"bytes,3,opt,name=pod_network,json=podNetwork,proto3" json:"pod_network,omitempty"`                   // CIDR of all pods; the range of each node is in it
-	NodeBits        uint32                 `protobuf:"varint,4,opt,name=node_bits,json=nodeBits,proto3" json:"node_bits,omitempty"`                        // prefix length of a node's range
-	ServiceNetwork  string                 `protobuf:"bytes,5,opt,name=service_network,json=serviceNetwork,proto3" json:"service_network,omitempty"`       // CIDR of the Services' addresses
+	PodNetwork      string                 `protobuf:"bytes,3,opt,name=pod_network,json=podNetwork,proto3" json:"pod_network,omitempty"`                   // for agents that do not know pod_networks: the first
+	NodeBits        uint32                 `protobuf:"varint,4,opt,name=node_bits,json=nodeBits,proto3" json:"node_bits,omitempty"`                        // prefix length of a node's range of it
+	ServiceNetwork  string                 `protobuf:"bytes,5,opt,name=service_network,json=serviceNetwork,proto3" json:"service_network,omitempty"`       // for agents that do not know service_networks: the first
 	RoutesInNetwork bool                   `protobuf:"varint,6,opt,name=routes_in_network,json=routesInNetwork,proto3" json:"routes_in_network,omitempty"` // routes is empty: the call Network tells of them
 	ClusterDomain   string                 `protobuf:"bytes,8,opt,name=cluster_domain,json=clusterDomain,proto3" json:"cluster_domain,omitempty"`          // of the cluster's DNS names
 	// Addresses of the cluster's DNS server, which each agent answers at itself. None:
 	// the controller makes no Service for it.
-	ClusterDns    []string `protobuf:"bytes,9,rep,name=cluster_dns,json=clusterDns,proto3" json:"cluster_dns,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ClusterDns      []string `protobuf:"bytes,9,rep,name=cluster_dns,json=clusterDns,proto3" json:"cluster_dns,omitempty"`
+	PodNetworks     []string `protobuf:"bytes,10,rep,name=pod_networks,json=podNetworks,proto3" json:"pod_networks,omitempty"`             // CIDRs of all pods; the ranges of each node are in them
+	NodeBits4       uint32   `protobuf:"varint,11,opt,name=node_bits4,json=nodeBits4,proto3" json:"node_bits4,omitempty"`                  // prefix length of a node's range, of IPv4
+	NodeBits6       uint32   `protobuf:"varint,12,opt,name=node_bits6,json=nodeBits6,proto3" json:"node_bits6,omitempty"`                  // and of IPv6
+	ServiceNetworks []string `protobuf:"bytes,13,rep,name=service_networks,json=serviceNetworks,proto3" json:"service_networks,omitempty"` // CIDRs of the Services' addresses
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Cluster) Reset() {
@@ -2204,11 +2208,40 @@ func (x *Cluster) GetClusterDns() []string {
 	return nil
 }
 
+func (x *Cluster) GetPodNetworks() []string {
+	if x != nil {
+		return x.PodNetworks
+	}
+	return nil
+}
+
+func (x *Cluster) GetNodeBits4() uint32 {
+	if x != nil {
+		return x.NodeBits4
+	}
+	return 0
+}
+
+func (x *Cluster) GetNodeBits6() uint32 {
+	if x != nil {
+		return x.NodeBits6
+	}
+	return 0
+}
+
+func (x *Cluster) GetServiceNetworks() []string {
+	if x != nil {
+		return x.ServiceNetworks
+	}
+	return nil
+}
+
 type NodeRoute struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	NodeName      string                 `protobuf:"bytes,1,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
 	PodCidrs      []string               `protobuf:"bytes,2,rep,name=pod_cidrs,json=podCidrs,proto3" json:"pod_cidrs,omitempty"`
-	NodeAddress   string                 `protobuf:"bytes,3,opt,name=node_address,json=nodeAddress,proto3" json:"node_address,omitempty"` // InternalIP
+	NodeAddress   string                 `protobuf:"bytes,3,opt,name=node_address,json=nodeAddress,proto3" json:"node_address,omitempty"`       // InternalIP
+	MoreAddresses []string               `protobuf:"bytes,4,rep,name=more_addresses,json=moreAddresses,proto3" json:"more_addresses,omitempty"` // that of the other family
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2262,6 +2295,13 @@ func (x *NodeRoute) GetNodeAddress() string {
 		return x.NodeAddress
 	}
 	return ""
+}
+
+func (x *NodeRoute) GetMoreAddresses() []string {
+	if x != nil {
+		return x.MoreAddresses
+	}
+	return nil
 }
 
 // AddressHolder says which node announces an address of Services of type LoadBalancer.
@@ -3531,7 +3571,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\x12\x16\n" +
-	"\x06status\x18\x03 \x01(\fR\x06status\"\xb5\x02\n" +
+	"\x06status\x18\x03 \x01(\fR\x06status\"\xc1\x03\n" +
 	"\aCluster\x12 \n" +
 	"\vcontrollers\x18\x01 \x03(\tR\vcontrollers\x12-\n" +
 	"\x06routes\x18\x02 \x03(\v2\x15.timonel.v1.NodeRouteR\x06routes\x12\x1f\n" +
@@ -3542,11 +3582,19 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x11routes_in_network\x18\x06 \x01(\bR\x0froutesInNetwork\x12%\n" +
 	"\x0ecluster_domain\x18\b \x01(\tR\rclusterDomain\x12\x1f\n" +
 	"\vcluster_dns\x18\t \x03(\tR\n" +
-	"clusterDns\"h\n" +
+	"clusterDns\x12!\n" +
+	"\fpod_networks\x18\n" +
+	" \x03(\tR\vpodNetworks\x12\x1d\n" +
+	"\n" +
+	"node_bits4\x18\v \x01(\rR\tnodeBits4\x12\x1d\n" +
+	"\n" +
+	"node_bits6\x18\f \x01(\rR\tnodeBits6\x12)\n" +
+	"\x10service_networks\x18\r \x03(\tR\x0fserviceNetworks\"\x8f\x01\n" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +
-	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\"^\n" +
+	"\fnode_address\x18\x03 \x01(\tR\vnodeAddress\x12%\n" +
+	"\x0emore_addresses\x18\x04 \x03(\tR\rmoreAddresses\"^\n" +
 	"\rAddressHolder\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x12\x1b\n" +
 	"\tnode_name\x18\x02 \x01(\tR\bnodeName\x12\x16\n" +
