@@ -21,6 +21,7 @@ import (
 
 	"timonel/gossip"
 	pb "timonel/proto/timonel/v1"
+	"timonel/state/objects"
 )
 
 func (c *cluster) node(name string) *corev1.Node {
@@ -98,7 +99,7 @@ func TestNodeRegistration(t *testing.T) {
 	rev := c.put(node)
 	eventually(t, "the node is ready again", func() bool {
 		n := c.node("a1")
-		return revisionOf(n) > rev && ready(n) == corev1.ConditionTrue
+		return objects.Revision(n) > rev && ready(n) == corev1.ConditionTrue
 	})
 	require.Equal(t, "blue", c.node("a1").Labels["team"], "others' labels are kept")
 

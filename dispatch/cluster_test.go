@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	certificatesv1beta1 "k8s.io/api/certificates/v1beta1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -253,6 +254,8 @@ func keyOf(o runtime.Object) string {
 		return "/registry/serviceaccounts/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.Service:
 		return "/registry/services/specs/" + m.GetNamespace() + "/" + m.GetName()
+	case *networkingv1.NetworkPolicy:
+		return "/registry/networkpolicies/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.Event:
 		return "/registry/events/" + m.GetNamespace() + "/" + m.GetName()
 	}
@@ -264,7 +267,7 @@ func encode(t *testing.T, o runtime.Object) []byte {
 	o.(metav1.Object).SetResourceVersion("")
 	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
 	var out bytes.Buffer
-	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion}).Encode(o, &out))
+	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, networkingv1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion}).Encode(o, &out))
 	return out.Bytes()
 }
 
@@ -478,7 +481,11 @@ func describe(t *testing.T, m *pb.ControllerMessage) string {
 	case *pb.ControllerMessage_PodSet:
 		pod := &corev1.Pod{}
 		require.NoError(t, pod.Unmarshal(m.PodSet.Pod))
-		return fmt.Sprintf("pod %s/%s uid=%s rev=%s resume=%d", pod.Namespace, pod.Name, pod.UID, pod.ResourceVersion, m.PodSet.Revision)
+		line := fmt.Sprintf("pod %s/%s uid=%s rev=%s resume=%d", pod.Namespace, pod.Name, pod.UID, pod.ResourceVersion, m.PodSet.Revision)
+		if n := m.PodSet.GetPolicies(); n != 0 {
+			line += fmt.Sprintf(" policies=%d", n)
+		}
+		return line
 	case *pb.ControllerMessage_PodRemove:
 		return fmt.Sprintf("remove pod %s/%s uid=%s", m.PodRemove.Namespace, m.PodRemove.Name, m.PodRemove.Uid)
 	case *pb.ControllerMessage_ObjectSet:

@@ -42,7 +42,7 @@ func (s *session) compare(snapshot *objects.Snapshot, have *pb.Have) error {
 		k := podKey{p.GetNamespace(), p.GetName(), types.UID(p.GetUid())}
 		s.pods[k] = 0
 		pod := pods[k]
-		if pod == nil || revisionOf(pod) != p.GetRevision() {
+		if pod == nil || objects.Revision(pod) != p.GetRevision() {
 			continue
 		}
 		same, err := encodesTo(pod, p.GetDigest())

@@ -16,6 +16,7 @@ import (
 
 	pb "timonel/proto/timonel/v1"
 	"timonel/state"
+	"timonel/state/objects"
 )
 
 func digest16(raw []byte) []byte {
@@ -30,7 +31,7 @@ func (a *agent) take(m *pb.ControllerMessage) {
 		pod := &corev1.Pod{}
 		require.NoError(a.t, pod.Unmarshal(m.PodSet.Pod))
 		a.pods[string(pod.UID)] = &pb.HavePod{
-			Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID), Revision: revisionOf(pod), Digest: digest16(m.PodSet.Pod),
+			Namespace: pod.Namespace, Name: pod.Name, Uid: string(pod.UID), Revision: objects.Revision(pod), Digest: digest16(m.PodSet.Pod),
 		}
 	case *pb.ControllerMessage_PodRemove:
 		delete(a.pods, m.PodRemove.Uid)
@@ -43,7 +44,7 @@ func (a *agent) take(m *pb.ControllerMessage) {
 		require.NoError(a.t, o.Unmarshal(m.ObjectSet.Object))
 		a.objs[m.ObjectSet.Kind+"/"+o.GetName()] = &pb.HaveObject{
 			Kind: m.ObjectSet.Kind, Namespace: o.GetNamespace(), Name: o.GetName(), Uid: string(o.GetUID()),
-			Revision: revisionOf(o), Digest: digest16(m.ObjectSet.Object),
+			Revision: objects.Revision(o), Digest: digest16(m.ObjectSet.Object),
 		}
 	case *pb.ControllerMessage_ObjectRemove:
 		delete(a.objs, m.ObjectRemove.Kind+"/"+m.ObjectRemove.Name)

@@ -5,14 +5,12 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"timonel/dispatch/network"
 	pb "timonel/proto/timonel/v1"
@@ -41,11 +39,6 @@ func newHub(d *Dispatcher) *hub {
 		d: d, sessions: make(map[string]*session), users: make(map[objKey]map[*session]struct{}),
 		nodes: make(chan struct{}, 1), feeds: make(map[*feed]struct{}),
 	}
-}
-
-func revisionOf(o metav1.Object) int64 {
-	n, _ := strconv.ParseInt(o.GetResourceVersion(), 10, 64) // the cache wrote it
-	return n
 }
 
 // run follows the objects until ctx ends.

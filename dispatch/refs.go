@@ -160,27 +160,27 @@ func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 	switch k.kind {
 	case kindConfigMap:
 		if o, ok := s.ConfigMaps().Get(k.namespace, k.name); ok {
-			return o, revisionOf(o)
+			return o, objects.Revision(o)
 		}
 	case kindSecret:
 		if o, ok := s.Secrets().Get(k.namespace, k.name); ok {
-			return o, revisionOf(o)
+			return o, objects.Revision(o)
 		}
 	case kindServiceAccount:
 		if o, ok := s.ServiceAccounts().Get(k.namespace, k.name); ok {
-			return o, revisionOf(o)
+			return o, objects.Revision(o)
 		}
 	case kindClaim:
 		if o, ok := s.PVCs().Get(k.namespace, k.name); ok {
-			return o, revisionOf(o)
+			return o, objects.Revision(o)
 		}
 	case kindVolume:
 		if o, ok := s.PVs().Get("", k.name); ok {
-			return o, revisionOf(o)
+			return o, objects.Revision(o)
 		}
 	case kindTrustBundle:
 		if o, ok := s.ClusterTrustBundles().Get("", k.name); ok {
-			return o, revisionOf(o)
+			return o, objects.Revision(o)
 		}
 	}
 	return nil, 0

@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"timonel/dispatch/network"
 	pb "timonel/proto/timonel/v1"
 	"timonel/state/objects"
 )
@@ -92,8 +93,9 @@ func (s *session) sync() error {
 			return err
 		}
 	}
+	holding := network.NewHolding(snapshot)
 	for _, pod := range pods {
-		k, revision := keyOfPod(pod), revisionOf(pod)
+		k, revision := keyOfPod(pod), objects.Revision(pod)
 		if had, ok := s.pods[k]; ok && had == revision {
 			continue
 		}
@@ -101,10 +103,14 @@ func (s *session) sync() error {
 		if err != nil {
 			return fmt.Errorf("encode pod %s/%s: %w", pod.Namespace, pod.Name, err)
 		}
+		policies := holding.Since(pod)
+		if policies != 0 {
+			s.d.network.Want(s.node, policies)
+		}
 		s.pods[k] = revision
 		sent = true
 		if err := s.stream.Send(&pb.ControllerMessage{Message: &pb.ControllerMessage_PodSet{PodSet: &pb.PodSet{
-			Pod: body, Revision: s.synced,
+			Pod: body, Revision: s.synced, Policies: policies,
 		}}}); err != nil {
 			return err
 		}

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -196,4 +197,24 @@ func TestSlowAgent(t *testing.T) {
 		}
 	}
 	require.Less(t, got, 50, "what it did not read in time is merged")
+}
+
+// A pod that a policy selects comes with the revision that its node must be told of.
+func TestAPodSaysWhetherPoliciesHold(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1")
+	c.put(nodeObject("a1"))
+	c.put(podOn("a1", "open", "u1", func(p *corev1.Pod) { p.Labels = map[string]string{"app": "open"} }))
+	c.put(podOn("a1", "web", "u2", func(p *corev1.Pod) { p.Labels = map[string]string{"app": "web"} }))
+	last := c.put(&networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "p"},
+		Spec:       networkingv1.NetworkPolicySpec{PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}},
+	})
+	a := c.connect("c1", &pb.Hello{NodeName: "a1"})
+	require.Equal(t, []string{
+		"welcome from c1 full=true",
+		"pod default/open uid=u1 rev=3 resume=0",
+		fmt.Sprintf("pod default/web uid=u2 rev=4 resume=0 policies=%d", last),
+		"synced",
+	}, a.batch())
 }

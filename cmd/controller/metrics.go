@@ -62,7 +62,8 @@ var (
 	descGossipKeys       = desc("gossip_keys", "Keys that a pool of gossip takes: more than one while they are rotated.", "pool")
 	descNetworkStreams   = desc("network_feed_streams", "Agents that are told of Services, endpoints and nodes by this controller.")
 	descNetworkItems     = desc("network_feed_items", "Services, EndpointSlices and nodes that every node is told of.")
-	descNetworkWithheld  = desc("network_feed_withheld", "Objects that nodes are not told of because they are too large, or too much with the others; the log names them.")
+	descNetworkPolicies  = desc("network_feed_policies", "Network policies, and parts of the groups of pods that they name: a node is told of those that concern its pods.")
+	descNetworkWithheld  = desc("network_feed_withheld", "Objects that nodes are not told of, and policies that they are told of without what they allow, because they are too large, or too much with the others; the log names them.")
 	descNetworkSent      = desc("network_feed_sent_items_total", "Items sent to agents, removals included.")
 	descNetworkBatches   = desc("network_feed_batches_total", "Batches sent to agents.")
 	descNetworkLists     = desc("network_feed_lists_total", "Times that an agent was sent what differed from what it said to have.")
@@ -80,7 +81,7 @@ func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
 		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descCut, descStrangers, descStrangersRefused, descHistoryAge, descHistory, descHistoryBytes,
-		descNetworkStreams, descNetworkItems, descNetworkWithheld, descNetworkSent, descNetworkBatches, descNetworkLists, descNetworkTaken, descNetworkLag, descNetworkLagMax,
+		descNetworkStreams, descNetworkItems, descNetworkPolicies, descNetworkWithheld, descNetworkSent, descNetworkBatches, descNetworkLists, descNetworkTaken, descNetworkLag, descNetworkLagMax,
 		descHistoryLimit, descExpiry, descGossip, descGossipKeys, descGossipRefused} {
 		to <- d
 	}
@@ -138,6 +139,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	reports, told := k.agents.ReportBytes(), k.agents.NetworkFigures()
 	gauge(descNetworkStreams, float64(told.Streams))
 	gauge(descNetworkItems, float64(told.Items))
+	gauge(descNetworkPolicies, float64(told.Policies))
 	gauge(descNetworkWithheld, float64(told.Withheld))
 	counter(descNetworkSent, float64(told.SentItems))
 	counter(descNetworkBatches, float64(told.Batches))
@@ -165,7 +167,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"history": {history.Limit, history.Bytes - history.Spilled}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"proposals": {k.shares.proposals, log.Proposals}, "replication": {log.ReplicationLimit, log.Replication},
-		"watches": {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "network": {k.shares.network, told.Bytes}, "connections": {k.shares.connections, connections},
+		"watches": {k.shares.watches, slow}, "reports": {k.shares.reports, reports}, "network": {k.shares.network, told.Bytes + told.PolicyBytes}, "connections": {k.shares.connections, connections},
 	} {
 		gauge(descLimit, float64(bytes[0]), share)
 		if share == "all" {

@@ -16,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 
+	"timonel/dispatch/network/policy"
 	"timonel/network/feed/wire"
 	pb "timonel/proto/timonel/v1"
 	"timonel/state/objects"
@@ -33,7 +34,8 @@ type Config struct {
 	ClusterID string
 	Objects   *objects.Cache
 	Checks    Checks
-	// Bytes bounds all items, of which a fourth are of one namespace at most.
+	// Bytes bounds all items. A fifth of it is for policies and the groups of pods that they
+	// name; of that, and of the rest, a fourth are of one namespace at most.
 	Bytes int64
 	// Rate is about how many bytes a second changes may take to all agents here. A change
 	// after quiet goes at once; when many follow, they are merged. Default 64 MiB.
@@ -46,8 +48,9 @@ const longestPause = time.Second
 
 // Feed is the controllers' end of the network feed.
 type Feed struct {
-	cfg Config
-	log *Log
+	cfg      Config
+	log      *Log
+	policies *policy.Fold
 
 	recheck   chan struct{}
 	listEvery time.Duration
@@ -72,8 +75,10 @@ func New(cfg Config) *Feed {
 	if cfg.Rate == 0 {
 		cfg.Rate = 64 << 20
 	}
+	policies := policy.New(policy.Config{Bytes: cfg.Bytes / 5, Logger: cfg.Logger})
+	cfg.Bytes -= cfg.Bytes / 5
 	return &Feed{
-		cfg: cfg, log: NewLog(), recheck: make(chan struct{}, 1), listEvery: listEvery,
+		cfg: cfg, log: NewLog(), policies: policies, recheck: make(chan struct{}, 1), listEvery: listEvery,
 		routes: NewRoutes(cfg.Checks), withheld: make(map[wire.Key]string), used: make(map[string]int64), told: make(map[string]string),
 		moved: make(chan struct{}), streams: make(map[string]*stream), lists: make(map[string]*rate.Limiter),
 	}
@@ -95,14 +100,7 @@ func (f *Feed) Run(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		switch {
-		case changes.Reset:
-			f.reload(changes.Snapshot)
-		default:
-			for _, c := range changes.Changed {
-				f.apply(c)
-			}
-		}
+		fresh := f.tell(changes)
 		if rechecked {
 			f.tellRoutes(f.routes.Recheck())
 		}
@@ -112,7 +110,7 @@ func (f *Feed) Run(ctx context.Context) error {
 			f.reached(after)
 		}
 		f.figures.withheld.Store(uint64(len(f.withheld)))
-		pause := f.pause(f.log.Publish())
+		pause := f.pause(f.log.Publish(), fresh)
 		timer := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
@@ -177,12 +175,28 @@ func (f *Feed) wait(ctx context.Context, after int64) (objects.Changes, bool, er
 	}
 }
 
-// pause is how long the next changes are merged, after so many bytes went to all.
-func (f *Feed) pause(fresh int) time.Duration {
+// pause is how long the next changes are merged, after so many bytes went to all, and so
+// many in all to some.
+func (f *Feed) pause(fresh int, some int64) time.Duration {
 	f.mu.Lock()
 	streams := len(f.streams)
 	f.mu.Unlock()
-	return min(time.Duration(float64(fresh)*float64(streams)/float64(f.cfg.Rate)*float64(time.Second)), longestPause)
+	return min(time.Duration((float64(fresh)*float64(streams)+float64(some))/float64(f.cfg.Rate)*float64(time.Second)), longestPause)
+}
+
+// tell takes changes, and returns how many bytes of policies go to nodes for them.
+func (f *Feed) tell(changes objects.Changes) int64 {
+	if changes.Snapshot == nil {
+		return 0
+	}
+	if changes.Reset {
+		f.reload(changes.Snapshot)
+		return f.reloadPolicies(changes.Snapshot)
+	}
+	for _, c := range changes.Changed {
+		f.apply(c)
+	}
+	return f.applyPolicies(changes)
 }
 
 func (f *Feed) apply(c objects.Changed) {

@@ -67,6 +67,8 @@ func TestNothingElseIsTold(t *testing.T) {
 	n := node("n1", "192.0.2.1", 1, "10.1.0.0/24")
 	n.Labels, n.Annotations = map[string]string{"team": "secret"}, map[string]string{"password": "secret"}
 	h.put(service("a", "s1", "10.96.0.1"), slice("a", "s1-x", "s1", "10.1.0.1"), slice("a", "s2-x", ""), n)
+	web, other := pod("a", "web", "n1", "secret", "10.1.0.7"), pod("a", "secret", "n2", "secret", "10.1.0.8")
+	h.put(web, other, inNamespace("a", "secret"), allow("a", "p", "secret", "secret", "secret"), allow("a", "secret", "x", "x", "x"))
 	k := h.controller(nil)
 	a := newAgent(t, "n1", filepath.Join(t.TempDir(), "feed"))
 	a.connect(k)
@@ -75,6 +77,7 @@ func TestNothingElseIsTold(t *testing.T) {
 	raw, err := os.ReadFile(a.path)
 	require.NoError(t, err)
 	require.Contains(t, string(raw), "10.96.0.1")
+	require.Contains(t, string(raw), "\x0a\x01\x00\x08", "the peer's address")
 	require.NotContains(t, string(raw), "secret")
 	require.Empty(t, a.store.View().Slices(feed.Name{Namespace: "a"}))
 }
@@ -95,14 +98,25 @@ func TestWhateverHappensAnAgentKnowsAll(t *testing.T) {
 			a.connect(ks[0])
 			namespace := func() string { return []string{"a", "b"}[r.IntN(2)] }
 			name := func() string { return fmt.Sprint("s", r.IntN(12)) }
-			for range 60 {
-				switch r.IntN(12) {
+			app := func() string { return []string{"web", "api", "db"}[r.IntN(3)] }
+			for range 80 {
+				switch r.IntN(17) {
 				case 10:
 					other := lease("2001:db8::9", "n1")
 					other.Name = "of-somebody-else"
 					h.put(lease(fmt.Sprintf("192.0.2.%d", r.IntN(4)), fmt.Sprint("n", r.IntN(3))), lease("2001:db8::1", "n1"), other)
 				case 11:
 					h.remove(lease(fmt.Sprintf("192.0.2.%d", r.IntN(4)), ""))
+				case 12:
+					h.put(inNamespace(namespace(), app()))
+				case 13, 16:
+					h.put(pod(namespace(), fmt.Sprint("p", r.IntN(6)), fmt.Sprint("n", 1+r.IntN(2)), app(), fmt.Sprintf("10.1.0.%d", r.IntN(250))))
+				case 14:
+					h.put(allow(namespace(), fmt.Sprint("np", r.IntN(3)), app(), app(), app()))
+				case 15:
+					h.remove([]runtime.Object{
+						pod(namespace(), fmt.Sprint("p", r.IntN(6)), "", ""), allow(namespace(), fmt.Sprint("np", r.IntN(3)), "", "", ""), inNamespace(namespace(), ""),
+					}[r.IntN(3)])
 				case 0, 1:
 					h.put(service(namespace(), name(), fmt.Sprintf("10.96.0.%d", r.IntN(250))))
 				case 2, 3, 4:
@@ -157,7 +171,7 @@ func TestAResumeCostsTheDifference(t *testing.T) {
 
 	a.start()
 	require.True(t, a.store.View().Synced(), "what is on the disk counts")
-	require.True(t, h.want() == dump(a.store.View()))
+	require.True(t, h.want("n1") == dump(a.store.View()))
 	before := a.store.View()
 	a.connect(k2)
 	require.Eventually(t, func() bool { return k2.feed.Figures().Batches == 1 }, patience, time.Millisecond)
@@ -385,5 +399,66 @@ func TestAnOlderController(t *testing.T) {
 	conn := older.conn()
 	defer conn.Close()
 	a.client.Follow(metadata.AppendToOutgoingContext(context.Background(), "node", "n1"), pb.NewAgentsClient(conn)) // returns
-	require.True(t, h.want() == dump(a.store.View()))
+	require.True(t, h.want("n1") == dump(a.store.View()))
+}
+
+// An agent of an earlier version asks for no policies, and is told of none.
+func TestAnOlderAgent(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	h.put(inNamespace("a", "x"), pod("a", "web", "n1", "web", "10.1.0.7"), allow("a", "p", "web", "web", "x"), service("a", "s1", "10.96.0.1"))
+	k := h.controller(nil)
+	stream := k.raw(t, "n1")
+	require.NoError(t, stream.Send(have(nil)))
+	items := 0
+	for synced := false; !synced; {
+		b, err := stream.Recv()
+		require.NoError(t, err)
+		require.Zero(t, b.Revision)
+		items, synced = items+len(b.Set), b.Synced
+	}
+	require.Equal(t, 1, items)
+	h.put(allow("a", "q", "web", "web", "x"), service("a", "s1", "10.96.0.2"))
+	b, err := stream.Recv()
+	require.NoError(t, err)
+	require.Len(t, b.Set, 1)
+	require.Zero(t, b.Revision)
+}
+
+// A pod that waits for its policies is told when there are none any more, though nothing of
+// it is ever told.
+func TestWhoWaitsForARevisionIsTold(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	k := h.controller(nil)
+	a := newAgent(t, "n1", "")
+	defer a.stop()
+	a.connect(k)
+	a.eventuallySynced()
+	h.put(pod("a", "web", "n1", "web"), allow("a", "p", "web", "web", "x"))
+	require.NoError(t, k.cache.WaitRevision(t.Context(), h.store.View().Revision()))
+	s := k.cache.Snapshot()
+	web, _ := s.Pods().Get("a", "web")
+	since := NewHolding(s).Since(web)
+	require.Equal(t, h.store.View().Revision(), since)
+	other := web.DeepCopy()
+	other.Labels = nil
+	require.Zero(t, NewHolding(s).Since(other))
+	other.Spec.HostNetwork, other.Labels = true, web.Labels
+	require.Zero(t, NewHolding(s).Since(other))
+	for i := range fewPolicies + 1 {
+		h.put(allow("a", fmt.Sprint("more", i), "db", "db", "x"))
+	}
+	require.NoError(t, k.cache.WaitRevision(t.Context(), h.store.View().Revision()))
+	other.Spec.HostNetwork, other.Labels = false, nil
+	since = NewHolding(k.cache.Snapshot()).Since(other)
+	require.Equal(t, h.store.View().Revision(), since, "with so many, the feed says whether one holds")
+	k.feed.Want("n1", since)
+	h.eventually(a)
+	require.Eventually(t, func() bool { return a.store.View().Told() >= since }, patience, time.Millisecond)
+
+	// Nothing of the node changes here.
+	h.put(allow("b", "p", "web", "web", "x"))
+	k.feed.Want("n1", h.store.View().Revision())
+	require.Eventually(t, func() bool { return a.store.View().Told() == h.store.View().Revision() }, patience, time.Millisecond)
 }

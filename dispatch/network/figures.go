@@ -10,10 +10,14 @@ import (
 type Figures struct {
 	// Streams is how many agents are told of changes here.
 	Streams int
-	// Items and Bytes are what every node is told of, Withheld what is left out because
-	// it is too much.
+	// Items and Bytes are what every node is told of, Withheld what is left out, or of
+	// policies told without what they allow, because it is too much.
 	Items, Withheld int
 	Bytes           int64
+	// Policies and PolicyBytes are the network policies and the parts of the groups of pods
+	// that they name, of which each node is told what concerns its own pods.
+	Policies    int
+	PolicyBytes int64
 	// Batches and SentItems were sent to all agents, and Lists of those were compared
 	// and told anew.
 	Batches, SentItems, Lists uint64
@@ -64,6 +68,9 @@ func (f *Feed) Figures() Figures {
 		Withheld: int(f.figures.withheld.Load()), Batches: f.figures.batches.Load(), SentItems: f.figures.items.Load(), Lists: f.figures.lists.Load(),
 	}
 	out.Bytes, out.Items = f.log.Held()
+	var closed int
+	out.PolicyBytes, out.Policies, closed = f.policies.Held()
+	out.Withheld += closed
 	f.mu.Lock()
 	out.Streams = len(f.streams)
 	f.mu.Unlock()

@@ -21,16 +21,20 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
 	"k8s.io/client-go/kubernetes/scheme"
 
+	"timonel/dispatch/network/policy"
 	"timonel/network/feed"
+	"timonel/network/feed/wire"
 	pb "timonel/proto/timonel/v1"
 	"timonel/state"
 	"timonel/state/objects"
@@ -64,6 +68,14 @@ func keyAndVersion(o runtime.Object) (string, schema.GroupVersion) {
 		return "/registry/leases/" + m.GetNamespace() + "/" + m.GetName(), coordinationv1.SchemeGroupVersion
 	case *discoveryv1.EndpointSlice:
 		return "/registry/endpointslices/" + m.GetNamespace() + "/" + m.GetName(), discoveryv1.SchemeGroupVersion
+	}
+	switch o.(type) {
+	case *corev1.Pod:
+		return "/registry/pods/" + m.GetNamespace() + "/" + m.GetName(), corev1.SchemeGroupVersion
+	case *corev1.Namespace:
+		return "/registry/namespaces/" + m.GetName(), corev1.SchemeGroupVersion
+	case *networkingv1.NetworkPolicy:
+		return "/registry/networkpolicies/" + m.GetNamespace() + "/" + m.GetName(), networkingv1.SchemeGroupVersion
 	}
 	panic(fmt.Sprintf("no key for %T", o))
 }
@@ -185,7 +197,7 @@ func (a *agent) connect(s *server, options ...grpc.DialOption) {
 
 // dump is all of a view, readable.
 func dump(v *feed.View) string {
-	var out []string
+	out := dumpPolicies(v)
 	for n := range v.Nodes() {
 		out = append(out, fmt.Sprintf("node %s %v %s", n.NodeName, n.PodCidrs, n.NodeAddress))
 	}
@@ -209,8 +221,48 @@ func dump(v *feed.View) string {
 	return strings.Join(out, "\n")
 }
 
+// dumpPolicies is what a view has of policies. What a pod or a policy names must be there.
+func dumpPolicies(v *feed.View) (out []string) {
+	line := func(m proto.Message) {
+		raw, _ := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+		out = append(out, fmt.Sprintf("%T %x", m, raw))
+	}
+	for p := range v.Pods() {
+		line(p)
+		for _, r := range p.Policies {
+			if v.Policy(r.Namespace, r.Name) == nil {
+				out = append(out, fmt.Sprint("policy ", r.Name, " is not there"))
+			}
+		}
+	}
+	for p := range v.Policies() {
+		line(p)
+		for _, r := range slices.Concat(p.Ingress, p.Egress) {
+			for _, name := range slices.Concat(r.Groups, r.Targets) {
+				parts, ok := v.Group(name)
+				if !ok {
+					out = append(out, fmt.Sprint("group ", name, " is not there"))
+				}
+				for _, g := range parts {
+					line(g)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// whole fails when a view has a pod without its policies, or a policy without its groups.
+func whole(t testing.TB, v *feed.View) {
+	for _, line := range dumpPolicies(v) {
+		if strings.HasSuffix(line, "is not there") {
+			t.Errorf("at revision %d: %s", v.Told(), line)
+		}
+	}
+}
+
 // want is what dump is of a node that knows all.
-func (h *house) want() string {
+func (h *house) want(node string) string {
 	cache := objects.NewCache(h.store, objects.WithLogger(quiet))
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
@@ -220,7 +272,32 @@ func (h *house) want() string {
 	require.NoError(h.t, cache.WaitRevision(ctx, h.store.View().Revision()))
 	s := cache.Snapshot()
 	store := feed.NewStore("")
+	fold := policy.New(policy.Config{Bytes: 64 << 20, Logger: quiet})
+	fold.Update(s.Revision(), func(t *policy.Txn) {
+		for o := range s.Pods().All() {
+			t.SetPod(o)
+		}
+		for o := range s.NetworkPolicies().All() {
+			t.Set(policy.Compile(o))
+		}
+		for o := range s.Namespaces().All() {
+			t.SetNamespace(o)
+		}
+	})
+	told := fold.Follow(node).List(func(*wire.Digest) wire.Set { return wire.All() })
 	store.Update(func(t *feed.Txn) {
+		for _, item := range told.Items {
+			o, err := wire.Decode(item)
+			require.NoError(h.t, err)
+			switch {
+			case o.Pod != nil:
+				t.SetPod(o.Pod)
+			case o.Policy != nil:
+				t.SetPolicy(o.Policy)
+			case o.Group != nil:
+				t.SetGroup(o.Group)
+			}
+		}
 		routes, _ := AllRoutes(&testChecks{}, s.Nodes().All())
 		for _, r := range routes {
 			t.SetNode(r)
@@ -247,11 +324,12 @@ func (h *house) want() string {
 // eventually waits until an agent knows all, by its own word and by dump.
 func (h *house) eventually(a *agent) {
 	h.t.Helper()
-	want := h.want()
+	want := h.want(a.name)
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	for after := uint64(0); ; {
 		v := a.store.View()
+		whole(h.t, v)
 		if v.Synced() && dump(v) == want {
 			return
 		}
@@ -317,4 +395,33 @@ func many(n int) (out []runtime.Object) {
 		out = append(out, service("a", name, fmt.Sprintf("10.96.%d.%d", i/250, i%250)), slice("a", name+"-x", name, ips...))
 	}
 	return slices.Clip(out)
+}
+
+func inNamespace(name, team string) *corev1.Namespace {
+	return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{"team": team}}}
+}
+
+func pod(namespace, name, node, app string, ips ...string) *corev1.Pod {
+	p := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: "u", Labels: map[string]string{"app": app}},
+		Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Name: "main", Env: []corev1.EnvVar{{Name: "PASSWORD", Value: "secret"}}}}},
+	}
+	for _, ip := range ips {
+		p.Status.PodIPs = append(p.Status.PodIPs, corev1.PodIP{IP: ip})
+	}
+	return p
+}
+
+// allow lets pods of an app be talked to by those of another, of namespaces of a team.
+func allow(namespace, name, app, from, team string) *networkingv1.NetworkPolicy {
+	return &networkingv1.NetworkPolicy{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: "u"},
+		Spec: networkingv1.NetworkPolicySpec{
+			PodSelector: metav1.LabelSelector{MatchLabels: map[string]string{"app": app}},
+			Ingress: []networkingv1.NetworkPolicyIngressRule{{From: []networkingv1.NetworkPolicyPeer{{
+				NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"team": team}},
+				PodSelector:       &metav1.LabelSelector{MatchLabels: map[string]string{"app": from}},
+			}}}},
+		},
+	}
 }

@@ -175,8 +175,8 @@ func (l *Log) view() *view {
 }
 
 // compare publishes what there is, and returns it with the buckets of kinds in which
-// somebody has something else.
-func (l *Log) compare(have *wire.Digest, kinds kindSet) (*view, wire.Set, bool) {
+// somebody has something else than is in the log, or beside it.
+func (l *Log) compare(have *wire.Digest, kinds kindSet, beside *wire.Digest) (*view, wire.Set, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.publish()
@@ -185,6 +185,9 @@ func (l *Log) compare(have *wire.Digest, kinds kindSet) (*view, wire.Set, bool) 
 		if kinds.has(kind) {
 			own.Add(d)
 		}
+	}
+	if beside != nil {
+		own.Add(beside)
 	}
 	set, differs := own.Differing(have)
 	return l.published, set, differs
@@ -236,14 +239,13 @@ func kindsOf(list []pb.NetworkKind) (out kindSet) {
 func (s kindSet) has(k pb.NetworkKind) bool { return k >= 0 && k < 64 && s&(1<<k) != 0 }
 
 // whole is the digest of all items of some kinds.
-func (v *view) whole(kinds kindSet) []byte {
-	var sum wire.Sum
+func (v *view) whole(kinds kindSet) (sum wire.Sum) {
 	for kind, s := range v.wholes {
 		if kinds.has(kind) {
 			sum = sum.AddWhole(s)
 		}
 	}
-	return sum[:]
+	return sum
 }
 
 // span names a part of a view: what of some kinds changed after a position. In a list

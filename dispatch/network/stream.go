@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"timonel/dispatch/network/policy"
 	"timonel/network/feed/wire"
 	pb "timonel/proto/timonel/v1"
 )
@@ -38,6 +39,11 @@ type stream struct {
 	cancel context.CancelCauseFunc
 	kinds  kindSet
 	lists  *rate.Limiter // of its node
+	// policies is what concerns the node alone; nil when the agent does not ask for it. Its
+	// digest, and that of what all are told, are as of what was sent last.
+	policies   *policy.Follower
+	ofPolicies wire.Sum
+	ofAll      wire.Sum
 
 	have  chan *pb.NetworkHave
 	taken chan uint64
@@ -141,6 +147,11 @@ func (s *stream) receive(ctx context.Context) error {
 func (s *stream) send(ctx context.Context) error {
 	var at uint64
 	asked := false // the agent is to say what it has
+	defer func() {
+		if s.policies != nil {
+			s.policies.Close()
+		}
+	}()
 	for {
 		v := s.f.log.view()
 		switch {
@@ -157,6 +168,10 @@ func (s *stream) send(ctx context.Context) error {
 				}
 				asked = false
 			case <-unless(asked, v.moved):
+			case <-unless(asked, s.moved()):
+				if err := s.tellPolicies(ctx, at >= v.sequence); err != nil {
+					return err
+				}
 			}
 		case at < v.floor:
 			if err := s.tell(ctx, &pb.NetworkBatch{Ask: true}, v.at); err != nil {
@@ -171,6 +186,10 @@ func (s *stream) send(ctx context.Context) error {
 					return err
 				}
 				continue
+			case <-s.moved(): // a long list of all delays no pod
+				if err := s.tellPolicies(ctx, false); err != nil {
+					return err
+				}
 			default:
 			}
 			p := v.next(span{after: at, kinds: s.kinds})
@@ -180,7 +199,8 @@ func (s *stream) send(ctx context.Context) error {
 			}
 			b := &pb.NetworkBatch{Set: p.items, Remove: p.gone, Ack: p.size >= wire.MaxBatch/4 || time.Since(s.asked) > ackEvery}
 			if p.end {
-				b.Digest = v.whole(s.kinds)
+				s.ofAll = v.whole(s.kinds)
+				b.Digest = s.digest()
 			}
 			if err := s.tell(ctx, b, v.at); err != nil {
 				return err
@@ -190,7 +210,7 @@ func (s *stream) send(ctx context.Context) error {
 }
 
 // unless is a channel that is never ready when not is set.
-func unless(not bool, c chan struct{}) chan struct{} {
+func unless(not bool, c <-chan struct{}) <-chan struct{} {
 	if not {
 		return nil
 	}
@@ -208,34 +228,95 @@ func (s *stream) list(ctx context.Context, have *pb.NetworkHave) (uint64, error)
 	if err != nil {
 		return 0, status.Errorf(codes.InvalidArgument, "what node %s has of the network: %v", s.node, err)
 	}
-	v, set, differs := s.f.log.compare(digest, s.kinds)
-	if have.GetEpoch() != s.f.cfg.ClusterID {
-		set, differs = wire.All(), true
+	if err := s.follow(); err != nil {
+		return 0, err
 	}
+	var v *view
+	var set wire.Set
+	var differs bool
+	compare := func(also *wire.Digest) wire.Set {
+		if v, set, differs = s.f.log.compare(digest, s.kinds, also); have.GetEpoch() != s.f.cfg.ClusterID {
+			set, differs = wire.All(), true
+		}
+		return set
+	}
+	var told policy.Told
+	if s.policies != nil {
+		told = s.policies.List(compare)
+	} else {
+		compare(nil)
+	}
+	s.ofAll, s.ofPolicies = v.whole(s.kinds), told.Whole
 	if !differs {
-		return v.sequence, s.tell(ctx, &pb.NetworkBatch{Synced: true, Digest: v.whole(s.kinds), List: set[:]}, v.at)
+		return v.sequence, s.tell(ctx, &pb.NetworkBatch{Synced: true, Digest: s.digest(), List: set[:], Revision: told.Revision}, v.at)
 	}
 	if err := s.lists.Wait(ctx); err != nil {
 		return 0, fmt.Errorf("list for node %s: %w", s.node, err)
 	}
 	s.f.figures.lists.Add(1)
 	list := set[:]
-	// Nodes first: without its own pod range a new node runs nothing.
-	for _, kinds := range []kindSet{s.kinds & (1 << nodeKind), s.kinds &^ (1 << nodeKind)} {
+	tell := func(b *pb.NetworkBatch) error {
+		b.List, b.Ack = list, true
+		list = nil
+		return s.tell(ctx, b, time.Now())
+	}
+	tellAll := func(kinds kindSet) error {
 		for after, end := uint64(0), false; !end; {
 			p := v.next(span{after: after, kinds: kinds, list: true, set: set})
 			after, end = p.last, p.end
-			b := &pb.NetworkBatch{Set: p.items, List: list, Ack: true}
-			list = nil
+			b := &pb.NetworkBatch{Set: p.items}
 			if end && kinds&(1<<nodeKind) == 0 {
-				b.Synced, b.Digest = true, v.whole(s.kinds)
+				b.Synced, b.Digest = true, s.digest()
 			}
-			if err := s.tell(ctx, b, time.Now()); err != nil {
+			if err := tell(b); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	// Nodes first: without its own pod range a new node runs nothing. Then policies, for
+	// which pods wait.
+	if err := tellAll(s.kinds & (1 << nodeKind)); err != nil {
+		return 0, err
+	}
+	if s.policies != nil {
+		for _, b := range batches(told) {
+			if err := tell(b); err != nil {
 				return 0, err
 			}
 		}
 	}
+	if err := tellAll(s.kinds &^ (1 << nodeKind)); err != nil {
+		return 0, err
+	}
 	return v.sequence, nil
+}
+
+// tellPolicies sends what changed of policies. whole says that the agent has all else
+// that there is.
+func (s *stream) tellPolicies(ctx context.Context, whole bool) error {
+	told, ok := s.policies.Take()
+	if !ok {
+		return nil
+	}
+	s.ofPolicies = told.Whole
+	all := batches(told)
+	for i, b := range all {
+		b.Ack = len(all) > 1 || time.Since(s.asked) > ackEvery
+		if i == len(all)-1 && whole {
+			b.Digest = s.digest()
+		}
+		if err := s.tell(ctx, b, told.Since); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// digest is of all that was sent.
+func (s *stream) digest() []byte {
+	sum := s.ofAll.AddWhole(s.ofPolicies)
+	return sum[:]
 }
 
 // tell sends a batch, of what was there to be sent since some time, when the agent

@@ -78,6 +78,7 @@ func typedKinds() map[string]kind {
 		"endpointslices/":             {discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), func() object { return &discoveryv1.EndpointSlice{} }},
 		"horizontalpodautoscalers/":   {autoscalingv2.SchemeGroupVersion.WithKind("HorizontalPodAutoscaler"), func() object { return &autoscalingv2.HorizontalPodAutoscaler{} }},
 		"leases/":                     {coordinationv1.SchemeGroupVersion.WithKind("Lease"), func() object { return &coordinationv1.Lease{} }},
+		"networkpolicies/":            {networkingv1.SchemeGroupVersion.WithKind("NetworkPolicy"), func() object { return &networkingv1.NetworkPolicy{} }},
 		"poddisruptionbudgets/":       {policyv1.SchemeGroupVersion.WithKind("PodDisruptionBudget"), func() object { return &policyv1.PodDisruptionBudget{} }},
 		"priorityclasses/":            {schedulingv1.SchemeGroupVersion.WithKind("PriorityClass"), func() object { return &schedulingv1.PriorityClass{} }},
 		"storageclasses/":             {storagev1.SchemeGroupVersion.WithKind("StorageClass"), func() object { return &storagev1.StorageClass{} }},
@@ -208,6 +209,9 @@ func (s *Snapshot) HPAs() Table[*autoscalingv2.HorizontalPodAutoscaler] {
 }
 func (s *Snapshot) Leases() Table[*coordinationv1.Lease] {
 	return newTable[*coordinationv1.Lease](s, "leases/")
+}
+func (s *Snapshot) NetworkPolicies() Table[*networkingv1.NetworkPolicy] {
+	return newTable[*networkingv1.NetworkPolicy](s, "networkpolicies/")
 }
 func (s *Snapshot) PodDisruptionBudgets() Table[*policyv1.PodDisruptionBudget] {
 	return newTable[*policyv1.PodDisruptionBudget](s, "poddisruptionbudgets/")

@@ -2,10 +2,12 @@ package objects
 
 import (
 	"iter"
+	"strconv"
 	"strings"
 
 	"github.com/tidwall/btree"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -19,6 +21,12 @@ type Snapshot struct {
 	prefix   string // of all keys
 	metas    *metaTree
 	indexes
+}
+
+// Revision is an object's resourceVersion as a number, which the cache wrote.
+func Revision(o metav1.Object) int64 {
+	n, _ := strconv.ParseInt(o.GetResourceVersion(), 10, 64)
+	return n
 }
 
 // Revision is the store's revision that the snapshot shows.
