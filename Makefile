@@ -94,7 +94,7 @@ conformance-suite:
 	@.ci/deps conformance
 	@mkdir -p bin/conformance
 	cd test/conformance/upstream && $(GO) build -ldflags '$(LDFLAGS)' -o ../../../bin/conformance/ github.com/onsi/ginkgo/v2/ginkgo \
-		k8s.io/kubernetes/cmd/kubectl k8s.io/kubernetes/test/images/agnhost k8s.io/sample-apiserver
+		k8s.io/kubernetes/cmd/kubectl k8s.io/kubernetes/test/images/agnhost k8s.io/kubernetes/test/images/nonewprivs k8s.io/sample-apiserver
 	cd test/conformance/upstream && $(GO) test -c -vet=off -ldflags '$(LDFLAGS)' -o ../../../bin/conformance/e2e.test k8s.io/kubernetes/test/e2e
 	cd test/bench/etcd && $(GO) build -ldflags '-s -w' -o ../../../bin/conformance/etcd .
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" $(GO) run ./images/build -out bin/conformance/images -suite bin/conformance

@@ -3,6 +3,7 @@ package apiserver
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strconv"
@@ -56,7 +57,7 @@ func (k *kubelets) GetConnectionInfo(ctx context.Context, name types.NodeName) (
 	if port <= 0 {
 		port = ports.KubeletPort
 	}
-	transport := k.transport(name)
+	transport := endsApart{k.transport(name)}
 	return &kubelet.ConnectionInfo{
 		Scheme:                         "http",
 		Hostname:                       nodeAddress(node),
@@ -103,6 +104,32 @@ func (k *kubelets) transport(name types.NodeName) *http.Transport {
 	}
 	k.transports[name] = transport
 	return transport
+}
+
+// endsApart gives the end of an answer by itself, and not with the last of its bytes:
+// upstream loses those when it sends logs on by WebSocket.
+type endsApart struct{ transport *http.Transport }
+
+// RoundTrip implements http.RoundTripper.
+func (t endsApart) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := t.transport.RoundTrip(r)
+	if err == nil && resp.StatusCode != http.StatusSwitchingProtocols {
+		resp.Body = apart{resp.Body}
+	}
+	return resp, err
+}
+
+// WrappedRoundTripper is for those who look for a way to dial.
+func (t endsApart) WrappedRoundTripper() http.RoundTripper { return t.transport }
+
+type apart struct{ io.ReadCloser }
+
+func (b apart) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if n > 0 && err == io.EOF {
+		err = nil // the next call gives it
+	}
+	return n, err
 }
 
 // forget drops what is kept for a node that is gone.

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/websocket"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
@@ -119,6 +120,32 @@ func TestReachesKubeletsThroughDialKubelet(t *testing.T) {
 		lines := int64(7)
 		raw, err := c.CoreV1().Pods("default").GetLogs("p", &corev1.PodLogOptions{TailLines: &lines}).DoRaw(ctx)
 		if err != nil || string(raw) != "log of p/c tail 7\n" {
+			t.Errorf("%q, %v", raw, err)
+		}
+	})
+	// The answer is short, so that its last bytes and its end come at once.
+	t.Run("logs by WebSocket", func(t *testing.T) {
+		tlsConfig, err := rest.TLSConfigFor(config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		url := c.CoreV1().Pods("default").GetLogs("p", &corev1.PodLogOptions{}).URL()
+		url.Scheme = "wss"
+		ws, err := websocket.NewConfig(url.String(), "http://localhost")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ws.TlsConfig, ws.Protocol = tlsConfig, []string{"binary.k8s.io"}
+		if config.BearerToken != "" {
+			ws.Header.Set("Authorization", "Bearer "+config.BearerToken)
+		}
+		conn, err := ws.DialContext(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		raw, err := io.ReadAll(conn)
+		if err != nil || string(raw) != "log of p/c tail \n" {
 			t.Errorf("%q, %v", raw, err)
 		}
 	})

@@ -80,7 +80,11 @@ func run(out, arch, busybox, suite string) error {
 		}
 	}
 	if suite != "" {
-		return writeSuite(suite, out, arch, busybox, pause)
+		sh, err := compile(tmp, "timonel/images/sh", arch)
+		if err != nil {
+			return err
+		}
+		return writeSuite(suite, out, arch, busybox, pause, sh)
 	}
 	return nil
 }

@@ -23,7 +23,7 @@ const registries = "test/conformance/registries.yaml"
 type suite struct {
 	dir, arch, busybox string
 	module             string // the folder of k8s.io/kubernetes
-	pause              []byte
+	pause, sh          []byte
 	debian             v1.Layer // the base of most
 }
 
@@ -32,7 +32,7 @@ var errNoRecipe = errors.New("no recipe")
 
 // writeSuite makes the archive OUT/suite.tar of all that the suite in dir names and
 // that there is a recipe for, and says what there is none for.
-func writeSuite(dir, out, arch, busybox string, pause []byte) error {
+func writeSuite(dir, out, arch, busybox string, pause, sh []byte) error {
 	names, err := suiteNames(filepath.Join(dir, "e2e.test"))
 	if err != nil {
 		return err
@@ -41,7 +41,7 @@ func writeSuite(dir, out, arch, busybox string, pause []byte) error {
 	if err != nil {
 		return fmt.Errorf("find the module k8s.io/kubernetes: %w; is this Timonel's folder?", err)
 	}
-	s := &suite{dir: dir, arch: arch, busybox: busybox, module: strings.TrimSpace(string(module)), pause: pause}
+	s := &suite{dir: dir, arch: arch, busybox: busybox, module: strings.TrimSpace(string(module)), pause: pause, sh: sh}
 	if s.debian, err = debianLayer(filepath.Join(dir, "debian.tar"), busybox); err != nil {
 		return err
 	}
@@ -95,14 +95,12 @@ func (s *suite) image(name string) (v1.Image, error) {
 		if err != nil {
 			return nil, err
 		}
-		// Debian's busybox takes variables from the environment of its `sh` whose names
-		// are no shell names; upstream's leaves them, and so does bash.
 		bash, err := static("/bin/bash-static", "bash-static")
 		if err != nil {
 			return nil, err
 		}
 		files = slices.DeleteFunc(files, func(f file) bool { return f.name == "bin/sh" || f.name == "bin/bash" })
-		return s.of(busyboxConfig, false, append(files, file{"bin/sh", 0o755, bash})...)
+		return s.of(busyboxConfig, false, append(files, file{"bin/sh", 0o755, s.sh}, file{"bin/bash", 0o755, bash})...)
 	case "agnhost":
 		return s.agnhost("pause")
 	case "kitten", "nautilus":
@@ -124,6 +122,12 @@ func (s *suite) image(name string) (v1.Image, error) {
 	case "nginx":
 		return s.of(v1.Config{Env: debianEnv, Cmd: []string{"nginx", "-g", "daemon off;"}, StopSignal: "SIGQUIT",
 			ExposedPorts: map[string]struct{}{"80/tcp": {}}}, true, nginxFiles...)
+	case "nonewprivs": // as whom it runs, which the bit makes root where it counts
+		data, err := s.programData(name)
+		if err != nil {
+			return nil, err
+		}
+		return s.of(v1.Config{Env: debianEnv, Cmd: []string{"nnp"}}, true, file{"usr/local/bin/nnp", 0o6755, data})
 	case "sample-apiserver":
 		return s.program(name, v1.Config{Entrypoint: []string{"/sample-apiserver"}}, "sample-apiserver")
 	case "etcd":
@@ -184,11 +188,19 @@ func (s *suite) source(from, to string) (file, error) {
 
 // program is an image with that program of the suite's folder, and files.
 func (s *suite) program(name string, config v1.Config, to string, files ...file) (v1.Image, error) {
+	data, err := s.programData(name)
+	if err != nil {
+		return nil, err
+	}
+	return s.of(config, true, append([]file{{to, 0o755, data}}, files...)...)
+}
+
+func (s *suite) programData(name string) ([]byte, error) {
 	data, err := os.ReadFile(filepath.Join(s.dir, name))
 	if err != nil {
 		return nil, fmt.Errorf("%w (make conformance builds it)", err)
 	}
-	return s.of(config, true, append([]file{{to, 0o755, data}}, files...)...)
+	return data, nil
 }
 
 // of makes an image of files, on Debian or on nothing.

@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -22,11 +23,12 @@ func TestSuiteImagesHaveTheNamesThatTheSuiteAsksFor(t *testing.T) {
 	write := func(name, content string) {
 		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o755))
 	}
-	write("e2e.test", "#!/bin/sh\nprintf '%s\\n' 127.0.0.1:1/e2e/agnhost:2 127.0.0.1:1/e2e/agnhost:1 127.0.0.1:1/private/agnhost:1 127.0.0.1:1/gc/pause:3 127.0.0.1:1/e2e/nginx:1 127.0.0.1:1/storage/nothing:1\n")
+	write("e2e.test", "#!/bin/sh\nprintf '%s\\n' 127.0.0.1:1/e2e/agnhost:2 127.0.0.1:1/e2e/agnhost:1 127.0.0.1:1/private/agnhost:1 127.0.0.1:1/gc/pause:3 127.0.0.1:1/e2e/nginx:1 127.0.0.1:1/e2e/nonewprivs:1 127.0.0.1:1/storage/nothing:1\n")
 	write("agnhost", "a program")
+	write("nonewprivs", "another")
 	write("debian.tar", string(folder(t, t.TempDir())))
 
-	require.NoError(t, writeSuite(dir, out, "amd64", "", []byte("pause")))
+	require.NoError(t, writeSuite(dir, out, "amd64", "", []byte("pause"), nil))
 
 	archive := filepath.Join(out, "suite.tar")
 	manifest, err := tarball.LoadManifest(func() (io.ReadCloser, error) { return os.Open(archive) })
@@ -35,7 +37,7 @@ func TestSuiteImagesHaveTheNamesThatTheSuiteAsksFor(t *testing.T) {
 	for _, image := range manifest {
 		names = append(names, image.RepoTags...)
 	}
-	require.ElementsMatch(t, []string{"127.0.0.1:1/e2e/agnhost:1", "127.0.0.1:1/e2e/agnhost:2", "127.0.0.1:1/gc/pause:3", "127.0.0.1:1/e2e/nginx:1"}, names)
+	require.ElementsMatch(t, []string{"127.0.0.1:1/e2e/agnhost:1", "127.0.0.1:1/e2e/agnhost:2", "127.0.0.1:1/gc/pause:3", "127.0.0.1:1/e2e/nginx:1", "127.0.0.1:1/e2e/nonewprivs:1"}, names)
 
 	tag, err := name.NewTag("127.0.0.1:1/e2e/agnhost:2")
 	require.NoError(t, err)
@@ -48,11 +50,24 @@ func TestSuiteImagesHaveTheNamesThatTheSuiteAsksFor(t *testing.T) {
 	layers, err := img.Layers()
 	require.NoError(t, err)
 	require.Len(t, layers, 2, "Debian, and what is agnhost's own")
+
+	tag, err = name.NewTag("127.0.0.1:1/e2e/nonewprivs:1")
+	require.NoError(t, err)
+	img, err = tarball.ImageFromPath(archive, &tag)
+	require.NoError(t, err)
+	layers, err = img.Layers()
+	require.NoError(t, err)
+	own, err := layers[len(layers)-1].Uncompressed()
+	require.NoError(t, err)
+	defer own.Close()
+	h, err := tar.NewReader(own).Next()
+	require.NoError(t, err)
+	require.Equal(t, "usr/local/bin/nnp 6755", fmt.Sprintf("%s %o", h.Name, h.Mode), "who runs it becomes root unless that is forbidden")
 }
 
 func TestSuiteWithoutItsProgram(t *testing.T) {
 	t.Parallel()
-	err := writeSuite(t.TempDir(), t.TempDir(), "amd64", "", nil)
+	err := writeSuite(t.TempDir(), t.TempDir(), "amd64", "", nil, nil)
 	require.ErrorContains(t, err, "make conformance builds")
 }
 
