@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	kruntime "k8s.io/apimachinery/pkg/runtime"
+
 	"timonel/network/feed"
 )
 
@@ -27,29 +29,39 @@ func BenchmarkEndpointChangeTo100Agents(b *testing.B) {
 	for _, a := range agents {
 		a.eventuallySynced()
 	}
-	var mu sync.Mutex
 	var took []time.Duration
 	for i := 0; b.Loop(); i++ {
-		var done sync.WaitGroup
-		var began time.Time
-		started := make(chan struct{})
-		for _, a := range agents {
-			after := a.store.View().Revision()
-			done.Go(func() {
-				<-started
-				if _, err := a.store.Changes(b.Context(), after); err != nil {
-					return
-				}
-				mu.Lock()
-				took = append(took, time.Since(began))
-				mu.Unlock()
-			})
-		}
-		began = time.Now()
-		close(started)
-		h.put(slice("a", "s5-x", "s5", fmt.Sprintf("10.9.%d.%d", i/250%250, i%250)))
-		done.Wait()
+		took = append(took, changeTo(b, agents, func() { h.put(slice("a", "s5-x", "s5", fmt.Sprintf("10.9.%d.%d", i/250%250, i%250))) })...)
 	}
+	reportTimes(b, took)
+}
+
+// changeTo is how long after a change each agent has another View.
+func changeTo(b *testing.B, agents []*agent, change func()) (took []time.Duration) {
+	var mu sync.Mutex
+	var done sync.WaitGroup
+	var began time.Time
+	started := make(chan struct{})
+	for _, a := range agents {
+		after := a.store.View().Revision()
+		done.Go(func() {
+			<-started
+			if _, err := a.store.Changes(b.Context(), after); err != nil {
+				return
+			}
+			mu.Lock()
+			took = append(took, time.Since(began))
+			mu.Unlock()
+		})
+	}
+	began = time.Now()
+	close(started)
+	change()
+	done.Wait()
+	return took
+}
+
+func reportTimes(b *testing.B, took []time.Duration) {
 	slices.Sort(took)
 	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
 	b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
@@ -106,4 +118,41 @@ func BenchmarkFirstSyncOf10000Services(b *testing.B) {
 	b.ReportMetric(float64(f.Bytes)/(1<<20), "items-MiB")
 	b.ReportMetric(controller, "controller-MiB")
 	b.ReportMetric(agentBytes, "agent-MiB")
+}
+
+// BenchmarkPodChangeTo100Agents is the time from the commit of a pod's address, among
+// 150,000 pods of 5,000 nodes, to the View of each of 100 agents whose pods let it in.
+func BenchmarkPodChangeTo100Agents(b *testing.B) {
+	h := newHouse(b)
+	h.put(inNamespace("a", "x"), allow("a", "p", "web", "client", "x"))
+	var batch []kruntime.Object
+	for i := range 150000 {
+		app, namespace := "other", "b"
+		if i%1500 == 0 {
+			app, namespace = "web", "a"
+		}
+		batch = append(batch, pod(namespace, fmt.Sprint("p", i), fmt.Sprint("n", i%1500/30+50*(i/1500)), app, fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)))
+		if len(batch) == 2000 {
+			h.put(batch...)
+			batch = nil
+		}
+	}
+	k := h.controller(nil)
+	agents := make([]*agent, 100)
+	for i := range agents {
+		agents[i] = newAgent(b, fmt.Sprint("n", 50*i), "")
+		agents[i].connect(k)
+		defer agents[i].stop()
+	}
+	for _, a := range agents {
+		a.eventuallySynced()
+		if a.store.View().Policy("a", "p") == nil {
+			b.Fatalf("agent %s has not the policy", a.name)
+		}
+	}
+	var took []time.Duration
+	for i := 0; b.Loop(); i++ {
+		took = append(took, changeTo(b, agents, func() { h.put(pod("a", "client", "n1", "client", fmt.Sprintf("10.200.%d.%d", i/250%250, i%250))) })...)
+	}
+	reportTimes(b, took)
 }

@@ -20,6 +20,7 @@ import (
 	"timonel/network/feed"
 	"timonel/network/feed/wire"
 	pb "timonel/proto/timonel/v1"
+	"timonel/state"
 )
 
 func TestAnAgentIsToldOfAllAndOfChanges(t *testing.T) {
@@ -461,4 +462,46 @@ func TestWhoWaitsForARevisionIsTold(t *testing.T) {
 	h.put(allow("b", "p", "web", "web", "x"))
 	k.feed.Want("n1", h.store.View().Revision())
 	require.Eventually(t, func() bool { return a.store.View().Told() == h.store.View().Revision() }, patience, time.Millisecond)
+}
+
+// A policy of the cluster is told to the nodes of its subjects, and pods wait for it.
+func TestAPolicyOfTheCluster(t *testing.T) {
+	t.Parallel()
+	h := newHouse(t)
+	const key = "/registry/policy.networking.k8s.io/clusternetworkpolicies/c"
+	spec := func(action string) state.Change {
+		return state.Change{Key: key, Value: []byte(`{"apiVersion":"policy.networking.k8s.io/v1beta1","kind":"ClusterNetworkPolicy","metadata":{"name":"c","uid":"u"},
+			"spec":{"tier":"Admin","priority":1,"subject":{"namespaces":{"matchLabels":{"team":"x"}}},"egress":[{"action":"` + action + `","to":[{"nodes":{}}]}]}}`)}
+	}
+	h.put(inNamespace("a", "x"), inNamespace("b", "y"), pod("a", "web", "n1", "web"), pod("b", "web", "n2", "web"), node("n1", "192.0.2.1", 1, "10.1.0.0/24"))
+	h.apply(spec("Deny"))
+	k := h.controller(nil)
+	n1, n2 := newAgent(t, "n1", ""), newAgent(t, "n2", "")
+	defer n1.stop()
+	defer n2.stop()
+	n1.connect(k)
+	n2.connect(k)
+	n1.eventuallySynced()
+	n2.eventuallySynced()
+	require.Nil(t, n2.store.View().Policy("", "c"))
+	c := n1.store.View().Policy("", "c")
+	require.Equal(t, pb.NetworkRule_DENY, c.GetEgress()[0].Action)
+	parts, ok := n1.store.View().Group(c.Egress[0].Groups[0])
+	require.True(t, ok)
+	require.Equal(t, []byte{192, 0, 2, 1}, parts[0].V4)
+	s := k.cache.Snapshot()
+	web, _ := s.Pods().Get("a", "web")
+	require.Equal(t, s.Revision(), NewHolding(s).Since(web))
+
+	h.apply(spec("Accept"))
+	require.Eventually(t, func() bool {
+		return n1.store.View().Policy("", "c").GetEgress()[0].Action == pb.NetworkRule_ALLOW
+	}, patience, time.Millisecond)
+	h.apply(spec("Unknown\",\"x\":\""))
+	require.Eventually(t, func() bool {
+		r := n1.store.View().Policy("", "c").GetEgress()[0]
+		return r.Action == pb.NetworkRule_DENY && r.AnyPeer
+	}, patience, time.Millisecond)
+	h.apply(state.Change{Key: key, Delete: true})
+	require.Eventually(t, func() bool { return n1.store.View().Pod(feed.Name{Namespace: "a", Name: "web"}) == nil }, patience, time.Millisecond)
 }

@@ -1,7 +1,9 @@
 package network
 
 import (
+	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -22,7 +24,10 @@ const policyKinds kindSet = 1<<pb.NetworkKind_NETWORK_KIND_POLICY | 1<<pb.Networ
 func (f *Feed) applyPolicies(changes objects.Changes) int64 {
 	return f.policies.Update(changes.Snapshot.Revision(), func(t *policy.Txn) {
 		for _, c := range changes.Changed {
+			f.applyClusterPolicy(t, c.Meta(), changes.Snapshot.Prefix(), c.New == nil)
 			switch o := c.Meta().Object.(type) {
+			case *corev1.Node:
+				f.applyNode(t, o, c.New == nil)
 			case *corev1.Pod:
 				if c.New == nil {
 					t.RemovePod(o.Namespace, o.Name)
@@ -46,14 +51,66 @@ func (f *Feed) applyPolicies(changes objects.Changes) int64 {
 	})
 }
 
+// applyNode takes what cluster-wide policies say of nodes: by their labels, those addresses
+// that are their own.
+func (f *Feed) applyNode(t *policy.Txn, o *corev1.Node, gone bool) {
+	if gone {
+		t.RemoveNode(o.Name)
+		return
+	}
+	var addresses []netip.Addr
+	if route, _ := f.routes.Route(o.Name); route.GetNodeAddress() != "" {
+		if ip, err := netip.ParseAddr(route.GetNodeAddress()); err == nil {
+			addresses = []netip.Addr{ip.Unmap()}
+		}
+	}
+	t.SetNode(o.Name, o.Labels, addresses)
+}
+
+// applyClusterPolicy takes a ClusterNetworkPolicy; what is none is left alone.
+func (f *Feed) applyClusterPolicy(t *policy.Txn, m *objects.Meta, prefix string, gone bool) {
+	name, ok := strings.CutPrefix(m.Key, prefix+policy.ClusterPolicies)
+	if !ok {
+		return
+	}
+	if gone {
+		t.Remove("", name)
+		return
+	}
+	p, wrong, err := policy.CompileCluster(m.JSON)
+	if err != nil {
+		f.cfg.Logger.Error("a ClusterNetworkPolicy holds for nobody; is its definition another version than v1alpha2 or v1beta1?", "policy", name, "error", err)
+		t.Remove("", name)
+		return
+	}
+	if len(wrong) > 0 {
+		f.cfg.Logger.Warn("rules of a ClusterNetworkPolicy cannot be carried out: such a rule accepts nothing, or denies all", "policy", name, "rules", wrong)
+	}
+	t.Set(p)
+}
+
 // reloadPolicies makes all as a snapshot has it.
 func (f *Feed) reloadPolicies(s *objects.Snapshot) int64 {
 	return f.policies.Update(s.Revision(), func(t *policy.Txn) {
 		t.Keep(policy.Keep{
 			Pod:       func(n policy.Name) bool { _, ok := s.Pods().Get(n.Namespace, n.Name); return ok },
 			Namespace: func(name string) bool { _, ok := s.Namespaces().Get("", name); return ok },
-			Policy:    func(n policy.Name) bool { _, ok := s.NetworkPolicies().Get(n.Namespace, n.Name); return ok },
+			Node:      func(name string) bool { _, ok := s.Nodes().Get("", name); return ok },
+			Policy: func(n policy.Name) bool {
+				if n.Namespace == "" {
+					_, ok := s.Metas().Get(s.Prefix() + policy.ClusterPolicies + n.Name)
+					return ok
+				}
+				_, ok := s.NetworkPolicies().Get(n.Namespace, n.Name)
+				return ok
+			},
 		})
+		for m := range s.Metas().WithPrefix(s.Prefix() + policy.ClusterPolicies) {
+			f.applyClusterPolicy(t, m, s.Prefix(), false)
+		}
+		for o := range s.Nodes().All() {
+			f.applyNode(t, o, false)
+		}
 		for o := range s.Namespaces().All() {
 			t.SetNamespace(o)
 		}
@@ -73,6 +130,7 @@ const fewPolicies = 16
 // Holding says of pods of one snapshot whether a policy may hold for them.
 type Holding struct {
 	s          *objects.Snapshot
+	cluster    int64 // revision of the newest of those of the cluster; 0: there is none
 	namespaces map[string]holders
 }
 
@@ -85,7 +143,11 @@ type holders struct {
 
 // NewHolding looks at a snapshot, at what of it is asked for.
 func NewHolding(s *objects.Snapshot) *Holding {
-	return &Holding{s: s, namespaces: make(map[string]holders)}
+	h := &Holding{s: s, namespaces: make(map[string]holders)}
+	for m := range s.Metas().WithPrefix(s.Prefix() + policy.ClusterPolicies) {
+		h.cluster = max(h.cluster, m.Revision)
+	}
+	return h
 }
 
 // Since is a revision up to which a node must have been told of policies before it can know
@@ -100,12 +162,16 @@ func (h *Holding) Since(pod *corev1.Pod) int64 {
 		h.namespaces[pod.Namespace] = in
 	}
 	if in.many || slices.ContainsFunc(in.selectors, func(s labels.Selector) bool { return s.Matches(labels.Set(pod.Labels)) }) {
-		return max(in.newest, objects.Revision(pod))
+		return max(in.newest, h.cluster, objects.Revision(pod))
 	}
 	return 0
 }
 
 func (h *Holding) look(namespace string) (in holders) {
+	in.many = h.cluster > 0 // which of those select is for the feed to say
+	if ns, ok := h.s.Namespaces().Get("", namespace); ok && in.many {
+		in.newest = objects.Revision(ns)
+	}
 	for o := range h.s.NetworkPolicies().InNamespace(namespace) {
 		in.newest = max(in.newest, objects.Revision(o))
 		selector, err := metav1.LabelSelectorAsSelector(&o.Spec.PodSelector)

@@ -138,6 +138,7 @@ func (f *Fold) Held() (bytes int64, items, withheld int) {
 // Keep says what is still there.
 type Keep struct {
 	Pod       func(Name) bool
+	Node      func(string) bool
 	Namespace func(string) bool
 	Policy    func(Name) bool
 }
@@ -145,12 +146,15 @@ type Keep struct {
 // Keep forgets what is not there any more.
 func (t *Txn) Keep(keep Keep) {
 	for name := range t.f.pods {
-		if name.Namespace != "" && !keep.Pod(name) {
+		switch {
+		case name.Namespace == "" && !keep.Node(name.Name):
+			t.RemoveNode(name.Name)
+		case name.Namespace != "" && !keep.Pod(name):
 			t.f.removePod(name)
 		}
 	}
 	for name := range t.f.namespaces {
-		if !keep.Namespace(name) {
+		if name != "" && !keep.Namespace(name) {
 			t.RemoveNamespace(name)
 		}
 	}

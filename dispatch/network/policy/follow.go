@@ -117,7 +117,7 @@ func (l *Follower) Take() (Told, bool) {
 			t.Items = append(t.Items, c.item)
 		}
 	}
-	clear(l.pending)
+	l.pending = emptied(l.pending)
 	return t, true
 }
 
@@ -137,7 +137,7 @@ func (l *Follower) List(choose func(*wire.Digest) wire.Set) Told {
 	l.f.mu.Lock()
 	defer l.f.mu.Unlock()
 	t := l.begin()
-	clear(l.pending)
+	l.pending = emptied(l.pending)
 	var digest wire.Digest
 	l.each(func(c *content) { digest.Toggle(c.bucket, c.sum) })
 	set := choose(&digest)

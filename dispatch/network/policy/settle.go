@@ -39,9 +39,7 @@ func (f *Fold) settle(revision int64) {
 	}
 	f.let = nil
 	// What was dropped has left its groups, which nobody has any more.
-	clear(f.dirtyPods)
-	clear(f.dirtyPolicies)
-	clear(f.dirtyGroups)
+	f.dirtyPods, f.dirtyPolicies, f.dirtyGroups = emptied(f.dirtyPods), emptied(f.dirtyPolicies), emptied(f.dirtyGroups)
 	f.revision = revision
 	for node, want := range f.wants {
 		if l := f.followers[node]; l != nil && revision >= want {
@@ -196,4 +194,14 @@ func (f *Fold) dropGroup(g *group) {
 	delete(f.groups, g.name)
 	delete(g.of.groups, g.name)
 	f.release(g.of)
+}
+
+// emptied is a map without what it has. One that was large is not kept: to empty it, and to
+// look whether it has anything, takes as long as it once was large.
+func emptied[M ~map[K]V, K comparable, V any](m M) M {
+	if len(m) > 64 {
+		return make(M)
+	}
+	clear(m)
+	return m
 }
