@@ -436,8 +436,10 @@ func (a *Agent) checkRuntime(ctx context.Context) time.Duration {
 	switch {
 	case !a.network.Ready():
 		networkText = "this node has no pod CIDR yet"
+	case a.cfg.CNIConfDir != "" && networkText != "" && runtimeText == "":
+		networkText += " (the pod network of --cni-conf-dir " + a.cfg.CNIConfDir + " has to be installed there)"
 	case a.daemon == nil && networkText != "":
-		networkText += " (the containerd given with --containerd must read its CNI configuration from " + a.cfg.dir("cni", "conf") + ")"
+		networkText += " (the containerd given with --containerd must read its CNI configuration from " + a.cfg.cniConfDir() + ")"
 	}
 	a.mu.Lock()
 	better := a.networkBad != "" && networkText == "" || a.runtimeBad != "" && runtimeText == ""
@@ -446,7 +448,7 @@ func (a *Agent) checkRuntime(ctx context.Context) time.Duration {
 	if better {
 		a.pods.Hurry()
 	}
-	if runtimeText != "" || networkText != "" && a.network.Ready() {
+	if runtimeText != "" || networkText != "" && a.network.Ready() && a.cfg.CNIConfDir == "" {
 		return 100 * time.Millisecond // CRI is about to read the new configuration
 	}
 	return pressureInterval

@@ -51,6 +51,9 @@ type Config struct {
 	PauseImage string
 	// RegistryDir has containerd's HOST/hosts.toml files. Default: below DataDir.
 	RegistryDir string
+	// CNIConfDir has the CNI configuration of another pod network, in place of the agent's
+	// own. Default: the agent's.
+	CNIConfDir string
 	// CNIBin has the CNI plugins.
 	CNIBin string
 	// Bridge is the device that pods hang on. Default "timonel0".
@@ -241,8 +244,15 @@ func (c *Config) dir(parts ...string) string {
 func (c *Config) daemon() containerd.DaemonConfig {
 	return containerd.DaemonConfig{
 		Dir: c.dir("containerd"), Binary: c.ContainerdBinary, PauseImage: c.PauseImage,
-		CNIConfDir: c.dir("cni", "conf"), CNIBinDirs: []string{c.CNIBin}, RegistryDir: c.RegistryDir, Logger: c.Logger,
+		CNIConfDir: c.cniConfDir(), CNIBinDirs: []string{c.CNIBin}, RegistryDir: c.RegistryDir, Logger: c.Logger,
 	}
+}
+
+func (c *Config) cniConfDir() string {
+	if c.CNIConfDir != "" {
+		return c.CNIConfDir
+	}
+	return c.dir("cni", "conf")
 }
 
 func (c *Config) network() podnet.Config {
@@ -253,7 +263,7 @@ func (c *Config) network() podnet.Config {
 		}
 	}
 	return podnet.Config{
-		Name: "timonel-" + c.ID(), Bridge: c.Bridge, ConfDir: c.dir("cni", "conf"), StateDir: c.dir("cni", "state"),
+		Name: "timonel-" + c.ID(), Bridge: c.Bridge, ConfDir: c.cniConfDir(), Foreign: c.CNIConfDir != "", StateDir: c.dir("cni", "state"),
 		BinDir: c.CNIBin, Table: "timonel-pods", NodeIPs: ips, Mode: c.PodNetworkMode, VXLAN: c.VXLAN, MTU: c.PodMTU, KeepSource: c.KeepSource,
 		Logger: c.Logger,
 	}

@@ -30,6 +30,9 @@ type Config struct {
 	// ConfDir is where containerd reads CNI configuration; StateDir keeps the
 	// addresses that are given out.
 	ConfDir, StateDir string
+	// Foreign says that ConfDir is somebody else's: another pod network, that gives pods
+	// their addresses and carries their packets. Nothing of it is made here.
+	Foreign bool
 	// BinDir has the plugins bridge, host-local, loopback and, for host ports,
 	// portmap.
 	BinDir string
@@ -106,6 +109,9 @@ type Network struct {
 // the plugins are there.
 func New(cfg Config) (*Network, error) {
 	for _, plugin := range []string{"bridge", "host-local", "loopback"} {
+		if cfg.Foreign {
+			break // it brings its own
+		}
 		if _, err := os.Stat(filepath.Join(cfg.BinDir, plugin)); err != nil {
 			return nil, fmt.Errorf("CNI plugin %s not found in %s: install it with: apt-get install containernetworking-plugins (or set --cni-bin)", plugin, cfg.BinDir)
 		}
@@ -116,6 +122,9 @@ func New(cfg Config) (*Network, error) {
 		_ = json.Unmarshal(raw, &n.cidrs) // a damaged file is as none: it comes anew
 	}
 	n.guard = n.loadGuard()
+	if cfg.Foreign { // of a time when it was not
+		return n, errors.Join(forwarding(), n.routes(nil), n.removeTunnel(), n.removeRules())
+	}
 	if err := n.sweep(); err != nil {
 		n.log.Error("look for routes that must not be", "error", err)
 	}
@@ -129,8 +138,11 @@ func New(cfg Config) (*Network, error) {
 func (n *Network) statePath() string { return filepath.Join(n.cfg.StateDir, "pod-cidrs.json") }
 func (n *Network) confPath() string  { return filepath.Join(n.cfg.ConfDir, "10-timonel.conflist") }
 
-// Ready says whether this node has a pod CIDR.
+// Ready says whether this node has a pod CIDR, if it needs one.
 func (n *Network) Ready() bool {
+	if n.cfg.Foreign {
+		return true
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return len(n.cidrs) > 0
@@ -160,6 +172,9 @@ func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool,
 	addresses, err := n.ownAddresses()
 	if err != nil {
 		return false, err
+	}
+	if n.cfg.Foreign {
+		addresses = nil // some are of its devices, and of the ranges
 	}
 	n.mu.Lock()
 	old, known := n.cidrs, n.guard
@@ -214,6 +229,9 @@ func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool,
 		}
 	}
 	n.peers, n.updated = peers, true
+	if n.cfg.Foreign {
+		return changed, refused
+	}
 	return changed, errors.Join(refused, n.connect(ranges, guard, addresses, refused))
 }
 
@@ -222,7 +240,7 @@ func (n *Network) Update(own []string, peers []Peer, guard Guard) (changed bool,
 func (n *Network) Look() error {
 	n.updating.Lock()
 	defer n.updating.Unlock()
-	if !n.updated {
+	if !n.updated || n.cfg.Foreign {
 		return nil
 	}
 	addresses, err := n.ownAddresses()
@@ -318,6 +336,9 @@ func (n *Network) say(err error) {
 func (n *Network) apply(cidrs []string, mtu int) error {
 	if err := forwarding(); err != nil {
 		return err
+	}
+	if n.cfg.Foreign {
+		return os.MkdirAll(n.cfg.StateDir, 0o700)
 	}
 	for _, dir := range []string{n.cfg.ConfDir, n.cfg.StateDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -200,6 +201,35 @@ func TestVXLANIsTakenFromNodesAlone(t *testing.T) {
 	}
 	slices.Sort(got)
 	require.Equal(t, []string{"10.244.2.7", "10.244.3.7"}, got)
+}
+
+// Another pod network's node: nothing is made, what was made before it came is taken away,
+// and its configuration stays as it is.
+func TestAnotherPodNetwork(t *testing.T) {
+	t.Parallel()
+	_, a, b, c := twoSegments(t)
+	require.NoError(t, a.update(b, c))
+	require.Contains(t, a.run("ip route show proto 157"), "timonel-vxlan")
+	theirs := t.TempDir()
+	conf := filepath.Join(theirs, "05-theirs.conflist")
+	require.NoError(t, os.WriteFile(conf, []byte("{}"), 0o600))
+	cfg := a.net.cfg
+	cfg.Foreign, cfg.ConfDir, cfg.BinDir = true, theirs, t.TempDir()
+	var err error
+	a.in(func() { a.net, err = New(cfg) })
+	require.NoError(t, err)
+	require.True(t, a.net.Ready(), "it gives the addresses")
+	a.run("ip link add cni0 type bridge; ip addr add 10.244.1.1/24 dev cni0; ip link set cni0 up")
+	require.NoError(t, a.update(b, c))
+	a.in(func() { err = a.net.Look() })
+	require.NoError(t, err)
+	require.Equal(t, a.peer.CIDRs, a.net.CIDRs(), "Services know which addresses are this node's pods'")
+	require.Equal(t, labGuard.Pods, a.net.Guard().Pods)
+	require.Empty(t, a.run("ip route show proto 157; ip -6 route show proto 157; nft list tables"))
+	require.NotContains(t, a.run("ip link"), "timonel-vxlan")
+	files, err := os.ReadDir(theirs)
+	require.NoError(t, err)
+	require.Len(t, files, 1)
 }
 
 // state is all that an agent made in a machine, without what its node's device numbers are.

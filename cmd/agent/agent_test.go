@@ -113,6 +113,7 @@ func TestErrorsNameTheFlagAndChangeNothing(t *testing.T) {
 		{"a domain that is none", []string{"--cluster-domain", "a..b"}, "--cluster-domain"},
 		{"a stub domain without servers", []string{"--dns-stub-domain", "acme.local="}, "--dns-stub-domain"},
 		{"no such resolv.conf", []string{"--resolv-conf", "/does/not/exist"}, "--resolv-conf"},
+		{"no folder of another pod network", []string{"--cni-conf-dir", "/does/not/exist"}, "--cni-conf-dir"},
 		{"a pod network of no kind", []string{"--pod-network-mode", "gre"}, "--pod-network-mode"},
 		{"a VXLAN of no number", []string{"--pod-network-vxlan-id", "0"}, "--pod-network-vxlan-id"},
 		{"a VXLAN at no port", []string{"--pod-network-vxlan-port", "0"}, "--pod-network-vxlan-port"},

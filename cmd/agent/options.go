@@ -44,6 +44,7 @@ type options struct {
 	pauseImage      string
 	registryDir     string
 	cniBin          string
+	cniConf         string
 	gossipPort      int
 	labels          []string
 	taints          []string
@@ -89,6 +90,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run (default: from PATH)")
 	f.StringVar(&o.pauseImage, "pause-image", agent.DefaultPauseImage, "image of every pod's sandbox")
 	f.StringVar(&o.registryDir, "registry-config", "", "folder of containerd's HOST/hosts.toml files (default: DATA-DIR/containerd/certs.d)")
+	f.StringVar(&o.cniConf, "cni-conf-dir", "", "folder of the CNI configuration of another pod network, which gives pods their addresses, in place of the agent's own: that makes no bridge, routes or address translation of pods then")
 	f.StringVar(&o.cniBin, "cni-bin", agent.DefaultCNIBin, "folder of the CNI plugins")
 	f.IntVar(&o.gossipPort, "gossip-port", 7946, "port of the gossip pool, UDP and TCP")
 	f.StringSliceVar(&o.labels, "labels", nil, "labels of the node, key=value,…")
@@ -205,7 +207,7 @@ func (o *options) config() (agent.Config, error) {
 	if err != nil {
 		return cfg, err
 	}
-	for flag, dir := range map[string]*string{"--images": &o.images, "--registry-config": &o.registryDir, "--cni-bin": &o.cniBin} {
+	for flag, dir := range map[string]*string{"--images": &o.images, "--registry-config": &o.registryDir, "--cni-bin": &o.cniBin, "--cni-conf-dir": &o.cniConf} {
 		if *dir == "" {
 			continue
 		}
@@ -274,7 +276,7 @@ func (o *options) config() (agent.Config, error) {
 		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource,
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
-		CNIBin: o.cniBin, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,
+		CNIBin: o.cniBin, CNIConfDir: o.cniConf, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,
 		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles,
 		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),

@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -30,9 +32,7 @@ func TestPodNetwork(t *testing.T) {
 			MaxSkew: 1, TopologyKey: corev1.LabelHostname, WhenUnsatisfiable: corev1.DoNotSchedule,
 			LabelSelector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}},
 		}}
-		s.Containers = append(s.Containers, corev1.Container{
-			Name: "shell", Image: "docker.io/timonel/busybox:latest", ImagePullPolicy: corev1.PullIfNotPresent, Command: []string{"sleep", "86400"},
-		})
+		withShell(s)
 	})
 	pods := map[string]corev1.Pod{}
 	for _, p := range c.Pods(t, "web") {
@@ -93,6 +93,49 @@ func TestPodNetwork(t *testing.T) {
 	c.Run(t, "partition", "a1", "--heal")
 	route("a1", "via "+c.Spec.Address("a2").String()+" dev eth0")
 	reached("of one segment again")
+}
+
+// TestAnotherPodNetwork: where pods get their addresses from another pod network, the agent
+// makes none of its own, and Services and names work on top.
+func TestAnotherPodNetwork(t *testing.T) {
+	t.Parallel()
+	conf := t.TempDir()
+	require.NoError(t, os.WriteFile(filepath.Join(conf, "10-theirs.conflist"), []byte(`{"cniVersion": "0.4.0", "name": "theirs", "plugins": [
+		{"type": "ptp", "ipMasq": false, "ipam": {"type": "host-local", "dataDir": "`+t.TempDir()+`", "ranges": [[{"subnet": "10.249.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+		{"type": "tuning", "sysctl": {"net.ipv4.conf.all.log_martians": "1"}}]}`), 0o600))
+	c := harness.Up(t, harness.Options{Controllers: 1, Agents: 1, ControllerFlags: []string{"--cluster-cidr=10.249.0.0/24"}, AgentFlags: []string{"--cni-conf-dir=" + conf}})
+	c.Deploy(t, "web", 2, withShell)
+	_, err := c.Client(t, "c1").CoreV1().Services("default").Create(t.Context(), &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Name: "web"},
+		Spec:       corev1.ServiceSpec{Selector: map[string]string{"app": "web"}, Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(8080)}}},
+	}, metav1.CreateOptions{})
+	require.NoError(t, err)
+	service, err := c.Client(t, "c1").CoreV1().Services("default").Get(t.Context(), "web", metav1.GetOptions{})
+	require.NoError(t, err)
+	pods := c.Pods(t, "web")
+	for i, p := range pods {
+		require.True(t, strings.HasPrefix(p.Status.PodIP, "10.249.0."), p.Status.PodIP)
+		other := pods[1-i]
+		harness.Eventually(t, time.Minute, "the other pod by its address", func() error { return fetch(t, c, p.Name, other.Status.PodIP, "8080", other.Name) })
+		harness.Eventually(t, time.Minute, "the other pod by the Service", func() error { return fetch(t, c, p.Name, service.Spec.ClusterIP, "80", other.Name) })
+		harness.Eventually(t, time.Minute, "the Service's name", func() error {
+			out, err := c.Try(t.Context(), "kubectl", "exec", p.Name, "-c", "shell", "--", "nslookup", "web.default.svc.cluster.local")
+			if err == nil && !strings.Contains(out, service.Spec.ClusterIP) {
+				err = fmt.Errorf("nslookup says: %s", out)
+			}
+			return err
+		})
+	}
+	links := c.Run(t, "exec", "a1", "--", "ip", "link")
+	require.NotContains(t, links, "timonel0")
+	require.NotContains(t, links, "timonel-vxlan")
+}
+
+// withShell adds a container with a shell.
+func withShell(s *corev1.PodSpec) {
+	s.Containers = append(s.Containers, corev1.Container{
+		Name: "shell", Image: "docker.io/timonel/busybox:latest", ImagePullPolicy: corev1.PullIfNotPresent, Command: []string{"sleep", "86400"},
+	})
 }
 
 // fetch asks a server from a pod and looks for a text in the answer. (wget of Debian's
