@@ -151,8 +151,7 @@ func TestNodeRefusesPods(t *testing.T) {
 	c.ready(port)
 }
 
-// A running pod is not resized, which is said in its status. It gets ephemeral
-// containers, once each, but for those with fields that the node refuses. All of it is
+// A running pod is resized in place. It gets ephemeral containers, once each, but for those with fields that the node refuses. All of it is
 // so after a restart of the agent too.
 func TestChangesOfRunningPods(t *testing.T) {
 	n, cs := cluster(t, "c1")
@@ -184,11 +183,11 @@ func TestChangesOfRunningPods(t *testing.T) {
 	}
 	c.set(asked)
 	answered := func(st *corev1.PodStatus) bool {
-		return slices.ContainsFunc(st.Conditions, func(cond corev1.PodCondition) bool {
-			return cond.Type == corev1.PodResizePending && cond.Status == corev1.ConditionTrue && cond.Reason == corev1.PodReasonInfeasible
+		return st.ContainerStatuses[0].Resources.Requests.Cpu().String() == "200m" && !slices.ContainsFunc(st.Conditions, func(cond corev1.PodCondition) bool {
+			return cond.Type == corev1.PodResizePending || cond.Type == corev1.PodResizeInProgress
 		}) && len(st.EphemeralContainerStatuses) == 3 && st.EphemeralContainerStatuses[1].State.Running != nil && st.EphemeralContainerStatuses[2].State.Terminated != nil
 	}
-	st := c.until(p, "refused a resize", 20*time.Second, answered)
+	st := c.until(p, "resized", 20*time.Second, answered)
 	require.Equal(t, "PodFeatureUnsupported", st.EphemeralContainerStatuses[0].State.Terminated.Reason)
 	require.Equal(t, int32(3), st.EphemeralContainerStatuses[2].State.Terminated.ExitCode)
 	debug := st.EphemeralContainerStatuses[1].ContainerID
@@ -204,7 +203,7 @@ func TestChangesOfRunningPods(t *testing.T) {
 		for _, e := range c.events {
 			seen[e.Reason] = e.InvolvedObject.FieldPath
 		}
-		_, resized := seen["ResizeInfeasible"]
+		_, resized := seen["ResizeCompleted"]
 		return resized && seen["PodFeatureUnsupported"] == "spec.ephemeralContainers{refused}"
 	})
 
@@ -213,12 +212,28 @@ func TestChangesOfRunningPods(t *testing.T) {
 	delete(c.statuses, string(p.UID))
 	c.mu.Unlock()
 	n.start()
-	st = c.until(p, "still refused a resize", 20*time.Second, answered)
+	st = c.until(p, "still resized", 20*time.Second, answered)
 	require.Equal(t, ids(before), ids(st))
-	require.Equal(t, "100m", st.ContainerStatuses[0].AllocatedResources.Cpu().String())
+	require.Equal(t, "200m", st.ContainerStatuses[0].AllocatedResources.Cpu().String())
 	require.Equal(t, debug, st.EphemeralContainerStatuses[1].ContainerID)
 	require.Zero(t, st.EphemeralContainerStatuses[2].RestartCount)
-	require.Len(t, c.said(p, "ResizeInfeasible"), 1)
+	require.Len(t, c.said(p, "ResizeCompleted"), 1)
+
+	// What the node can never give is refused, and what others have is waited for.
+	refusedFor := func(reason string) func(*corev1.PodStatus) bool {
+		return func(st *corev1.PodStatus) bool {
+			return slices.ContainsFunc(st.Conditions, func(cond corev1.PodCondition) bool {
+				return cond.Type == corev1.PodResizePending && cond.Reason == reason
+			})
+		}
+	}
+	huge := asked.DeepCopy()
+	huge.Generation = 3
+	huge.Spec.Containers[0].Resources.Requests = quantities("1000", "16Mi")
+	c.set(huge)
+	st = c.until(p, "refused", 20*time.Second, refusedFor(corev1.PodReasonInfeasible))
+	require.Equal(t, "200m", st.ContainerStatuses[0].AllocatedResources.Cpu().String())
+	require.Equal(t, ids(before), ids(st))
 	require.Len(t, c.said(p, "PodFeatureUnsupported"), 1)
 
 	back := asked.DeepCopy()

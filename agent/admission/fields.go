@@ -42,6 +42,7 @@ func Fields() []Field {
 		{"PodSpec", podSpec}, {"PodSecurityContext", podSecurityContext}, {"Container", container}, {"EphemeralContainer", ephemeralContainer},
 		{"SecurityContext", securityContext}, {"Capabilities", capabilities}, {"SeccompProfile", seccompProfile},
 		{"AppArmorProfile", appArmorProfile}, {"SELinuxOptions", seLinuxOptions}, {"Sysctl", nameAndValue("pod")},
+		{"ContainerResizePolicy", []Field{{"resourceName", Done, "pod", ""}, {"restartPolicy", Done, "pod", ""}}},
 		{"ResourceRequirements", resourceRequirements}, {"ContainerPort", containerPort},
 		{"ContainerRestartRule", restartRule}, {"ContainerRestartRuleOnExitCodes", restartRuleExitCodes},
 		{"EnvVar", envVar}, {"EnvVarSource", envVarSource}, {"EnvFromSource", envFromSource},

@@ -10,7 +10,7 @@ var container = []Field{
 	{"envFrom", Done, "pod", ""},
 	{"env", Done, "pod", ""},
 	{"resources", Done, "pod", ""},
-	{"resizePolicy", Meaningless, "", "a resize is infeasible on this node, so there is nothing to restart for"},
+	{"resizePolicy", Done, "pod", "RestartContainer in pods that restart Always; in others a resize is Infeasible"},
 	{"restartPolicy", Done, "pod", ""},
 	{"restartPolicyRules", Done, "pod", ""},
 	{"volumeMounts", Done, "pod", ""},

@@ -436,8 +436,10 @@ Besides its fields, a pod is refused for what the node has: ` + "`OutOfcpu`" + `
 ` + "`PodOSSelectorNodeLabelDoesNotMatch`" + `. Critical pods do not make room for
 themselves on the node as with the kubelet; the scheduler does that.
 
-Changes of a running pod's resources (` + "`pods/resize`" + `) are answered with the
-condition ` + "`PodResizePending`" + `, reason ` + "`Infeasible`" + `; the pod keeps what it has.
+A running pod's containers get other resources in place (` + "`pods/resize`" + `). What the
+node can never give, the pod's own resources, and restarts for a resize in a pod that
+does not restart Always are answered with the condition ` + "`PodResizePending`" + `, reason
+` + "`Infeasible`" + `; what others have at the time with ` + "`Deferred`" + `. The pod keeps what it has.
 `)
 	for _, section := range []struct {
 		title    string

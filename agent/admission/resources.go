@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/resource"
 	resourcehelper "k8s.io/component-helpers/resource"
 )
@@ -39,6 +40,40 @@ func fits(pod *corev1.Pod, node *Node) *Rejection {
 		}
 	}
 	return nil
+}
+
+// Resize says why a pod that has run so far with the resources of have cannot have those
+// of want: never on this node, or not while others need what they have. nil: it can.
+func Resize(have, want *corev1.Pod, node *Node) *Rejection {
+	if !equality.Semantic.DeepEqual(have.Spec.Resources, want.Spec.Resources) {
+		return reject(corev1.PodReasonInfeasible, "In-place resize of a pod's own resources is not supported by this node")
+	}
+	for c := range containers(want) {
+		for _, p := range c.ResizePolicy {
+			// What ends well when it is told to end would be done.
+			if p.RestartPolicy == corev1.RestartContainer && !restarts(want, c) {
+				return reject(corev1.PodReasonInfeasible, "In-place resize with a restart of container %s is not supported by this node in a pod that restarts %s", c.Name, want.Spec.RestartPolicy)
+			}
+		}
+	}
+	asked := resourcehelper.PodRequests(want, resourcehelper.PodResourcesOptions{})
+	for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+		if want, size := amount(name, asked[name]), amount(name, node.Allocatable[name]); want > size {
+			return reject(corev1.PodReasonInfeasible, "Node didn't have enough capacity: %s, requested: %d, capacity: %d", name, want, size)
+		}
+	}
+	if r := fits(want, node); r != nil {
+		return &Rejection{Reason: corev1.PodReasonDeferred, Message: r.Message}
+	}
+	return nil
+}
+
+// restarts says whether a container is started anew however it ends.
+func restarts(pod *corev1.Pod, c *corev1.Container) bool {
+	if c.RestartPolicy != nil {
+		return *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
+	}
+	return pod.Spec.RestartPolicy == corev1.RestartPolicyAlways
 }
 
 func amount(name corev1.ResourceName, q resource.Quantity) int64 {

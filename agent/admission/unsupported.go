@@ -99,9 +99,6 @@ func RefuseEphemeral(c *corev1.Container, node *Node) *Rejection {
 	return unsupported(alone, node)
 }
 
-// ResizeMessage is why a change of a running pod's resources is infeasible.
-const ResizeMessage = "In-place resize of pods is not supported by this node"
-
 func unsupportedSecurity(where string, proc *corev1.ProcMountType, windows *corev1.WindowsSecurityContextOptions, selinux *corev1.SELinuxOptions, node *Node, say func(string, ...any)) {
 	if proc != nil && *proc != corev1.DefaultProcMount {
 		say("%s.procMount: %s", where, *proc)

@@ -58,11 +58,19 @@ func (m *Manager) take(w *worker, pod *corev1.Pod) {
 	m.weigh()
 }
 
-// ended gives back what a pod had of the node.
+// ended gives back what a pod had of the node, for which others may wait.
 func (m *Manager) ended() {
 	m.admission.Lock()
 	defer m.admission.Unlock()
 	m.weigh()
+	for _, w := range m.all() {
+		w.mu.Lock()
+		waits := w.resized
+		w.mu.Unlock()
+		if waits {
+			w.wakeUp()
+		}
+	}
 }
 
 // accepted are the pods that hold a part of the node, without those of but.

@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/admission"
 )
@@ -29,17 +30,15 @@ func statusOf(pod *corev1.Pod, old *corev1.PodStatus, change func(*statusInput))
 	return &st
 }
 
-// A pod that asks for other resources keeps those it was accepted with, over
-// restarts of its agent, says that this will not be, and takes that back when it
-// asks for the old ones again.
-func TestResizeIsInfeasible(t *testing.T) {
+// A pod that asks for other resources has those that it was accepted with until it is
+// given the others, over restarts of its agent.
+func TestAllocation(t *testing.T) {
 	t.Parallel()
 	pod := fieldPod()
 	pod.Generation = 1
 	pod.Spec.Containers[0].Resources.Requests = cpuOf("1")
 	given := allocate(pod, nil)
 	first := statusOf(pod, &pod.Status, nil)
-	require.Nil(t, findCondition(first.Conditions, corev1.PodResizePending))
 	require.Equal(t, cpuOf("1"), first.ContainerStatuses[0].AllocatedResources)
 
 	asked := pod.DeepCopy()
@@ -58,17 +57,10 @@ func TestResizeIsInfeasible(t *testing.T) {
 		require.Equal(t, "2", asked.Spec.Containers[0].Resources.Requests.Cpu().String(), "the pod as it came is not changed")
 		require.Equal(t, cgroupParent("/r", pod), cgroupParent("/r", got))
 
-		st := statusOf(got, kept, func(in *statusInput) { in.resized = true })
-		c := findCondition(st.Conditions, corev1.PodResizePending)
-		require.NotNil(t, c, name)
-		require.Equal(t, []any{corev1.ConditionTrue, "Infeasible", admission.ResizeMessage, int64(2)}, []any{c.Status, c.Reason, c.Message, c.ObservedGeneration})
-		require.Equal(t, "1", st.ContainerStatuses[0].Resources.Requests.Cpu().String())
-
 		back := pod.DeepCopy()
-		back.Generation, back.Status = 3, *st
-		got, resized = a.apply(back)
+		back.Generation = 3
+		_, resized = a.apply(back)
 		require.False(t, resized, name)
-		require.Nil(t, findCondition(statusOf(got, st, nil).Conditions, corev1.PodResizePending), "the condition goes, though the API still has it")
 	}
 	// A status of an agent that kept no resources.
 	for i := range kept.ContainerStatuses {
@@ -83,6 +75,59 @@ func TestResizeIsInfeasible(t *testing.T) {
 	got, resized := given.apply(whole)
 	require.True(t, resized, "the pod's own resources are resized like its containers'")
 	require.Nil(t, got.Spec.Resources)
+}
+
+// The status says what a pod was given, what is in force of that, and what is in the way.
+func TestStatusOfAResize(t *testing.T) {
+	t.Parallel()
+	pod := fieldPod()
+	pod.Spec.Containers[0].Resources.Requests = cpuOf("1")
+	before := allocate(pod, nil)
+	first := statusOf(pod, &pod.Status, nil)
+	pod.Generation = 2
+	pod.Spec.Containers[0].Resources.Requests = cpuOf("2")
+
+	late := statusOf(pod, first, func(in *statusInput) { in.refusedResize = &admission.Rejection{Reason: "Deferred", Message: "m"} })
+	c := findCondition(late.Conditions, corev1.PodResizePending)
+	require.NotNil(t, c)
+	require.Equal(t, []any{corev1.ConditionTrue, "Deferred", "m", int64(2)}, []any{c.Status, c.Reason, c.Message, c.ObservedGeneration})
+
+	under := statusOf(pod, late, func(in *statusInput) { in.resizing, in.applied = true, before })
+	require.Nil(t, findCondition(under.Conditions, corev1.PodResizePending))
+	c = findCondition(under.Conditions, corev1.PodResizeInProgress)
+	require.NotNil(t, c)
+	require.Equal(t, []any{corev1.ConditionTrue, "", ""}, []any{c.Status, c.Reason, c.Message})
+	require.Equal(t, cpuOf("2"), under.ContainerStatuses[0].AllocatedResources)
+	require.Equal(t, cpuOf("1"), under.ContainerStatuses[0].Resources.Requests, "what is in force: the next agent begins there")
+
+	bad := statusOf(pod, under, func(in *statusInput) { in.resizing, in.resizeError, in.applied = true, "no", before })
+	c = findCondition(bad.Conditions, corev1.PodResizeInProgress)
+	require.Equal(t, []any{"Error", "no"}, []any{c.Reason, c.Message})
+
+	pod.Status = *bad
+	done := statusOf(pod, bad, func(in *statusInput) { in.applied = allocate(pod, nil) })
+	require.Nil(t, findCondition(done.Conditions, corev1.PodResizeInProgress), "it goes, though the API still has it")
+	require.Equal(t, cpuOf("2"), done.ContainerStatuses[0].Resources.Requests)
+}
+
+func TestRestartsToResize(t *testing.T) {
+	t.Parallel()
+	old := &corev1.Container{Resources: corev1.ResourceRequirements{Requests: cpuOf("1"), Limits: cpuOf("2")}}
+	spec := old.DeepCopy()
+	spec.Resources.Limits = cpuOf("3")
+	spec.ResizePolicy = []corev1.ContainerResizePolicy{{ResourceName: corev1.ResourceCPU, RestartPolicy: corev1.NotRequired}, {ResourceName: corev1.ResourceMemory, RestartPolicy: corev1.RestartContainer}}
+	require.False(t, restartsToResize(spec, old), "its memory stays as it is")
+	spec.ResizePolicy[0].RestartPolicy = corev1.RestartContainer
+	require.True(t, restartsToResize(spec, old))
+	spec.Resources.Limits = cpuOf("2000m")
+	require.False(t, restartsToResize(spec, old), "the same in other words")
+}
+
+func TestWidestLimits(t *testing.T) {
+	t.Parallel()
+	type r = runtimev1.LinuxContainerResources
+	require.Equal(t, &r{CpuShares: 5, CpuPeriod: cpuPeriod, CpuQuota: 9, MemoryLimitInBytes: 0},
+		widest(&r{CpuShares: 5, CpuQuota: 7, MemoryLimitInBytes: 3}, &r{CpuShares: 2, CpuQuota: 9}))
 }
 
 // A pod that was not taken says nothing of containers, and the same to whoever

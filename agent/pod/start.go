@@ -12,7 +12,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"timonel/agent/cgroup"
 	"timonel/agent/hostile"
 	"timonel/agent/image"
 	"timonel/agent/volume"
@@ -256,10 +255,7 @@ func (w *worker) startSandbox(pod *corev1.Pod, attempt uint32) bool {
 }
 
 func (w *worker) applyCgroup(pod *corev1.Pod) error {
-	r := podResources(pod)
-	return cgroup.Apply(cgroupParent(w.m.cfg.CgroupRoot, pod), cgroup.Limits{
-		CPUShares: r.CpuShares, CPUQuota: r.CpuQuota, CPUPeriod: r.CpuPeriod, Memory: r.MemoryLimitInBytes, Pids: w.m.cfg.MaxPids,
-	})
+	return w.limitPod(cgroupParent(w.m.cfg.CgroupRoot, pod), podResources(pod))
 }
 
 // startContainer starts one container, or sets why it has to wait. It says

@@ -10,6 +10,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
+
+	"timonel/agent/admission"
 )
 
 // waiting is why a container that is wanted does not run.
@@ -36,8 +38,12 @@ type statusInput struct {
 	verdict *verdict
 	// refused are ephemeral containers that are not started, and why.
 	refused map[string]string
-	// resized: the pod asks for other resources than it has.
-	resized bool
+	// refusedResize is why the pod does not get the other resources that it asks for.
+	refusedResize *admission.Rejection
+	// resizing: what it was given is not in force yet, resizeError why it cannot be.
+	resizing    bool
+	resizeError string
+	applied     *allocation // what is in force; nil: all
 	// ending: the pod is being stopped, or has been.
 	ending bool
 	// stopped: nothing of the pod runs any more, and nothing will.
@@ -169,6 +175,10 @@ func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.C
 	st := corev1.ContainerStatus{
 		Name: spec.Name, Image: spec.Image, AllocatedResources: spec.Resources.Requests,
 		Resources: &corev1.ResourceRequirements{Limits: spec.Resources.Limits, Requests: spec.Resources.Requests},
+	}
+	if in.applied != nil {
+		have := in.applied.containers[spec.Name]
+		st.Resources = &corev1.ResourceRequirements{Limits: have.Limits, Requests: have.Requests}
 	}
 	started := false
 	st.Started = &started
@@ -336,7 +346,7 @@ func phase(spec *corev1.PodSpec, st *corev1.PodStatus, stopped bool) corev1.PodP
 // owned are the conditions that the node sets; all others are kept.
 var owned = []corev1.PodConditionType{
 	corev1.PodReadyToStartContainers, corev1.PodInitialized, corev1.PodReady, corev1.ContainersReady, corev1.PodScheduled,
-	corev1.PodResizePending,
+	corev1.PodResizePending, corev1.PodResizeInProgress,
 }
 
 func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
@@ -346,8 +356,8 @@ func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
 	containers := containersReady(in, st)
 	set = append(set, readyCondition(in, st, containers), containers,
 		corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue})
-	if in.resized && !in.stopped {
-		set = append(set, resizeCondition(in.pod))
+	if !in.stopped {
+		set = append(set, resizeConditions(in)...)
 	}
 	if in.verdict != nil && in.verdict.disruption {
 		set = append(set, corev1.PodCondition{

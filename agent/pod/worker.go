@@ -13,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"timonel/agent/admission"
 	"timonel/agent/desired"
 	"timonel/agent/eviction"
 	"timonel/agent/volume"
@@ -67,11 +68,15 @@ type worker struct {
 	waiting   map[string]waiting
 	reported  []byte
 	verdict   *verdict
-	asked     bool            // whether this node takes it
-	resizing  bool            // this pass's copy of the pod asks for other resources
-	stopped   map[string]bool // sandboxes that were stopped
-	cleaned   bool
-	next      time.Time // when to look again without being woken
+	asked     bool // whether this node takes it
+	// applied is what the pod's cgroups have; nil: nothing of it runs yet.
+	applied       *allocation
+	refusedResize *admission.Rejection // why it does not get what it asks for now
+	resizing      bool                 // what it was given is not in force yet
+	resizeError   string               // why not
+	stopped       map[string]bool      // sandboxes that were stopped
+	cleaned       bool
+	next          time.Time // when to look again without being woken
 }
 
 // expectation is an exit that CRI has not confirmed yet.
@@ -94,6 +99,7 @@ func newWorker(m *Manager, pod *corev1.Pod) *worker {
 	if st, ok := m.cfg.Statuses.Status(pod.UID); ok && wasStarted(st) {
 		w.accepted, w.over = true, terminal(st.Phase)
 		w.allocated = allocate(pod, st)
+		w.applied = w.allocated
 		w.pod, w.resized = w.allocated.apply(pod)
 	}
 	return w
@@ -286,7 +292,6 @@ func (w *worker) sync() bool {
 		// A mark is taken together with what it is about: what changes from here on
 		// is the next pass's, which it wakes.
 		pod, removed, shown, expectations := w.pod, w.removed, w.shown, w.expectations
-		w.resizing = w.resized
 		if w.hurry {
 			w.hurry = false
 			maps.DeleteFunc(w.retry, func(step string, _ *retry) bool { return !strings.HasPrefix(step, "stop/") })
@@ -326,6 +331,10 @@ func (w *worker) sync() bool {
 			continue
 		}
 		w.admit(pod, obs)
+		if w.verdict == nil && !terminal(w.oldStatus(pod).Phase) && w.resize(pod) {
+			continue
+		}
+		w.actuate(pod, obs)
 		a := plan(pod, obs, w)
 		if w.verdict != nil || a.finished || terminal(w.oldStatus(pod).Phase) {
 			ended := w.end(pod, obs)
@@ -439,15 +448,12 @@ func (w *worker) report(pod *corev1.Pod, obs *observed, ending, stopped bool) {
 		return
 	}
 	old := w.oldStatus(pod)
-	if w.resizing {
-		w.sayResize(pod, old)
-	}
 	refused := w.refusedEphemeral(pod)
 	w.sayEphemeral(pod, old, refused)
 	st := *old
 	if !terminal(old.Phase) || len(old.ContainerStatuses) == 0 || len(obs.containers) > 0 || len(obs.sandboxes) > 0 {
 		st = makeStatus(statusInput{
-			pod: pod, obs: obs, old: old, resized: w.resizing, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
+			pod: pod, obs: obs, old: old, refusedResize: w.refusedResize, resizing: w.resizing, resizeError: w.resizeError, applied: w.applied, waiting: w.waiting, ready: w.probes.readiness(), facts: w,
 			hostIPs: w.m.cfg.HostIPs(), verdict: w.verdict, refused: refused, ending: ending, stopped: stopped, now: w.m.cfg.Now(),
 		})
 	} // else what ended was removed: its last status tells more than is left
