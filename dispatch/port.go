@@ -34,7 +34,7 @@ const (
 	strangerAge     = 15 * time.Second // of a connection
 	nodeConns       = 8                // of one node, which may come again before the last is known to be gone
 	nodeStreams     = 512              // at once on a connection
-	nodeConnects    = 8                // streams of one agent, likewise
+	nodeConnects    = 8                // calls of each method of one agent at once, likewise; of tunnels, as many as it was asked for
 	nodeStreamBytes = 1 << 20          // on their way, of a stream
 	nodeConnBytes   = 4 << 20          // and of a connection
 	headerBytes     = 16 << 10
@@ -73,7 +73,7 @@ type Port struct {
 	mu      sync.Mutex
 	conns   map[connOwner][]*portConn
 	strange int              // connections of strangers
-	streams map[nodeCall]int // open streams of each node
+	streams map[nodeCall]int // open calls of each node
 	ctx     context.Context  // ends with Stop
 	cancel  context.CancelFunc
 	wait    sync.WaitGroup
@@ -275,18 +275,20 @@ func (p *Port) tap(ctx context.Context, info *tap.Info) (context.Context, error)
 		if !p.d.tunnels.waits(header(ctx, pb.TunnelIDKey), id.Name) {
 			return nil, status.Errorf(codes.NotFound, "no controller waits for this tunnel of node %s", id.Name)
 		}
-	case pb.Agents_Connect_FullMethodName, pb.Agents_Network_FullMethodName:
+	default:
+		// Others too: each call may hold a message that is nearly whole, for as long as its
+		// caller likes.
 		if !p.begin(ctx, nodeCall{id.Name, info.FullMethodName}) {
-			return nil, status.Errorf(codes.ResourceExhausted, "node %s has %d streams to this controller: only one process may run as a node", id.Name, nodeConnects)
+			return nil, status.Errorf(codes.ResourceExhausted, "node %s has %d calls of %s at once to this controller: only one process may run as a node", id.Name, nodeConnects, info.FullMethodName)
 		}
 	}
 	return ctx, nil
 }
 
-// nodeCall is what streams are counted by.
+// nodeCall is what calls are counted by.
 type nodeCall struct{ node, method string }
 
-// begin counts a node's stream for as long as its context lasts.
+// begin counts a node's call for as long as its context lasts.
 func (p *Port) begin(ctx context.Context, of nodeCall) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -12,7 +13,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
 
@@ -70,6 +73,36 @@ func TestStrangersTakeLittleMemory(t *testing.T) {
 	require.LessOrEqual(t, ofStrangers, strangerPerHost)
 	for _, conn := range conns {
 		conn.Close()
+	}
+}
+
+// TestANodeHasFewCalls begins calls and says nothing in them: each could hold a message of
+// 8 MiB that is nearly whole, 4,096 of them on a node's connections.
+func TestANodeHasFewCalls(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1")
+	one, other := c.dial("c1", c.nodeTLS("a1")), c.dial("c1", c.nodeTLS("a1"))
+	for _, method := range []string{pb.Agents_Join_FullMethodName, healthv1.Health_Check_FullMethodName} {
+		begin := func(ctx context.Context, conn *grpc.ClientConn) grpc.ClientStream {
+			stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true}, method)
+			require.NoError(t, err)
+			return stream
+		}
+		open, end := context.WithCancel(t.Context())
+		for range nodeConnects {
+			begin(open, one)
+		}
+		server := c.controllers["c1"].server
+		counted := func() int {
+			server.mu.Lock()
+			defer server.mu.Unlock()
+			return server.streams[nodeCall{"a1", method}]
+		}
+		require.Eventually(t, func() bool { return counted() == nodeConnects }, patience, time.Millisecond, method)
+		err := begin(open, other).RecvMsg(&pb.JoinResponse{})
+		require.Equal(t, codes.ResourceExhausted, status.Code(err), "%s: %v", method, err)
+		end()
+		require.Eventually(t, func() bool { return counted() == 0 }, patience, time.Millisecond, method)
 	}
 }
 
