@@ -21,6 +21,9 @@ const (
 	attemptTimeout = 2 * time.Second
 	// hedge is how long the next server waits for the one before.
 	hedge = 400 * time.Millisecond
+	// strays are answers to other questions at the port of one, after which it is asked by
+	// TCP: who guesses the id of one in 65,536 has as many tries.
+	strays = 16
 	// failures in a row make a server one that is asked last.
 	failures = 3
 )
@@ -120,7 +123,7 @@ func (u *upstream) udp(ctx context.Context, m *dns.Msg, raw []byte) (*dns.Msg, e
 		return nil, err
 	}
 	buf := make([]byte, maxUDP)
-	for {
+	for range strays {
 		n, err := conn.Read(buf)
 		if err != nil {
 			return nil, err
@@ -131,6 +134,8 @@ func (u *upstream) udp(ctx context.Context, m *dns.Msg, raw []byte) (*dns.Msg, e
 			return reply, nil
 		}
 	}
+	// Somebody knows the port and tries ids. By TCP he would have to know much more.
+	return &dns.Msg{MsgHdr: dns.MsgHdr{Truncated: true}}, nil
 }
 
 func (u *upstream) tcp(ctx context.Context, m *dns.Msg, raw []byte) (*dns.Msg, error) {
