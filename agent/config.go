@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"path"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -267,4 +268,20 @@ func (c *Config) network() podnet.Config {
 		BinDir: c.CNIBin, Table: "timonel-pods", NodeIPs: ips, Mode: c.PodNetworkMode, VXLAN: c.VXLAN, MTU: c.PodMTU, KeepSource: c.KeepSource,
 		Logger: c.Logger,
 	}
+}
+
+// clusterPorts are those at which nodes talk to each other in packets that no dialer of
+// this process marks: gossip's, and that of pods' packets between segments.
+func (c *Config) clusterPorts() []uint16 {
+	vxlan := c.VXLAN.Port
+	if vxlan == 0 {
+		vxlan = podnet.DefaultVXLANPort
+	}
+	out := []uint16{uint16(vxlan)}
+	if _, text, err := net.SplitHostPort(c.GossipAddress); err == nil {
+		if port, err := strconv.ParseUint(text, 10, 16); err == nil && port != 0 && int(port) != vxlan {
+			out = append(out, uint16(port))
+		}
+	}
+	return out
 }

@@ -18,7 +18,7 @@ func (a *Agent) newServices() error {
 	var err error
 	a.services, err = service.New(service.Config{
 		Node: a.cfg.Name, NodeIPs: a.cfg.network().NodeIPs, Table: servicesTable, Store: a.known, NodePortAddresses: a.cfg.NodePortAddresses,
-		Event: a.serviceEvent, Logger: a.cfg.Logger,
+		ClusterPorts: a.cfg.clusterPorts(), Event: a.serviceEvent, Logger: a.cfg.Logger,
 	})
 	if err == nil {
 		a.tellServices()

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	pb "timonel/proto/timonel/v1"
 )
 
 // alpn keeps other TLS services from being mistaken for Raft's.
@@ -292,7 +294,7 @@ func (s *stream) connect(address raft.ServerAddress, timeout time.Duration, prob
 	want, hostPort := decodeAddr(address)
 	ctx, cancel := context.WithTimeout(s.ctx, timeout)
 	defer cancel()
-	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", hostPort)
+	raw, err := (&net.Dialer{Control: pb.OwnPackets}).DialContext(ctx, "tcp", hostPort)
 	if err != nil {
 		return nil, greeting{}, err
 	}

@@ -1,10 +1,15 @@
 package service
 
 import (
+	"fmt"
 	"net/netip"
+	"slices"
+	"strconv"
 	"strings"
 
 	"sigs.k8s.io/knftables"
+
+	pb "timonel/proto/timonel/v1"
 )
 
 // surroundings are what a table says of this node and of the cluster, besides Services.
@@ -24,6 +29,8 @@ type surroundings struct {
 	allNodePorts bool
 	// served are cluster addresses that this node answers itself.
 	served []netip.Addr
+	// ports are those at which nodes and controllers talk to each other.
+	ports []uint16
 }
 
 const (
@@ -56,6 +63,33 @@ var hooks = []struct {
 	{"nat-prerouting", knftables.NATType, knftables.PreroutingHook, knftables.DNATPriority, []string{"jump " + chainServices}},
 	{"nat-output", knftables.NATType, knftables.OutputHook, "-100", []string{"jump " + chainServices}},
 	{"nat-postrouting", knftables.NATType, knftables.PostroutingHook, knftables.SNATPriority, []string{"jump " + chainMasquerade}},
+}
+
+// ownRules let pass what nodes and controllers say to each other, before any Service is
+// looked for: whoever may make a Service may give it a controller's address in
+// spec.externalIPs, and all nodes would be cut off from the controllers, and so never hear
+// that the Service is gone. Pods find such a Service, as anywhere.
+func ownRules(hook knftables.BaseChainHook, f family, s surroundings) (out []string) {
+	ip, ports := string(f.nft), ""
+	if len(s.ports) > 0 {
+		var texts []string
+		for _, p := range s.ports {
+			texts = append(texts, strconv.Itoa(int(p)))
+		}
+		ports = " meta l4proto { tcp, udp } th dport { " + strings.Join(texts, ", ") + " } return"
+	}
+	switch hook {
+	case knftables.OutputHook:
+		out = append(out, fmt.Sprintf("meta mark and %#x != 0 return", pb.OwnMark))
+		if ports != "" {
+			out = append(out, ip+" daddr != @"+setClusterIPs+ports)
+		}
+	case knftables.PreroutingHook, knftables.InputHook:
+		if ports != "" {
+			out = append(out, "fib daddr type local"+ports)
+		}
+	}
+	return out
 }
 
 // fixedMap is a map or, without a value's type, a set.
@@ -174,7 +208,7 @@ func base(tx *knftables.Transaction, f family, s surroundings) {
 		c := &knftables.Chain{Name: h.name, Type: knftables.PtrTo(h.kind), Hook: knftables.PtrTo(h.hook), Priority: knftables.PtrTo(h.priority)}
 		tx.Add(c)
 		tx.Flush(&knftables.Chain{Name: h.name})
-		write(tx, chain{h.name, h.rules})
+		write(tx, chain{h.name, slices.Concat(ownRules(h.hook, f, s), h.rules)})
 	}
 	fill := func(set, key string) { tx.Add(element{in: set, key: key}.object()) }
 	for _, p := range f.prefixes(s.pods) {

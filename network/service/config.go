@@ -33,6 +33,10 @@ type Config struct {
 	// NodePortAddresses are the networks of the addresses of this node where node ports
 	// are, or "primary". Default: primary, NodeIPs.
 	NodePortAddresses []string
+	// ClusterPorts are those at which nodes and controllers talk to each other, by UDP and
+	// TCP, at all of their addresses: no Service is given what is for them, whatever addresses
+	// it claims.
+	ClusterPorts []uint16
 	// Look is how often it is looked whether the tables are as they were left. Default
 	// DefaultLook.
 	Look time.Duration

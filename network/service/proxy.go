@@ -249,7 +249,7 @@ func (p *Proxy) surroundings() surroundings {
 	p.taken = p.networks
 	n := p.networks
 	p.mu.Unlock()
-	out := surroundings{pods: slices.Concat(n.Pods, n.Own), services: n.Services, served: n.Local}
+	out := surroundings{pods: slices.Concat(n.Pods, n.Own), services: n.Services, served: n.Local, ports: p.cfg.ClusterPorts}
 	if !p.filter {
 		out.ownPods = n.Own
 	}

@@ -128,7 +128,7 @@ func (l *lab) same(what string) {
 		require.NoError(l.t, s.table.sweep(l.t.Context()))
 		s.table.now = time.Now
 	}
-	l.start(Config{})
+	l.start(Config{ClusterPorts: old.cfg.ClusterPorts})
 	l.proxy.cfg.Table = "fresh"
 	for _, s := range l.proxy.sides {
 		s.name = "fresh"

@@ -198,7 +198,7 @@ func (s *side) plausible(all map[string][]string, rules map[string]int) bool {
 		want[c.name] = len(c.rules)
 	}
 	for _, h := range hooks {
-		want[h.name] = len(h.rules)
+		want[h.name] = len(ownRules(h.hook, s.compiler.family, s.around)) + len(h.rules)
 	}
 	for name := range s.table.refs {
 		if !strings.Contains(name, "\x00") {

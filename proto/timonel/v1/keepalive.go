@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -116,12 +117,24 @@ func (a *asker) ask() {
 }
 
 func (a *asker) dial(ctx context.Context, address string) (net.Conn, error) {
-	d := net.Dialer{Timeout: connectTimeout}
+	d := net.Dialer{Timeout: connectTimeout, Control: OwnPackets}
 	conn, err := d.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
 	}
 	return &listening{conn, a}, nil
+}
+
+// OwnMark is the mark of packets by which nodes and controllers talk to each other. No
+// Service takes them, whatever addresses it claims.
+const OwnMark = 0x2000
+
+// OwnPackets is the Control of a dialer whose packets are marked so. Where this process
+// may not mark any, they are not: it needs CAP_NET_ADMIN, as agents have.
+func OwnPackets(_, _ string, c syscall.RawConn) error {
+	return c.Control(func(fd uintptr) {
+		_ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_MARK, OwnMark)
+	})
 }
 
 // listening is a connection whose reads fail when the other end says nothing
