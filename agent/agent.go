@@ -31,6 +31,7 @@ import (
 	"timonel/agent/pod"
 	"timonel/agent/podnet"
 	"timonel/agent/stream"
+	"timonel/network/address"
 	"timonel/network/feed"
 	"timonel/network/service"
 	pb "timonel/proto/timonel/v1"
@@ -41,24 +42,25 @@ const pressureInterval = 30 * time.Second
 
 // Agent is one node's agent.
 type Agent struct {
-	cfg      Config
-	log      *slog.Logger
-	daemon   *containerd.Daemon // nil: somebody else's containerd
-	runtime  *containerd.Runtime
-	store    *desired.Store
-	network  *podnet.Network
-	feed     *feed.Client
-	known    *feed.Store // what the feed tells
-	services *service.Proxy
-	pods     *pod.Manager
-	stream   *stream.Client
-	kubelet  *kubelet.Server
-	images   *containerd.Importer
-	imageGC  *imagegc.Collector
-	logs     *logs.Logs
-	evict    *eviction.Manager
-	facts    node.Facts
-	kernel   kernelFacts
+	cfg       Config
+	log       *slog.Logger
+	daemon    *containerd.Daemon // nil: somebody else's containerd
+	runtime   *containerd.Runtime
+	store     *desired.Store
+	network   *podnet.Network
+	feed      *feed.Client
+	known     *feed.Store // what the feed tells
+	services  *service.Proxy
+	addresses *address.Announcer
+	pods      *pod.Manager
+	stream    *stream.Client
+	kubelet   *kubelet.Server
+	images    *containerd.Importer
+	imageGC   *imagegc.Collector
+	logs      *logs.Logs
+	evict     *eviction.Manager
+	facts     node.Facts
+	kernel    kernelFacts
 
 	nodeChanged  chan struct{}
 	namesChanged chan struct{}
@@ -105,6 +107,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	a.feed = feed.NewClient(feed.Config{Store: a.known, Path: cfg.dir("network.feed"), Logger: cfg.Logger})
 	a.names = a.loadNames()
 	if err := a.newServices(); err != nil {
+		return nil, err
+	}
+	if err := a.newAddresses(); err != nil {
 		return nil, err
 	}
 	socket := cfg.ContainerdSocket
@@ -248,7 +253,7 @@ func (a *Agent) wire() {
 		Pods: a.pods, Node: nodeRoom{a}, Thresholds: a.cfg.thresholds, Transition: a.cfg.PressureTransition,
 		Interval: a.cfg.EvictionInterval, Logger: a.log,
 	})
-	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Metrics: a.services.WriteMetrics, Logger: a.log})
+	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Metrics: a.writeMetrics, Logger: a.log})
 	a.store.Observe(desired.Observer{
 		PodSet:     a.pods.Set,
 		PodRemoved: a.pods.Remove,
@@ -313,6 +318,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.stream.Run(ctx) })
 	g.Go(func() error { return a.feed.Keep(ctx) })
 	g.Go(func() error { return a.services.Run(ctx) })
+	g.Go(func() error { return a.addresses.Run(ctx) })
 	g.Go(func() error { return a.followNetwork(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.serveNames(ctx) })

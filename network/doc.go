@@ -5,6 +5,7 @@
 //	network/feed     what the controllers say of the cluster's network, on this node
 //	network/service  Services, in nftables
 //	network/dns      the DNS server of this node
+//	network/address  addresses of Services of type LoadBalancer, by ARP and NDP
 //
 // Every room reads a [timonel/network/feed.View] and makes the kernel, or its answers,
 // agree with it. The rooms know neither the agent, which starts them, nor the
