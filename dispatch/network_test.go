@@ -48,8 +48,10 @@ func TestRoutesAreToldByNetwork(t *testing.T) {
 		return store.View().Node("a1") != nil && store.View().Node("a2") != nil &&
 			len(store.View().Node("a3").GetPodCidrs()) == 1 && store.View().Node("a3").GetNodeAddress() == nodeAddress("a3")
 	})
-	_, _, connected := older.Connected()
-	require.True(t, connected)
+	eventually(t, "the older agent is connected", func() bool {
+		_, _, connected := older.Connected()
+		return connected
+	})
 	mu.Lock()
 	defer mu.Unlock()
 	require.NotEmpty(t, told)

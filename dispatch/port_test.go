@@ -58,19 +58,24 @@ func TestStrangersTakeLittleMemory(t *testing.T) {
 	var conns []net.Conn
 	for range 2 * strangerConns {
 		conn, err := tls.Dial("tcp", c.addr("c1"), stranger())
-		require.NoError(t, err)
+		if err != nil {
+			continue // one that came later had its place
+		}
 		conns = append(conns, conn)
 		require.NoError(t, conn.SetWriteDeadline(time.Now().Add(200*time.Millisecond)))
 		_, _ = conn.Write(request)
 		_, _ = conn.Write(h2Data(1, strangerWindow-1024))
 	}
+	require.GreaterOrEqual(t, len(conns), strangerPerHost)
 	runtime.GC()
 	runtime.ReadMemStats(&after)
 	grown := int64(after.HeapInuse) - int64(before.HeapInuse)
 	t.Logf("%d connections of strangers: heap +%d KiB", len(conns), grown>>10)
 	require.Less(t, grown, int64(64<<20))
-	ofStrangers, _ := c.controllers["c1"].server.Connections()
-	require.LessOrEqual(t, ofStrangers, strangerPerHost)
+	eventually(t, "no more of them than one address may have", func() bool {
+		ofStrangers, _ := c.controllers["c1"].server.Connections()
+		return ofStrangers <= strangerPerHost
+	})
 	for _, conn := range conns {
 		conn.Close()
 	}

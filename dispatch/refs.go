@@ -42,7 +42,7 @@ func wanted(node string, pods []*corev1.Pod, s *objects.Snapshot, add func(objKe
 
 // references calls add with each object that a pod needs: ConfigMaps and Secrets
 // of its environment, volumes and image pulls, its ServiceAccount, the pull
-// secrets of that, its claims and their volumes. trust bundles.
+// secrets of that, its claims and their volumes, and trust bundles.
 func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	ns := pod.Namespace
 	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
