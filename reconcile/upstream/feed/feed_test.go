@@ -531,8 +531,8 @@ func TestMetadata(t *testing.T) {
 	if foreign := w.factory.Foreign(); len(foreign) > 0 {
 		t.Errorf("informers that are not fed: %v", foreign)
 	}
-	w.factory.Networking().V1().NetworkPolicies().Informer()
-	if foreign := w.factory.Foreign(); !slices.Equal(foreign, []string{"*v1.NetworkPolicy"}) {
-		t.Errorf("informers that are not fed: %v, want that of NetworkPolicies", foreign)
+	w.factory.Networking().V1().Ingresses().Informer()
+	if foreign := w.factory.Foreign(); !slices.Equal(foreign, []string{"*v1.Ingress"}) {
+		t.Errorf("informers that are not fed: %v, want that of Ingresses", foreign)
 	}
 }
