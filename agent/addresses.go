@@ -25,5 +25,6 @@ func (a *Agent) newAddresses() error {
 // writeMetrics writes the figures of the network's rooms as Prometheus reads them.
 func (a *Agent) writeMetrics(w io.Writer) {
 	a.services.WriteMetrics(w)
+	a.policies.WriteMetrics(w)
 	a.addresses.WriteMetrics(w)
 }

@@ -33,6 +33,7 @@ import (
 	"timonel/agent/stream"
 	"timonel/network/address"
 	"timonel/network/feed"
+	"timonel/network/policy"
 	"timonel/network/service"
 	pb "timonel/proto/timonel/v1"
 )
@@ -51,6 +52,7 @@ type Agent struct {
 	feed      *feed.Client
 	known     *feed.Store // what the feed tells
 	services  *service.Proxy
+	policies  *policy.Rules
 	addresses *address.Announcer
 	pods      *pod.Manager
 	stream    *stream.Client
@@ -112,6 +114,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if err := a.newAddresses(); err != nil {
 		return nil, err
 	}
+	if err := a.newPolicies(); err != nil {
+		return nil, err
+	}
 	socket := cfg.ContainerdSocket
 	if socket == "" {
 		if a.daemon, err = containerd.NewDaemon(cfg.daemon()); err != nil {
@@ -141,6 +146,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	})
 	if err != nil {
 		return nil, err
+	}
+	if err := pod.Policed(ctx, a.runtime, a.store.Pods(), a.policies); err != nil {
+		return nil, fmt.Errorf("look which pods run: %w", err)
 	}
 	a.wire()
 	a.evict.Look(ctx)
@@ -244,6 +252,7 @@ func (a *Agent) wire() {
 			defer a.mu.Unlock()
 			return a.networkBad == ""
 		},
+		Policies: a.policies, PolicyOf: a.store.Policies,
 		DNS: a.podDNS, ResolvConf: a.cfg.ResolvConf, KubernetesServiceIP: a.cfg.KubernetesServiceIP, Services: a.servicesIn,
 		Logger: a.log,
 	})
@@ -319,6 +328,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.feed.Keep(ctx) })
 	g.Go(func() error { return a.services.Run(ctx) })
 	g.Go(func() error { return a.addresses.Run(ctx) })
+	g.Go(func() error { return a.policies.Run(ctx) })
 	g.Go(func() error { return a.followNetwork(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.serveNames(ctx) })

@@ -19,6 +19,7 @@ import (
 	"timonel/agent/containerd"
 	"timonel/agent/hostile"
 	"timonel/agent/podnet"
+	"timonel/network/policy"
 	"timonel/network/service"
 )
 
@@ -72,6 +73,7 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 	fail(cgroup.Remove(cfg.CgroupRoot))
 	fail(podnet.Remove(cfg.network()))
 	fail(service.Remove(ctx, servicesTable))
+	fail(policy.Remove(ctx, policyTable))
 	fail(cfg.dnsAddresses().Set(nil))
 	if !keepData && len(errs) == 0 {
 		fail(hostile.RemoveAll(ctx, cfg.DataDir))

@@ -121,6 +121,11 @@ type Config struct {
 	// KeepSource are networks beside the pods' to which pods' packets go with the pod's
 	// own address.
 	KeepSource []netip.Prefix
+	// PodsReachCluster lets pods reach the ports that controllers and agents have for
+	// each other. The API is reached in any case.
+	PodsReachCluster bool
+	// BlockMetadata keeps pods from the address where clouds tell a machine of itself.
+	BlockMetadata bool
 	// Version of the agent.
 	Version string
 	// Joined is called, once, with the cluster's id when a controller has first

@@ -111,6 +111,7 @@ func (a *Agent) updateRoutes(v *feed.View) {
 		a.log.Error("pod network", "error", err)
 	}
 	a.tellServices()
+	a.tellPolicies()
 	a.kick()
 }
 

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 
 	certificatesv1 "k8s.io/api/certificates/v1"
@@ -44,8 +45,9 @@ type key string
 // kind of the object that a key below objects/ names.
 func (k key) kind() string { return filepath.Base(filepath.Dir(filepath.Dir(string(k)))) }
 
-func podKey(uid types.UID) key    { return key(filepath.Join("pods", string(uid))) }
-func statusKey(uid types.UID) key { return key(filepath.Join("status", string(uid))) }
+func podKey(uid types.UID) key      { return key(filepath.Join("pods", string(uid))) }
+func policiesKey(uid types.UID) key { return key(filepath.Join("policies", string(uid))) }
+func statusKey(uid types.UID) key   { return key(filepath.Join("status", string(uid))) }
 
 // clusterNamespace is the folder of objects without a namespace; no namespace is called so.
 const clusterNamespace = "_"
@@ -97,6 +99,7 @@ type Store struct {
 	pods     map[types.UID]*corev1.Pod
 	objects  map[key]object
 	digests  map[key]digest                  // of pods and objects as they came
+	policies map[types.UID]int64             // as in SetPod, but for 0
 	statuses map[types.UID]*corev1.PodStatus // last one reported, by pod
 	pos      position
 	whole    bool         // a full list was received since this process began
@@ -113,7 +116,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	s := &Store{
 		dir: dir, log: log,
 		pods: map[types.UID]*corev1.Pod{}, objects: map[key]object{}, digests: map[key]digest{},
-		statuses: map[types.UID]*corev1.PodStatus{}, stray: map[key]bool{},
+		policies: map[types.UID]int64{}, statuses: map[types.UID]*corev1.PodStatus{}, stray: map[key]bool{},
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of the desired state: %w", err)
@@ -158,8 +161,9 @@ func (s *Store) Begin(epoch string, full bool) {
 	}
 }
 
-// SetPod takes a new or changed pod.
-func (s *Store) SetPod(raw []byte, revision int64) error {
+// SetPod takes a new or changed pod, for which a network policy may hold as of a revision;
+// 0: none does.
+func (s *Store) SetPod(raw []byte, revision, policies int64) error {
 	pod := &corev1.Pod{}
 	if err := pod.Unmarshal(raw); err != nil {
 		return fmt.Errorf("decode a pod from the controller: %w", err)
@@ -170,9 +174,21 @@ func (s *Store) SetPod(raw []byte, revision int64) error {
 	s.mu.Lock()
 	k := podKey(pod.UID)
 	s.pods[pod.UID], s.digests[k] = pod, digestOf(raw)
+	known := s.policies[pod.UID]
+	if policies != 0 {
+		s.policies[pod.UID] = policies
+	} else {
+		delete(s.policies, pod.UID)
+	}
 	s.mark(k, revision)
 	notify := s.observer.PodSet
 	s.mu.Unlock()
+	switch { // first, so that no pod is on the disk without
+	case policies != 0 && policies != known:
+		s.writer.put(policiesKey(pod.UID), strconv.AppendInt(nil, policies, 10))
+	case policies == 0 && known != 0:
+		s.writer.remove(policiesKey(pod.UID))
+	}
 	s.writer.put(k, raw)
 	if notify != nil {
 		notify(pod)
@@ -186,6 +202,7 @@ func (s *Store) RemovePod(uid types.UID, revision int64) {
 	pod := s.pods[uid]
 	delete(s.pods, uid)
 	delete(s.digests, podKey(uid))
+	s.forgetPolicies(uid)
 	s.advance(revision)
 	notify := s.observer.PodRemoved
 	s.mu.Unlock()
@@ -245,6 +262,7 @@ func (s *Store) Synced(revision int64) {
 				delete(s.pods, uid)
 				delete(s.digests, k)
 				s.writer.remove(k)
+				s.forgetPolicies(uid)
 				gonePods = append(gonePods, pod)
 			}
 		}
@@ -389,6 +407,20 @@ func (s *Store) object(kind, namespace, name string) object {
 	return s.objects[objectKey(kind, namespace, name)]
 }
 
+// Policies is the revision as of which a network policy may hold for a pod; 0: none does.
+func (s *Store) Policies(uid types.UID) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.policies[uid]
+}
+
+func (s *Store) forgetPolicies(uid types.UID) {
+	if _, had := s.policies[uid]; had {
+		delete(s.policies, uid)
+		s.writer.remove(policiesKey(uid))
+	}
+}
+
 // SetStatus keeps the last status that was computed for a pod, so that restart
 // counts and verdicts outlive the agent even when no controller heard of them.
 func (s *Store) SetStatus(uid types.UID, status *corev1.PodStatus) {
@@ -430,7 +462,7 @@ func (s *Store) load() (found []key, err error) {
 		s.log.Warn("the desired state's position cannot be read; a full list is asked for in any case", "error", err)
 		s.pos = position{}
 	}
-	for _, top := range []string{"pods", "objects", "status"} {
+	for _, top := range []string{"pods", "policies", "objects", "status"} {
 		err := filepath.WalkDir(filepath.Join(s.dir, top), func(path string, d fs.DirEntry, err error) error {
 			if err != nil && !errors.Is(err, fs.ErrNotExist) {
 				s.log.Error("a folder of the desired state cannot be read; the node goes on without it", "folder", path, "error", err)
@@ -472,6 +504,12 @@ func (s *Store) loadOne(rel string, raw []byte) error {
 			return fmt.Errorf("holds the pod with uid %q", pod.UID)
 		}
 		s.pods[pod.UID], s.digests[key(rel)] = pod, digestOf(raw)
+	case kind == "policies":
+		n, err := strconv.ParseInt(string(raw), 10, 64)
+		if err != nil {
+			return err
+		}
+		s.policies[types.UID(filepath.Base(rel))] = n
 	case kind == "status":
 		st := &corev1.PodStatus{}
 		if err := st.Unmarshal(raw); err != nil {

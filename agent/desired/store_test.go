@@ -26,7 +26,7 @@ func set(t *testing.T, s *Store, revision int64, uids ...string) {
 	for _, uid := range uids {
 		raw, err := (&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "pod-" + uid, Namespace: "ns", UID: types.UID(uid)}}).Marshal()
 		require.NoError(t, err)
-		require.NoError(t, s.SetPod(raw, revision))
+		require.NoError(t, s.SetPod(raw, revision, 0))
 	}
 }
 

@@ -72,7 +72,7 @@ func story(t *testing.T, s *Store, settle func(), after func(revision int64)) {
 	pod := func(uid, label string, revision int64) {
 		raw, err := (&corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "pod-" + uid, Namespace: "ns", UID: typesUID(uid), Labels: map[string]string{"l": label}}}).Marshal()
 		require.NoError(t, err)
-		require.NoError(t, s.SetPod(raw, revision))
+		require.NoError(t, s.SetPod(raw, revision, 0))
 	}
 	secret := func(value string, revision int64) {
 		raw, err := (&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: "s", Namespace: "ns"}, Data: map[string][]byte{"k": []byte(value)}}).Marshal()

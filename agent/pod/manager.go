@@ -84,6 +84,10 @@ type Config struct {
 	Capacity func() corev1.ResourceList
 	// Node is what new pods are held against, without the pods that are there.
 	Node func() admission.Node
+	// Policies holds pods to their addresses and to network policies; nil: nothing does.
+	// PolicyOf is the revision as of which one may hold for a pod, as Policies.Ready has it.
+	Policies Policies
+	PolicyOf func(uid types.UID) int64
 	// NetworkReady says whether sandboxes on the pod network can be made.
 	NetworkReady func() bool
 

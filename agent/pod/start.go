@@ -106,6 +106,9 @@ func (w *worker) act(pod *corev1.Pod, obs *observed, a actions, shown uint64) bo
 		return w.startSandbox(pod, a.attempt)
 	}
 	box, refused := obs.current(), w.refusedEphemeral(pod)
+	if box != nil && !w.police(pod, box) {
+		return false
+	}
 	started := false
 	for _, s := range a.start {
 		if w.ending() { // there may be thousands to start

@@ -182,6 +182,7 @@ func (w *worker) stopSandbox(id string) bool {
 	}
 	delete(w.retry, "stop/"+id)
 	w.stopped[id] = true
+	w.unpolice(id)
 	return true
 }
 

@@ -77,6 +77,7 @@ type worker struct {
 	stopped       map[string]bool      // sandboxes that were stopped
 	cleaned       bool
 	next          time.Time // when to look again without being woken
+	policed       string    // sandbox that Policies was told of
 }
 
 // expectation is an exit that CRI has not confirmed yet.

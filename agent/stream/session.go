@@ -164,7 +164,7 @@ func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[p
 		}
 		switch m := m.Message.(type) {
 		case *pb.ControllerMessage_PodSet:
-			err = store.SetPod(m.PodSet.Pod, m.PodSet.Revision)
+			err = store.SetPod(m.PodSet.Pod, m.PodSet.Revision, m.PodSet.Policies)
 		case *pb.ControllerMessage_PodRemove:
 			store.RemovePod(types.UID(m.PodRemove.Uid), m.PodRemove.Revision)
 		case *pb.ControllerMessage_ObjectSet:

@@ -67,6 +67,8 @@ type options struct {
 	podMTU          int
 	keepSource      []string
 	purge, keepData bool
+
+	podsReachCluster, blockMetadata bool
 }
 
 // common are the flags that cleanup takes too.
@@ -121,6 +123,8 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.IntVar(&o.vxlan.Port, "pod-network-vxlan-port", podnet.DefaultVXLANPort, "UDP port of the pods' VXLAN, the same on all nodes")
 	f.IntVar(&o.podMTU, "pod-network-mtu", 0, "greatest packet of pods; 0 for that of the device with --node-ip, less what VXLAN takes where it is needed")
 	f.StringSliceVar(&o.keepSource, "non-masquerade-cidr", nil, "networks outside the cluster to which pods' packets go with the pod's own address, and not the node's")
+	f.BoolVar(&o.podsReachCluster, "pods-reach-cluster-ports", false, "let pods reach the ports that controllers and agents have for each other (the API is reached in any case)")
+	f.BoolVar(&o.blockMetadata, "block-metadata", false, "keep pods from 169.254.169.254, where clouds tell a machine who it is and what it may do")
 	f.BoolVar(&o.purge, "purge", false, "the same as the command cleanup")
 }
 
@@ -281,7 +285,7 @@ func (o *options) config() (agent.Config, error) {
 		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
 		ClusterDNS:    o.clusterDNS, ClusterDomain: o.clusterDomain, KubernetesServiceIP: o.kubernetesIP, NodePortAddresses: o.nodePorts,
-		ResolvConf: o.resolvConf, StubDomains: stubs,
+		ResolvConf: o.resolvConf, StubDomains: stubs, PodsReachCluster: o.podsReachCluster, BlockMetadata: o.blockMetadata,
 		Version: version, Logger: log,
 	}
 	cfg.SetDefaults()

@@ -11,24 +11,25 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/network/feed"
+	"timonel/network/netlab"
 )
 
 // get asks for a health check as a balancer does: "STATUS WEIGHT", and what was said.
-func (h *host) get(url string) (head, body string) {
-	h.do(func() {
+func get(t *testing.T, h *netlab.Host, url string) (head, body string) {
+	h.Do(func() {
 		// A request's connection is made by another goroutine, which is nowhere special.
 		conn, err := net.Dial("tcp", url)
 		if err != nil {
-			head = failure(err)
+			head = netlab.Failure(err)
 			return
 		}
 		defer conn.Close()
-		client := http.Client{Timeout: patience, Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return conn, nil }}}
+		client := http.Client{Timeout: netlab.Patience, Transport: &http.Transport{Dial: func(string, string) (net.Conn, error) { return conn, nil }}}
 		resp, err := client.Get("http://" + url + "/healthz")
-		h.l.must(err)
+		require.NoError(t, err)
 		defer resp.Body.Close()
 		raw, err := io.ReadAll(resp.Body)
-		h.l.must(err)
+		require.NoError(t, err)
 		head = fmt.Sprintf("%d %s %s", resp.StatusCode, resp.Header.Get("X-Load-Balancing-Endpoint-Weight"), resp.Header.Get("Content-Type"))
 		body = string(raw)
 	})
@@ -44,28 +45,28 @@ func TestHealthChecks(t *testing.T) {
 			events = append(events, s.Name+" "+reason+": "+message)
 		}})
 		defer func() { l.proxy.health.close() }()
-		out := l.outside()
+		out := l.Outside()
 		check := func(port int32) option {
 			return func(s *corev1.Service) { s.Spec.HealthCheckNodePort = port }
 		}
 		const at, at6 = nodeIP + ":32000", "[" + nodeIP6 + "]:32000"
 		s := svc("web", "10.96.0.10", dual("fd96::10"), balancer("203.0.113.7"), externalLocal, check(32000))
 		l.set(s, slice("web", ep("10.244.1.2"), ep("10.244.1.3"), ep("10.244.1.4", terminating), ep("10.244.2.2")), slice("web", ep("fd00:1::2")))
-		head, body := out.get(at)
+		head, body := get(t, out, at)
 		require.Equal(t, "200 2 application/json", head)
 		require.Equal(t, "{\n\t\"service\": {\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"web\"\n\t},\n\t\"localEndpoints\": 2,\n\t\"serviceProxyHealthy\": true\n}", body)
-		head, _ = out.get(at6)
+		head, _ = get(t, out, at6)
 		require.Equal(t, "200 1 application/json", head)
 		l.set(s, slice("web", ep("10.244.1.4", terminating), ep("10.244.2.2")))
-		head, body = out.get(at)
+		head, body = get(t, out, at)
 		require.Equal(t, "503 0 application/json", head)
 		require.Contains(t, body, `"localEndpoints": 0`)
 
 		// Another port, one that is taken, and none.
 		l.set(svc("web", "10.96.0.10", dual("fd96::10"), balancer("203.0.113.7"), externalLocal, check(32001)))
-		head, _ = out.get(at)
+		head, _ = get(t, out, at)
 		require.Equal(t, "refused", head)
-		head, _ = out.get(nodeIP + ":32001")
+		head, _ = get(t, out, nodeIP+":32001")
 		require.Equal(t, "503 0 application/json", head)
 		foreign, err := net.Listen("tcp", nodeIP+":32002")
 		require.NoError(t, err)
@@ -76,10 +77,10 @@ func TestHealthChecks(t *testing.T) {
 		require.Len(t, events, 1, "said once")
 		foreign.Close()
 		l.pass()
-		head, _ = out.get(nodeIP + ":32002")
+		head, _ = get(t, out, nodeIP+":32002")
 		require.Equal(t, "503 0 application/json", head)
 		l.set(svc("web", "10.96.0.10", balancer("203.0.113.7"), check(32002)))
-		head, _ = out.get(nodeIP + ":32002")
+		head, _ = get(t, out, nodeIP+":32002")
 		require.Equal(t, "refused", head)
 		l.store.Update(func(t *feed.Txn) { t.RemoveService(feed.Name{Namespace: "default", Name: "web"}) })
 		l.pass()

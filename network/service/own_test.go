@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 
+	"timonel/network/netlab"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -19,21 +20,21 @@ func TestOwnPacketsGoToNoService(t *testing.T) {
 	t.Parallel()
 	inLab(t, func(l *lab) {
 		const clusterPort = 81
-		evil, controller := l.pod(2), l.outside()
-		evil.serve(8080)
-		controller.serve(80)
-		controller.serve(clusterPort)
-		node := &host{l, "node", l.node}
-		node.serve(clusterPort)
+		evil, controller := l.Pod(2), l.Outside()
+		evil.Serve(8080)
+		controller.Serve(80)
+		controller.Serve(clusterPort)
+		node := l.Self()
+		node.Serve(clusterPort)
 		l.start(Config{ClusterPorts: []uint16{clusterPort}})
 
 		own := func(address string) string {
-			c, err := (&net.Dialer{Timeout: patience, Control: pb.OwnPackets}).DialContext(context.Background(), "tcp", address)
+			c, err := (&net.Dialer{Timeout: netlab.Patience, Control: pb.OwnPackets}).DialContext(context.Background(), "tcp", address)
 			if err != nil {
-				return failure(err)
+				return netlab.Failure(err)
 			}
 			defer c.Close()
-			return talk(c, patience)
+			return netlab.Talk(c, netlab.Patience)
 		}
 		steals := func(s *corev1.Service) {
 			s.Spec.Ports[1].Port = clusterPort // UDP
@@ -44,7 +45,7 @@ func TestOwnPacketsGoToNoService(t *testing.T) {
 			"endpoints": func() {
 				l.set(svc("evil", "10.96.0.10", theirs...), slice("evil", ep("10.244.1.2")), slice("evil", ep("fd00:1::2")))
 				for _, ip := range []string{outsideIP, outsideIP6} { // what others send there is the Service's
-					require.Contains(t, ask("tcp", net.JoinHostPort(ip, "80")), "pod2 ")
+					require.Contains(t, netlab.Ask("tcp", net.JoinHostPort(ip, "80")), "pod2 ")
 				}
 			},
 			"none": func() { l.set(svc("evil", "10.96.0.10", theirs...)) },
@@ -56,11 +57,11 @@ func TestOwnPacketsGoToNoService(t *testing.T) {
 			set()
 			for _, ip := range []string{outsideIP, outsideIP6} {
 				require.Contains(t, own(net.JoinHostPort(ip, "80")), "out ", "%s: a stream to %s", name, ip)
-				require.Contains(t, ask("udp", net.JoinHostPort(ip, fmt.Sprint(clusterPort))), "out ", "%s: gossip to %s", name, ip)
+				require.Contains(t, netlab.Ask("udp", net.JoinHostPort(ip, fmt.Sprint(clusterPort))), "out ", "%s: gossip to %s", name, ip)
 			}
 			for _, ip := range []string{nodeIP, nodeIP6} {
 				var got string
-				controller.do(func() { got = ask("udp", net.JoinHostPort(ip, fmt.Sprint(clusterPort))) })
+				controller.Do(func() { got = netlab.Ask("udp", net.JoinHostPort(ip, fmt.Sprint(clusterPort))) })
 				require.Contains(t, got, "node ", "%s: gossip of %s", name, ip)
 			}
 		}

@@ -9,7 +9,6 @@ import (
 	"maps"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
 	"reflect"
 	"slices"
@@ -20,6 +19,7 @@ import (
 	"sigs.k8s.io/knftables"
 
 	"timonel/network/feed"
+	"timonel/network/tables"
 )
 
 // Proxy keeps the tables of one node.
@@ -35,7 +35,7 @@ type Proxy struct {
 	around  surroundings
 	filter  bool // bridges ask conntrack
 	looked  time.Time
-	watcher *watcher
+	watcher *tables.Watcher
 
 	mu              sync.Mutex
 	networks, taken Networks // what was said, and what Run knows
@@ -57,7 +57,7 @@ func New(cfg Config) (*Proxy, error) {
 		}
 	}
 	p := &Proxy{
-		cfg: cfg, log: cfg.Logger.With("component", "services"), watcher: &watcher{},
+		cfg: cfg, log: cfg.Logger.With("component", "services"), watcher: &tables.Watcher{},
 	}
 	p.health = newHealth(p)
 	for _, f := range []family{ipv4, ipv6} {
@@ -92,7 +92,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	p.filter = bridgeFilter(p.log)
+	if p.filter = tables.BridgeFilter(); !p.filter {
+		p.log.Warn("the kernel module br_netfilter is not there: pods that reach a pod of their own node through a Service are seen with the node's address; load it with: modprobe br_netfilter")
+	}
 	for ctx.Err() == nil {
 		p.pass(ctx)
 		p.wait(ctx)
@@ -146,7 +148,7 @@ func (p *Proxy) pass(ctx context.Context) {
 		}
 		p.stats.synced(s, did, time.Since(begun), err)
 		if err != nil {
-			p.log.Error("the kernel does not take the rules of Services; what was there stays, and it is tried again", "family", s.compiler.family.ip, "error", brief(err))
+			p.log.Error("the kernel does not take the rules of Services; what was there stays, and it is tried again", "family", s.compiler.family.ip, "error", tables.Brief(err))
 		}
 	}
 	p.after = changes.View.Revision()
@@ -161,10 +163,10 @@ func (p *Proxy) one(ctx context.Context, s *side, changes feed.Changes, look boo
 		if err != nil {
 			return true, fmt.Errorf("nftables: %w", err)
 		}
-		s.table.nft = p.watcher.watch(nft)
+		s.table.nft = p.watcher.Watch(nft)
 	}
 	if err := s.table.sweep(ctx); err != nil {
-		p.log.Warn("nftables", "error", brief(err))
+		p.log.Warn("nftables", "error", tables.Brief(err))
 	}
 	whole := changes.Reset || s.table.broken || look && s.touched(ctx, p.watcher, p.log)
 	names := changes.Services
@@ -207,7 +209,7 @@ func (p *Proxy) say(s *side, view *feed.View, names map[feed.Name]struct{}, out 
 	}
 	for name, err := range out.refused {
 		texts[name] = [2]string{ReasonRefused, fmt.Sprintf("node %s: the kernel refuses the rules of this Service, which stay as they were: %v; look at nft list table %s %s there, and at dmesg",
-			p.cfg.Node, brief(err), s.compiler.family.nft, p.cfg.Table)}
+			p.cfg.Node, tables.Brief(err), s.compiler.family.nft, p.cfg.Table)}
 	}
 	for name := range s.said {
 		if _, is := names[name]; (is || names == nil) && texts[name][0] == "" {
@@ -297,26 +299,6 @@ func hostAddresses() []netip.Addr {
 		}
 	}
 	return out
-}
-
-// bridgeFilter says whether packets that a bridge hands from pod to pod go through
-// conntrack, so that an answer to a Service's address gets back the address that was
-// asked. It loads the module for it.
-func bridgeFilter(log *slog.Logger) bool {
-	const file = "/proc/sys/net/bridge/bridge-nf-call-ip"
-	ok := true
-	for _, path := range []string{file + "tables", file + "6tables"} {
-		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) {
-			_ = exec.Command("modprobe", "br_netfilter").Run() // if it cannot be, there is another way
-		}
-		if err := os.WriteFile(path, []byte("1"), 0o644); err != nil {
-			ok = false
-		}
-	}
-	if !ok {
-		log.Warn("the kernel module br_netfilter is not there: pods that reach a pod of their own node through a Service are seen with the node's address; load it with: modprobe br_netfilter")
-	}
-	return ok
 }
 
 // Remove takes away the tables of a node.

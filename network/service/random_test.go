@@ -304,8 +304,8 @@ func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
 	t.Parallel()
 	inLab(t, func(l *lab) {
 		l.quiet = true
-		a, c := l.pod(2), l.pod(4)
-		a.serve(8080)
+		a, c := l.Pod(2), l.Pod(4)
+		a.Serve(8080)
 		f := &faults{}
 		cfg := faulty(f)
 		var events []string
@@ -327,8 +327,8 @@ func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
 			t.SetSlice(slice("bad", ep("10.244.1.2"), ep("10.244.1.3")))
 		})
 		l.proxy.pass(t.Context())
-		require.Equal(t, "pod2 10.244.1.4", c.ask("tcp", "10.96.0.20:80"))
-		require.Equal(t, map[string]int{"pod2": 40}, c.who("tcp", "10.96.0.66:80"), "it stays as it was")
+		require.Equal(t, "pod2 10.244.1.4", c.Ask("tcp", "10.96.0.20:80"))
+		require.Equal(t, map[string]int{"pod2": 40}, c.Who("tcp", "10.96.0.66:80"), "it stays as it was")
 		require.Len(t, events, 1)
 		require.Contains(t, events[0], "bad ServiceRulesRefused: node n1: the kernel refuses the rules of this Service")
 		require.Contains(t, events[0], "Cannot allocate memory")
@@ -340,7 +340,7 @@ func TestWhatTheKernelRefusesIsOneServicesAlone(t *testing.T) {
 		// A new agent does not get it in either, and the rest is there.
 		l.start(cfg)
 		l.proxy.pass(t.Context())
-		require.Equal(t, "pod2 10.244.1.4", c.ask("tcp", "10.96.0.20:80"))
+		require.Equal(t, "pod2 10.244.1.4", c.Ask("tcp", "10.96.0.20:80"))
 		require.Len(t, events, 2)
 		f.refuse = ""
 		l.proxy.looked = time.Time{}
@@ -391,9 +391,9 @@ func TestOneChangeIsOneSmallTransaction(t *testing.T) {
 func TestTwoServicesOfOneAddress(t *testing.T) {
 	t.Parallel()
 	inLab(t, func(l *lab) {
-		a, b, c := l.pod(2), l.pod(3), l.pod(4)
-		a.serve(8080)
-		b.serve(8080)
+		a, b, c := l.Pod(2), l.Pod(3), l.Pod(4)
+		a.Serve(8080)
+		b.Serve(8080)
 		var events []string
 		l.start(Config{Event: func(s *corev1.Service, reason, message string) {
 			events = append(events, s.Name+" "+reason+": "+message)
@@ -402,15 +402,15 @@ func TestTwoServicesOfOneAddress(t *testing.T) {
 			return func(s *corev1.Service) { s.CreationTimestamp = metav1.Unix(at, 0) }
 		}
 		l.set(svc("young", "10.96.0.1", externalIPs("203.0.113.7"), made(2)), slice("young", ep("10.244.1.2")))
-		require.Contains(t, c.ask("tcp", "203.0.113.7:80"), "pod2 ")
+		require.Contains(t, c.Ask("tcp", "203.0.113.7:80"), "pod2 ")
 		l.set(svc("old", "10.96.0.2", externalIPs("203.0.113.7"), made(1)), slice("old", ep("10.244.1.3")))
-		require.Contains(t, c.ask("tcp", "203.0.113.7:80"), "pod3 ")
+		require.Contains(t, c.Ask("tcp", "203.0.113.7:80"), "pod3 ")
 		require.Equal(t, []string{"young ServiceAddressTaken: 203.0.113.7:80/tcp is of Service default/old, which is older: nothing is sent to this one there; remove it from spec.externalIPs or status.loadBalancer of one of them"}, events)
-		require.Contains(t, c.ask("tcp", "10.96.0.1:80"), "pod2 ")
+		require.Contains(t, c.Ask("tcp", "10.96.0.1:80"), "pod2 ")
 		l.same("both")
 		l.store.Update(func(t *feed.Txn) { t.RemoveService(feed.Name{Namespace: "default", Name: "old"}) })
 		l.pass()
-		require.Contains(t, c.ask("tcp", "203.0.113.7:80"), "pod2 ")
+		require.Contains(t, c.Ask("tcp", "203.0.113.7:80"), "pod2 ")
 		l.same("one")
 	})
 }

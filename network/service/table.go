@@ -39,12 +39,6 @@ type table struct {
 	now    func() time.Time
 }
 
-// brief is what nft says in one line, which it follows by all lines that it was given.
-func brief(err error) string {
-	text, _, _ := strings.Cut(strings.TrimSpace(err.Error()), "\n")
-	return strings.TrimPrefix(text, "/dev/stdin:")
-}
-
 // refused says which Services' rules the kernel does not take, and why.
 type refused map[feed.Name]error
 

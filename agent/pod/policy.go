@@ -1,0 +1,165 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/network/policy"
+)
+
+// Policies is network/policy.
+type Policies interface {
+	SetPod(policy.Pod)
+	RemovePod(uid string)
+	Ready(uid string, policies int64) error
+}
+
+// police tells of the pod's addresses, and says whether all that holds for them is in the
+// kernel: until then no container starts. When it is, workers are woken.
+func (w *worker) police(pod *corev1.Pod, box *sandbox) bool {
+	if w.m.cfg.Policies == nil || box.hostNet {
+		return true
+	}
+	if w.policed != box.id {
+		ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
+		defer cancel()
+		p, err := linked(ctx, w.m.cfg.Runtime, box.id)
+		if err != nil {
+			w.putOff("policies", waiting{reasonCreating, "the pod's link to the network is not known: " + rpcText(err)})
+			w.everyContainer(pod, w.retry["policies"].why)
+			return false
+		}
+		delete(w.retry, "policies")
+		p.UID, p.Namespace, p.Name, p.Ports = string(w.uid), pod.Namespace, pod.Name, portsOf(pod)
+		w.m.cfg.Policies.SetPod(p)
+		w.policed = box.id
+	}
+	if err := w.m.cfg.Policies.Ready(string(w.uid), w.m.cfg.PolicyOf(w.uid)); err != nil {
+		w.everyContainer(pod, waiting{reasonCreating, err.Error()})
+		return false
+	}
+	return true
+}
+
+// unpolice tells that the addresses of a sandbox are nobody's any more.
+func (w *worker) unpolice(id string) {
+	if w.m.cfg.Policies == nil || w.policed != "" && w.policed != id {
+		return
+	}
+	w.m.cfg.Policies.RemovePod(string(w.uid))
+	w.policed = ""
+}
+
+// Policed tells of the pods that run, so that a new agent's rules have them from the
+// beginning. specs are the pods that the node is to have.
+func Policed(ctx context.Context, runtime Runtime, specs []*corev1.Pod, to Policies) error {
+	ports := map[types.UID][]corev1.ContainerPort{}
+	for _, p := range specs {
+		ports[p.UID] = portsOf(p)
+	}
+	boxes, err := runtime.ListPodSandbox(ctx, &runtimev1.ListPodSandboxRequest{Filter: &runtimev1.PodSandboxFilter{
+		State: &runtimev1.PodSandboxStateValue{State: runtimev1.PodSandboxState_SANDBOX_READY},
+	}})
+	if err != nil {
+		return fmt.Errorf("list sandboxes: %w", err)
+	}
+	slices.SortFunc(boxes.Items, func(a, b *runtimev1.PodSandbox) int {
+		return int(a.Metadata.GetAttempt()) - int(b.Metadata.GetAttempt())
+	})
+	for _, box := range boxes.Items {
+		uid := box.Labels[labelPodUID]
+		p, err := linked(ctx, runtime, box.Id)
+		if notFound(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if uid == "" || len(p.Addresses) == 0 {
+			continue // not a pod's, or on the node's network
+		}
+		p.UID, p.Namespace, p.Name, p.Ports = uid, box.Labels[labelPodNamespace], box.Labels[labelPodName], ports[types.UID(uid)]
+		to.SetPod(p)
+	}
+	return nil
+}
+
+// linked is how a sandbox is linked to the network, as containerd tells: the node's end of
+// its link is the one device of the plugins' that is in no sandbox and has no addresses.
+func linked(ctx context.Context, runtime Runtime, id string) (policy.Pod, error) {
+	var out policy.Pod
+	st, err := runtime.PodSandboxStatus(ctx, &runtimev1.PodSandboxStatusRequest{PodSandboxId: id, Verbose: true})
+	if err != nil {
+		return out, err
+	}
+	if st.Status.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimev1.NamespaceMode_NODE {
+		return out, nil
+	}
+	for _, text := range append([]string{st.Status.GetNetwork().GetIp()}, additional(st.Status.GetNetwork())...) {
+		if ip, err := netip.ParseAddr(text); err == nil {
+			out.Addresses = append(out.Addresses, ip.Unmap())
+		}
+	}
+	text := st.Info["info"]
+	if text == "" {
+		return out, nil // of a runtime that tells nothing
+	}
+	var info struct {
+		CNIResult struct {
+			Interfaces map[string]*struct {
+				IPConfigs []struct{ IP string }
+				Mac       string
+				Sandbox   string
+			}
+		} `json:"cniResult"`
+	}
+	if err := json.Unmarshal([]byte(text), &info); err != nil {
+		return out, fmt.Errorf("what containerd tells of sandbox %s: %w", id, err)
+	}
+	for name, link := range info.CNIResult.Interfaces {
+		switch {
+		case link == nil:
+		case link.Sandbox != "" && name != "lo":
+			if out.MAC, err = net.ParseMAC(link.Mac); err != nil {
+				return out, fmt.Errorf("what containerd tells of sandbox %s: %s: %w", id, name, err)
+			}
+		case link.Sandbox == "" && isPort(name):
+			out.Device = name
+		}
+	}
+	return out, nil
+}
+
+func additional(n *runtimev1.PodSandboxNetworkStatus) (out []string) {
+	for _, ip := range n.GetAdditionalIps() {
+		out = append(out, ip.GetIp())
+	}
+	return out
+}
+
+// isPort says whether a device is one that hangs on a bridge, which the bridge itself is not.
+func isPort(name string) bool {
+	link, err := netlink.LinkByName(name)
+	return err == nil && link.Attrs().MasterIndex != 0
+}
+
+// portsOf are the ports of all containers of a pod.
+func portsOf(pod *corev1.Pod) (out []corev1.ContainerPort) {
+	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
+		for i := range list {
+			if c := &list[i]; len(c.Ports) > 0 {
+				out = append(out, c.Ports...)
+			}
+		}
+	}
+	return out
+}

@@ -1,0 +1,121 @@
+package tables
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+	"sigs.k8s.io/knftables"
+)
+
+// Watcher knows whether anybody else has changed nftables: the kernel numbers each
+// transaction of a network namespace, and ours are known.
+type Watcher struct {
+	generation uint32
+	known      bool
+	Others     uint64 // grows when somebody else has changed something
+	Ours       uint64 // grows when we have
+}
+
+// Look sees what has happened since the last look.
+func (w *Watcher) Look() {
+	g, err := generation()
+	if err != nil || w.known && g != w.generation {
+		w.Others++
+	}
+	w.generation, w.known = g, err == nil
+}
+
+// Watch returns an nft whose transactions are known to be ours.
+func (w *Watcher) Watch(nft knftables.Interface) knftables.Interface { return &watched{nft, w} }
+
+type watched struct {
+	knftables.Interface
+	w *Watcher
+}
+
+func (n *watched) Run(ctx context.Context, tx *knftables.Transaction) error {
+	n.w.Look()
+	err := n.Interface.Run(ctx, tx)
+	n.w.Ours++
+	if err == nil {
+		n.w.generation++
+	}
+	n.w.Look()
+	return err
+}
+
+// generation is the number of the last transaction of this network namespace.
+func generation() (uint32, error) {
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, 0)
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC, Version: nl.NFNETLINK_V0})
+	msgs, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return 0, fmt.Errorf("nftables: ask for the generation: %w", err)
+	}
+	for _, m := range msgs {
+		if len(m) < nl.SizeofNfgenmsg {
+			continue
+		}
+		attrs, err := nl.ParseRouteAttr(m[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return 0, fmt.Errorf("nftables: generation: %w", err)
+		}
+		for _, a := range attrs {
+			if a.Attr.Type&nl.NLA_TYPE_MASK == unix.NFTA_GEN_ID && len(a.Value) >= 4 {
+				return binary.BigEndian.Uint32(a.Value), nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("nftables: the kernel does not say its generation")
+}
+
+// A Rule is one of a table, as the kernel knows it.
+type Rule struct {
+	Chain  string
+	Handle uint64
+}
+
+// Rules lists the rules of a table.
+func Rules(family knftables.Family, table string) ([]Rule, error) {
+	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
+	number := map[knftables.Family]uint8{
+		knftables.IPv4Family: unix.NFPROTO_IPV4, knftables.IPv6Family: unix.NFPROTO_IPV6, knftables.InetFamily: unix.NFPROTO_INET, knftables.BridgeFamily: unix.NFPROTO_BRIDGE,
+	}
+	r.AddData(&nl.Nfgenmsg{NfgenFamily: number[family], Version: nl.NFNETLINK_V0})
+	r.AddData(nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(table)))
+	msgs, err := r.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return nil, fmt.Errorf("nftables: list rules: %w", err)
+	}
+	var out []Rule
+	for _, m := range msgs {
+		if len(m) < nl.SizeofNfgenmsg {
+			continue
+		}
+		attrs, err := nl.ParseRouteAttr(m[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return nil, fmt.Errorf("nftables: list rules: %w", err)
+		}
+		var one Rule
+		of := ""
+		for _, a := range attrs {
+			switch a.Attr.Type & nl.NLA_TYPE_MASK {
+			case unix.NFTA_RULE_TABLE:
+				of = unix.ByteSliceToString(a.Value)
+			case unix.NFTA_RULE_CHAIN:
+				one.Chain = unix.ByteSliceToString(a.Value)
+			case unix.NFTA_RULE_HANDLE:
+				if len(a.Value) >= 8 {
+					one.Handle = binary.BigEndian.Uint64(a.Value)
+				}
+			}
+		}
+		if of == table {
+			out = append(out, one)
+		}
+	}
+	return out, nil
+}
