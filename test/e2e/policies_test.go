@@ -66,7 +66,7 @@ func TestPolicies(t *testing.T) {
 			ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels},
 			Spec: corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{
 				Name: "c", Image: "timonel/busybox:latest", ImagePullPolicy: corev1.PullIfNotPresent,
-				Command: []string{"sh", "-c", "while true; do for u in " + strings.Join(urls, " ") + "; do wget -q -T 2 -O /dev/null http://$u:8080/ && echo open || echo shut; done; sleep 1; done"},
+				Command: []string{"sh", "-c", "while true; do for u in " + strings.Join(urls, " ") + "; do echo | nc -w 2 $u 8080 >/dev/null 2>&1 && echo open || echo shut; done; sleep 1; done"},
 			}}},
 		}, metav1.CreateOptions{})
 		require.NoError(t, err)
