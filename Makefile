@@ -74,7 +74,7 @@ unit: ## Unit tests
 
 .PHONY: e2e
 e2e: build older images ## A real cluster: deploy, kill the leader, bad input
-	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -tags e2e -count 1 -timeout 15m -v ./test/e2e
+	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -tags e2e -count 1 -timeout 25m -v ./test/e2e
 
 # SEED= or MINUTES= choose the random mix alone: see test/chaos/mix_test.go.
 .PHONY: chaos
