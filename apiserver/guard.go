@@ -194,6 +194,16 @@ func (c *guardedConn) hold(g *trust.Guard, leaf *x509.Certificate) {
 	}
 }
 
+// know notes that somebody was authenticated on the connection.
+func (c *guardedConn) know() {
+	if c.known.Swap(true) {
+		return
+	}
+	if port, ok := c.Conn.(interface{ Known() }); ok { // a ports.Conn: it is not closed for newcomers
+		port.Known()
+	}
+}
+
 // writesEnd has what is left to write of an answer end by then: an HTTP/2 stream is reset,
 // and a connection of HTTP/1 ends.
 func (c *guardedConn) writesEnd(w http.ResponseWriter, by time.Time) {

@@ -127,7 +127,7 @@ func (s *strangers) after(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if own, ok := r.Context().Value(strangerKey{}).(*stranger); ok {
 			if u, ok := request.UserFrom(r.Context()); ok && u.GetName() != user.Anonymous {
-				own.conn.known.Store(true)
+				own.conn.know()
 				own.mu.Lock()
 				own.leave()
 				own.mu.Unlock()

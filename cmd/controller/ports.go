@@ -46,13 +46,13 @@ func limitsOfPorts(memory int64) portLimits {
 	return dividePorts(files.Cur, uint64(memory))
 }
 
-// listen opens a port within limits; flag names it where it cannot be.
-func (k *controller) listen(flag string, port, connections int) (*ports.Listener, error) {
+// listen opens a port within limits, which have the name of its flag.
+func (k *controller) listen(port int, limits ports.Limits) (*ports.Listener, error) {
 	inner, err := net.Listen("tcp", k.address(port))
 	if err != nil {
-		return nil, portError(flag, err)
+		return nil, portError(limits.Name, err)
 	}
-	l := ports.Limit(inner, ports.Limits{Name: flag, Connections: connections})
+	l := ports.Limit(inner, limits)
 	k.listeners = append(k.listeners, l)
 	return l, nil
 }

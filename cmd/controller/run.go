@@ -101,7 +101,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	k.cache = objects.NewCache(k.store, objects.WithLogger(log))
 
 	k.limits = limitsOfPorts(k.shares.connections)
-	clusterListener, err := k.listen("cluster-port", c.clusterPort, k.limits.cluster)
+	clusterListener, err := k.listen(c.clusterPort, ports.Limits{Name: "cluster-port", Connections: k.limits.cluster})
 	if err != nil {
 		return err
 	}
@@ -133,7 +133,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	if k.agents, k.tracker, err = k.newDispatch(); err != nil {
 		return err
 	}
-	if k.apiListener, err = k.listen("api-port", k.apiPort, k.limits.api); err != nil {
+	if k.apiListener, err = k.listen(k.apiPort, ports.Limits{Name: "api-port", Connections: k.limits.api, Authenticates: true}); err != nil {
 		return err
 	}
 	defer k.apiListener.Close()
@@ -285,7 +285,7 @@ func (c *config) historyFolder() (string, error) {
 }
 
 func (k *controller) openReplica(ctx context.Context, identity *pki.Controller) (*consensus.Replica, error) {
-	listener, err := k.listen("raft-port", k.raftPort, k.limits.raft)
+	listener, err := k.listen(k.raftPort, ports.Limits{Name: "raft-port", Connections: k.limits.raft})
 	if err != nil {
 		return nil, err
 	}

@@ -16,6 +16,7 @@ type Conn struct {
 	begun  time.Time
 	active atomic.Int64 // Unix nanoseconds of the last byte
 	timer  *time.Timer  // ends the handshake
+	known  atomic.Bool
 
 	proven, gone bool // l.mu guards them
 }
@@ -56,6 +57,9 @@ func (c *Conn) SetReadDeadline(t time.Time) error {
 	}
 	return c.Conn.SetReadDeadline(t)
 }
+
+// Known says that somebody was authenticated on the connection.
+func (c *Conn) Known() { c.known.Store(true) }
 
 // Proven says that the handshake is done.
 func (c *Conn) Proven() {

@@ -1,6 +1,7 @@
 package ports
 
 import (
+	"cmp"
 	"errors"
 	"net"
 	"net/netip"
@@ -25,6 +26,10 @@ type Limits struct {
 	// Idle is after how long without a byte a connection may be closed to make room
 	// for another of the same address. Default 5 s.
 	Idle time.Duration
+	// Authenticates says that who serves the port calls [Conn.Known] of connections on
+	// which somebody was authenticated. When there is no room, others that are older than
+	// Idle are closed, whatever they do: so no number of addresses keeps newcomers out.
+	Authenticates bool
 }
 
 func (l Limits) withDefaults() Limits {
@@ -147,6 +152,9 @@ func (l *Listener) admit(raw net.Conn) *Conn {
 	if l.open >= l.limits.Connections {
 		gone = append(gone, l.evict(c.source, now)...)
 	}
+	if l.open >= l.limits.Connections && l.limits.Authenticates {
+		gone = append(gone, l.evictUnknown(now)...)
+	}
 	fits := l.open < l.limits.Connections
 	if fits {
 		from.conns[c] = struct{}{}
@@ -209,7 +217,26 @@ func (l *Listener) evict(newcomer netip.Addr, now time.Time) []*Conn {
 			able = append(able, c)
 		}
 	}
-	slices.SortFunc(able, func(a, b *Conn) int { return int(a.active.Load() - b.active.Load()) })
+	slices.SortFunc(able, func(a, b *Conn) int { return cmp.Compare(a.active.Load(), b.active.Load()) })
+	return l.evictFirst(able)
+}
+
+// evictUnknown makes room by those that came first and are nobody's.
+func (l *Listener) evictUnknown(now time.Time) []*Conn {
+	var able []*Conn
+	for _, s := range l.sources {
+		for c := range s.conns {
+			if !c.known.Load() && now.Sub(c.begun) > l.limits.Idle {
+				able = append(able, c)
+			}
+		}
+	}
+	slices.SortFunc(able, func(a, b *Conn) int { return a.begun.Compare(b.begun) })
+	return l.evictFirst(able)
+}
+
+// evictFirst closes a share of the connections, or all of the given ones if these are fewer.
+func (l *Listener) evictFirst(able []*Conn) []*Conn {
 	able = able[:min(len(able), max(1, l.limits.Connections/evictShare))]
 	for _, c := range able {
 		l.stats.Evicted++

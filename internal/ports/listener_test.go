@@ -177,6 +177,39 @@ func TestIdleGivesWayToTheSameSource(t *testing.T) {
 	require.Equal(t, Stats{Open: 4, Evicted: 1}, l.Stats())
 }
 
+// TestNobodysGiveWay: as many addresses as there are places, each with a connection in use,
+// keep nobody out where it is told whose connections are somebody's.
+func TestNobodysGiveWay(t *testing.T) {
+	t.Parallel()
+	for _, authenticates := range []bool{true, false} {
+		l, accepted := open(t, Limits{Connections: 3, Idle: 50 * time.Millisecond, Authenticates: authenticates})
+		var clients []net.Conn
+		var conns []*Conn
+		for _, from := range []string{"127.0.0.1", "127.0.0.2", "127.0.0.3"} {
+			clients = append(clients, dial(t, l, from))
+			c := <-accepted
+			c.Proven()
+			c.active.Store(time.Now().Add(time.Hour).UnixNano()) // says something all the time
+			conns = append(conns, c)
+		}
+		conns[0].Known()
+		time.Sleep(60 * time.Millisecond) // they are no newcomers any more
+		newcomer, err := tryDial(t, l, "127.0.0.4")
+		if !authenticates {
+			if err == nil {
+				requireEnded(t, newcomer)
+			}
+			require.Equal(t, uint64(1), l.Stats().Refused)
+			continue
+		}
+		require.NoError(t, err)
+		requireOpen(t, newcomer, <-accepted)
+		requireEnded(t, clients[1])
+		requireOpen(t, clients[0], conns[0])
+		requireOpen(t, clients[2], conns[2])
+	}
+}
+
 // brokenListener fails as one that has no descriptors does.
 type brokenListener struct {
 	net.Listener

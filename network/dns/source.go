@@ -21,6 +21,9 @@ const (
 	// all.
 	connections    = 50
 	connectionsAll = 500
+	// few are as many as a client may have of the last quarter, which is for those that
+	// have few: so no ten clients keep all others out.
+	few = 4
 	// maxSources is how many addresses are told apart.
 	maxSources = 1 << 14
 )
@@ -115,7 +118,7 @@ func (s *sources) hold(ip netip.Addr, u use) (drop func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	src := s.of(ip, now)
-	if src.holds[u] >= each || s.holds[u] >= all {
+	if src.holds[u] >= each || s.holds[u] >= all || s.holds[u] >= all/4*3 && src.holds[u] >= few {
 		return nil, false
 	}
 	src.holds[u]++

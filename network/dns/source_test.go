@@ -66,6 +66,31 @@ func TestSourcesAreBounded(t *testing.T) {
 	drop()
 }
 
+// TestManyGreedyOnesLeaveRoom: as many clients as could hold everything do not keep out one
+// that asks for little.
+func TestManyGreedyOnesLeaveRoom(t *testing.T) {
+	t.Parallel()
+	for u, all := range map[use]int{holdsQuery: waitingAll, holdsConnection: connectionsAll} {
+		s := newSources()
+		held := 0
+		for i := range 20 {
+			for {
+				if _, ok := s.hold(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), u); !ok {
+					break
+				}
+				held++
+			}
+		}
+		require.Greater(t, held, all/4*3)
+		for range few {
+			_, ok := s.hold(netip.MustParseAddr("10.0.1.1"), u)
+			require.True(t, ok)
+		}
+		_, ok := s.hold(netip.MustParseAddr("10.0.1.1"), u)
+		require.False(t, ok)
+	}
+}
+
 // TestAPodThatWaitsTakesNothingFromOthers: one pod has as many questions under way as
 // it may, at a server that does not answer; another is answered.
 func TestAPodThatWaitsTakesNothingFromOthers(t *testing.T) {
