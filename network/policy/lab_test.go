@@ -85,8 +85,6 @@ func at(ip netip.Addr, port uint16) string { return netip.AddrPortFrom(ip, port)
 
 // Objects.
 
-func allow(rules ...*pb.NetworkRule) []*pb.NetworkRule { return rules }
-
 func from(groups ...string) *pb.NetworkRule { return &pb.NetworkRule{Groups: groups, AnyPort: true} }
 
 func block(cidr string, except ...string) *pb.NetworkRule {
