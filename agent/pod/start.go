@@ -145,12 +145,15 @@ func makeLogDir(dir, container string) error {
 	return made.Close()
 }
 
-// everyContainer sets why no container of the pod can start.
+// everyContainer sets why no container of the pod can start. Where there are init
+// containers, it is they that cannot: the others wait for them, as upstream says.
 func (w *worker) everyContainer(pod *corev1.Pod, why waiting) {
-	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
-		for i := range list {
-			w.waiting[list[i].Name] = why
-		}
+	list := pod.Spec.InitContainers
+	if len(list) == 0 {
+		list = pod.Spec.Containers
+	}
+	for i := range list {
+		w.waiting[list[i].Name] = why
 	}
 }
 
