@@ -20,6 +20,7 @@ import (
 // Waiting reasons, as the kubelet's.
 const (
 	reasonCreating     = "ContainerCreating"
+	reasonInitializing = "PodInitializing"
 	reasonCrashLoop    = "CrashLoopBackOff"
 	reasonConfigError  = "CreateContainerConfigError"
 	reasonCreateError  = "CreateContainerError"
@@ -146,14 +147,15 @@ func makeLogDir(dir, container string) error {
 }
 
 // everyContainer sets why no container of the pod can start. Where there are init
-// containers, it is they that cannot: the others wait for them, as upstream says.
+// containers, all wait for them, as upstream says.
 func (w *worker) everyContainer(pod *corev1.Pod, why waiting) {
-	list := pod.Spec.InitContainers
-	if len(list) == 0 {
-		list = pod.Spec.Containers
+	if len(pod.Spec.InitContainers) > 0 && why.reason == reasonCreating {
+		why.reason = reasonInitializing
 	}
-	for i := range list {
-		w.waiting[list[i].Name] = why
+	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			w.waiting[list[i].Name] = why
+		}
 	}
 }
 

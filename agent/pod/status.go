@@ -260,7 +260,7 @@ func lostStatus(in statusInput, spec *corev1.Container, st corev1.ContainerStatu
 	if !ok {
 		w.reason = "ContainerCreating"
 		if len(in.pod.Spec.InitContainers) > 0 {
-			w.reason = "PodInitializing"
+			w.reason = reasonInitializing
 		}
 	}
 	st.State.Waiting = &corev1.ContainerStateWaiting{Reason: w.reason, Message: w.message}

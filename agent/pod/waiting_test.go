@@ -1,16 +1,14 @@
 package pod
 
 import (
-	"maps"
-	"slices"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 )
 
-// TestWhoCannotStart: while nothing of a pod can start, its containers are said to wait for
-// its init containers, and these for what is missing.
+// TestWhoCannotStart: while nothing of a pod can start, all say what is missing, and wait for
+// its init containers if it has some.
 func TestWhoCannotStart(t *testing.T) {
 	t.Parallel()
 	why := waiting{reasonCreating, "the rules are not in the kernel yet"}
@@ -22,5 +20,6 @@ func TestWhoCannotStart(t *testing.T) {
 	pod.Spec.InitContainers = []corev1.Container{{Name: "first"}, {Name: "second"}}
 	w.waiting = map[string]waiting{}
 	w.everyContainer(pod, why)
-	require.Equal(t, []string{"first", "second"}, slices.Sorted(maps.Keys(w.waiting)))
+	why.reason = reasonInitializing
+	require.Equal(t, map[string]waiting{"app": why, "side": why, "first": why, "second": why}, w.waiting)
 }
