@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"sigs.k8s.io/knftables"
+
+	"timonel/network/tables"
 )
 
 const (
@@ -56,8 +58,8 @@ func (n *Network) makeRules(own []netip.Prefix, guard Guard, hops []hop) error {
 			r.pods = append(r.pods, h.dst)
 		}
 	}
-	r.pods = outermost(r.pods)
-	r.keep = outermost(slices.Concat(r.pods, own, n.cfg.KeepSource))
+	r.pods = tables.Outermost(r.pods)
+	r.keep = tables.Outermost(slices.Concat(r.pods, own, n.cfg.KeepSource))
 	if r.vxlan {
 		for _, h := range hops {
 			if ip := h.address(n.cfg.NodeIPs[0].Is4()); ip.IsValid() {
@@ -76,23 +78,6 @@ func (n *Network) makeRules(own []netip.Prefix, guard Guard, hops []hop) error {
 	}
 	n.rules, n.ruled = r, time.Now()
 	return nil
-}
-
-// outermost are the networks that are in no other, in order.
-func outermost(networks []netip.Prefix) (out []netip.Prefix) {
-	sorted := slices.Clone(networks)
-	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
-		if c := a.Masked().Addr().Compare(b.Masked().Addr()); c != 0 {
-			return c
-		}
-		return a.Bits() - b.Bits()
-	})
-	for _, p := range sorted {
-		if len(out) == 0 || !out[len(out)-1].Overlaps(p) {
-			out = append(out, p.Masked())
-		}
-	}
-	return out
 }
 
 func (n *Network) writeRules(r rules) error {
@@ -182,20 +167,7 @@ func set(tx *knftables.Transaction, name string, f family, elements []string) {
 }
 
 func (n *Network) removeRules() error {
-	if _, err := exec.LookPath("nft"); err != nil {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), rulesTimeout)
 	defer cancel()
-	nft, err := knftables.New(knftables.InetFamily, n.cfg.Table)
-	if err != nil {
-		return fmt.Errorf("nftables: %w", err)
-	}
-	tx := nft.NewTransaction()
-	tx.Add(&knftables.Table{}) // so that deleting it cannot fail
-	tx.Delete(&knftables.Table{})
-	if err := nft.Run(ctx, tx); err != nil {
-		return fmt.Errorf("nftables: remove table %s: %w", n.cfg.Table, err)
-	}
-	return nil
+	return tables.Remove(ctx, n.cfg.Table, knftables.InetFamily)
 }

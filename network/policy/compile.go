@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/network/feed"
+	"timonel/network/tables"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -340,9 +341,9 @@ func (o *output) peers(d direction, r *pb.NetworkRule) []string {
 				plain = append(plain, cidr.Masked())
 				continue
 			}
-			out = append(out, fmt.Sprintf("%s %s %s %s %s != %s", f.ip, d.peer, cidr.Masked(), f.ip, d.peer, listing(widest(except))))
+			out = append(out, fmt.Sprintf("%s %s %s %s %s != %s", f.ip, d.peer, cidr.Masked(), f.ip, d.peer, listing(tables.Outermost(except))))
 		}
-		if plain = widest(plain); len(plain) > 0 {
+		if plain = tables.Outermost(plain); len(plain) > 0 {
 			out = append(out, fmt.Sprintf("%s %s %s", f.ip, d.peer, listing(plain)))
 		}
 	}
@@ -354,21 +355,6 @@ func prefixes(f family, texts []string) []netip.Prefix {
 	for _, text := range texts {
 		if p, err := netip.ParsePrefix(text); err == nil && f.is(p.Addr()) {
 			out = append(out, p.Masked())
-		}
-	}
-	return out
-}
-
-// widest leaves out networks that are within another: nft takes no two that overlap.
-func widest(list []netip.Prefix) []netip.Prefix {
-	list = slices.Clone(list)
-	slices.SortFunc(list, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
-	})
-	var out []netip.Prefix
-	for _, p := range list {
-		if len(out) == 0 || !out[len(out)-1].Contains(p.Addr()) {
-			out = append(out, p)
 		}
 	}
 	return out

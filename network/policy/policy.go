@@ -18,6 +18,9 @@ import (
 	"timonel/network/tables"
 )
 
+// refusedRest is after how long policies that the kernel does not take are tried again.
+const refusedRest = time.Minute
+
 // Rules keeps the tables of one node.
 type Rules struct {
 	cfg Config
@@ -301,7 +304,7 @@ func (r *Rules) write(ctx context.Context, policy feed.Changes, pods map[string]
 	for name := range policy.PoliciesChanged {
 		delete(in.closed, name) // it may be another one now
 	}
-	if policy.Reset || time.Since(r.refusedAt) > rest {
+	if policy.Reset || time.Since(r.refusedAt) > refusedRest {
 		in.closed = map[feed.Name]error{}
 	}
 	r.forget(policy)
@@ -432,21 +435,5 @@ func (r *Rules) tell(pods map[string]Pod, force map[string]inForce) {
 
 // Remove takes away the tables.
 func Remove(ctx context.Context, name string) error {
-	if _, err := exec.LookPath("nft"); err != nil {
-		return nil // then there are none
-	}
-	var errs []error
-	for _, family := range []knftables.Family{knftables.InetFamily, knftables.BridgeFamily} {
-		nft, err := knftables.New(family, name)
-		if err == nil {
-			tx := nft.NewTransaction()
-			tx.Add(&knftables.Table{})
-			tx.Delete(&knftables.Table{})
-			err = nft.Run(ctx, tx)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("nftables: remove table %s %s: %w", family, name, err))
-		}
-	}
-	return errors.Join(errs...)
+	return tables.Remove(ctx, name, knftables.InetFamily, knftables.BridgeFamily)
 }

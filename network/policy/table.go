@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"sigs.k8s.io/knftables"
@@ -23,16 +22,8 @@ type table struct {
 	has     *ruleset // what the kernel was last given
 	broken  bool     // what the kernel has is not known
 
-	seen  uint64        // of Watcher.Others, when the table was surely ours
-	print string        // of the table after so many
-	of    uint64        // of Watcher.Ours
-	whole time.Time     // when it was last written whole
-	took  time.Duration // and what that took
+	trust tables.Trust
 }
-
-// Somebody else's change of nftables may have been of elements of the table, which leaves no
-// trace that costs little to see. Then it is written anew, but no more often than this.
-const rest = time.Minute
 
 // apply makes the table what it is to be, in one transaction.
 func (t *table) apply(ctx context.Context, want *ruleset) error {
@@ -51,8 +42,8 @@ func (t *table) apply(ctx context.Context, want *ruleset) error {
 	if err := t.nft.Run(ctx, t.anew(want)); err != nil {
 		return err
 	}
-	t.has, t.broken, t.whole, t.took = want, false, time.Now(), time.Since(begun)
-	t.seen, t.of = t.watcher.Others, 0
+	t.has, t.broken = want, false
+	t.trust.Written(begun)
 	return nil
 }
 
@@ -111,72 +102,26 @@ var errTried = fmt.Errorf("is tried without")
 
 // touched says whether somebody else may have changed the table, which is then written anew.
 func (t *table) touched(ctx context.Context, log *slog.Logger) bool {
-	w := t.watcher
-	w.Look()
-	others, known := t.seen != w.Others, t.of == w.Ours
-	if known && !others {
-		return false
-	}
-	print, err := t.fingerprint(ctx)
-	switch {
-	case err != nil:
-		log.Warn("the table of network policies is gone or cannot be read; it is written anew", "family", t.family, "error", tables.Brief(err))
-		return true
-	case known && print != t.print, !t.plausible(print):
-		log.Warn("somebody else has changed the table of network policies; it is written anew", "family", t.family)
-		return true
-	}
-	t.print, t.of = print, w.Ours
-	return others && time.Since(t.whole) > max(rest, 100*t.took)
-}
-
-// fingerprint is what of a table costs little to read: names, and which rules there are.
-func (t *table) fingerprint(ctx context.Context) (string, error) {
-	all, err := t.nft.ListAll(ctx)
-	if err != nil {
-		return "", err
-	}
-	list, err := tables.Rules(t.family, t.name)
-	if err != nil {
-		return "", err
-	}
-	var out []string
-	for kind, names := range all {
-		for _, n := range names {
-			out = append(out, kind+" "+n)
-		}
-	}
-	for _, r := range list {
-		out = append(out, fmt.Sprintf("rule %s %d", r.Chain, r.Handle))
-	}
-	slices.Sort(out)
-	return strings.Join(out, "\n"), nil
+	return t.trust.Touched(ctx, t.watcher, t.nft, tables.Of{What: "network policies", Family: t.family, Name: t.name}, t.plausible, log)
 }
 
 // plausible says whether the names and numbers of rules of a table are those that it was given.
-func (t *table) plausible(print string) bool {
-	count := map[string]int{}
-	for line := range strings.Lines(print) {
-		fields := strings.Fields(line)
-		switch fields[0] {
-		case "rule":
-			count["rule "+fields[1]]++
-		default:
-			count[fields[0]+" "+fields[1]]++
+func (t *table) plausible(l *tables.Listing) bool {
+	rules := map[string]int{}
+	for name, list := range t.has.chains {
+		if len(list) > 0 {
+			rules[name] = len(list)
 		}
 	}
-	want := map[string]int{}
-	for name, rules := range t.has.chains {
-		want["chain "+name] = 1
-		if len(rules) > 0 {
-			want["rule "+name] = len(rules)
+	for kind := range l.Names {
+		if kind != "chain" && kind != "set" && kind != "map" {
+			return false
 		}
 	}
-	for name := range t.has.sets {
-		want["set "+name] = 1
-	}
-	for name := range t.has.maps {
-		want["map "+name] = 1
-	}
-	return maps.Equal(count, want)
+	return maps.Equal(l.Rules, rules) && areKeys(l.Names["chain"], t.has.chains) && areKeys(l.Names["set"], t.has.sets) && areKeys(l.Names["map"], t.has.maps)
+}
+
+// areKeys says whether names are the keys of a map.
+func areKeys[V any](names []string, m map[string]V) bool {
+	return slices.Equal(slices.Sorted(slices.Values(names)), slices.Sorted(maps.Keys(m)))
 }

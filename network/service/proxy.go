@@ -3,7 +3,6 @@ package service
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -303,18 +302,5 @@ func hostAddresses() []netip.Addr {
 
 // Remove takes away the tables of a node.
 func Remove(ctx context.Context, name string) error {
-	if _, err := exec.LookPath("nft"); err != nil {
-		return nil
-	}
-	var errs []error
-	for _, f := range []family{ipv4, ipv6} {
-		nft, err := knftables.New(f.nft, name)
-		if err == nil {
-			err = (&table{nft: nft}).remove(ctx)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("nftables: remove table %s %s: %w", f.nft, name, err))
-		}
-	}
-	return errors.Join(errs...)
+	return tables.Remove(ctx, name, ipv4.nft, ipv6.nft)
 }

@@ -10,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"timonel/network/feed"
+	"timonel/network/tables"
 )
 
 // side is all of one family: what is known of it, and its table.
@@ -25,7 +26,7 @@ type side struct {
 	said    map[feed.Name]string
 	around  surroundings
 	wholes  uint64 // how often the whole table was written
-	trust
+	trust   tables.Trust
 }
 
 // outcome is what a change of a table came to.
@@ -56,7 +57,7 @@ func (s *side) reset(ctx context.Context, view *feed.View, around surroundings) 
 	}
 	s.wholes++
 	s.around = around
-	s.trust = trust{watched: s.watched, seen: s.watched, wholeAt: time.Now(), took: time.Since(begun)}
+	s.trust.Written(begun)
 	s.claims, s.applied, s.held = c, view, map[feed.Name]*objects{}
 	for name := range bad {
 		s.held[name] = &objects{}

@@ -186,14 +186,6 @@ func (t *table) sweep(ctx context.Context) error {
 	return nil
 }
 
-// remove takes the table away.
-func (t *table) remove(ctx context.Context) error {
-	tx := t.nft.NewTransaction()
-	tx.Add(&knftables.Table{}) // so that deleting it cannot fail
-	tx.Delete(&knftables.Table{})
-	return t.nft.Run(ctx, tx)
-}
-
 // plan gathers changes for one transaction.
 type plan struct {
 	t            *table

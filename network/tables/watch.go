@@ -72,14 +72,14 @@ func generation() (uint32, error) {
 	return 0, fmt.Errorf("nftables: the kernel does not say its generation")
 }
 
-// A Rule is one of a table, as the kernel knows it.
-type Rule struct {
-	Chain  string
-	Handle uint64
+// rule is one of a table, as the kernel knows it.
+type rule struct {
+	chain  string
+	handle uint64
 }
 
-// Rules lists the rules of a table.
-func Rules(family knftables.Family, table string) ([]Rule, error) {
+// rules lists those of a table.
+func rules(family knftables.Family, table string) ([]rule, error) {
 	r := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
 	number := map[knftables.Family]uint8{
 		knftables.IPv4Family: unix.NFPROTO_IPV4, knftables.IPv6Family: unix.NFPROTO_IPV6, knftables.InetFamily: unix.NFPROTO_INET, knftables.BridgeFamily: unix.NFPROTO_BRIDGE,
@@ -90,7 +90,7 @@ func Rules(family knftables.Family, table string) ([]Rule, error) {
 	if err != nil {
 		return nil, fmt.Errorf("nftables: list rules: %w", err)
 	}
-	var out []Rule
+	var out []rule
 	for _, m := range msgs {
 		if len(m) < nl.SizeofNfgenmsg {
 			continue
@@ -99,17 +99,17 @@ func Rules(family knftables.Family, table string) ([]Rule, error) {
 		if err != nil {
 			return nil, fmt.Errorf("nftables: list rules: %w", err)
 		}
-		var one Rule
+		var one rule
 		of := ""
 		for _, a := range attrs {
 			switch a.Attr.Type & nl.NLA_TYPE_MASK {
 			case unix.NFTA_RULE_TABLE:
 				of = unix.ByteSliceToString(a.Value)
 			case unix.NFTA_RULE_CHAIN:
-				one.Chain = unix.ByteSliceToString(a.Value)
+				one.chain = unix.ByteSliceToString(a.Value)
 			case unix.NFTA_RULE_HANDLE:
 				if len(a.Value) >= 8 {
-					one.Handle = binary.BigEndian.Uint64(a.Value)
+					one.handle = binary.BigEndian.Uint64(a.Value)
 				}
 			}
 		}
