@@ -35,6 +35,7 @@ import (
 	"timonel/network/feed"
 	"timonel/network/policy"
 	"timonel/network/service"
+	"timonel/network/tables"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -50,7 +51,8 @@ type Agent struct {
 	store     *desired.Store
 	network   *podnet.Network
 	feed      *feed.Client
-	known     *feed.Store // what the feed tells
+	known     *feed.Store    // what the feed tells
+	watcher   tables.Watcher // of all who write to nftables here
 	services  *service.Proxy
 	policies  *policy.Rules
 	addresses *address.Announcer
@@ -102,6 +104,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	var err error
 	network := cfg.network()
 	network.Keep, network.Event = podnet.HostsOf(a.controllers()...), a.networkEvent
+	network.Watcher = &a.watcher
 	if a.network, err = podnet.New(network); err != nil {
 		return nil, err
 	}

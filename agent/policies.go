@@ -25,7 +25,7 @@ var metadata = []netip.AddrPort{netip.MustParseAddrPort("169.254.169.254:80"), n
 // newPolicies makes what holds pods to network policies.
 func (a *Agent) newPolicies() (err error) {
 	a.policies, err = policy.New(policy.Config{
-		Table: policyTable, Bridge: a.cfg.Bridge, Store: a.known, Event: a.policyEvent, Logger: a.cfg.Logger,
+		Table: policyTable, Bridge: a.cfg.Bridge, Store: a.known, Watcher: &a.watcher, Event: a.policyEvent, Logger: a.cfg.Logger,
 		Changed: func() { a.pods.WakeAll() },
 	})
 	if err == nil {

@@ -19,6 +19,7 @@ import (
 
 	"timonel/agent/hostile"
 	"timonel/internal/durable"
+	"timonel/network/tables"
 )
 
 // Config says where the network's files are and what it is called.
@@ -51,6 +52,8 @@ type Config struct {
 	// KeepSource are networks beside the pods' to which pods' packets go with the pod's
 	// own address.
 	KeepSource []netip.Prefix
+	// Watcher is that of all who write to nftables here. Default: one of its own.
+	Watcher *tables.Watcher
 	// Event is called with what an administrator should know; may be nil.
 	Event func(reason, message string)
 	// Keep are addresses that no route may lead away from, known before a controller
@@ -117,6 +120,9 @@ func New(cfg Config) (*Network, error) {
 		}
 	}
 	cfg.VXLAN = cfg.VXLAN.withDefaults()
+	if cfg.Watcher == nil {
+		cfg.Watcher = &tables.Watcher{}
+	}
 	n := &Network{cfg: cfg, log: cfg.Logger.With("component", "podnet"), told: map[string]string{}}
 	if raw, err := hostile.ReadRegular(n.statePath(), hostile.MaxOwn); err == nil {
 		_ = json.Unmarshal(raw, &n.cidrs) // a damaged file is as none: it comes anew

@@ -87,6 +87,7 @@ func (n *Network) writeRules(r rules) error {
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
+	nft = n.cfg.Watcher.Watch(nft)
 	tx := nft.NewTransaction()
 	tx.Add(&knftables.Table{Comment: knftables.PtrTo("pod network of the Timonel agent")})
 	chain := func(name string, typ knftables.BaseChainType, hook knftables.BaseChainHook, priority knftables.BaseChainPriority, lines ...string) {

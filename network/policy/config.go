@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/knftables"
 
 	"timonel/network/feed"
+	"timonel/network/tables"
 )
 
 // DefaultLook is how often it is looked whether the tables are as they were left.
@@ -31,6 +32,8 @@ type Config struct {
 	Changed func()
 	// Event is called with what users should know of a pod; may be nil.
 	Event func(pod Pod, reason, message string)
+	// Watcher is that of all who write to nftables here. Default: one of its own.
+	Watcher *tables.Watcher
 	// Logger gets the rest.
 	Logger *slog.Logger
 

@@ -71,11 +71,13 @@ func New(cfg Config) (*Rules, error) {
 			return knftables.New(family, table, knftables.UseNetlink)
 		}
 	}
-	watcher := &tables.Watcher{}
+	if cfg.Watcher == nil {
+		cfg.Watcher = &tables.Watcher{}
+	}
 	return &Rules{
 		cfg: cfg, log: cfg.Logger.With("component", "policy"),
-		rules:    &table{name: cfg.Table, family: knftables.InetFamily, watcher: watcher, has: newRuleset(), broken: true},
-		guard:    &table{name: cfg.Table, family: knftables.BridgeFamily, watcher: watcher, has: newRuleset(), broken: true},
+		rules:    &table{name: cfg.Table, family: knftables.InetFamily, has: newRuleset(), broken: true},
+		guard:    &table{name: cfg.Table, family: knftables.BridgeFamily, has: newRuleset(), broken: true},
 		contents: map[string]map[string]*set{}, refused: map[feed.Name]error{}, said: map[string]string{},
 		pods: map[string]Pod{}, force: map[string]inForce{}, changed: 1,
 	}, nil
@@ -278,7 +280,7 @@ func (r *Rules) open() error {
 		if err != nil {
 			return fmt.Errorf("nftables: %w", err)
 		}
-		t.nft = t.watcher.Watch(nft)
+		t.nft = t.trust.Watch(r.cfg.Watcher, nft)
 	}
 	return nil
 }

@@ -15,12 +15,11 @@ import (
 
 // table is one table in the kernel, and what is known of it.
 type table struct {
-	name    string
-	family  knftables.Family
-	nft     knftables.Interface
-	watcher *tables.Watcher
-	has     *ruleset // what the kernel was last given
-	broken  bool     // what the kernel has is not known
+	name   string
+	family knftables.Family
+	nft    knftables.Interface
+	has    *ruleset // what the kernel was last given
+	broken bool     // what the kernel has is not known
 
 	trust tables.Trust
 }
@@ -102,7 +101,7 @@ var errTried = fmt.Errorf("is tried without")
 
 // touched says whether somebody else may have changed the table, which is then written anew.
 func (t *table) touched(ctx context.Context, log *slog.Logger) bool {
-	return t.trust.Touched(ctx, t.watcher, t.nft, tables.Of{What: "network policies", Family: t.family, Name: t.name}, t.plausible, log)
+	return t.trust.Touched(ctx, tables.Of{What: "network policies", Family: t.family, Name: t.name}, t.plausible, log)
 }
 
 // plausible says whether the names and numbers of rules of a table are those that it was given.

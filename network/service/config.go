@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/knftables"
 
 	"timonel/network/feed"
+	"timonel/network/tables"
 )
 
 // Primary is what of --node-port-addresses means the node's own addresses.
@@ -42,6 +43,8 @@ type Config struct {
 	Look time.Duration
 	// Event is called with what users should know of a Service; may be nil.
 	Event func(service *corev1.Service, reason, message string)
+	// Watcher is that of all who write to nftables here. Default: one of its own.
+	Watcher *tables.Watcher
 	// Logger gets the rest.
 	Logger *slog.Logger
 

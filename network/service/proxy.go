@@ -30,11 +30,10 @@ type Proxy struct {
 	stats  stats
 
 	// All that follows is Run's alone.
-	after   uint64 // revision of the View that was taken last
-	around  surroundings
-	filter  bool // bridges ask conntrack
-	looked  time.Time
-	watcher *tables.Watcher
+	after  uint64 // revision of the View that was taken last
+	around surroundings
+	filter bool // bridges ask conntrack
+	looked time.Time
 
 	mu              sync.Mutex
 	networks, taken Networks // what was said, and what Run knows
@@ -55,9 +54,10 @@ func New(cfg Config) (*Proxy, error) {
 			return knftables.New(family, table, knftables.UseNetlink)
 		}
 	}
-	p := &Proxy{
-		cfg: cfg, log: cfg.Logger.With("component", "services"), watcher: &tables.Watcher{},
+	if cfg.Watcher == nil {
+		cfg.Watcher = &tables.Watcher{}
 	}
+	p := &Proxy{cfg: cfg, log: cfg.Logger.With("component", "services")}
 	p.health = newHealth(p)
 	for _, f := range []family{ipv4, ipv6} {
 		p.sides = append(p.sides, &side{
@@ -162,12 +162,12 @@ func (p *Proxy) one(ctx context.Context, s *side, changes feed.Changes, look boo
 		if err != nil {
 			return true, fmt.Errorf("nftables: %w", err)
 		}
-		s.table.nft = p.watcher.Watch(nft)
+		s.table.nft = s.trust.Watch(p.cfg.Watcher, nft)
 	}
 	if err := s.table.sweep(ctx); err != nil {
 		p.log.Warn("nftables", "error", tables.Brief(err))
 	}
-	whole := changes.Reset || s.table.broken || look && s.touched(ctx, p.watcher, p.log)
+	whole := changes.Reset || s.table.broken || look && s.touched(ctx, p.log)
 	names := changes.Services
 	if look && len(s.held) > 0 {
 		names = maps.Clone(names)

@@ -288,7 +288,7 @@ func TestSequences(t *testing.T) {
 					l.pass()
 					// What is looked at must have been seen as it was.
 					for _, s := range l.proxy.sides {
-						s.touched(t.Context(), l.proxy.watcher, l.proxy.log)
+						s.touched(t.Context(), l.proxy.log)
 					}
 					story = append(story, vandal(t, r, l.proxy.cfg.Table))
 					l.proxy.looked = time.Time{}

@@ -10,8 +10,8 @@ import (
 )
 
 // touched says whether a table must be written anew since somebody else changed it.
-func (s *side) touched(ctx context.Context, w *tables.Watcher, log *slog.Logger) bool {
-	return s.trust.Touched(ctx, w, s.table.nft, tables.Of{What: "Services", Family: s.compiler.family.nft, Name: s.name}, s.plausible, log)
+func (s *side) touched(ctx context.Context, log *slog.Logger) bool {
+	return s.trust.Touched(ctx, tables.Of{What: "Services", Family: s.compiler.family.nft, Name: s.name}, s.plausible, log)
 }
 
 // plausible says whether a table has the chains, maps and sets that it must have, with

@@ -14,10 +14,11 @@ import (
 // Trust is why a table is believed to be as it was left. The zero value is of one that was
 // not written yet.
 type Trust struct {
-	seen    uint64        // of Watcher.Others
+	table   *watched
+	seen    uint64        // how often somebody else had changed nftables
 	watched uint64        // the same, at the last look
 	print   string        // of the table when it was surely ours,
-	printOf uint64        // which was after so many of Watcher.Ours; 0: never
+	printOf uint64        // which was after so many transactions of it; 0: never
 	wholeAt time.Time     // when it was last written whole,
 	took    time.Duration // and what that took
 }
@@ -30,9 +31,15 @@ const (
 	restTimes = 100
 )
 
+// Watch returns a way to the table whose transactions are known to be ours.
+func (t *Trust) Watch(w *Watcher, nft knftables.Interface) knftables.Interface {
+	t.table = &watched{Interface: nft, w: w}
+	return t.table
+}
+
 // Written says that the table was written whole, and since when.
 func (t *Trust) Written(begun time.Time) {
-	*t = Trust{watched: t.watched, seen: t.watched, wholeAt: time.Now(), took: time.Since(begun)}
+	*t = Trust{table: t.table, watched: t.watched, seen: t.watched, wholeAt: time.Now(), took: time.Since(begun)}
 }
 
 // Of names a table in what is said of it: "the table of" what.
@@ -42,16 +49,16 @@ type Of struct {
 	Name   string
 }
 
-// Touched says whether a table must be written anew since somebody else changed it.
+// Touched says whether the table must be written anew since somebody else changed it.
 // plausible says whether nothing is missing and nothing too much of what a listing has.
-func (t *Trust) Touched(ctx context.Context, w *Watcher, nft knftables.Interface, of Of, plausible func(*Listing) bool, log *slog.Logger) bool {
-	w.Look()
-	t.watched = w.Others
-	known := t.printOf != 0 && t.printOf == w.Ours
-	if known && w.Others == t.seen {
+func (t *Trust) Touched(ctx context.Context, of Of, plausible func(*Listing) bool, log *slog.Logger) bool {
+	t.watched = t.table.w.look()
+	ours := t.table.ran()
+	known := t.printOf != 0 && t.printOf == ours
+	if known && t.watched == t.seen {
 		return false
 	}
-	l, err := list(ctx, nft, of)
+	l, err := list(ctx, t.table, of)
 	switch {
 	case err != nil:
 		log.Warn("the table of "+of.What+" is gone or cannot be read; it is written anew", "family", of.Family, "error", Brief(err))
@@ -60,8 +67,8 @@ func (t *Trust) Touched(ctx context.Context, w *Watcher, nft knftables.Interface
 		log.Warn("somebody else has changed the table of "+of.What+"; it is written anew", "family", of.Family)
 		return true
 	}
-	t.print, t.printOf = l.print, w.Ours
-	return w.Others != t.seen && time.Since(t.wholeAt) > max(leastRest, restTimes*t.took)
+	t.print, t.printOf = l.print, ours
+	return t.watched != t.seen && time.Since(t.wholeAt) > max(leastRest, restTimes*t.took)
 }
 
 // Listing is what of a table costs little to read.

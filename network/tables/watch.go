@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"sync"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -11,40 +12,71 @@ import (
 )
 
 // Watcher knows whether anybody else has changed nftables: the kernel numbers each
-// transaction of a network namespace, and ours are known.
+// transaction of a network namespace, and ours are known. All that write there share one,
+// or they would take each other for somebody else.
 type Watcher struct {
-	generation uint32
+	mu         sync.Mutex
+	running    int    // transactions of ours
+	ours       uint32 // that ended well since
+	generation uint32 // was read
 	known      bool
-	Others     uint64 // grows when somebody else has changed something
-	Ours       uint64 // grows when we have
+	others     uint64
 }
 
-// Look sees what has happened since the last look.
-func (w *Watcher) Look() {
-	g, err := generation()
-	if err != nil || w.known && g != w.generation {
-		w.Others++
+// look sees what has happened since the last look, and returns how often somebody else has
+// changed something. What happens beside a transaction of ours is seen after it.
+func (w *Watcher) look() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.see()
+	return w.others
+}
+
+// see is look. w.mu is held.
+func (w *Watcher) see() {
+	if w.running > 0 {
+		return
 	}
-	w.generation, w.known = g, err == nil
+	g, err := generation()
+	if err != nil || w.known && g != w.generation+w.ours {
+		w.others++
+	}
+	w.generation, w.ours, w.known = g, 0, err == nil
 }
 
 // Watch returns an nft whose transactions are known to be ours.
-func (w *Watcher) Watch(nft knftables.Interface) knftables.Interface { return &watched{nft, w} }
+func (w *Watcher) Watch(nft knftables.Interface) knftables.Interface {
+	return &watched{Interface: nft, w: w}
+}
 
+// watched is a way to one table.
 type watched struct {
 	knftables.Interface
-	w *Watcher
+	w     *Watcher
+	count uint64 // of its transactions; w.mu guards it
 }
 
 func (n *watched) Run(ctx context.Context, tx *knftables.Transaction) error {
-	n.w.Look()
+	n.w.mu.Lock()
+	n.w.see()
+	n.w.running++
+	n.w.mu.Unlock()
 	err := n.Interface.Run(ctx, tx)
-	n.w.Ours++
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	n.count++
+	n.w.running--
 	if err == nil {
-		n.w.generation++
+		n.w.ours++
 	}
-	n.w.Look()
+	n.w.see()
 	return err
+}
+
+func (n *watched) ran() uint64 {
+	n.w.mu.Lock()
+	defer n.w.mu.Unlock()
+	return n.count
 }
 
 // generation is the number of the last transaction of this network namespace.
