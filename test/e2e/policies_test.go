@@ -3,11 +3,7 @@
 package e2e
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -118,13 +114,7 @@ func TestPolicies(t *testing.T) {
 	says("stranger", "shut")
 	says("friend", "open")
 
-	harness.Eventually(t, 20*time.Second, "a2 has kept what it knows", func() error {
-		kept, err := os.ReadFile(filepath.Join(c.Spec.DataDir("a2"), "network.feed"))
-		if err == nil && !bytes.Contains(kept, []byte("shut-in")) {
-			err = errors.New("the policy is not in it")
-		}
-		return err
-	})
+	waitKept(t, c, "a2", "shut-in")
 	c.Kill(t, "c1", false)
 	c.Kill(t, "a2", true)
 	require.NoError(t, c.Spec.Start(t.Context(), "a2")) // it cannot become Ready

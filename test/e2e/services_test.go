@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -122,16 +121,23 @@ func TestServices(t *testing.T) {
 		ObjectMeta: metav1.ObjectMeta{Name: "newest"}, Spec: corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 80}}},
 	}, metav1.CreateOptions{})
 	require.NoError(t, err)
-	harness.Eventually(t, 20*time.Second, "a2 has kept what it knows", func() error {
-		kept, err := os.ReadFile(filepath.Join(c.Spec.DataDir("a2"), "network.feed"))
-		if err == nil && !bytes.Contains(kept, []byte("newest")) {
-			err = errors.New("the newest Service is not in it")
-		}
-		return err
-	})
+	waitKept(t, c, "a2", "newest")
 	c.Kill(t, "c1", false)
 	c.Kill(t, "a2", true)
 	require.NoError(t, c.Spec.Start(t.Context(), "a2")) // it cannot become Ready
 	served("the Service from outside, without controllers", fromOutside, second...)
 	served("the Service from nodes, without controllers", fromNode, second...)
+}
+
+// waitKept waits until what an agent knows of the network, of which a text is part, is on
+// its disk.
+func waitKept(t *testing.T, c *harness.Cluster, agent, text string) {
+	t.Helper()
+	harness.Eventually(t, 20*time.Second, agent+" has kept what it knows", func() error {
+		kept, err := os.ReadFile(filepath.Join(c.Spec.DataDir(agent), "network.feed"))
+		if err == nil && !bytes.Contains(kept, []byte(text)) {
+			err = fmt.Errorf("%s is not in it", text)
+		}
+		return err
+	})
 }
