@@ -147,13 +147,7 @@ func (ob *observer) observe(ctx context.Context) (*observed, error) {
 			return nil, fmt.Errorf("status of sandbox %s: %w", s.id, err)
 		}
 		s.ready = st.Status.State == runtimev1.PodSandboxState_SANDBOX_READY
-		s.hostNet = st.Status.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimev1.NamespaceMode_NODE
-		if ip := st.Status.GetNetwork().GetIp(); ip != "" {
-			s.ips = append(s.ips, ip)
-		}
-		for _, ip := range st.Status.GetNetwork().GetAdditionalIps() {
-			s.ips = append(s.ips, ip.Ip)
-		}
+		s.hostNet, s.ips = onNodeNetwork(st.Status), addressesOf(st.Status)
 	}
 	list, err := ob.runtime.ListContainers(ctx, &runtimev1.ListContainersRequest{Filter: &runtimev1.ContainerFilter{LabelSelector: selector}})
 	if err != nil {
@@ -208,4 +202,20 @@ func (ob *observer) status(ctx context.Context, item *runtimev1.Container) (*con
 		c.message = terminationMessage(c)
 	}
 	return c, nil
+}
+
+// onNodeNetwork says whether a sandbox has the node's network and none of its own.
+func onNodeNetwork(st *runtimev1.PodSandboxStatus) bool {
+	return st.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimev1.NamespaceMode_NODE
+}
+
+// addressesOf are a sandbox's, the first first.
+func addressesOf(st *runtimev1.PodSandboxStatus) (out []string) {
+	if ip := st.GetNetwork().GetIp(); ip != "" {
+		out = append(out, ip)
+	}
+	for _, ip := range st.GetNetwork().GetAdditionalIps() {
+		out = append(out, ip.GetIp())
+	}
+	return out
 }

@@ -101,10 +101,10 @@ func linked(ctx context.Context, runtime Runtime, id string) (policy.Pod, error)
 	if err != nil {
 		return out, err
 	}
-	if st.Status.GetLinux().GetNamespaces().GetOptions().GetNetwork() == runtimev1.NamespaceMode_NODE {
+	if onNodeNetwork(st.Status) {
 		return out, nil
 	}
-	for _, text := range append([]string{st.Status.GetNetwork().GetIp()}, additional(st.Status.GetNetwork())...) {
+	for _, text := range addressesOf(st.Status) {
 		if ip, err := netip.ParseAddr(text); err == nil {
 			out.Addresses = append(out.Addresses, ip.Unmap())
 		}
@@ -116,9 +116,7 @@ func linked(ctx context.Context, runtime Runtime, id string) (policy.Pod, error)
 	var info struct {
 		CNIResult struct {
 			Interfaces map[string]*struct {
-				IPConfigs []struct{ IP string }
-				Mac       string
-				Sandbox   string
+				Mac, Sandbox string
 			}
 		} `json:"cniResult"`
 	}
@@ -137,13 +135,6 @@ func linked(ctx context.Context, runtime Runtime, id string) (policy.Pod, error)
 		}
 	}
 	return out, nil
-}
-
-func additional(n *runtimev1.PodSandboxNetworkStatus) (out []string) {
-	for _, ip := range n.GetAdditionalIps() {
-		out = append(out, ip.GetIp())
-	}
-	return out
 }
 
 // isPort says whether a device is one that hangs on a bridge, which the bridge itself is not.
