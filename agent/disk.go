@@ -7,7 +7,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -122,12 +121,5 @@ func (n nodeRoom) Event(eventType, reason, message string) { n.a.nodeEvent(event
 
 // nodeEvent tells the cluster about this node.
 func (a *Agent) nodeEvent(eventType, reason, message string) {
-	now := metav1.Now()
-	a.stream.Event(&corev1.Event{
-		ObjectMeta:     metav1.ObjectMeta{Namespace: metav1.NamespaceDefault},
-		InvolvedObject: corev1.ObjectReference{Kind: "Node", APIVersion: "v1", Name: a.cfg.Name, UID: types.UID(a.cfg.Name)},
-		Type:           eventType, Reason: reason, Message: message,
-		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
-		FirstTimestamp: now, LastTimestamp: now, Count: 1,
-	})
+	a.event(corev1.ObjectReference{Kind: "Node", APIVersion: "v1", Name: a.cfg.Name, UID: types.UID(a.cfg.Name)}, eventType, reason, message)
 }

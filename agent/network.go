@@ -7,8 +7,6 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent/podnet"
 	"timonel/network/feed"
@@ -144,11 +142,5 @@ func (a *Agent) networkEvent(reason, message string) {
 	if a.stream == nil {
 		return // it is in the log
 	}
-	now := metav1.Now()
-	a.stream.Event(&corev1.Event{
-		ObjectMeta:     metav1.ObjectMeta{Namespace: metav1.NamespaceDefault},
-		InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Node", Name: a.cfg.Name, UID: types.UID(a.cfg.Name)},
-		Reason:         reason, Message: message, Type: corev1.EventTypeWarning, Count: 1, FirstTimestamp: now, LastTimestamp: now,
-		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
-	})
+	a.nodeEvent(corev1.EventTypeWarning, reason, message)
 }

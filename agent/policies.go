@@ -7,7 +7,6 @@ import (
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/network/policy"
@@ -87,11 +86,5 @@ func (a *Agent) tellPolicies() {
 
 // policyEvent tells users why a pod is cut off.
 func (a *Agent) policyEvent(p policy.Pod, reason, message string) {
-	now := metav1.Now()
-	a.stream.Event(&corev1.Event{
-		ObjectMeta:     metav1.ObjectMeta{Namespace: p.Namespace},
-		InvolvedObject: corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)},
-		Reason:         reason, Message: message, Type: corev1.EventTypeWarning, Count: 1, FirstTimestamp: now, LastTimestamp: now,
-		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
-	})
+	a.event(corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: p.Namespace, Name: p.Name, UID: types.UID(p.UID)}, corev1.EventTypeWarning, reason, message)
 }

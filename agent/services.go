@@ -4,7 +4,6 @@ import (
 	"errors"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"timonel/network/service"
 )
@@ -50,13 +49,7 @@ func (a *Agent) servicesIn(namespace string) ([]*corev1.Service, error) {
 
 // serviceEvent tells users what of their Service does not work on this node.
 func (a *Agent) serviceEvent(s *corev1.Service, reason, message string) {
-	now := metav1.Now()
-	a.stream.Event(&corev1.Event{
-		ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace},
-		InvolvedObject: corev1.ObjectReference{
-			APIVersion: "v1", Kind: "Service", Namespace: s.Namespace, Name: s.Name, UID: s.UID, ResourceVersion: s.ResourceVersion,
-		},
-		Reason: reason, Message: message, Type: corev1.EventTypeWarning, Count: 1, FirstTimestamp: now, LastTimestamp: now,
-		Source: corev1.EventSource{Component: "timonel-agent", Host: a.cfg.Name}, ReportingController: "timonel-agent", ReportingInstance: a.cfg.Name,
-	})
+	a.event(corev1.ObjectReference{
+		APIVersion: "v1", Kind: "Service", Namespace: s.Namespace, Name: s.Name, UID: s.UID, ResourceVersion: s.ResourceVersion,
+	}, corev1.EventTypeWarning, reason, message)
 }
