@@ -451,3 +451,28 @@ func (n refusing) Check(ctx context.Context, tx *knftables.Transaction) error {
 	}
 	return n.Interface.Check(ctx, tx)
 }
+
+// TestWhatNobodyChangedIsLeftAlone: tables that are as they were left are not written again,
+// whatever other tables of this agent are; one that somebody else changed is.
+func TestWhatNobodyChangedIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		a, b := l.pod(2), l.pod(3)
+		l.set(ingressPolicy("deny"), selected(a, "deny"), ingressPolicy("from", from("g")), selected(b, "from"), group("g", 2))
+		for range 3 {
+			l.pass()
+		}
+		written := func() uint64 { return l.rules.Stats().Syncs }
+		before := written()
+		for range 5 {
+			l.pass()
+		}
+		require.Equal(t, before, written(), "they were written again")
+		l.Must(exec.Command("nft", "add", "rule", "inet", "timonel-policy-test", chainClosed, "accept").Run())
+		l.pass()
+		require.Equal(t, before+1, written(), "somebody else's rule stays")
+		out, err := exec.Command("nft", "list", "chain", "inet", "timonel-policy-test", chainClosed).Output()
+		l.Must(err)
+		require.NotContains(t, string(out), "accept")
+	})
+}

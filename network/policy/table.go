@@ -113,7 +113,7 @@ func (t *table) plausible(l *tables.Listing) bool {
 		}
 	}
 	for kind := range l.Names {
-		if kind != "chain" && kind != "set" && kind != "map" {
+		if kind != "table" && kind != "chain" && kind != "set" && kind != "map" {
 			return false
 		}
 	}

@@ -73,7 +73,8 @@ func (t *Trust) Touched(ctx context.Context, of Of, plausible func(*Listing) boo
 
 // Listing is what of a table costs little to read.
 type Listing struct {
-	// Names of chains, sets and maps, by these words.
+	// Names of chains, sets and maps, by these words. Sets without a name, which rules have
+	// of their own, are left out.
 	Names map[string][]string
 	// Rules is how many each chain has; those without any are left out.
 	Rules map[string]int
@@ -91,6 +92,7 @@ func list(ctx context.Context, nft knftables.Interface, of Of) (*Listing, error)
 		for _, n := range names {
 			lines = append(lines, kind+" "+n)
 		}
+		all[kind] = slices.DeleteFunc(names, func(n string) bool { return strings.HasPrefix(n, "__") })
 	}
 	each, err := rules(of.Family, of.Name)
 	if err != nil {
