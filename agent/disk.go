@@ -54,6 +54,13 @@ func (a *Agent) newImageGC() *imagegc.Collector {
 func (a *Agent) wantedImages() map[string]bool {
 	out := map[string]bool{}
 	for _, pod := range a.pods.Active() {
+		for i := range pod.Spec.Volumes {
+			if v := pod.Spec.Volumes[i].Image; v != nil {
+				if name, err := image.Normalize(v.Reference); err == nil {
+					out[name] = true
+				}
+			}
+		}
 		for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
 			for i := range list {
 				if name, err := image.Normalize(list[i].Image); err == nil {

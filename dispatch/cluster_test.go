@@ -246,6 +246,8 @@ func keyOf(o runtime.Object) string {
 		return "/registry/secrets/" + m.GetNamespace() + "/" + m.GetName()
 	case *certificatesv1beta1.ClusterTrustBundle:
 		return "/registry/clustertrustbundles/" + m.GetName()
+	case *certificatesv1beta1.PodCertificateRequest:
+		return "/registry/podcertificaterequests/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.PersistentVolumeClaim:
 		return "/registry/persistentvolumeclaims/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.PersistentVolume:

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	authenticationv1 "k8s.io/api/authentication/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -27,10 +28,11 @@ import (
 
 // fakeAPI answers the calls that agents need, as user system:node:NAME.
 type fakeAPI struct {
-	c    *cluster
-	mu   sync.Mutex
-	log  []string                                               // "a1 PUT /api/v1/nodes/a1/status"
-	fail func(node, method, path string) *apierrors.StatusError // nil answers normally
+	c     *cluster
+	mu    sync.Mutex
+	asked []*certificatesv1.PodCertificateRequest
+	log   []string                                               // "a1 PUT /api/v1/nodes/a1/status"
+	fail  func(node, method, path string) *apierrors.StatusError // nil answers normally
 }
 
 func (a *fakeAPI) config(node string) *rest.Config {
@@ -86,6 +88,8 @@ func (f fakeTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	gv := schema.GroupVersion{Version: "v1"}
 	if _, ok := answer.(*authenticationv1.TokenRequest); ok {
 		gv = authenticationv1.SchemeGroupVersion
+	} else if _, ok := answer.(*certificatesv1.PodCertificateRequest); ok {
+		gv = certificatesv1.SchemeGroupVersion
 	}
 	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
 	var body bytes.Buffer
@@ -111,7 +115,7 @@ func (a *fakeAPI) serve(r *http.Request) (runtime.Object, *apierrors.StatusError
 			}
 		}
 	}
-	parts := strings.Split(strings.TrimPrefix(r.URL.Path, "/api/v1/"), "/")
+	parts := strings.Split(strings.TrimPrefix(strings.TrimPrefix(r.URL.Path, "/api/v1/"), "/apis/certificates.k8s.io/v1/"), "/")
 	var o runtime.Object
 	name, sub, namespace := "", "", ""
 	if parts[0] == "namespaces" {
@@ -131,6 +135,11 @@ func (a *fakeAPI) serve(r *http.Request) (runtime.Object, *apierrors.StatusError
 		o = &corev1.Pod{ObjectMeta: meta}
 	case "events":
 		o = &corev1.Event{ObjectMeta: meta}
+	case "podcertificaterequests":
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.asked = append(a.asked, sent.(*certificatesv1.PodCertificateRequest))
+		return sent, nil
 	case "serviceaccounts":
 		token := sent.(*authenticationv1.TokenRequest).DeepCopy()
 		token.Status.Token = "token of " + namespace + "/" + name

@@ -40,7 +40,8 @@ func (a *agent) take(m *pb.ControllerMessage) {
 			metav1.Object
 			Unmarshal([]byte) error
 		}{kindConfigMap: &corev1.ConfigMap{}, kindSecret: &corev1.Secret{}, kindServiceAccount: &corev1.ServiceAccount{},
-			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}, kindTrustBundle: &certificatesv1.ClusterTrustBundle{}}[m.ObjectSet.Kind]
+			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}, kindTrustBundle: &certificatesv1.ClusterTrustBundle{},
+			kindPodCertificate: &certificatesv1.PodCertificateRequest{}}[m.ObjectSet.Kind]
 		require.NoError(a.t, o.Unmarshal(m.ObjectSet.Object))
 		a.objs[m.ObjectSet.Kind+"/"+o.GetName()] = &pb.HaveObject{
 			Kind: m.ObjectSet.Kind, Namespace: o.GetNamespace(), Name: o.GetName(), Uid: string(o.GetUID()),

@@ -96,6 +96,9 @@ func (h *hub) wakeFor(changes []objects.Changed) {
 			case *certificatesv1.ClusterTrustBundle:
 				h.wakeUsers(objKey{kindTrustBundle, "", o.Name})
 				h.wakeUsers(objKey{kindSigner, "", o.Spec.SignerName})
+			case *certificatesv1.PodCertificateRequest:
+				h.wakeUsers(objKey{kindPodCertificate, o.Namespace, o.Name})
+				h.wakeUsers(objKey{kindCertified, o.Namespace, string(o.Spec.PodUID)})
 			case *corev1.PersistentVolume:
 				h.wakeUsers(objKey{kindVolume, "", o.Name})
 				if s := h.sessions[o.Annotations[objects.NodeAnnotation]]; s != nil && o.DeletionTimestamp != nil {

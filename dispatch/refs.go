@@ -19,6 +19,10 @@ const (
 	kindTrustBundle    = "ClusterTrustBundle"
 	// kindSigner is no object: who refers to a signer hears of all its trust bundles.
 	kindSigner = "signer"
+
+	kindPodCertificate = "PodCertificateRequest"
+	// kindCertified is no object: who has a pod by that uid hears of all requests for it.
+	kindCertified = "certified"
 )
 
 // objKey names an object that pods refer to.
@@ -42,7 +46,8 @@ func wanted(node string, pods []*corev1.Pod, s *objects.Snapshot, add func(objKe
 
 // references calls add with each object that a pod needs: ConfigMaps and Secrets
 // of its environment, volumes and image pulls, its ServiceAccount, the pull
-// secrets of that, its claims and their volumes, and trust bundles.
+// secrets of that, its claims and their volumes, trust bundles, and what was asked for
+// of its certificates.
 func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	ns := pod.Namespace
 	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
@@ -90,6 +95,7 @@ func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	for i := range pod.Spec.EphemeralContainers {
 		environment(pod.Spec.EphemeralContainers[i].Env, pod.Spec.EphemeralContainers[i].EnvFrom)
 	}
+	certified := false
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i]
 		if v.ConfigMap != nil {
@@ -120,7 +126,11 @@ func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 			if p.ClusterTrustBundle != nil {
 				trustBundles(p.ClusterTrustBundle, s, add)
 			}
+			certified = certified || p.PodCertificate != nil
 		}
+	}
+	if certified {
+		podCertificates(pod, s, add)
 	}
 }
 
@@ -180,6 +190,10 @@ func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 		}
 	case kindTrustBundle:
 		if o, ok := s.ClusterTrustBundles().Get("", k.name); ok {
+			return o, objects.Revision(o)
+		}
+	case kindPodCertificate:
+		if o, ok := s.PodCertificateRequests().Get(k.namespace, k.name); ok {
 			return o, objects.Revision(o)
 		}
 	}

@@ -320,8 +320,9 @@ func (s *session) request(r *pb.Request, size int) error {
 		reply := &pb.Reply{Id: r.GetId()}
 		body, err := s.answer(ctx, r)
 		if err != nil {
-			// The API server hears of a pod's node a moment after we do.
-			if ctx.Err() != nil || apierrors.IsForbidden(err) && time.Since(start) < requestSettle {
+			// The API server hears of a pod's node, and of who is who, a moment after we do.
+			behind := apierrors.IsForbidden(err) || apierrors.IsInternalError(err)
+			if ctx.Err() != nil || behind && time.Since(start) < requestSettle {
 				return err
 			}
 			st := apierrors.NewInternalError(err).ErrStatus
@@ -353,6 +354,8 @@ func (s *session) answer(ctx context.Context, r *pb.Request) ([]byte, error) {
 			return nil, err
 		}
 		return out.Marshal()
+	case *pb.Request_PodCertificate:
+		return nil, s.requestCertificate(ctx, q.PodCertificate)
 	}
 	return nil, apierrors.NewBadRequest(fmt.Sprintf("this controller does not know the request %T; it may be older than the agent", r.GetRequest()))
 }

@@ -36,6 +36,7 @@ type session struct {
 	ended    <-chan struct{}
 	network  bool // the agent calls Network
 	bundles  bool // the agent knows ClusterTrustBundles
+	certs    bool // the agent knows PodCertificateRequests
 
 	wake    chan struct{}              // what the agent should have may have changed
 	refs    map[objKey]struct{}        // hub.mu guards it
@@ -121,7 +122,7 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	s := &session{
 		d: d, node: id.Name, instance: instance, log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
 		ended: ctx.Done(), wake: make(chan struct{}, 1), control: make(chan *pb.ControllerMessage, controlQueue),
-		first: true, network: hello.GetNetwork(), bundles: hello.GetTrustBundles(),
+		first: true, network: hello.GetNetwork(), bundles: hello.GetTrustBundles(), certs: hello.GetPodCertificates(),
 	}
 	s.writer = newWriter(s.log)
 	if err := s.setKept(hello.GetGossipKeys()); err != nil {

@@ -135,7 +135,7 @@ func (s *session) sync() error {
 // present revision.
 func (s *session) sendObjects(snapshot *objects.Snapshot, refs map[objKey]struct{}) (sent bool, err error) {
 	for _, k := range slices.SortedFunc(maps.Keys(refs), compareKeys) {
-		if k.kind == kindTrustBundle && !s.bundles {
+		if k.kind == kindTrustBundle && !s.bundles || k.kind == kindPodCertificate && !s.certs {
 			continue // it does not run the pods that need them
 		}
 		o, revision := lookup(snapshot, k)

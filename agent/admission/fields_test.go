@@ -228,7 +228,7 @@ func refusedExamples() map[string][]func(*corev1.PodSpec) {
 		"ProjectedVolumeSource.defaultUser":   {withVolume(corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{DefaultUser: one}})},
 		"ServiceAccountTokenProjection.user":  {withProjection(corev1.VolumeProjection{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{User: one}})},
 		"ClusterTrustBundleProjection.user":   {withProjection(corev1.VolumeProjection{ClusterTrustBundle: &corev1.ClusterTrustBundleProjection{User: one}})},
-		"VolumeProjection.podCertificate":     {withProjection(corev1.VolumeProjection{PodCertificate: &corev1.PodCertificateProjection{}})},
+		"PodCertificateProjection.user":       {withProjection(corev1.VolumeProjection{PodCertificate: &corev1.PodCertificateProjection{User: one}})},
 	}
 	key := []corev1.KeyToPath{{Key: "k", Path: "p", User: one}}
 	out["KeyToPath.user"] = list{

@@ -31,8 +31,10 @@ var volume = []Field{
 	{"storageos", Refused, "", ""},
 	{"csi", Refused, "", ""},
 	{"ephemeral", Done, "volume", "as persistentVolumeClaim"},
-	{"image", Refused, "", ""},
+	{"image", Done, "volume", "one for the life of the pod; containers can run programs in it: containerd 1.6 mounts none noexec"},
 }
+
+var imageSource = []Field{{"reference", Done, "pod", ""}, {"pullPolicy", Done, "pod", ""}}
 
 var claimSource = []Field{{"claimName", Done, "volume", ""}, {"readOnly", Done, "volume", ""}}
 
@@ -69,7 +71,7 @@ var projectedSource = []Field{{"sources", Done, "volume", ""}, {"defaultMode", D
 
 var projection = []Field{
 	{"secret", Done, "volume", ""}, {"downwardAPI", Done, "volume", ""}, {"configMap", Done, "volume", ""},
-	{"serviceAccountToken", Done, "volume", ""}, {"clusterTrustBundle", Done, "volume", ""}, {"podCertificate", Refused, "", ""},
+	{"serviceAccountToken", Done, "volume", ""}, {"clusterTrustBundle", Done, "volume", ""}, {"podCertificate", Done, "volume", ""},
 }
 
 var projectedItems = []Field{{"name", Done, "volume", ""}, {"items", Done, "volume", ""}, {"optional", Done, "volume", ""}}
@@ -77,6 +79,12 @@ var projectedItems = []Field{{"name", Done, "volume", ""}, {"items", Done, "volu
 var bundleProjection = []Field{
 	{"name", Done, "volume", ""}, {"signerName", Done, "volume", ""}, {"labelSelector", Done, "volume", "none matches no bundle, an empty one all"},
 	{"optional", Done, "volume", ""}, {"path", Done, "volume", ""}, {"user", Refused, "", ""},
+}
+
+var certificateProjection = []Field{
+	{"signerName", Done, "volume", ""}, {"keyType", Done, "volume", ""}, {"maxExpirationSeconds", Done, "volume", ""},
+	{"credentialBundlePath", Done, "volume", ""}, {"keyPath", Done, "volume", ""}, {"certificateChainPath", Done, "volume", ""},
+	{"userAnnotations", Done, "volume", ""}, {"user", Refused, "", ""},
 }
 
 var tokenProjection = []Field{

@@ -172,10 +172,10 @@ func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...a
 }
 
 // volumes are the sources that a node can make; all others are refused.
-var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral"}
+var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral", "image"}
 
 // projections are the sources within a projected volume.
-var projections = []string{"secret", "configMap", "downwardAPI", "serviceAccountToken", "clusterTrustBundle"}
+var projections = []string{"secret", "configMap", "downwardAPI", "serviceAccountToken", "clusterTrustBundle", "podCertificate"}
 
 // set lists the fields of a struct of pointers that are set, as in YAML.
 func set(source any) []string {
@@ -253,6 +253,8 @@ func unsupportedVolume(v *corev1.Volume, say func(string, ...any)) {
 			user("serviceAccountToken.user", s.ServiceAccountToken.User)
 		case s.ClusterTrustBundle != nil:
 			user("clusterTrustBundle.user", s.ClusterTrustBundle.User)
+		case s.PodCertificate != nil:
+			user("podCertificate.user", s.PodCertificate.User)
 		}
 	}
 }

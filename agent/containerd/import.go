@@ -246,7 +246,7 @@ func (r *Runtime) Import(ctx context.Context, path string) ([]string, error) {
 	}
 	var names []string
 	for _, img := range imgs {
-		if err := client.NewImage(r.client, img).Unpack(ctx, "overlayfs"); err != nil {
+		if err := client.NewImage(r.client, img).Unpack(ctx, snapshotter); err != nil {
 			return names, fmt.Errorf("unpack image %s of %s: %w", img.Name, path, err)
 		}
 		if err := r.waitImage(ctx, img.Name); err != nil {

@@ -27,6 +27,7 @@ const (
 	KindClaim          = "PersistentVolumeClaim"
 	KindVolume         = "PersistentVolume" // of a pod's claim, or the node's own and being deleted
 	KindTrustBundle    = "ClusterTrustBundle"
+	KindPodCertificate = "PodCertificateRequest" // that this node made for a pod
 )
 
 // object is what the generated API types have in common here.
@@ -69,6 +70,8 @@ func newObject(kind string) (object, error) {
 		return &corev1.PersistentVolume{}, nil
 	case KindTrustBundle:
 		return &certificatesv1.ClusterTrustBundle{}, nil
+	case KindPodCertificate:
+		return &certificatesv1.PodCertificateRequest{}, nil
 	}
 	return nil, fmt.Errorf("objects of kind %q are not known to this agent; is it older than the controller?", kind)
 }
@@ -386,6 +389,12 @@ func (s *Store) ClusterTrustBundles(signer string) []*certificatesv1.ClusterTrus
 		}
 	}
 	return out
+}
+
+// PodCertificateRequest returns one that this node made for a pod.
+func (s *Store) PodCertificateRequest(namespace, name string) (*certificatesv1.PodCertificateRequest, bool) {
+	obj, ok := s.object(KindPodCertificate, namespace, name).(*certificatesv1.PodCertificateRequest)
+	return obj, ok
 }
 
 // PersistentVolumes returns all that the node was told of.

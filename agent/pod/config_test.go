@@ -44,6 +44,10 @@ func (objects) ClusterTrustBundle(string) (*certificatesv1.ClusterTrustBundle, b
 	return nil, false
 }
 
+func (objects) PodCertificateRequest(_, _ string) (*certificatesv1.PodCertificateRequest, bool) {
+	return nil, false
+}
+
 func (objects) ClusterTrustBundles(string) []*certificatesv1.ClusterTrustBundle { return nil }
 
 func TestEnvironment(t *testing.T) {

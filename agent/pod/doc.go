@@ -20,6 +20,8 @@
 //	message.go    what containers left to say
 //	config.go, security.go, env.go, mounts.go, resources.go
 //	              from a v1.Pod to CRI's configuration
+//	imagevolume.go
+//	              images that are volumes of a container
 //	probe.go, hook.go
 //	              startup, liveness and readiness probes; lifecycle hooks
 //

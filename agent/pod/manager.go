@@ -74,11 +74,14 @@ type Config struct {
 	// ImagesComing says whether images are still being imported; nil: none are.
 	ImagesComing func() bool
 	Layers       Layers
+	// Views mounts images as volumes.
+	Views        volume.Images
 	Beside       Beside
 	Objects      Objects
 	Statuses     Statuses
 	Reporter     Reporter
 	Tokens       volume.Tokens
+	Certificates volume.Certificates
 
 	HostIPs  func() []string
 	Capacity func() corev1.ResourceList
@@ -135,23 +138,37 @@ func NewManager(cfg Config) *Manager {
 		cfg.DNS = func() DNS { return DNS{} }
 	}
 	log := cfg.Logger.With("component", "pods")
-	return &Manager{
+	m := &Manager{
 		cfg: cfg, log: log,
-		volumes: volume.New(volume.Config{
-			Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens,
-			Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
-			Node: cfg.NodeName, LocalDir: cfg.LocalDir, Labels: func() map[string]string {
-				if cfg.Node == nil {
-					return nil
-				}
-				if node := cfg.Node().Object; node != nil {
-					return node.Labels
-				}
-				return nil
-			},
-		}),
 		images:  image.New(cfg.Images, cfg.ImagesComing, cfg.Now, log),
 		workers: map[types.UID]*worker{}, owner: map[string]types.UID{}, strays: map[string]bool{},
+	}
+	m.volumes = volume.New(volume.Config{
+		Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens, Certificates: cfg.Certificates, Images: cfg.Views, Event: m.volumeEvent,
+		Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
+		Node: cfg.NodeName, LocalDir: cfg.LocalDir, Labels: func() map[string]string {
+			if cfg.Node == nil {
+				return nil
+			}
+			if node := cfg.Node().Object; node != nil {
+				return node.Labels
+			}
+			return nil
+		},
+	})
+	return m
+}
+
+// volumeEvent tells the cluster what happened to a pod's volumes.
+func (m *Manager) volumeEvent(uid types.UID, kind, reason, message string) {
+	m.mu.Lock()
+	w := m.workers[uid]
+	m.mu.Unlock()
+	if w == nil {
+		return
+	}
+	if pod := w.snapshot(); pod != nil {
+		w.event(pod, kind, reason, message, "")
 	}
 }
 

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -300,6 +301,12 @@ func (w *worker) startContainer(pod *corev1.Pod, obs *observed, box *sandbox, s 
 	box2, err := w.sandboxConfig(pod, box.attempt)
 	if err != nil {
 		return wait(reasonConfigError, err.Error())
+	}
+	if ready, why := w.imageVolumes(pod, s.spec, box2); !ready {
+		if why.reason == "" && s.previous == nil {
+			return false
+		}
+		return wait(cmp.Or(why.reason, reasonCreating), why.message)
 	}
 	w.setImageWait() // before it is looked for: one that appears in between wakes this worker
 	res := w.m.images.Ensure(w.ctx, image.Request{

@@ -180,6 +180,9 @@ func (w *worker) refersTo(kind, namespace, name string) bool {
 	if pod.Namespace != namespace {
 		return false
 	}
+	if kind == desired.KindPodCertificate {
+		return volume.AskedFor(pod, name)
+	}
 	if kind == desired.KindServiceAccount {
 		return pod.Spec.ServiceAccountName == name
 	}

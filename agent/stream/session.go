@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc"
 	authenticationv1 "k8s.io/api/authentication/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -109,7 +110,7 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	}
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
 		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
-		GossipKeys: keys, Network: cfg.Network != nil, TrustBundles: true,
+		GossipKeys: keys, Network: cfg.Network != nil, TrustBundles: true, PodCertificates: true,
 	}}}, nil
 }
 
@@ -258,30 +259,50 @@ func (c *Client) Token(ctx context.Context, namespace, serviceAccount string, tr
 	if err != nil {
 		return nil, fmt.Errorf("encode a token request: %w", err)
 	}
+	body, err := c.ask(ctx, &pb.Request{Request: &pb.Request_Token{Token: &pb.TokenRequest{
+		Namespace: namespace, ServiceAccount: serviceAccount, TokenRequest: raw,
+	}}})
+	if err != nil {
+		return nil, err
+	}
+	out := &authenticationv1.TokenRequest{}
+	if err := out.Unmarshal(body); err != nil {
+		return nil, fmt.Errorf("decode the answer to a token request: %w", err)
+	}
+	return out, nil
+}
+
+// PodCertificate has a PodCertificateRequest made as this node, unless there is one of
+// that name. It fails as Token does.
+func (c *Client) PodCertificate(ctx context.Context, r *certificatesv1.PodCertificateRequest) error {
+	raw, err := r.Marshal()
+	if err != nil {
+		return fmt.Errorf("encode a PodCertificateRequest: %w", err)
+	}
+	_, err = c.ask(ctx, &pb.Request{Request: &pb.Request_PodCertificate{PodCertificate: &pb.PodCertificate{Request: raw}}})
+	return err
+}
+
+// ask asks the controller for something and returns what it answers, or the API's error.
+func (c *Client) ask(ctx context.Context, r *pb.Request) ([]byte, error) {
 	c.mu.Lock()
 	s := c.session
 	c.mu.Unlock()
 	if s == nil {
 		return nil, ErrDisconnected
 	}
-	reply, err := s.request(ctx, &pb.Request{Request: &pb.Request_Token{Token: &pb.TokenRequest{
-		Namespace: namespace, ServiceAccount: serviceAccount, TokenRequest: raw,
-	}}})
+	reply, err := s.request(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	if len(reply.Status) > 0 {
 		st := metav1.Status{}
 		if err := st.Unmarshal(reply.Status); err != nil {
-			return nil, fmt.Errorf("decode the answer to a token request: %w", err)
+			return nil, fmt.Errorf("decode why the controller refuses: %w", err)
 		}
 		return nil, &apierrors.StatusError{ErrStatus: st}
 	}
-	out := &authenticationv1.TokenRequest{}
-	if err := out.Unmarshal(reply.Body); err != nil {
-		return nil, fmt.Errorf("decode the answer to a token request: %w", err)
-	}
-	return out, nil
+	return reply.Body, nil
 }
 
 // Certify asks for a new certificate of this node, over the connection there is. It

@@ -1,7 +1,8 @@
 // Package volume puts a pod's volumes on the node: emptyDir, hostPath,
-// configMap, secret, downwardAPI, projected (with service account tokens), what is
-// behind claims (local and hostPath) and the binds that subPath needs. Setup may be called again at any time: it
-// brings the content up to date, atomically for readers in the container.
+// configMap, secret, downwardAPI, projected (with service account tokens and pod
+// certificates), images, what is behind claims (local and hostPath) and the binds that
+// subPath needs. Setup may be called again at any time: it brings the content up to date,
+// atomically for readers in the container.
 //
 // Everything lives below one folder a pod, DIR/UID, and Teardown removes that,
 // mounts first:
@@ -9,6 +10,8 @@
 //	volumes/   one folder a volume, which containers have mounted
 //	subpaths/  what a subPath led to, pinned by a mount of its own
 //	tokens/    the service account tokens that were issued; no container sees it
+//	certificates/
+//	           keys and certificates, on a tmpfs; likewise
 //	claims/    which PersistentVolume each volume of a claim is
 //
 // But the node's own PersistentVolumes, which outlive pods, are below LOCALDIR, named
@@ -21,9 +24,10 @@
 // compared, never believed. All of it goes through package hostile.
 //
 //	atomic.go    the writer of API data
-//	payload.go, token.go, trust.go
+//	payload.go, token.go, trust.go, certificate.go
 //	             what is in it
 //	tmpfs.go     where it is; emptyDir
+//	image.go     images, mounted once they were pulled ([Manager.MountImage])
 //	subpath.go, hostpath.go
 //	claim.go     which PersistentVolume a claim has, and where that is
 //	local.go     those that are the node's own

@@ -184,8 +184,10 @@ func (p *payload) projected(src *corev1.ProjectedVolumeSource) error {
 			err = p.token(s.ServiceAccountToken, m)
 		case s.ClusterTrustBundle != nil:
 			err = p.trustBundle(s.ClusterTrustBundle, m)
+		case s.PodCertificate != nil:
+			err = p.certificate(s.PodCertificate, i, m)
 		default:
-			err = fmt.Errorf("projected source %d (podCertificate) is %w", i, ErrUnsupported)
+			err = fmt.Errorf("projected source %d is %w", i, ErrUnsupported)
 		}
 		if err != nil {
 			return err

@@ -16,7 +16,8 @@ import (
 // very file or folder, in a place that no container sees: whatever a container
 // in the same pod does to the volume afterwards, the runtime mounts the one that
 // was looked at. Regular files and folders only; links may lead to what is in
-// the volume. Missing folders are made, with the mode of the volume's own.
+// the volume. Missing folders are made, with the mode of the volume's own; in
+// an image none is.
 func (m *Manager) SubPath(pod *corev1.Pod, container string, index int, volume, sub string) (string, error) {
 	if !filepath.IsLocal(sub) {
 		return "", fmt.Errorf("subPath %q must stay inside the volume", sub)
@@ -26,7 +27,11 @@ func (m *Manager) SubPath(pod *corev1.Pod, container string, index int, volume, 
 		return "", fmt.Errorf("subPath %q: %w", sub, err)
 	}
 	defer root.Close()
-	source, err := root.PinOrMake(sub)
+	find := root.PinOrMake
+	if filepath.Dir(volume) == filepath.Dir(m.path(pod.UID, imagePlugin, "v")) {
+		find = root.Pin // nothing can be made in an image
+	}
+	source, err := find(sub)
 	if err != nil {
 		return "", fmt.Errorf("subPath %q: %w", sub, err)
 	}

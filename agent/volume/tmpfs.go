@@ -102,6 +102,33 @@ func gidOption(gid int) string {
 	return fmt.Sprintf(",gid=%d", gid)
 }
 
+// certificatesDir of a pod's folder has a record for each podCertificate source, on a
+// tmpfs, so that a key outlives the agent and never the machine.
+const certificatesDir = "certificates"
+
+// certificateRecords opens the folder of the pod's keys. Its size is a bound alone: what
+// it holds counts as the pod's volumes do.
+func (p *payload) certificateRecords() (*hostile.Root, error) {
+	parent, err := p.manager.podSubDir(p.pod.UID, "")
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	at, err := parent.OpenMountOrMake(certificatesDir, 0o700, -1, -1)
+	if err != nil {
+		return nil, err
+	}
+	if mounted, _, err := at.IsMountPoint(); mounted && err == nil {
+		return at, nil
+	}
+	at.Close()
+	path := filepath.Join(p.manager.PodDir(p.pod.UID), certificatesDir)
+	if err := mountTmpfs(path, 0, fmt.Sprintf("mode=0700,size=%d", p.manager.apiRoom())); err != nil {
+		return nil, err
+	}
+	return parent.OpenMount(certificatesDir)
+}
+
 // mountTmpfs mounts one that is never swapped to a disk, where the kernel can
 // promise that (6.4).
 func mountTmpfs(path string, flags uintptr, options string) error {

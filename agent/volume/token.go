@@ -13,7 +13,7 @@ import (
 	"timonel/agent/hostile"
 )
 
-// maxRecord bounds a token's record.
+// maxRecord bounds the record of a token, or of a key and its certificates.
 const maxRecord = 1 << 20
 
 // held is a token that was issued, and what for. It is kept in the pod's folder
@@ -53,7 +53,8 @@ func (p *payload) token(src *corev1.ServiceAccountTokenProjection, mode int32) e
 	}
 	defer records.Close()
 	record := recordName(p.volume, src.Path)
-	old := readHeld(records, record)
+	var old held
+	readRecord(records, record, &old)
 	usable := old.Token != "" && old.Audience == want.Audience && old.Seconds == want.Seconds && now.Before(old.Expires)
 	if usable && now.Before(old.renewAt()) {
 		e.data = []byte(old.Token)
@@ -78,7 +79,7 @@ func (p *payload) token(src *corev1.ServiceAccountTokenProjection, mode int32) e
 		return fmt.Errorf("token for service account %q: %w", p.pod.Spec.ServiceAccountName, err)
 	}
 	want.Issued, want.Expires, want.Token = now, got.Status.ExpirationTimestamp.Time, got.Status.Token
-	if err := writeHeld(records, record, &want); err != nil {
+	if err := writeRecord(records, record, &want); err != nil {
 		return err
 	}
 	e.data = []byte(want.Token)
@@ -105,25 +106,23 @@ func (p *payload) renew(at time.Time) {
 	}
 }
 
-// recordName is a file name for the token at a path of a volume, however long
-// that is.
+// recordName is a file name for what is at a path of a volume, however long that is.
 func recordName(volume, path string) string {
 	sum := sha256.Sum256([]byte(volume + "/" + path))
 	return hex.EncodeToString(sum[:16]) + ".json"
 }
 
-func readHeld(dir *hostile.Root, name string) held {
-	var h held
-	raw, err := dir.ReadFile(name, maxRecord)
-	if err != nil || json.Unmarshal(raw, &h) != nil {
-		return held{}
+// readRecord reads what was kept, or leaves what is zero as it is.
+func readRecord[T any](dir *hostile.Root, name string, into *T) {
+	var kept T
+	if raw, err := dir.ReadFile(name, maxRecord); err == nil && json.Unmarshal(raw, &kept) == nil {
+		*into = kept
 	}
-	return h
 }
 
-// writeHeld keeps a token; a crash leaves the old record or the new one.
-func writeHeld(dir *hostile.Root, name string, h *held) error {
-	raw, err := json.Marshal(h)
+// writeRecord keeps a token or a key; a crash leaves the old record or the new one.
+func writeRecord(dir *hostile.Root, name string, record any) error {
+	raw, err := json.Marshal(record)
 	if err != nil {
 		return err
 	}
@@ -136,7 +135,7 @@ func writeHeld(dir *hostile.Root, name string, h *held) error {
 		err = dir.Rename(next, name)
 	}
 	if err != nil {
-		return fmt.Errorf("keep a record of a service account token: %w", err)
+		return fmt.Errorf("keep a record of what the pod was given: %w", err)
 	}
 	return nil
 }

@@ -30,6 +30,7 @@ type Objects interface {
 	ClusterTrustBundle(name string) (*certificatesv1.ClusterTrustBundle, bool)
 	// ClusterTrustBundles are those of a signer.
 	ClusterTrustBundles(signer string) []*certificatesv1.ClusterTrustBundle
+	PodCertificateRequest(namespace, name string) (*certificatesv1.PodCertificateRequest, bool)
 }
 
 // Tokens asks a controller for a service account token.
@@ -46,7 +47,11 @@ type Config struct {
 	// nodes are not mounted.
 	Labels func() map[string]string
 	Objects
-	Tokens Tokens
+	Tokens       Tokens
+	Certificates Certificates
+	Images       Images
+	// Event tells a pod's owner what happened. Default: nobody hears of it.
+	Event func(pod types.UID, eventType, reason, message string)
 	// Allocatable is the node's, for resourceFieldRef without a limit.
 	Allocatable func() corev1.ResourceList
 	// Now is the clock for token refresh. Default: time.Now.
@@ -69,6 +74,9 @@ type Mounts map[string]string
 func New(cfg Config) *Manager {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Event == nil {
+		cfg.Event = func(types.UID, string, string, string) {}
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
@@ -122,6 +130,9 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 	case s.PersistentVolumeClaim != nil, s.Ephemeral != nil:
 		path, err := m.claimed(ctx, pod, v)
 		return path, never, err
+	case s.Image != nil:
+		path, err := m.image(pod, v.Name)
+		return path, never, err
 	case s.ConfigMap != nil:
 		if err := p.configMap(s.ConfigMap.Name, s.ConfigMap.Items, s.ConfigMap.Optional, mode(s.ConfigMap.DefaultMode)); err != nil {
 			return "", never, err
@@ -147,7 +158,7 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 		path, err := p.write(apiPlugin(v), v.Name)
 		return path, p.refresh, err
 	}
-	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI, projected, persistentVolumeClaim or ephemeral", typeOf(s), ErrUnsupported)
+	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI, projected, persistentVolumeClaim, ephemeral or image", typeOf(s), ErrUnsupported)
 }
 
 func mode(m *int32) int32 {
@@ -177,9 +188,10 @@ func fsGroup(pod *corev1.Pod) *int64 {
 }
 
 // ReadOnly says whether containers may only read a volume, whatever their mounts
-// say: what shows API data is written by the agent alone, and a claim may be used so.
+// say: what shows API data is written by the agent alone, an image by nobody, and a claim
+// may be used so.
 func ReadOnly(v *corev1.Volume) bool {
-	return apiPlugin(v) != "" || v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly
+	return apiPlugin(v) != "" || v.Image != nil || v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly
 }
 
 // OnDisk says whether a volume takes its room on the node's disk: what containers
@@ -290,7 +302,10 @@ func (m *Manager) Release(ctx context.Context, uid types.UID) error {
 	if err := hostile.Unmount(m.PodDir(uid)); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
-	for _, name := range []string{"subpaths", "volumes", "tokens", claimsDir} {
+	if err := m.removeViews(ctx, uid); err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
+	for _, name := range []string{"subpaths", "volumes", "tokens", certificatesDir, claimsDir} {
 		if err := dir.RemoveAll(ctx, name); err != nil {
 			return fmt.Errorf("volumes of pod %s: %w", uid, err)
 		}
@@ -306,6 +321,9 @@ func (m *Manager) Release(ctx context.Context, uid types.UID) error {
 func (m *Manager) Teardown(ctx context.Context, uid types.UID) error {
 	dir := m.PodDir(uid)
 	if err := hostile.Unmount(dir); err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
+	if err := m.removeViews(ctx, uid); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
 	if err := hostile.RemoveAll(ctx, dir); err != nil {

@@ -25,6 +25,13 @@ type fakeObjects struct {
 	claims  map[string]*corev1.PersistentVolumeClaim
 	volumes map[string]*corev1.PersistentVolume
 	bundles map[string]*certificatesv1.ClusterTrustBundle
+
+	requests map[string]*certificatesv1.PodCertificateRequest
+}
+
+func (f *fakeObjects) PodCertificateRequest(_, name string) (*certificatesv1.PodCertificateRequest, bool) {
+	o, ok := f.requests[name]
+	return o, ok
 }
 
 func (f *fakeObjects) ClusterTrustBundle(name string) (*certificatesv1.ClusterTrustBundle, bool) {

@@ -112,7 +112,9 @@ func (s *suite) image(name string) (v1.Image, error) {
 		if err != nil {
 			return nil, err
 		}
-		return s.agnhost("test-webserver", picture, data)
+		// Upstream's are made on Alpine, and a test that mounts one looks for that.
+		release := file{"etc/os-release", 0o644, []byte("NAME=\"Alpine Linux\"\nID=alpine\n")}
+		return s.agnhost("test-webserver", picture, data, release)
 	case "nonroot":
 		return s.of(v1.Config{User: "1234", Env: debianEnv, Cmd: []string{"bash"}}, true)
 	case "perl":

@@ -193,6 +193,9 @@ func (s *Snapshot) TrustBundlesOf(signer string) iter.Seq[*certificatesv1.Cluste
 		}
 	}
 }
+func (s *Snapshot) PodCertificateRequests() Table[*certificatesv1.PodCertificateRequest] {
+	return newTable[*certificatesv1.PodCertificateRequest](s, "podcertificaterequests/")
+}
 func (s *Snapshot) CSIDrivers() Table[*storagev1.CSIDriver] {
 	return newTable[*storagev1.CSIDriver](s, "csidrivers/")
 }

@@ -87,6 +87,11 @@ func run(ctx context.Context, o options, w io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	stop, err := serveImages(filepath.Join(o.images(), "suite.tar"), o.registry(), spec.Network().Host())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stop()) }()
 	if o.load {
 		l, loadErr := startLoad(ctx, spec)
 		if loadErr != nil {
@@ -119,14 +124,23 @@ func run(ctx context.Context, o options, w io.Writer) (err error) {
 // up brings the cluster up, or what is missing of it.
 func up(ctx context.Context, o options, w io.Writer) (*cluster.Spec, error) {
 	dir := filepath.Join(o.out, "cluster")
+	if err := os.MkdirAll(o.registry(), 0o755); err != nil { // what is in it may come later
+		return nil, err
+	}
 	cmd := exec.CommandContext(ctx, filepath.Join(o.bin, "timonel"), "up", "--run", dir, "--name", o.name,
-		"--images", filepath.Join(o.bin, "conformance", "images"), "--sample=false")
+		"--images", o.images(), "--sample=false", "--agent-flag=--registry-config="+o.registry())
 	cmd.Stdout, cmd.Stderr = w, w
 	if err := cmd.Run(); err != nil {
 		return nil, fmt.Errorf("bring the cluster up: %w", err)
 	}
 	return cluster.Load(dir)
 }
+
+// images is the folder of the archives that agents import.
+func (o *options) images() string { return filepath.Join(o.bin, "conformance", "images") }
+
+// registry is the folder of containerd's configuration of the registry that serves them.
+func (o *options) registry() string { return filepath.Join(o.out, "registry") }
 
 // kubeconfig writes the suite's: to one controller. The suite keeps a server's address
 // alone of it and forgets the name that is to be in the certificate, and controllers'

@@ -137,7 +137,7 @@ func (x NetworkPolicyItem_Tier) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkPolicyItem_Tier.Descriptor instead.
 func (NetworkPolicyItem_Tier) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32, 0}
 }
 
 type NetworkRule_Action int32
@@ -186,7 +186,7 @@ func (x NetworkRule_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkRule_Action.Descriptor instead.
 func (NetworkRule_Action) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33, 0}
 }
 
 type JoinRequest struct {
@@ -534,9 +534,11 @@ type Hello struct {
 	// The agent learns the nodes' pod ranges by the call Network, where there is one.
 	Network bool `protobuf:"varint,17,opt,name=network,proto3" json:"network,omitempty"`
 	// The agent knows ClusterTrustBundles; others get none.
-	TrustBundles  bool `protobuf:"varint,18,opt,name=trust_bundles,json=trustBundles,proto3" json:"trust_bundles,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	TrustBundles bool `protobuf:"varint,18,opt,name=trust_bundles,json=trustBundles,proto3" json:"trust_bundles,omitempty"`
+	// The agent knows PodCertificateRequests; others get none.
+	PodCertificates bool `protobuf:"varint,19,opt,name=pod_certificates,json=podCertificates,proto3" json:"pod_certificates,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -635,6 +637,13 @@ func (x *Hello) GetNetwork() bool {
 func (x *Hello) GetTrustBundles() bool {
 	if x != nil {
 		return x.TrustBundles
+	}
+	return false
+}
+
+func (x *Hello) GetPodCertificates() bool {
+	if x != nil {
+		return x.PodCertificates
 	}
 	return false
 }
@@ -1086,6 +1095,7 @@ type Request struct {
 	// Types that are valid to be assigned to Request:
 	//
 	//	*Request_Token
+	//	*Request_PodCertificate
 	Request       isRequest_Request `protobuf_oneof:"request"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1144,6 +1154,15 @@ func (x *Request) GetToken() *TokenRequest {
 	return nil
 }
 
+func (x *Request) GetPodCertificate() *PodCertificate {
+	if x != nil {
+		if x, ok := x.Request.(*Request_PodCertificate); ok {
+			return x.PodCertificate
+		}
+	}
+	return nil
+}
+
 type isRequest_Request interface {
 	isRequest_Request()
 }
@@ -1152,7 +1171,13 @@ type Request_Token struct {
 	Token *TokenRequest `protobuf:"bytes,2,opt,name=token,proto3,oneof"`
 }
 
+type Request_PodCertificate struct {
+	PodCertificate *PodCertificate `protobuf:"bytes,3,opt,name=pod_certificate,json=podCertificate,proto3,oneof"`
+}
+
 func (*Request_Token) isRequest_Request() {}
+
+func (*Request_PodCertificate) isRequest_Request() {}
 
 type TokenRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -1214,6 +1239,53 @@ func (x *TokenRequest) GetTokenRequest() []byte {
 	return nil
 }
 
+// PodCertificate asks for a PodCertificateRequest, unless there is one of that name. The
+// controller says which node and service account it is about; what becomes of it comes
+// as an ObjectSet.
+type PodCertificate struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Request       []byte                 `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"` // certificates.k8s.io/v1 PodCertificateRequest, named as PodCertificatePrefix says
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PodCertificate) Reset() {
+	*x = PodCertificate{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PodCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PodCertificate) ProtoMessage() {}
+
+func (x *PodCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PodCertificate.ProtoReflect.Descriptor instead.
+func (*PodCertificate) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PodCertificate) GetRequest() []byte {
+	if x != nil {
+		return x.Request
+	}
+	return nil
+}
+
 type Goodbye struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Reason        string                 `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -1223,7 +1295,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1235,7 +1307,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1248,7 +1320,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Goodbye) GetReason() string {
@@ -1268,7 +1340,7 @@ type GossipKeysKept struct {
 
 func (x *GossipKeysKept) Reset() {
 	*x = GossipKeysKept{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1352,7 @@ func (x *GossipKeysKept) String() string {
 func (*GossipKeysKept) ProtoMessage() {}
 
 func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1365,7 @@ func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeysKept.ProtoReflect.Descriptor instead.
 func (*GossipKeysKept) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GossipKeysKept) GetIds() []string {
@@ -1325,7 +1397,7 @@ type ControllerMessage struct {
 
 func (x *ControllerMessage) Reset() {
 	*x = ControllerMessage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1409,7 @@ func (x *ControllerMessage) String() string {
 func (*ControllerMessage) ProtoMessage() {}
 
 func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1422,7 @@ func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControllerMessage.ProtoReflect.Descriptor instead.
 func (*ControllerMessage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ControllerMessage) GetMessage() isControllerMessage_Message {
@@ -1540,7 +1612,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1624,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1637,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Welcome) GetController() string {
@@ -1599,7 +1671,7 @@ type GossipKeys struct {
 
 func (x *GossipKeys) Reset() {
 	*x = GossipKeys{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1683,7 @@ func (x *GossipKeys) String() string {
 func (*GossipKeys) ProtoMessage() {}
 
 func (x *GossipKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1696,7 @@ func (x *GossipKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeys.ProtoReflect.Descriptor instead.
 func (*GossipKeys) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GossipKeys) GetKeys() [][]byte {
@@ -1645,7 +1717,7 @@ type NodeSet struct {
 
 func (x *NodeSet) Reset() {
 	*x = NodeSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1729,7 @@ func (x *NodeSet) String() string {
 func (*NodeSet) ProtoMessage() {}
 
 func (x *NodeSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1742,7 @@ func (x *NodeSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSet.ProtoReflect.Descriptor instead.
 func (*NodeSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeSet) GetNode() []byte {
@@ -1696,7 +1768,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1708,7 +1780,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1721,7 +1793,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -1757,7 +1829,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +1841,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +1854,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -1814,7 +1886,7 @@ func (x *PodRemove) GetRevision() int64 {
 }
 
 // ObjectSet is a ConfigMap, Secret, ServiceAccount, claim, volume or trust bundle that a pod of this
-// node refers to, or a volume that the node is to delete. Objects are sent before the
+// node refers to, a PodCertificateRequest for one, or a volume that the node is to delete. Objects are sent before the
 // pods that need them.
 type ObjectSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1827,7 +1899,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1839,7 +1911,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1852,7 +1924,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -1888,7 +1960,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1900,7 +1972,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1913,7 +1985,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -1953,7 +2025,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2037,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2050,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -1998,7 +2070,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2010,7 +2082,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2023,7 +2095,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -2051,7 +2123,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2063,7 +2135,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2076,7 +2148,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -2124,7 +2196,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2136,7 +2208,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2149,7 +2221,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -2248,7 +2320,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2260,7 +2332,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2273,7 +2345,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -2316,7 +2388,7 @@ type AddressHolder struct {
 
 func (x *AddressHolder) Reset() {
 	*x = AddressHolder{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2328,7 +2400,7 @@ func (x *AddressHolder) String() string {
 func (*AddressHolder) ProtoMessage() {}
 
 func (x *AddressHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2341,7 +2413,7 @@ func (x *AddressHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddressHolder.ProtoReflect.Descriptor instead.
 func (*AddressHolder) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AddressHolder) GetAddress() string {
@@ -2379,7 +2451,7 @@ type NetworkPod struct {
 
 func (x *NetworkPod) Reset() {
 	*x = NetworkPod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +2463,7 @@ func (x *NetworkPod) String() string {
 func (*NetworkPod) ProtoMessage() {}
 
 func (x *NetworkPod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +2476,7 @@ func (x *NetworkPod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPod.ProtoReflect.Descriptor instead.
 func (*NetworkPod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *NetworkPod) GetNamespace() string {
@@ -2452,7 +2524,7 @@ type NetworkPolicyRef struct {
 
 func (x *NetworkPolicyRef) Reset() {
 	*x = NetworkPolicyRef{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2464,7 +2536,7 @@ func (x *NetworkPolicyRef) String() string {
 func (*NetworkPolicyRef) ProtoMessage() {}
 
 func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2477,7 +2549,7 @@ func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyRef.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyRef) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *NetworkPolicyRef) GetNamespace() string {
@@ -2514,7 +2586,7 @@ type NetworkPolicyItem struct {
 
 func (x *NetworkPolicyItem) Reset() {
 	*x = NetworkPolicyItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2526,7 +2598,7 @@ func (x *NetworkPolicyItem) String() string {
 func (*NetworkPolicyItem) ProtoMessage() {}
 
 func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2539,7 +2611,7 @@ func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyItem.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *NetworkPolicyItem) GetNamespace() string {
@@ -2624,7 +2696,7 @@ type NetworkRule struct {
 
 func (x *NetworkRule) Reset() {
 	*x = NetworkRule{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2636,7 +2708,7 @@ func (x *NetworkRule) String() string {
 func (*NetworkRule) ProtoMessage() {}
 
 func (x *NetworkRule) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2649,7 +2721,7 @@ func (x *NetworkRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
 func (*NetworkRule) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *NetworkRule) GetAction() NetworkRule_Action {
@@ -2711,7 +2783,7 @@ type NetworkBlock struct {
 
 func (x *NetworkBlock) Reset() {
 	*x = NetworkBlock{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2723,7 +2795,7 @@ func (x *NetworkBlock) String() string {
 func (*NetworkBlock) ProtoMessage() {}
 
 func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2736,7 +2808,7 @@ func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBlock.ProtoReflect.Descriptor instead.
 func (*NetworkBlock) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *NetworkBlock) GetCidr() string {
@@ -2768,7 +2840,7 @@ type NetworkPort struct {
 
 func (x *NetworkPort) Reset() {
 	*x = NetworkPort{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2780,7 +2852,7 @@ func (x *NetworkPort) String() string {
 func (*NetworkPort) ProtoMessage() {}
 
 func (x *NetworkPort) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2793,7 +2865,7 @@ func (x *NetworkPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPort.ProtoReflect.Descriptor instead.
 func (*NetworkPort) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NetworkPort) GetProtocol() string {
@@ -2840,7 +2912,7 @@ type NetworkGroup struct {
 
 func (x *NetworkGroup) Reset() {
 	*x = NetworkGroup{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2852,7 +2924,7 @@ func (x *NetworkGroup) String() string {
 func (*NetworkGroup) ProtoMessage() {}
 
 func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2865,7 +2937,7 @@ func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkGroup.ProtoReflect.Descriptor instead.
 func (*NetworkGroup) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetworkGroup) GetName() string {
@@ -2914,7 +2986,7 @@ type NetworkTarget struct {
 
 func (x *NetworkTarget) Reset() {
 	*x = NetworkTarget{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2926,7 +2998,7 @@ func (x *NetworkTarget) String() string {
 func (*NetworkTarget) ProtoMessage() {}
 
 func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2939,7 +3011,7 @@ func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTarget.ProtoReflect.Descriptor instead.
 func (*NetworkTarget) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetworkTarget) GetAddress() []byte {
@@ -2976,7 +3048,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2988,7 +3060,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3001,7 +3073,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
@@ -3057,7 +3129,7 @@ type NetworkHave struct {
 
 func (x *NetworkHave) Reset() {
 	*x = NetworkHave{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3069,7 +3141,7 @@ func (x *NetworkHave) String() string {
 func (*NetworkHave) ProtoMessage() {}
 
 func (x *NetworkHave) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3082,7 +3154,7 @@ func (x *NetworkHave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
 func (*NetworkHave) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NetworkHave) GetEpoch() string {
@@ -3116,7 +3188,7 @@ type NetworkTaken struct {
 
 func (x *NetworkTaken) Reset() {
 	*x = NetworkTaken{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3128,7 +3200,7 @@ func (x *NetworkTaken) String() string {
 func (*NetworkTaken) ProtoMessage() {}
 
 func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3141,7 +3213,7 @@ func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
 func (*NetworkTaken) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NetworkTaken) GetSequence() uint64 {
@@ -3161,7 +3233,7 @@ type NetworkItem struct {
 
 func (x *NetworkItem) Reset() {
 	*x = NetworkItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3173,7 +3245,7 @@ func (x *NetworkItem) String() string {
 func (*NetworkItem) ProtoMessage() {}
 
 func (x *NetworkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3186,7 +3258,7 @@ func (x *NetworkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
 func (*NetworkItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NetworkItem) GetKind() NetworkKind {
@@ -3214,7 +3286,7 @@ type NetworkKey struct {
 
 func (x *NetworkKey) Reset() {
 	*x = NetworkKey{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3226,7 +3298,7 @@ func (x *NetworkKey) String() string {
 func (*NetworkKey) ProtoMessage() {}
 
 func (x *NetworkKey) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3239,7 +3311,7 @@ func (x *NetworkKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
 func (*NetworkKey) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NetworkKey) GetKind() NetworkKind {
@@ -3286,7 +3358,7 @@ type NetworkBatch struct {
 
 func (x *NetworkBatch) Reset() {
 	*x = NetworkBatch{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3298,7 +3370,7 @@ func (x *NetworkBatch) String() string {
 func (*NetworkBatch) ProtoMessage() {}
 
 func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3311,7 +3383,7 @@ func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
 func (*NetworkBatch) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *NetworkBatch) GetEpoch() string {
@@ -3393,7 +3465,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3405,7 +3477,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3418,7 +3490,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -3458,7 +3530,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbye\x12F\n" +
 	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKeptB\t\n" +
-	"\amessage\"\xb3\x02\n" +
+	"\amessage\"\xde\x02\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
@@ -3470,7 +3542,8 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\vgossip_keys\x18\x10 \x03(\tR\n" +
 	"gossipKeys\x12\x18\n" +
 	"\anetwork\x18\x11 \x01(\bR\anetwork\x12#\n" +
-	"\rtrust_bundles\x18\x12 \x01(\bR\ftrustBundles\"}\n" +
+	"\rtrust_bundles\x18\x12 \x01(\bR\ftrustBundles\x12)\n" +
+	"\x10pod_certificates\x18\x13 \x01(\bR\x0fpodCertificates\"}\n" +
 	"\x04Have\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +
@@ -3502,15 +3575,18 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\"\x1d\n" +
 	"\x05Event\x12\x14\n" +
-	"\x05event\x18\x01 \x01(\fR\x05event\"V\n" +
+	"\x05event\x18\x01 \x01(\fR\x05event\"\x9d\x01\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x120\n" +
-	"\x05token\x18\x02 \x01(\v2\x18.timonel.v1.TokenRequestH\x00R\x05tokenB\t\n" +
+	"\x05token\x18\x02 \x01(\v2\x18.timonel.v1.TokenRequestH\x00R\x05token\x12E\n" +
+	"\x0fpod_certificate\x18\x03 \x01(\v2\x1a.timonel.v1.PodCertificateH\x00R\x0epodCertificateB\t\n" +
 	"\arequest\"z\n" +
 	"\fTokenRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12'\n" +
 	"\x0fservice_account\x18\x02 \x01(\tR\x0eserviceAccount\x12#\n" +
-	"\rtoken_request\x18\x03 \x01(\fR\ftokenRequest\"!\n" +
+	"\rtoken_request\x18\x03 \x01(\fR\ftokenRequest\"*\n" +
+	"\x0ePodCertificate\x12\x18\n" +
+	"\arequest\x18\x01 \x01(\fR\arequest\"!\n" +
 	"\aGoodbye\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"\"\n" +
 	"\x0eGossipKeysKept\x12\x10\n" +
@@ -3713,7 +3789,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(NetworkKind)(0),            // 0: timonel.v1.NetworkKind
 	(NetworkPolicyItem_Tier)(0), // 1: timonel.v1.NetworkPolicyItem.Tier
@@ -3731,37 +3807,38 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*Event)(nil),               // 13: timonel.v1.Event
 	(*Request)(nil),             // 14: timonel.v1.Request
 	(*TokenRequest)(nil),        // 15: timonel.v1.TokenRequest
-	(*Goodbye)(nil),             // 16: timonel.v1.Goodbye
-	(*GossipKeysKept)(nil),      // 17: timonel.v1.GossipKeysKept
-	(*ControllerMessage)(nil),   // 18: timonel.v1.ControllerMessage
-	(*Welcome)(nil),             // 19: timonel.v1.Welcome
-	(*GossipKeys)(nil),          // 20: timonel.v1.GossipKeys
-	(*NodeSet)(nil),             // 21: timonel.v1.NodeSet
-	(*PodSet)(nil),              // 22: timonel.v1.PodSet
-	(*PodRemove)(nil),           // 23: timonel.v1.PodRemove
-	(*ObjectSet)(nil),           // 24: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),        // 25: timonel.v1.ObjectRemove
-	(*Synced)(nil),              // 26: timonel.v1.Synced
-	(*TunnelOpen)(nil),          // 27: timonel.v1.TunnelOpen
-	(*Reply)(nil),               // 28: timonel.v1.Reply
-	(*Cluster)(nil),             // 29: timonel.v1.Cluster
-	(*NodeRoute)(nil),           // 30: timonel.v1.NodeRoute
-	(*AddressHolder)(nil),       // 31: timonel.v1.AddressHolder
-	(*NetworkPod)(nil),          // 32: timonel.v1.NetworkPod
-	(*NetworkPolicyRef)(nil),    // 33: timonel.v1.NetworkPolicyRef
-	(*NetworkPolicyItem)(nil),   // 34: timonel.v1.NetworkPolicyItem
-	(*NetworkRule)(nil),         // 35: timonel.v1.NetworkRule
-	(*NetworkBlock)(nil),        // 36: timonel.v1.NetworkBlock
-	(*NetworkPort)(nil),         // 37: timonel.v1.NetworkPort
-	(*NetworkGroup)(nil),        // 38: timonel.v1.NetworkGroup
-	(*NetworkTarget)(nil),       // 39: timonel.v1.NetworkTarget
-	(*NetworkRequest)(nil),      // 40: timonel.v1.NetworkRequest
-	(*NetworkHave)(nil),         // 41: timonel.v1.NetworkHave
-	(*NetworkTaken)(nil),        // 42: timonel.v1.NetworkTaken
-	(*NetworkItem)(nil),         // 43: timonel.v1.NetworkItem
-	(*NetworkKey)(nil),          // 44: timonel.v1.NetworkKey
-	(*NetworkBatch)(nil),        // 45: timonel.v1.NetworkBatch
-	(*Chunk)(nil),               // 46: timonel.v1.Chunk
+	(*PodCertificate)(nil),      // 16: timonel.v1.PodCertificate
+	(*Goodbye)(nil),             // 17: timonel.v1.Goodbye
+	(*GossipKeysKept)(nil),      // 18: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil),   // 19: timonel.v1.ControllerMessage
+	(*Welcome)(nil),             // 20: timonel.v1.Welcome
+	(*GossipKeys)(nil),          // 21: timonel.v1.GossipKeys
+	(*NodeSet)(nil),             // 22: timonel.v1.NodeSet
+	(*PodSet)(nil),              // 23: timonel.v1.PodSet
+	(*PodRemove)(nil),           // 24: timonel.v1.PodRemove
+	(*ObjectSet)(nil),           // 25: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),        // 26: timonel.v1.ObjectRemove
+	(*Synced)(nil),              // 27: timonel.v1.Synced
+	(*TunnelOpen)(nil),          // 28: timonel.v1.TunnelOpen
+	(*Reply)(nil),               // 29: timonel.v1.Reply
+	(*Cluster)(nil),             // 30: timonel.v1.Cluster
+	(*NodeRoute)(nil),           // 31: timonel.v1.NodeRoute
+	(*AddressHolder)(nil),       // 32: timonel.v1.AddressHolder
+	(*NetworkPod)(nil),          // 33: timonel.v1.NetworkPod
+	(*NetworkPolicyRef)(nil),    // 34: timonel.v1.NetworkPolicyRef
+	(*NetworkPolicyItem)(nil),   // 35: timonel.v1.NetworkPolicyItem
+	(*NetworkRule)(nil),         // 36: timonel.v1.NetworkRule
+	(*NetworkBlock)(nil),        // 37: timonel.v1.NetworkBlock
+	(*NetworkPort)(nil),         // 38: timonel.v1.NetworkPort
+	(*NetworkGroup)(nil),        // 39: timonel.v1.NetworkGroup
+	(*NetworkTarget)(nil),       // 40: timonel.v1.NetworkTarget
+	(*NetworkRequest)(nil),      // 41: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),         // 42: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),        // 43: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),         // 44: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),          // 45: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),        // 46: timonel.v1.NetworkBatch
+	(*Chunk)(nil),               // 47: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
 	6,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
@@ -3770,52 +3847,53 @@ var file_timonel_v1_agent_proto_depIdxs = []int32{
 	12, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
 	13, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
 	14, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	16, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	17, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	17, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	18, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
 	7,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
 	8,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
 	9,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
 	15, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	19, // 12: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	22, // 13: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	23, // 14: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	24, // 15: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	25, // 16: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	26, // 17: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	27, // 18: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	28, // 19: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	29, // 20: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	21, // 21: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	20, // 22: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
-	30, // 23: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	33, // 24: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
-	1,  // 25: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
-	35, // 26: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
-	35, // 27: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
-	2,  // 28: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
-	36, // 29: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
-	37, // 30: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
-	39, // 31: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
-	41, // 32: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
-	42, // 33: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
-	0,  // 34: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
-	0,  // 35: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
-	0,  // 36: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
-	43, // 37: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
-	44, // 38: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
-	3,  // 39: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	5,  // 40: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	46, // 41: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	40, // 42: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
-	4,  // 43: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	18, // 44: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	46, // 45: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	45, // 46: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
-	43, // [43:47] is the sub-list for method output_type
-	39, // [39:43] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	16, // 12: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
+	20, // 13: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	23, // 14: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	24, // 15: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	25, // 16: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	26, // 17: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	27, // 18: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	28, // 19: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	29, // 20: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	30, // 21: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	22, // 22: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	21, // 23: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	31, // 24: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	34, // 25: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
+	1,  // 26: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
+	36, // 27: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
+	36, // 28: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
+	2,  // 29: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
+	37, // 30: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
+	38, // 31: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
+	40, // 32: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
+	42, // 33: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	43, // 34: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	0,  // 35: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
+	0,  // 36: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
+	0,  // 37: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
+	44, // 38: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	45, // 39: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	3,  // 40: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	5,  // 41: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	47, // 42: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	41, // 43: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	4,  // 44: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	19, // 45: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	47, // 46: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	46, // 47: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	44, // [44:48] is the sub-list for method output_type
+	40, // [40:44] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -3835,8 +3913,9 @@ func file_timonel_v1_agent_proto_init() {
 	}
 	file_timonel_v1_agent_proto_msgTypes[11].OneofWrappers = []any{
 		(*Request_Token)(nil),
+		(*Request_PodCertificate)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*ControllerMessage_Welcome)(nil),
 		(*ControllerMessage_PodSet)(nil),
 		(*ControllerMessage_PodRemove)(nil),
@@ -3849,7 +3928,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[37].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[38].OneofWrappers = []any{
 		(*NetworkRequest_Have)(nil),
 		(*NetworkRequest_Taken)(nil),
 	}
@@ -3859,7 +3938,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   44,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
