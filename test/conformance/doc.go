@@ -6,6 +6,7 @@
 //	make conformance FOCUS=… REPEAT=20 LOAD=1     # again and again, on a busy cluster
 //	make conformance GROW=1                       # add what passed to passing.txt
 //	make conformance KEEP=1                       # leave the cluster for a look at it
+//	make conformance-part                         # those that part.txt lists, in a minute: of each SIG some
 //
 // passing.txt lists the tests that pass. One of them that fails, fails the run; the list
 // only grows. A test that is not on it may fail: it says what there is still to do.

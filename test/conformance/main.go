@@ -21,6 +21,7 @@ import (
 type options struct {
 	bin, out, name      string
 	focus, skip, labels string
+	list                string
 	passing, registries string
 	repeat, procs       int
 	load, grow, keep    bool
@@ -36,6 +37,7 @@ func main() {
 	flag.StringVar(&o.name, "name", "conf", "name of the cluster")
 	flag.StringVar(&o.focus, "focus", "", "run the tests alone whose names this regular expression matches")
 	flag.StringVar(&o.skip, "skip", "", "do not run the tests whose names this regular expression matches")
+	flag.StringVar(&o.list, "list", "", "run the tests alone that this file names, one a line; all of them have to pass")
 	flag.StringVar(&o.labels, "labels", "Conformance", "ginkgo's label filter: which tests there are at all")
 	flag.StringVar(&o.passing, "passing", "test/conformance/passing.txt", "list of the tests that must pass")
 	flag.StringVar(&o.registries, "registries", "test/conformance/registries.yaml", "where the suite looks for its images")
@@ -64,6 +66,11 @@ func (o *options) check(rest []string) error {
 		return fmt.Errorf("-repeat %d: want at least 1", o.repeat)
 	case o.procs < 1:
 		return fmt.Errorf("-procs %d: want at least 1", o.procs)
+	case o.list != "" && (o.focus != "" || o.skip != "" || o.grow):
+		return errors.New("-list says which tests to run: it goes without -focus, -skip and -grow")
+	}
+	if o.list != "" {
+		o.passing = o.list
 	}
 	for _, path := range []*string{&o.bin, &o.out, &o.passing, &o.registries} {
 		abs, err := filepath.Abs(*path)
@@ -79,6 +86,10 @@ func run(ctx context.Context, o options, w io.Writer) (err error) {
 	must, err := readPassing(o.passing)
 	if err != nil {
 		return err
+	}
+	whole := o.focus == "" && o.skip == ""
+	if o.list != "" {
+		o.focus = exactly(must)
 	}
 	spec, err := up(ctx, o, w)
 	if !o.keep {
@@ -111,7 +122,7 @@ func run(ctx context.Context, o options, w io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	v := t.judge(must, o.focus == "" && o.skip == "")
+	v := t.judge(must, whole)
 	v.print(w, o.grow)
 	if o.grow {
 		if err := writePassing(o.passing, append(must, v.fresh...)); err != nil {

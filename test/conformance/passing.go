@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -24,6 +25,16 @@ func readPassing(path string) ([]string, error) {
 		}
 	}
 	return list, nil
+}
+
+// exactly is the regular expression for ginkgo of the tests with these names: it looks
+// at a suite's description, a space and a test's name.
+func exactly(names []string) string {
+	quoted := make([]string, len(names))
+	for i, name := range names {
+		quoted[i] = regexp.QuoteMeta(name)
+	}
+	return " (" + strings.Join(quoted, "|") + ")$"
 }
 
 // writePassing writes the list anew: sorted, each test once.

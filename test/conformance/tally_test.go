@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -104,6 +107,28 @@ func TestPassingIsInOrder(t *testing.T) {
 	require.Equal(t, string(want), string(have), "write it with GROW=1")
 }
 
+// The part that .ci/run runs is of tests that have to pass anyway, of each SIG some.
+func TestPart(t *testing.T) {
+	t.Parallel()
+	must, err := readPassing("passing.txt")
+	require.NoError(t, err)
+	part, err := readPassing("part.txt")
+	require.NoError(t, err)
+	require.Subset(t, must, part)
+	sig := func(name string) string { return strings.SplitAfter(name, "]")[0] }
+	some := map[string]bool{}
+	for _, name := range part {
+		some[sig(name)] = true
+	}
+	for _, name := range must {
+		require.True(t, some[sig(name)], "no test of %s is in part.txt", sig(name))
+	}
+	re := regexp.MustCompile(exactly(part))
+	for _, name := range must {
+		require.Equal(t, slices.Contains(part, name), re.MatchString("Kubernetes e2e suite "+name), name)
+	}
+}
+
 func TestOptions(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -114,6 +139,7 @@ func TestOptions(t *testing.T) {
 		"a name without -focus": {options{repeat: 1, procs: 1}, []string{"Secret"}, "-focus"},
 		"no round":              {options{procs: 1}, nil, "-repeat 0"},
 		"no process":            {options{repeat: 1}, nil, "-procs 0"},
+		"a list and -focus":     {options{repeat: 1, procs: 1, list: "part.txt", focus: "Secret"}, nil, "-list"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
