@@ -180,11 +180,11 @@ func (p *coreProvider) addNodesAndPods(resources map[string]rest.Storage, option
 		"nodes/status": nodes.Status,
 
 		"pods":                     pods.Pod,
-		"pods/attach":              pods.Attach,
+		"pods/attach":              tied{pods.Attach},
 		"pods/binding":             pods.Binding,
 		"pods/ephemeralcontainers": pods.EphemeralContainers,
 		"pods/eviction":            pods.Eviction,
-		"pods/exec":                pods.Exec,
+		"pods/exec":                tied{pods.Exec},
 		"pods/log":                 pods.Log,
 		"pods/portforward":         pods.PortForward,
 		"pods/proxy":               pods.Proxy,

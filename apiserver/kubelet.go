@@ -94,7 +94,9 @@ func (k *kubelets) transport(name types.NodeName) *http.Transport {
 			if err != nil {
 				return nil, fmt.Errorf("connect to the kubelet API of node %s: %w", name, err)
 			}
-			return conn, nil
+			return tieConn(ctx, conn, func(err error) error {
+				return fmt.Errorf("the connection to node %s broke, and what was started there may still run: %w", name, err)
+			}), nil
 		},
 		MaxIdleConnsPerHost: 2,
 		IdleConnTimeout:     30 * time.Second,

@@ -3,6 +3,7 @@ package apiserver
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/net/websocket"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/streaming/pkg/httpstream"
@@ -29,8 +31,26 @@ type fakeKubelet struct {
 	t        *testing.T
 	listener net.Listener
 
+	breaks chan struct{} // closed when connections break; nil: they do not
+
 	mu     sync.Mutex
 	dialed []string
+}
+
+// breakingConn breaks with an error, as a tunnel does whose agent is gone.
+type breakingConn struct {
+	net.Conn
+	breaks <-chan struct{}
+}
+
+func (c breakingConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	select {
+	case <-c.breaks:
+		return 0, errors.New("the agent is gone")
+	default:
+		return n, err
+	}
 }
 
 func newFakeKubelet(t *testing.T) *fakeKubelet {
@@ -85,6 +105,10 @@ func (k *fakeKubelet) exec(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	fmt.Fprint(byType["stdout"], "ran "+strings.Join(r.URL.Query()["command"], " ")+": ")
+	if k.breaks != nil {
+		<-k.breaks // then the connection breaks
+		return
+	}
 	io.Copy(byType["stdout"], byType["stdin"])
 	fmt.Fprint(byType["error"], `{"metadata":{},"status":"Success"}`)
 }
@@ -93,12 +117,17 @@ func (k *fakeKubelet) dial(ctx context.Context, node string) (net.Conn, error) {
 	k.mu.Lock()
 	k.dialed = append(k.dialed, node)
 	k.mu.Unlock()
-	return (&net.Dialer{}).DialContext(ctx, "tcp", k.listener.Addr().String())
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", k.listener.Addr().String())
+	if err == nil && k.breaks != nil {
+		conn = breakingConn{conn, k.breaks}
+	}
+	return conn, err
 }
 
-func TestReachesKubeletsThroughDialKubelet(t *testing.T) {
-	kubelet := newFakeKubelet(t)
-	f, err := startFixture(storagetest.NewLocalBackend(state.Options{}), nil, func(c *Config) { c.DialKubelet = kubelet.dial })
+// pod starts a controller with one node, whose kubelet this is, and a pod on it.
+func (k *fakeKubelet) pod(t *testing.T) (*fixture, *kubernetes.Clientset, context.Context) {
+	t.Helper()
+	f, err := startFixture(storagetest.NewLocalBackend(state.Options{}), nil, func(c *Config) { c.DialKubelet = k.dial })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,6 +144,39 @@ func TestReachesKubeletsThroughDialKubelet(t *testing.T) {
 		_, err := c.CoreV1().Pods("default").Create(ctx, bound, metav1.CreateOptions{})
 		return err
 	})
+	return f, c, ctx
+}
+
+// A command whose node is gone has not succeeded, whatever of its output came.
+func TestACommandWhoseConnectionBreaksFails(t *testing.T) {
+	kubelet := newFakeKubelet(t)
+	kubelet.breaks = make(chan struct{})
+	f, c, ctx := kubelet.pod(t)
+	url := c.CoreV1().RESTClient().Get().Resource("pods").Namespace("default").Name("p").SubResource("exec").
+		Param("container", "c").Param("command", "cat").Param("stdin", "true").Param("stdout", "true").URL()
+	run, err := remotecommand.NewWebSocketExecutor(f.network(t, "admin", "system:masters"), http.MethodGet, url.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, out := io.Pipe()
+	defer in.Close()
+	began, far := io.Pipe()
+	go func() {
+		io.ReadFull(began, make([]byte, len("ran cat: ")))
+		close(kubelet.breaks)
+		io.Copy(io.Discard, began)
+	}()
+	defer out.Close()
+	err = run.StreamWithContext(ctx, remotecommand.StreamOptions{Stdin: in, Stdout: far})
+	if err == nil || !strings.Contains(err.Error(), "the connection to node a1 broke") {
+		t.Errorf("the command ended with %v", err)
+	}
+}
+
+func TestReachesKubeletsThroughDialKubelet(t *testing.T) {
+	kubelet := newFakeKubelet(t)
+	f, c, ctx := kubelet.pod(t)
+	config := f.network(t, "admin", "system:masters")
 
 	t.Run("logs", func(t *testing.T) {
 		lines := int64(7)

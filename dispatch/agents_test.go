@@ -307,9 +307,16 @@ func TestTunnelEndsWithItsAgent(t *testing.T) {
 	a := c.connect("c1", &pb.Hello{NodeName: "a1"})
 	a.serve = func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
 	a.batch()
-	conn, err := c.controllers["c2"].DialKubelet(t.Context(), "a1")
-	require.NoError(t, err)
+	var conns []net.Conn
+	for _, from := range []string{"c1", "c2"} {
+		conn, err := c.controllers[from].DialKubelet(t.Context(), "a1")
+		require.NoError(t, err)
+		conns = append(conns, conn)
+	}
 	a.conn.Close()
-	_, err = conn.Read(make([]byte, 1))
-	require.Error(t, err)
+	for _, conn := range conns {
+		_, err := conn.Read(make([]byte, 1))
+		require.Error(t, err)
+		require.NotErrorIs(t, err, io.EOF, "the agent did not end it: who reads has not all there was")
+	}
 }

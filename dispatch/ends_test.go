@@ -208,3 +208,51 @@ func TestCutOff(t *testing.T) {
 	require.Less(t, time.Since(start), pb.PingInterval+pb.PingTimeout+2500*time.Millisecond)
 	t.Logf("missed after %s", time.Since(start).Round(time.Millisecond))
 }
+
+// What goes on through a connection to a node goes on when the agent leaves the controller
+// that has it, which is out of touch with the others and still there.
+func TestTunnelsOutliveTheirSession(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1", "c2")
+	client, _ := c.realAgent("a1", c.addr("c1"))
+	eventually(t, "the agent is on c1 and knows c2", func() bool {
+		name, _, ok := client.Connected()
+		return ok && name == "c1" && len(c.knownTo("a1")) == 2
+	})
+	type reply struct {
+		text string
+		err  error
+	}
+	var asked []*io.PipeWriter
+	replies := make(chan reply, 2)
+	for _, from := range []string{"c1", "c2"} {
+		conn, err := c.controllers[from].DialKubelet(t.Context(), "a1")
+		require.NoError(t, err)
+		body, ask := io.Pipe()
+		asked = append(asked, ask)
+		web := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}}
+		go func() {
+			answer, err := web.Post("http://a1/", "text/plain", body)
+			if err != nil {
+				replies <- reply{"", err}
+				return
+			}
+			defer answer.Body.Close()
+			text, err := io.ReadAll(answer.Body)
+			replies <- reply{string(text), err}
+		}()
+		_, err = io.WriteString(ask, "before ")
+		require.NoError(t, err)
+	}
+	c.controllers["c1"].cutOff()
+	eventually(t, "it moved to c2", func() bool { name, _, ok := client.Connected(); return ok && name == "c2" })
+	for _, ask := range asked {
+		_, err := io.WriteString(ask, "after")
+		require.NoError(t, err)
+		require.NoError(t, ask.Close())
+	}
+	for range asked {
+		require.Equal(t, reply{"before after by a1's kubelet", nil}, <-replies)
+	}
+}

@@ -139,8 +139,9 @@ func (d *Dispatcher) Tunnel(stream grpc.BidiStreamingServer[pb.Chunk, pb.Chunk])
 }
 
 // DialKubelet connects to the kubelet API of a node, through its stream here or
-// through the controller that has it. The connection ends with that stream; ctx
-// is for the opening alone.
+// through the controller that has it. It outlives that stream while agent and controller
+// reach each other; a Read that fails with another error than io.EOF says that they do not.
+// ctx is for the opening alone.
 func (d *Dispatcher) DialKubelet(ctx context.Context, node string) (net.Conn, error) {
 	conn, err := d.dialHere(ctx, node)
 	if err == nil {
@@ -264,22 +265,27 @@ func (d *Dispatcher) Dial(stream grpc.BidiStreamingServer[pb.Chunk, pb.Chunk]) e
 	stop := context.AfterFunc(ctx, func() { near.Close(); far.Close() })
 	defer stop()
 	var pipes sync.WaitGroup
-	pipes.Go(func() { pipe(far, near) })
-	pipes.Go(func() { pipe(near, far) })
+	var broke error // how the connection to the node did
+	pipes.Go(func() { _ = pipe(far, near) })
+	pipes.Go(func() { broke = pipe(near, far) })
 	pipes.Wait()
 	near.Close()
 	near.flush()
+	if broke != nil {
+		return status.Error(codes.Unavailable, status.Convert(broke).Message())
+	}
 	return nil
 }
 
-// pipe copies until from ends and passes the end on. An error ends both.
-func pipe(to, from *streamConn) {
+// pipe copies until from ends and passes the end on. An error ends both; it is returned.
+func pipe(to, from *streamConn) error {
 	if _, err := io.Copy(to, from); err != nil {
 		to.Close()
 		from.Close()
-		return
+		return err
 	}
 	_ = to.CloseWrite()
+	return nil
 }
 
 func header(ctx context.Context, key string) string {

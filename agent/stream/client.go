@@ -66,6 +66,8 @@ type Client struct {
 	session     *session        // nil while disconnected
 	since       time.Time       // when session was set or lost
 	tried       map[string]bool // in this round
+
+	ends sync.WaitGroup // of sessions whose tunnels go on
 }
 
 // New returns a client that is not connected yet.
@@ -95,6 +97,7 @@ func (c *Client) Connected() (controller string, since time.Time, ok bool) {
 // Run keeps a stream open until ctx ends; it then says goodbye, so that the
 // controllers know that the silence is planned.
 func (c *Client) Run(ctx context.Context) error {
+	defer c.ends.Wait()
 	failures := 0
 	lastError := ""
 	for ctx.Err() == nil {
@@ -202,8 +205,11 @@ func (c *Client) connect(ctx context.Context, addr string) (connected bool, err 
 	if err != nil {
 		return false, err
 	}
-	defer conn.Close()
-	s := &session{client: c, conn: conn, address: addr, agents: pb.NewAgentsClient(conn)}
+	s := &session{client: c, address: addr, agents: pb.NewAgentsClient(conn)}
+	defer c.ends.Go(func() {
+		s.tunnels.Wait()
+		conn.Close()
+	})
 	return s.run(ctx)
 }
 

@@ -24,7 +24,6 @@ var ErrDisconnected = errors.New("no controller is connected")
 // session is one stream from Hello to its end.
 type session struct {
 	client     *Client
-	conn       *grpc.ClientConn
 	agents     pb.AgentsClient
 	address    string
 	controller string
@@ -32,7 +31,8 @@ type session struct {
 	mu      sync.Mutex
 	nextID  uint64
 	replies map[uint64]chan *pb.Reply
-	calls   sync.WaitGroup // tunnels and Network
+	calls   sync.WaitGroup // Network
+	tunnels sync.WaitGroup // may outlive the session
 }
 
 func (s *session) run(ctx context.Context) (connected bool, err error) {
@@ -88,7 +88,7 @@ func (s *session) run(ctx context.Context) (connected bool, err error) {
 		sent <- s.send(ctx, stream)
 		cancel()
 	}()
-	err = s.receive(streamCtx, stream)
+	err = s.receive(ctx, stream)
 	cancel()
 	if sendErr := <-sent; err == nil {
 		err = sendErr
@@ -114,7 +114,9 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	}}}, nil
 }
 
-// close ends requests and tunnels of this session.
+// close ends the requests of this session. Its tunnels go on while the connection holds: a
+// controller that is out of touch with the others ends the session, and need not end a
+// user's shell.
 func (s *session) close() {
 	s.client.setSession(nil)
 	s.mu.Lock()
@@ -123,7 +125,6 @@ func (s *session) close() {
 	}
 	s.replies = nil
 	s.mu.Unlock()
-	s.conn.Close()
 	s.calls.Wait()
 }
 
@@ -156,6 +157,7 @@ func (s *session) send(ctx context.Context, stream grpc.BidiStreamingClient[pb.A
 	}
 }
 
+// receive takes messages until the stream ends. Tunnels end with ctx.
 func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[pb.AgentMessage, pb.ControllerMessage]) error {
 	cfg, store := &s.client.cfg, s.client.cfg.Desired
 	for {
@@ -176,7 +178,7 @@ func (s *session) receive(ctx context.Context, stream grpc.BidiStreamingClient[p
 		case *pb.ControllerMessage_Synced:
 			store.Synced(m.Synced.Revision)
 		case *pb.ControllerMessage_TunnelOpen:
-			s.calls.Go(func() { s.tunnel(ctx, m.TunnelOpen.Id, m.TunnelOpen.Target) })
+			s.tunnels.Go(func() { s.tunnel(ctx, m.TunnelOpen.Id, m.TunnelOpen.Target) })
 		case *pb.ControllerMessage_Reply:
 			s.reply(m.Reply)
 		case *pb.ControllerMessage_Cluster:

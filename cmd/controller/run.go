@@ -213,6 +213,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 				_, err := k.replica.InTouch()
 				return err
 			},
+			"etcd":   k.readsFollow,
 			"disk":   func(context.Context) error { return k.replica.DiskErr() },
 			"member": func(context.Context) error { return k.replica.MemberErr() },
 			"accept": func(context.Context) error { return k.acceptErr() },
@@ -225,6 +226,22 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		AdmissionConfig:              k.admissionConfig,
 		UnreachableTolerationSeconds: int64(k.unreachableToleration / time.Second),
 	}
+}
+
+// followTimeout is how far what clients read may be behind the state.
+const followTimeout = 5 * time.Second
+
+// readsFollow is the check that upstream calls etcd, and monitors look for: whether the
+// storage works. Here it is in this process, and what may fail is that the objects that
+// clients read follow it.
+func (k *controller) readsFollow(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, followTimeout)
+	defer cancel()
+	revision := k.store.View().Revision()
+	if err := k.cache.WaitRevision(ctx, revision); err != nil {
+		return fmt.Errorf("objects are behind the state by more than %s, at revision %d: %w", followTimeout, revision, err)
+	}
+	return nil
 }
 
 // stateWarning says in few words that the state is nearly full.
