@@ -1,6 +1,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -52,6 +53,7 @@ func newRecorder(w Writer, host string, clk clock.PassiveClock, log *slog.Logger
 // first to go when there is too much to do.
 func (r *recorder) record(component string, e Event) {
 	now := metav1.NewTime(r.now())
+	component = cmp.Or(e.Component, component)
 	namespace := e.Object.Namespace
 	if namespace == "" {
 		namespace = metav1.NamespaceDefault

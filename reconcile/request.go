@@ -82,6 +82,8 @@ type Event struct {
 	Type    string
 	Reason  string
 	Message string
+	// Component is who reports it. Default: the reconciler.
+	Component string
 }
 
 // The resources that reconcilers write.

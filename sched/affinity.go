@@ -230,6 +230,9 @@ func (f *affinityFilter) affinitySatisfied(n *nodeInfo) bool {
 // no term has a say.
 func (r *round) scoreAffinity(c *candidate, feasible []int32, scores []int64) bool {
 	p := c.p
+	if c.profile.IgnorePreferredTermsOfExistingPods && len(p.terms[preferredAffinity])+len(p.terms[preferredAntiAffinity]) == 0 {
+		return false
+	}
 	sums := map[*topology][]int64{}
 	add := func(t *term, slot int32, n int64) {
 		tp := r.cluster.topology(t.topologyKey)
@@ -254,7 +257,7 @@ func (r *round) scoreAffinity(c *candidate, feasible []int32, scores []int64) bo
 	}
 	nsLabels := r.namespaceLabels(p.pod.Namespace)
 	matches := func(t *term) bool { return t.matches(p.pod, nsLabels) }
-	if hard := int64(r.cfg.HardPodAffinityWeight); hard > 0 {
+	if hard := int64(c.profile.HardPodAffinityWeight); hard > 0 {
 		r.eachTerm(requiredAffinity, func(t *term, slot int32, n int64) { add(t, slot, hard*n) }, matches)
 	}
 	r.eachTerm(preferredAffinity, func(t *term, slot int32, n int64) { add(t, slot, t.weight*n) }, matches)

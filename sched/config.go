@@ -2,47 +2,24 @@ package sched
 
 import (
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/version"
+	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
 )
 
 // Config says how pods are placed. Start from [DefaultConfig].
 type Config struct {
-	// SchedulerName is the spec.schedulerName of the pods that are placed;
-	// pods that name another scheduler are left alone.
-	// Default: "default-scheduler".
-	SchedulerName string
+	// Profiles are the ways to place pods, by the spec.schedulerName of the pods
+	// that each is for; pods that name none of them are left alone.
+	// Default: one, [DefaultProfile].
+	Profiles []Profile
 
-	// Weights multiply each score, 0 to 100 per node, before they are added.
-	Weights Weights
-
-	// HardPodAffinityWeight is the preference, 0 to 100, for nodes where
-	// running pods require (not only prefer) affinity to the new pod.
-	// Default: 1.
-	HardPodAffinityWeight int32
-
-	// PercentageOfNodesToScore ends the search for feasible nodes when this
-	// share of all nodes, and at least 100, were found. 0 adapts: 50 % at 100
-	// nodes down to 10 % at 5,000, never below 5 %. Default: 0.
-	PercentageOfNodesToScore int32
-
-	// DefaultSpread holds the constraints of pods that have none of their own;
-	// the selectors are derived from the Services, ReplicaSet, StatefulSet or
-	// ReplicationController the pod belongs to, so LabelSelector must be nil.
-	// Nil means upstream's: ScheduleAnyway over hostname (skew 3) and zone
-	// (skew 5). Empty and not nil means none.
-	DefaultSpread []corev1.TopologySpreadConstraint
-
-	// DisablePreemption leaves running pods alone even when a pod of higher
-	// priority fits nowhere. Default: false.
-	DisablePreemption bool
-
-	// PreemptionCandidatesPercentage and PreemptionCandidatesMin bound how many
-	// nodes are examined for victims: the larger of the share of the nodes
-	// where evictions could help and the absolute number. Default: 10 and 100.
-	PreemptionCandidatesPercentage int32
-	PreemptionCandidatesMin        int32
+	// FirstBackoff and LastBackoff bound for how long a pod that could not be placed
+	// is left alone though something may have cured it: it doubles from try to try.
+	// Default: 1 s and 10 s.
+	FirstBackoff, LastBackoff time.Duration
 
 	// MaxPods ends a call after this many pods were tried, so that a long queue
 	// is committed in portions; [Plan.Remaining] counts the rest. 0: no limit.
@@ -60,93 +37,116 @@ type Config struct {
 	Version *version.Version
 }
 
-// Weights are the multipliers of the scores. A weight of 0 leaves a score out.
-type Weights struct {
-	TaintToleration  int64 // default 3
-	NodeAffinity     int64 // default 2
-	TopologySpread   int64 // default 2
-	PodAffinity      int64 // default 2
-	LeastAllocated   int64 // default 1
-	BalancedResource int64 // default 1
-	ImageLocality    int64 // default 1
-}
-
 // DefaultConfig returns upstream's defaults.
 func DefaultConfig() Config {
 	return Config{
-		SchedulerName: corev1.DefaultSchedulerName,
-		Weights: Weights{
-			TaintToleration:  3,
-			NodeAffinity:     2,
-			TopologySpread:   2,
-			PodAffinity:      2,
-			LeastAllocated:   1,
-			BalancedResource: 1,
-			ImageLocality:    1,
-		},
-		HardPodAffinityWeight:          1,
-		PreemptionCandidatesPercentage: 10,
-		PreemptionCandidatesMin:        100,
-		MaxVictimSearches:              64,
-		Version:                        version.MajorMinor(1, 37),
+		Profiles:     []Profile{DefaultProfile()},
+		FirstBackoff: time.Second, LastBackoff: 10 * time.Second,
+		MaxVictimSearches: 64,
+		Version:           version.MajorMinor(1, 37),
 	}
 }
 
 // Validate returns an error that names the first field with an impossible value.
 func (c Config) Validate() error {
-	if c.SchedulerName == "" {
-		return fmt.Errorf("sched: Config.SchedulerName is empty; start from DefaultConfig()")
+	_, err := c.compile()
+	return err
+}
+
+func (c Config) validate() error {
+	if len(c.Profiles) == 0 {
+		return fmt.Errorf("sched: Config.Profiles is empty; start from DefaultConfig()")
 	}
 	if c.Version == nil {
 		return fmt.Errorf("sched: Config.Version is nil; start from DefaultConfig()")
 	}
-	for _, f := range []struct {
-		name      string
-		value     int64
-		low, high int64
-	}{
-		{"Weights.TaintToleration", c.Weights.TaintToleration, 0, 1e6},
-		{"Weights.NodeAffinity", c.Weights.NodeAffinity, 0, 1e6},
-		{"Weights.TopologySpread", c.Weights.TopologySpread, 0, 1e6},
-		{"Weights.PodAffinity", c.Weights.PodAffinity, 0, 1e6},
-		{"Weights.LeastAllocated", c.Weights.LeastAllocated, 0, 1e6},
-		{"Weights.BalancedResource", c.Weights.BalancedResource, 0, 1e6},
-		{"Weights.ImageLocality", c.Weights.ImageLocality, 0, 1e6},
-		{"HardPodAffinityWeight", int64(c.HardPodAffinityWeight), 0, 100},
-		{"PercentageOfNodesToScore", int64(c.PercentageOfNodesToScore), 0, 100},
-		{"PreemptionCandidatesPercentage", int64(c.PreemptionCandidatesPercentage), 0, 100},
-		{"PreemptionCandidatesMin", int64(c.PreemptionCandidatesMin), 0, 1e9},
+	if c.FirstBackoff <= 0 || c.LastBackoff < c.FirstBackoff {
+		return fmt.Errorf("sched: Config.FirstBackoff is %s and LastBackoff %s; want more than 0, and the last no less than the first", c.FirstBackoff, c.LastBackoff)
+	}
+	if err := inRange("Config", []numericField{
 		{"MaxPods", int64(c.MaxPods), 0, 1e9},
 		{"MaxVictimSearches", int64(c.MaxVictimSearches), 0, 1e9},
-	} {
-		if f.value < f.low || f.value > f.high {
-			return fmt.Errorf("sched: Config.%s is %d; want %d to %d", f.name, f.value, f.low, f.high)
-		}
+	}); err != nil {
+		return err
 	}
-	for i, s := range c.DefaultSpread {
-		at := fmt.Sprintf("sched: Config.DefaultSpread[%d]", i)
-		switch {
-		case s.TopologyKey == "":
-			return fmt.Errorf("%s.TopologyKey is empty; name a node label", at)
-		case s.MaxSkew < 1:
-			return fmt.Errorf("%s.MaxSkew is %d; want at least 1", at, s.MaxSkew)
-		case s.LabelSelector != nil:
-			return fmt.Errorf("%s.LabelSelector is set; it is derived from each pod's owners", at)
-		case s.WhenUnsatisfiable != corev1.DoNotSchedule && s.WhenUnsatisfiable != corev1.ScheduleAnyway:
-			return fmt.Errorf("%s.WhenUnsatisfiable is %q; want DoNotSchedule or ScheduleAnyway", at, s.WhenUnsatisfiable)
+	names := map[string]int{}
+	for i := range c.Profiles {
+		at := fmt.Sprintf("Config.Profiles[%d]", i)
+		if err := c.Profiles[i].validate(at); err != nil {
+			return err
+		}
+		name := c.Profiles[i].SchedulerName
+		if other, taken := names[name]; taken {
+			return fmt.Errorf("sched: %s.SchedulerName is %q, as that of Profiles[%d]; names are unique", at, name, other)
+		}
+		names[name] = i
+	}
+	return nil
+}
+
+// numericField is a field that holds a number from low to high.
+type numericField struct {
+	name      string
+	value     int64
+	low, high int64
+}
+
+func inRange(at string, fields []numericField) error {
+	for _, f := range fields {
+		if f.value < f.low || f.value > f.high {
+			return fmt.Errorf("sched: %s.%s is %d; want %d to %d", at, f.name, f.value, f.low, f.high)
 		}
 	}
 	return nil
 }
 
-// defaultSpread returns the constraints of pods without their own, and whether
-// they are upstream's: those tolerate nodes that lack a topology label.
-func (c *Config) defaultSpread() (constraints []corev1.TopologySpreadConstraint, system bool) {
-	if c.DefaultSpread != nil {
-		return c.DefaultSpread, false
-	}
-	return []corev1.TopologySpreadConstraint{
-		{TopologyKey: corev1.LabelHostname, MaxSkew: 3, WhenUnsatisfiable: corev1.ScheduleAnyway},
-		{TopologyKey: corev1.LabelTopologyZone, MaxSkew: 5, WhenUnsatisfiable: corev1.ScheduleAnyway},
-	}, true
+// compiled is a Config that is valid, with what follows from it.
+type compiled struct {
+	Config
+	profiles map[string]*profile // by scheduler name
 }
+
+// profile is a Profile with what follows from it.
+type profile struct {
+	Profile
+	// addedRequired and addedPreferred are AddedAffinity's; nil: none.
+	addedRequired  *nodeaffinity.NodeSelector
+	addedPreferred *nodeaffinity.PreferredSchedulingTerms
+	// ignores: some resources are not looked at.
+	ignores bool
+	// plainFit: free resources are scored as by default, which has a shortcut.
+	plainFit bool
+}
+
+// compile validates a Config.
+func (c Config) compile() (*compiled, error) {
+	if err := c.validate(); err != nil {
+		return nil, err
+	}
+	out := &compiled{Config: c, profiles: make(map[string]*profile, len(c.Profiles))}
+	for i := range c.Profiles {
+		p := &profile{Profile: c.Profiles[i]}
+		p.ignores = len(p.IgnoredResources)+len(p.IgnoredResourceGroups) > 0
+		p.plainFit = p.Fit.Strategy == LeastAllocated && len(p.Fit.Resources) == 2 &&
+			p.Fit.Resources[0] == WeightedResource{corev1.ResourceCPU, 1} && p.Fit.Resources[1] == WeightedResource{corev1.ResourceMemory, 1}
+		if a := p.AddedAffinity; a != nil {
+			at := fmt.Sprintf("sched: Config.Profiles[%d].AddedAffinity", i)
+			var err error
+			if ns := a.RequiredDuringSchedulingIgnoredDuringExecution; ns != nil {
+				if p.addedRequired, err = nodeaffinity.NewNodeSelector(ns); err != nil {
+					return nil, fmt.Errorf("%s.RequiredDuringSchedulingIgnoredDuringExecution: %w", at, err)
+				}
+			}
+			if terms := a.PreferredDuringSchedulingIgnoredDuringExecution; len(terms) > 0 {
+				if p.addedPreferred, err = nodeaffinity.NewPreferredSchedulingTerms(terms); err != nil {
+					return nil, fmt.Errorf("%s.PreferredDuringSchedulingIgnoredDuringExecution: %w", at, err)
+				}
+			}
+		}
+		out.profiles[p.SchedulerName] = p
+	}
+	return out, nil
+}
+
+// of returns the profile of a pod; nil: it is another scheduler's.
+func (c *compiled) of(pod *corev1.Pod) *profile { return c.profiles[pod.Spec.SchedulerName] }

@@ -13,8 +13,8 @@
 //
 // # Semantics
 //
-// They are those of the Kubernetes v1.37 scheduler with its default plugins,
-// and so are the words of the failure messages. Pods are taken by priority,
+// They are those of the Kubernetes v1.37 scheduler, with its default plugins or as the
+// [Profile] says that a pod names, and so are the words of the failure messages. Pods are taken by priority,
 // then age. A node is feasible when it passes, in this order: unschedulable
 // mark, taints, node selector and affinity, host ports, resources (requests
 // of init containers and sidecars, overhead, pod-level and extended resources,
@@ -22,7 +22,8 @@
 // and delayed claims, zones), topology spread, inter-pod affinity and declared
 // features. The feasible nodes are scored by taints (weight 3), node affinity
 // (2), topology spread (2), inter-pod affinity (2), free resources (1), balance
-// of resources (1) and images already present (1). Ties are broken by the seed.
+// of resources (1), images already present (1) and how full the volumes would be that
+// its claims are bound to (1). Ties are broken by the seed.
 // A pod placed in a call is seen by every later pod of that call.
 //
 // # Trying again
@@ -39,11 +40,11 @@
 // the selectors in use. [Cluster.Advance] derives the next one from a list of
 // changed objects, sharing everything that did not change; the result is the
 // same as building it anew. In large clusters only a share of the feasible
-// nodes is scored ([Config.PercentageOfNodesToScore]).
+// nodes is scored ([Profile.PercentageOfNodesToScore]).
 //
 // # Left out
 //
 // Dynamic resource allocation (spec.resourceClaims): such a pod fails with a
-// message that says so. Scheduler extenders, several profiles, gang scheduling
-// and translation of in-tree cloud volumes to CSI.
+// message that says so. Scheduler extenders, gang scheduling (upstream's feature
+// GenericWorkload, which is off) and translation of in-tree cloud volumes to CSI.
 package sched

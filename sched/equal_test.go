@@ -53,7 +53,7 @@ func TestAnswersHold(t *testing.T) {
 		if err := in.complete(); err != nil {
 			t.Fatal(err)
 		}
-		r := newRound(&cfg, in)
+		r := newRound(mustCompile(t, cfg), in)
 		kinds := map[string]*podInfo{}
 		in.Cluster.queue.Scan(func(p *podInfo) bool {
 			r.schedule(p)

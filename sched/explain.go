@@ -19,7 +19,8 @@ type Verdict struct {
 // pending pods that hold no nominated node left aside, in the order nodes are
 // tried. An error says why no node was asked.
 func Explain(c Config, in Input, namespace, name string) ([]Verdict, error) {
-	if err := c.Validate(); err != nil {
+	cfg, err := c.compile()
+	if err != nil {
 		return nil, err
 	}
 	if err := in.complete(); err != nil {
@@ -32,7 +33,10 @@ func Explain(c Config, in Input, namespace, name string) ([]Verdict, error) {
 	if p.pod.Spec.NodeName != "" {
 		return nil, fmt.Errorf("pod %s/%s is on node %s already", namespace, name, p.pod.Spec.NodeName)
 	}
-	r := newRound(&c, in)
+	if cfg.of(p.pod) == nil {
+		return nil, fmt.Errorf("pod %s/%s names scheduler %q, which is none of the profiles", namespace, name, p.pod.Spec.SchedulerName)
+	}
+	r := newRound(cfg, in)
 	cand, rejected := r.prepare(p)
 	if rejected != nil {
 		if rejected.err != nil {

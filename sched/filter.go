@@ -45,6 +45,7 @@ func failed(format string, args ...any) *status {
 var (
 	statusUnschedulable = unresolvable(causeUnschedulable, "node(s) were unschedulable")
 	statusTainted       = unresolvable(causeTaints, "node(s) had untolerated taint(s)")
+	statusAddedAffinity = unresolvable(causeNodeAffinity, "node(s) didn't match scheduler-enforced node affinity")
 	statusNodeAffinity  = unresolvable(causeNodeAffinity, "node(s) didn't match Pod's node affinity/selector")
 	statusNotNamed      = unresolvable(causeNodeAffinity, "node(s) didn't satisfy plugin(s) [NodeAffinity]")
 	statusPorts         = unschedulable(causePorts, "node(s) didn't have free ports for the requested pod ports")
@@ -55,7 +56,8 @@ var (
 
 // candidate is a pending pod with what its filters share between nodes.
 type candidate struct {
-	p *podInfo
+	p       *podInfo
+	profile *profile
 	// only names the nodes that the pod's node affinity names; nil: any.
 	only map[string]bool
 	// nodeAffinity matches nodes; selective is false when it matches all.
@@ -109,7 +111,8 @@ func (r *round) affinityAnswers(spec *corev1.PodSpec) []uint8 {
 // prepare works out what the filters of a pod need. A status says that the pod
 // fits no node, whichever.
 func (r *round) prepare(p *podInfo) (*candidate, *status) {
-	c := &candidate{p: p}
+	c := &candidate{p: p, profile: r.cfg.of(p.pod)}
+	asks := c.profile.asks
 	spec := &p.pod.Spec
 	if p.err != nil {
 		return c, unresolvable(causePod, "parsing pod: "+p.err.Error())
@@ -121,23 +124,31 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 	c.selective = len(spec.NodeSelector) > 0
 	if a := spec.Affinity; a != nil && a.NodeAffinity != nil && a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution != nil {
 		c.selective = true
-		var conflict bool
-		if c.only, conflict = namedNodes(a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution); conflict {
-			return c, unresolvable(causePod, "pod affinity terms conflict")
+		if asks(FilterNodeAffinity) {
+			var conflict bool
+			if c.only, conflict = namedNodes(a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution); conflict {
+				return c, unresolvable(causePod, "pod affinity terms conflict")
+			}
 		}
 	}
 	if c.selective {
 		c.affinityKnown = r.affinityAnswers(spec)
 	}
 	var s *status
-	if c.volumes, s = r.prepareVolumes(p); s != nil {
+	if c.volumes, s = r.prepareVolumes(c); s != nil {
 		return c, s
 	}
-	if c.spread, s = r.prepareSpread(c); s != nil {
-		return c, s
+	if asks(FilterPodTopologySpread) {
+		if c.spread, s = r.prepareSpread(c); s != nil {
+			return c, s
+		}
 	}
-	c.affinity = r.prepareAffinity(p)
-
+	if asks(FilterInterPodAffinity) {
+		c.affinity = r.prepareAffinity(p)
+	}
+	if !asks(FilterNodeDeclaredFeatures) {
+		return c, nil
+	}
 	needs, err := r.requiredFeatures(p)
 	if err != nil {
 		return c, failed("infer required node features: %w", err)
@@ -248,21 +259,26 @@ func (c *candidate) count(p *podInfo, n *nodeInfo, sign int64) {
 // filterNode runs the filters in upstream's order; the first that refuses
 // speaks for the node.
 func (r *round) filterNode(c *candidate, n *nodeInfo) *status {
-	pod := c.p.pod
-	if n.node.Spec.Unschedulable && !tolerates(pod.Spec.Tolerations, &taintUnschedulable) {
+	pod, asks := c.p.pod, c.profile.asks
+	if n.node.Spec.Unschedulable && asks(FilterNodeUnschedulable) && !tolerates(pod.Spec.Tolerations, &taintUnschedulable) {
 		return statusUnschedulable
 	}
-	if !toleratesTaints(pod.Spec.Tolerations, n.node.Spec.Taints) {
+	if asks(FilterTaintToleration) && !toleratesTaints(pod.Spec.Tolerations, n.node.Spec.Taints) {
 		return statusTainted
 	}
-	if c.selective && !r.matchesNodeAffinity(c, n) {
+	if added := c.profile.addedRequired; added != nil && asks(FilterNodeAffinity) && !added.Match(n.node) {
+		return statusAddedAffinity
+	}
+	if c.selective && asks(FilterNodeAffinity) && !r.matchesNodeAffinity(c, n) {
 		return statusNodeAffinity
 	}
-	if len(c.p.ports) > 0 && !n.portsFree(c.p) {
+	if len(c.p.ports) > 0 && asks(FilterNodePorts) && !n.portsFree(c.p) {
 		return statusPorts
 	}
-	if s := n.insufficient(c.p); s != nil {
-		return s
+	if asks(FilterNodeResourcesFit) {
+		if s := n.insufficient(c.p, c.profile); s != nil {
+			return s
+		}
 	}
 	if c.volumes != nil {
 		if s := r.filterVolumes(c, n); s != nil {

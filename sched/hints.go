@@ -56,12 +56,12 @@ type hint struct {
 
 // hints returns what a change may have cured. c and s are of after the change, and
 // perhaps of after later ones.
-func hints(ch objects.Changed, c *Cluster, s State) []hint {
+func hints(ch objects.Changed, c *Cluster, s State, cfg *compiled) []hint {
 	switch ch.Meta().Object.(type) {
 	case *corev1.Pod:
-		return podHints(ch, c, s)
+		return podHints(ch, c, s, cfg)
 	case *corev1.Node:
-		return nodeHints(typed[*corev1.Node](ch.Old), typed[*corev1.Node](ch.New), c)
+		return nodeHints(typed[*corev1.Node](ch.Old), typed[*corev1.Node](ch.New), c, cfg)
 	case *corev1.Namespace:
 		if ch.Old != nil && ch.New != nil && maps.Equal(ch.Old.Labels, ch.New.Labels) {
 			return nil
@@ -94,7 +94,7 @@ func room(pod *corev1.Pod) string {
 }
 
 // podHints are those of a pod that came to a node, left it, or changed there.
-func podHints(ch objects.Changed, c *Cluster, s State) []hint {
+func podHints(ch objects.Changed, c *Cluster, s State, cfg *compiled) []hint {
 	before, after := typed[*corev1.Pod](ch.Old), typed[*corev1.Pod](ch.New)
 	from, to := room(before), room(after)
 	replaced := before != nil && after != nil && before.UID != after.UID
@@ -102,7 +102,7 @@ func podHints(ch objects.Changed, c *Cluster, s State) []hint {
 	case from == "" && to == "":
 		return nil
 	case from != "" && (from != to || replaced):
-		out := []hint{podLeft(before, c, s)}
+		out := []hint{podLeft(before, c, s, cfg)}
 		if to != "" {
 			out = append(out, podCame(after, s))
 		}
@@ -112,7 +112,7 @@ func podHints(ch objects.Changed, c *Cluster, s State) []hint {
 	}
 	var out []hint
 	if !maps.Equal(before.Labels, after.Labels) || (before.DeletionTimestamp == nil) != (after.DeletionTimestamp == nil) {
-		was := podLeft(before, c, s)
+		was := podLeft(before, c, s, cfg)
 		was.concerns &= causeSpread | causePodAffinity | causeOthersAffinity
 		out = append(out, was, podCame(after, s))
 	}
@@ -120,14 +120,14 @@ func podHints(ch objects.Changed, c *Cluster, s State) []hint {
 		old, now := makePodInfo(before), makePodInfo(after)
 		if !slices.Equal(old.req.scalars, now.req.scalars) || old.req.milliCPU > now.req.milliCPU ||
 			old.req.memory > now.req.memory || old.req.ephemeralStorage > now.req.ephemeralStorage {
-			out = append(out, hint{concerns: causeResources, cures: func(p *podInfo, _ Causes) bool { return c.mayFit(p, to) }})
+			out = append(out, hint{concerns: causeResources, cures: func(p *podInfo, _ Causes) bool { return c.mayFit(p, to, cfg) }})
 		}
 	}
 	return out
 }
 
 // podLeft is the hint of a pod that takes no room on its node any more.
-func podLeft(pod *corev1.Pod, c *Cluster, s State) hint {
+func podLeft(pod *corev1.Pod, c *Cluster, s State, cfg *compiled) hint {
 	gone, nsLabels := makePodInfo(pod), namespaceLabels(s, pod.Namespace)
 	h := hint{concerns: causeResources | causeSpread | causePodAffinity}
 	if len(gone.ports) > 0 {
@@ -142,7 +142,7 @@ func podLeft(pod *corev1.Pod, c *Cluster, s State) hint {
 	node := room(pod)
 	h.cures = func(p *podInfo, why Causes) bool {
 		switch {
-		case why&causeResources != 0 && c.mayFit(p, node),
+		case why&causeResources != 0 && c.mayFit(p, node, cfg),
 			why&causePorts != 0 && slices.ContainsFunc(p.ports, func(want hostPort) bool { return slices.ContainsFunc(gone.ports, want.conflicts) }),
 			why&causeVolumeUse != 0 && sharesVolume(p.pod, pod),
 			why&causeVolumeLimits != 0 && usesClaims(pod),
@@ -168,17 +168,18 @@ func podCame(pod *corev1.Pod, s State) hint {
 }
 
 // mayFit says whether a pod has room on a node, those of lower priority set aside.
-func (c *Cluster) mayFit(p *podInfo, node string) bool {
+func (c *Cluster) mayFit(p *podInfo, node string, cfg *compiled) bool {
+	by := cfg.of(p.pod)
 	slot, ok := c.slots[node]
 	if !ok || c.nodes[slot].node == nil {
 		return false
 	}
 	n := c.nodes[slot]
-	if n.hasRoom(p) {
+	if n.hasRoom(p, by) {
 		return true
 	}
 	less := func(other *podInfo) bool { return other.priority < p.priority }
-	return slices.ContainsFunc(n.pods, less) && n.without(less).hasRoom(p)
+	return slices.ContainsFunc(n.pods, less) && n.without(less).hasRoom(p, by)
 }
 
 func namespaceLabels(s State, name string) labels.Set {
@@ -239,7 +240,7 @@ func sharesVolume(a, b *corev1.Pod) bool {
 }
 
 // nodeHints are those of a node that came, changed or went.
-func nodeHints(before, after *corev1.Node, c *Cluster) []hint {
+func nodeHints(before, after *corev1.Node, c *Cluster, cfg *compiled) []hint {
 	added, gone := before == nil, after == nil
 	if added && gone {
 		return nil
@@ -279,16 +280,16 @@ func nodeHints(before, after *corev1.Node, c *Cluster) []hint {
 	h.cures = func(p *podInfo, why Causes) bool {
 		if why &= h.concerns; why&other != 0 ||
 			why&causeTaints != 0 && toleratesTaints(p.pod.Spec.Tolerations, after.Spec.Taints) && (added || !toleratesTaints(p.pod.Spec.Tolerations, before.Spec.Taints)) ||
-			why&causeResources != 0 && c.mayFit(p, after.Name) {
+			why&causeResources != 0 && c.mayFit(p, after.Name, cfg) {
 			return true
 		}
 		if why&(causeNodeAffinity|causeSpread|causePodAffinity|causeOthersAffinity) == 0 {
 			return false
 		}
 		if added || why&causeOthersAffinity != 0 {
-			return why&^causeNodeAffinity != 0 || selectsNode(p.pod, after)
+			return why&^causeNodeAffinity != 0 || cfg.selects(p.pod, after)
 		}
-		matched, matches := selectsNode(p.pod, before), selectsNode(p.pod, after)
+		matched, matches := cfg.selects(p.pod, before), cfg.selects(p.pod, after)
 		return why&causeNodeAffinity != 0 && !matched && matches ||
 			why&causeSpread != 0 && (taints || matched != matches || spreadKeyChanged(p.pod, before, after)) ||
 			why&causePodAffinity != 0 && slices.ContainsFunc(slices.Concat(p.terms[requiredAffinity], p.terms[requiredAntiAffinity]), func(t *term) bool {
@@ -298,7 +299,11 @@ func nodeHints(before, after *corev1.Node, c *Cluster) []hint {
 	return []hint{h}
 }
 
-func selectsNode(pod *corev1.Pod, node *corev1.Node) bool {
+// selects says whether a node has what a pod and its profile ask of a node's labels.
+func (c *compiled) selects(pod *corev1.Pod, node *corev1.Node) bool {
+	if added := c.of(pod).addedRequired; added != nil && !added.Match(node) {
+		return false
+	}
 	ok, err := nodeaffinity.GetRequiredNodeAffinity(pod).Match(node)
 	return ok || err != nil
 }

@@ -42,8 +42,9 @@ func (r *round) fitMessage(statuses []*status, absent *status) string {
 // taints only get tighter within a round.
 func (r *round) signature(p *podInfo) string {
 	spec := &p.pod.Spec
+	profile := r.cfg.of(p.pod)
 	if len(spec.TopologySpreadConstraints) > 0 || p.hasTerms() || usesClaims(p.pod) || len(spec.ResourceClaims) > 0 ||
-		p.pod.Status.NominatedNodeName != "" || r.cfg.DefaultSpread != nil {
+		p.pod.Status.NominatedNodeName != "" || profile.DefaultSpread != nil {
 		return ""
 	}
 	for i := range spec.Volumes {
@@ -56,7 +57,7 @@ func (r *round) signature(p *podInfo) string {
 		return ""
 	}
 	text, err := json.Marshal([]any{
-		p.pod.Namespace, p.pod.Labels, p.priority, spec.PreemptionPolicy, p.req.milliCPU, p.req.memory, p.req.ephemeralStorage,
+		p.pod.Namespace, p.pod.Labels, spec.SchedulerName, p.priority, spec.PreemptionPolicy, p.req.milliCPU, p.req.memory, p.req.ephemeralStorage,
 		fmt.Sprint(p.req.scalars), fmt.Sprint(p.ports), spec.NodeSelector, spec.Affinity, spec.Tolerations,
 		needs.String(),
 	})

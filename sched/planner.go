@@ -16,7 +16,7 @@ import (
 type Planner struct {
 	// Queue says which pods to try.
 	*Queue
-	cfg      Config
+	cfg      *compiled
 	snapshot *objects.Snapshot
 	cluster  *Cluster
 }
@@ -24,10 +24,11 @@ type Planner struct {
 // NewPlanner returns a Planner that has seen nothing. It fails on a Config that
 // Validate refuses.
 func NewPlanner(c Config) (*Planner, error) {
-	if err := c.Validate(); err != nil {
+	cfg, err := c.compile()
+	if err != nil {
 		return nil, err
 	}
-	return &Planner{Queue: NewQueue(c.SchedulerName), cfg: c}, nil
+	return &Planner{Queue: newQueue(cfg), cfg: cfg}, nil
 }
 
 // Follow moves on to a later snapshot. The first changes it is given, and any
@@ -48,5 +49,5 @@ func (p *Planner) Follow(changes objects.Changes, now time.Time) {
 // Plan plans the pending pods of the snapshot that it followed to last. See
 // [Input] for the arguments.
 func (p *Planner) Plan(now time.Time, seed uint64, pods iter.Seq[*corev1.Pod]) (Plan, error) {
-	return Schedule(p.cfg, Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Pods: pods})
+	return p.cfg.schedule(Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Pods: pods})
 }

@@ -189,7 +189,7 @@ func TestExplain(t *testing.T) {
 	if err != nil || len(verdicts) != 3 {
 		t.Fatal(verdicts, err)
 	}
-	if a, b, s := verdicts[0], verdicts[1], verdicts[2]; a.Score <= b.Score || a.Scores["LeastAllocated"] == 0 || len(s.Reasons) != 1 || s.Reasons[0] != "Insufficient cpu" {
+	if a, b, s := verdicts[0], verdicts[1], verdicts[2]; a.Score <= b.Score || a.Scores["Fit"] == 0 || len(s.Reasons) != 1 || s.Reasons[0] != "Insufficient cpu" {
 		t.Errorf("%+v", verdicts)
 	}
 	for name, want := range map[string]string{

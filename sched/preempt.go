@@ -34,7 +34,7 @@ type nodeVictims struct {
 // in, and adds the best to the plan. It returns whether pods are evicted, the
 // node whose room the pod then holds, and what to add to the failure message.
 func (r *round) preempt(c *candidate) (evicts bool, nominated, message string) {
-	if r.cfg.DisablePreemption {
+	if c.profile.DisablePreemption {
 		return false, "", ""
 	}
 	if why := r.mayNotPreempt(c); why != "" {
@@ -120,7 +120,7 @@ func (r *round) findVictims(c *candidate) (*nodeVictims, []*status) {
 	if len(nodes) == 0 {
 		return nil, statuses
 	}
-	enough := max(len(nodes)*int(r.cfg.PreemptionCandidatesPercentage)/100, int(r.cfg.PreemptionCandidatesMin))
+	enough := max(len(nodes)*int(c.profile.PreemptionCandidatesPercentage)/100, int(c.profile.PreemptionCandidatesMin))
 	var offset int
 	if c.answers != nil {
 		offset = int(c.answers.offset % uint64(len(nodes)))
@@ -192,8 +192,8 @@ func (r *round) victimsOn(c *candidate, slot int32) (*nodeVictims, *status) {
 	}
 	// Of what a plain pod asks of a node alone, room and ports depend on its pods.
 	fits := func() bool { return r.filter(c, n) == nil }
-	if plain && !r.expects(c, slot) {
-		fits = func() bool { return n.hasRoom(c.p) && (len(c.p.ports) == 0 || n.portsFree(c.p)) }
+	if plain && c.profile.Without == 0 && !r.expects(c, slot) {
+		fits = func() bool { return n.hasRoom(c.p, c.profile) && (len(c.p.ports) == 0 || n.portsFree(c.p)) }
 	}
 	out := &nodeVictims{slot: slot}
 	reprieve := func(p *podInfo) bool {

@@ -346,7 +346,7 @@ func (w *world) reference() *reference {
 func TestPlansAreRight(t *testing.T) {
 	t.Parallel()
 	cfg := DefaultConfig()
-	cfg.DisablePreemption = true
+	cfg.Profiles[0].DisablePreemption = true
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
 		plan, err := Schedule(cfg, Input{Seed: rapid.Uint64().Draw(t, "seed"), State: w.state})

@@ -14,13 +14,8 @@ import (
 	"timonel/state/objects"
 )
 
-const (
-	// firstBackoff and lastBackoff bound how long a pod that could not be placed is
-	// left alone when something may have cured it: it doubles from try to try.
-	firstBackoff, lastBackoff = time.Second, 10 * time.Second
-	// flushAfter is when a pod is tried again that nothing has cured.
-	flushAfter = 5 * time.Minute
-)
+// flushAfter is when a pod is tried again that nothing has cured.
+const flushAfter = 5 * time.Minute
 
 // Queue says which pending pods to try, and in which order. It is a fold over the
 // changes of the state and over what became of the pods that were tried:
@@ -35,7 +30,7 @@ const (
 // fit nowhere hold up none that does. Tries are counted until the pod is placed.
 // It starts no timer; [Queue.Next] says when to look again.
 type Queue struct {
-	name    string
+	cfg     *compiled
 	cluster *Cluster
 	state   State
 
@@ -71,9 +66,9 @@ const (
 	isParked
 )
 
-// NewQueue returns an empty queue of the pods that name a scheduler.
-func NewQueue(schedulerName string) *Queue {
-	q := &Queue{name: schedulerName}
+// newQueue returns an empty queue of the pods that name a profile.
+func newQueue(cfg *compiled) *Queue {
+	q := &Queue{cfg: cfg}
 	q.clear()
 	return q
 }
@@ -108,7 +103,7 @@ func (q *Queue) follow(changes objects.Changes, c *Cluster, s State, now time.Ti
 		}
 	}
 	for _, ch := range changes.Changed {
-		for _, h := range hints(ch, c, s) {
+		for _, h := range hints(ch, c, s, q.cfg) {
 			q.wake(h, now)
 		}
 	}
@@ -121,7 +116,7 @@ func (q *Queue) rebuild(now time.Time) {
 	old := q.pods
 	q.clear()
 	q.cluster.queue.Scan(func(p *podInfo) bool {
-		if p.pod.Spec.SchedulerName != q.name {
+		if q.cfg.of(p.pod) == nil {
 			return true
 		}
 		e := &entry{key: podKey(p.pod.Namespace, p.pod.Name), info: p, since: p.pod.CreationTimestamp.Time}
@@ -139,7 +134,7 @@ func (q *Queue) set(ch objects.Changed) {
 	m := ch.Meta()
 	key := podKey(m.Namespace, m.Name)
 	p, ok := q.cluster.pods.Get(key)
-	wanted := ok && pending(p.pod) && p.pod.Spec.SchedulerName == q.name
+	wanted := ok && pending(p.pod) && q.cfg.of(p.pod) != nil
 	e := q.pods[key]
 	if e != nil && (!wanted || e.info.pod.UID != p.pod.UID) {
 		q.remove(e)
@@ -207,7 +202,7 @@ func (q *Queue) wake(h hint, now time.Time) {
 			if !h.cures(e.info, causes&h.concerns) {
 				continue
 			}
-			if soon := e.since.Add(firstBackoff); h.urgent && e.until.After(soon) {
+			if soon := e.since.Add(q.cfg.FirstBackoff); h.urgent && e.until.After(soon) {
 				e.until = soon
 			}
 			q.release(e, now)
@@ -229,7 +224,7 @@ func (q *Queue) settle(now time.Time) {
 		}
 		bound := b.Pod.DeepCopy()
 		bound.Spec.NodeName = b.Node
-		q.wake(podLeft(bound, q.cluster, q.state), now)
+		q.wake(podLeft(bound, q.cluster, q.state, q.cfg), now)
 	}
 }
 
@@ -294,7 +289,7 @@ func (q *Queue) park(pod *corev1.Pod, why Causes, now time.Time) *entry {
 
 // putOff keeps a pod from being tried for a while, twice as long each time.
 func (q *Queue) putOff(e *entry, now time.Time) {
-	e.until = now.Add(min(lastBackoff, firstBackoff<<min(e.tries, 8)))
+	e.until = now.Add(min(q.cfg.LastBackoff, q.cfg.FirstBackoff<<min(e.tries, 8)))
 	e.tries++
 }
 

@@ -45,9 +45,9 @@ func TestWhatLetsAPodInWakesIt(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
 		cfg, alone := DefaultConfig(), DefaultConfig()
-		cfg.DisablePreemption, alone.DisablePreemption = rapid.Bool().Draw(t, "no preemption"), true
+		cfg.Profiles[0].DisablePreemption, alone.Profiles[0].DisablePreemption = rapid.Bool().Draw(t, "no preemption"), true
 		now := epoch.Add(time.Hour)
-		q, cluster := NewQueue(cfg.SchedulerName), Build(w.state)
+		q, cluster := newQueue(mustCompile(t, cfg)), Build(w.state)
 		q.follow(objects.Changes{Reset: true}, cluster, w.state, now)
 		for step := range rapid.IntRange(1, 5).Draw(t, "steps") {
 			plan, err := Schedule(cfg, Input{Now: now, Seed: rapid.Uint64().Draw(t, "seed"), State: w.state, Cluster: cluster, Pods: q.Ready(now)})
@@ -64,7 +64,7 @@ func TestWhatLetsAPodInWakesIt(t *testing.T) {
 			if rapid.IntRange(0, 3).Draw(t, "namespace") == 0 {
 				w.state.put(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default", Labels: map[string]string{"team": rapid.SampledFrom([]string{"blue", "red"}).Draw(t, "team")}}})
 			}
-			now = now.Add(lastBackoff + time.Second)
+			now = now.Add(q.cfg.LastBackoff + time.Second)
 			q.follow(changesBetween(before, w.state.objects), cluster, w.state, now)
 
 			ready := map[string]bool{}
@@ -90,8 +90,8 @@ func TestWhatLetsAPodInWakesIt(t *testing.T) {
 }
 
 // queueOf returns a queue of a state, and what follows a change of it.
-func queueOf(state *fakeState, now *time.Time) (q *Queue, change func(...runtime.Object)) {
-	q, cluster := NewQueue(corev1.DefaultSchedulerName), Build(state)
+func queueOf(t *testing.T, state *fakeState, now *time.Time) (q *Queue, change func(...runtime.Object)) {
+	q, cluster := newQueue(mustCompile(t, DefaultConfig())), Build(state)
 	q.follow(objects.Changes{Reset: true}, cluster, state, *now)
 	return q, func(list ...runtime.Object) {
 		before := maps.Clone(state.objects)
@@ -194,7 +194,7 @@ func TestQueue(t *testing.T) {
 				tc.pod(pod)
 			}
 			state := newState(node, pod)
-			q, change := queueOf(state, &now)
+			q, change := queueOf(t, state, &now)
 			plan, err := Schedule(DefaultConfig(), Input{State: state, Pods: q.Ready(now)})
 			if err != nil || len(plan.Failures) != 1 {
 				t.Fatal(describePlan(plan), err)
@@ -203,7 +203,7 @@ func TestQueue(t *testing.T) {
 			if next := q.Next(now); !next.Equal(now.Add(flushAfter)) {
 				t.Fatalf("with nothing changed it is tried again at %s", next)
 			}
-			now = now.Add(firstBackoff)
+			now = now.Add(q.cfg.FirstBackoff)
 			change(tc.change(node.DeepCopy()))
 			if got := len(podNames(q.Ready(now))) > 0; got != tc.wakes {
 				t.Fatalf("woken: %v", got)
@@ -232,7 +232,7 @@ func TestQueueOrder(t *testing.T) {
 	first := simplePod("high", "cpu", "9")
 	first.Spec.Priority, first.CreationTimestamp = &high, metav1.Time{Time: epoch.Add(10 * time.Second)}
 	state.put(first)
-	q, change := queueOf(state, &now)
+	q, change := queueOf(t, state, &now)
 	cfg := DefaultConfig()
 	cfg.MaxPods = 3
 	var tried []string

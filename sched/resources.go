@@ -176,8 +176,13 @@ func isScalar(name corev1.ResourceName) bool {
 	return len(validation.IsQualifiedName(corev1.DefaultResourceRequestsPrefix+s)) == 0
 }
 
+// isExtended reports whether a resource is one of a vendor's.
+func isExtended(name corev1.ResourceName) bool {
+	return strings.Contains(string(name), "/") && !strings.Contains(string(name), corev1.ResourceDefaultNamespacePrefix) && isScalar(name)
+}
+
 // hasRoom reports whether the pod fits into what the node has left.
-func (n *nodeInfo) hasRoom(p *podInfo) bool {
+func (n *nodeInfo) hasRoom(p *podInfo, by *profile) bool {
 	if int64(len(n.pods))+1 > n.allocatable.pods {
 		return false
 	}
@@ -188,7 +193,7 @@ func (n *nodeInfo) hasRoom(p *podInfo) bool {
 		return false
 	}
 	for _, s := range p.req.scalars {
-		if !fits(s.value, n.allocatable.scalar(s.name), n.requested.scalar(s.name)) {
+		if !fits(s.value, n.allocatable.scalar(s.name), n.requested.scalar(s.name)) && !by.ignored(s.name) {
 			return false
 		}
 	}
@@ -221,8 +226,8 @@ var insufficiencies = func() (out [lackings]*status) {
 
 // insufficient returns why the pod does not fit into what the node has left, nil if it
 // does. It is unresolvable when the pod would not fit into the empty node either.
-func (n *nodeInfo) insufficient(p *podInfo) *status {
-	if n.hasRoom(p) {
+func (n *nodeInfo) insufficient(p *podInfo, by *profile) *status {
+	if n.hasRoom(p, by) {
 		return nil
 	}
 	lacks := 0
@@ -242,7 +247,7 @@ func (n *nodeInfo) insufficient(p *podInfo) *status {
 	var scalars []string
 	for _, s := range p.req.scalars {
 		allocatable, used := n.allocatable.scalar(s.name), n.requested.scalar(s.name)
-		if s.value > 0 && s.value > allocatable-used {
+		if s.value > 0 && s.value > allocatable-used && !by.ignored(s.name) {
 			scalars = append(scalars, "Insufficient "+string(s.name))
 			check(0, s.value, allocatable, used)
 		}

@@ -152,7 +152,7 @@ func TestInsufficient(t *testing.T) {
 			n := &nodeInfo{allocatable: makeResources(requests(tc.allocatable...))}
 			n.add(makePodInfo(&corev1.Pod{Spec: corev1.PodSpec{Containers: used}}))
 			var got status
-			if s := n.insufficient(makePodInfo(&corev1.Pod{Spec: corev1.PodSpec{Containers: tc.containers}})); s != nil {
+			if s := n.insufficient(makePodInfo(&corev1.Pod{Spec: corev1.PodSpec{Containers: tc.containers}}), &profile{}); s != nil {
 				got = *s
 			}
 			if !slices.Equal(got.reasons, tc.want) || got.unresolvable != tc.unresolvable {

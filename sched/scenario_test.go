@@ -120,7 +120,7 @@ func (s *scenario) schedule(t *testing.T, d *datadriven.TestData) string {
 	cfg.MaxPods = maxPods
 	d.MaybeScanArgs(t, "searches", &cfg.MaxVictimSearches)
 	if d.HasArg("nopreemption") {
-		cfg.DisablePreemption = true
+		cfg.Profiles[0].DisablePreemption = true
 	}
 	s.cluster = s.cluster.Advance(s.state, s.changed)
 	s.changed = nil

@@ -9,21 +9,26 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// Schedule plans every pending pod that names c.SchedulerName. It
+// Schedule plans every pending pod that names one of the profiles. It
 // returns an error only for a Config that Validate refuses or a missing view;
 // whatever is wrong with one pod is a [Failure] of that pod.
 func Schedule(c Config, in Input) (Plan, error) {
-	if err := c.Validate(); err != nil {
+	cfg, err := c.compile()
+	if err != nil {
 		return Plan{}, err
 	}
+	return cfg.schedule(in)
+}
+
+func (c *compiled) schedule(in Input) (Plan, error) {
 	if err := in.complete(); err != nil {
 		return Plan{}, err
 	}
-	r := newRound(&c, in)
+	r := newRound(c, in)
 	tried := 0
 	// try says whether there was room in this call for the pod.
 	try := func(p *podInfo) bool {
-		if p.pod.Spec.SchedulerName != c.SchedulerName {
+		if c.of(p.pod) == nil {
 			return true
 		}
 		if (c.MaxPods > 0 && tried == c.MaxPods) || (c.MaxVictimSearches > 0 && r.searches == c.MaxVictimSearches) {
@@ -63,7 +68,7 @@ func (in *Input) complete() error {
 // round is one call of Schedule: the Cluster it started from and what it has
 // placed since. It belongs to one goroutine.
 type round struct {
-	cfg     *Config
+	cfg     *compiled
 	in      Input
 	cluster *Cluster
 	plan    Plan
@@ -117,7 +122,7 @@ type roundCount struct {
 	total   int64
 }
 
-func newRound(c *Config, in Input) *round {
+func newRound(c *compiled, in Input) *round {
 	cl := in.Cluster
 	r := &round{
 		cfg: c, in: in, cluster: cl,
@@ -207,7 +212,7 @@ func (r *round) reject(c *candidate, s *status) {
 		r.statuses[i] = nil
 	}
 	message := fmt.Sprintf("0/%d nodes are available: %s.", len(r.cluster.order), s.text())
-	if !r.cfg.DisablePreemption {
+	if !c.profile.DisablePreemption {
 		message += r.preemptionUnhelpful(c)
 	}
 	r.fail(c.p, corev1.PodReasonUnschedulable, message, "", s.cause)
@@ -368,7 +373,7 @@ func (r *round) findFeasible(c *candidate) ([]int32, *status) {
 		return feasible, nil
 	}
 	order := r.cluster.order
-	want, tried := nodesToFind(int(r.cfg.PercentageOfNodesToScore), len(order)), 0
+	want, tried := nodesToFind(int(c.profile.PercentageOfNodesToScore), len(order)), 0
 	for ; tried < len(order) && len(feasible) < want; tried++ {
 		slot := order[(r.start+tried)%len(order)]
 		s := r.fit(c, slot)

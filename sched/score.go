@@ -1,7 +1,6 @@
 package sched
 
 import (
-	"math"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -45,7 +44,7 @@ func (r *round) score(c *candidate, feasible []int32) []int64 {
 // of [Weights].
 func (r *round) eachScore(c *candidate, feasible []int32, visit func(name string, weight int64, scores []int64)) {
 	scores := make([]int64, len(feasible))
-	w := &r.cfg.Weights
+	w := &c.profile.Weights
 	for _, s := range [...]struct {
 		name   string
 		weight int64
@@ -55,9 +54,10 @@ func (r *round) eachScore(c *candidate, feasible []int32, visit func(name string
 		{"NodeAffinity", w.NodeAffinity, r.scoreNodeAffinity},
 		{"TopologySpread", w.TopologySpread, r.scoreSpread},
 		{"PodAffinity", w.PodAffinity, r.scoreAffinity},
-		{"LeastAllocated", w.LeastAllocated, r.scoreLeastAllocated},
+		{"Fit", w.Fit, r.scoreFit},
 		{"BalancedResource", w.BalancedResource, r.scoreBalance},
 		{"ImageLocality", w.ImageLocality, r.scoreImages},
+		{"VolumeBinding", w.VolumeBinding, r.scoreVolumes},
 	} {
 		if s.weight == 0 {
 			continue
@@ -112,70 +112,29 @@ func (r *round) scoreTaints(c *candidate, feasible []int32, scores []int64) bool
 	return true
 }
 
-// scoreNodeAffinity adds the weights of the pod's preferred node affinity.
+// scoreNodeAffinity adds the weights of the pod's preferred node affinity and of the
+// profile's.
 func (r *round) scoreNodeAffinity(c *candidate, feasible []int32, scores []int64) bool {
-	a := c.p.pod.Spec.Affinity
-	if a == nil || a.NodeAffinity == nil || len(a.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution) == 0 {
+	added := c.profile.addedPreferred
+	var own *nodeaffinity.PreferredSchedulingTerms
+	if a := c.p.pod.Spec.Affinity; a != nil && a.NodeAffinity != nil && len(a.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution) > 0 {
+		// The API server validates terms; a preference is not worth failing for.
+		if terms, err := nodeaffinity.NewPreferredSchedulingTerms(a.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution); err == nil {
+			own = terms
+		}
+	}
+	if own == nil && added == nil {
 		return false
 	}
-	terms, err := nodeaffinity.NewPreferredSchedulingTerms(a.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution)
-	if err != nil {
-		return false // the API server validates terms; a preference is not worth failing for
-	}
 	for i, slot := range feasible {
-		scores[i] = terms.Score(r.nodes[slot].node)
+		if own != nil {
+			scores[i] += own.Score(r.nodes[slot].node)
+		}
+		if added != nil {
+			scores[i] += added.Score(r.nodes[slot].node)
+		}
 	}
 	normalize(scores, false)
-	return true
-}
-
-// scoreLeastAllocated prefers nodes with much CPU and memory left.
-func (r *round) scoreLeastAllocated(c *candidate, feasible []int32, scores []int64) bool {
-	free := func(requested, allocatable int64) int64 {
-		if requested > allocatable {
-			return 0
-		}
-		return (allocatable - requested) * maxScore / allocatable
-	}
-	for i, slot := range feasible {
-		n := r.nodes[slot]
-		var sum, count int64
-		if a := n.allocatable.milliCPU; a > 0 {
-			sum += free(n.scoredCPU+c.p.scoredCPU, a)
-			count++
-		}
-		if a := n.allocatable.memory; a > 0 {
-			sum += free(n.scoredMemory+c.p.scoredMemory, a)
-			count++
-		}
-		if count > 0 {
-			scores[i] = sum / count
-		}
-	}
-	return true
-}
-
-// scoreBalance prefers nodes whose shares of used CPU and memory the pod makes
-// more equal. Pods that request neither are not scored.
-func (r *round) scoreBalance(c *candidate, feasible []int32, scores []int64) bool {
-	req := &c.p.req
-	if req.milliCPU == 0 && req.memory == 0 {
-		return false
-	}
-	balance := func(n *nodeInfo, cpu, memory int64) int64 {
-		if n.allocatable.milliCPU == 0 || n.allocatable.memory == 0 {
-			return maxScore // one resource alone is always in balance
-		}
-		a := min(float64(cpu)/float64(n.allocatable.milliCPU), 1)
-		b := min(float64(memory)/float64(n.allocatable.memory), 1)
-		return int64((1 - math.Abs((a-b)/2)) * maxScore)
-	}
-	for i, slot := range feasible {
-		n := r.nodes[slot]
-		with := balance(n, n.requested.milliCPU+req.milliCPU, n.requested.memory+req.memory)
-		without := balance(n, n.requested.milliCPU, n.requested.memory)
-		scores[i] = maxScore/2 + (maxScore/2+with-without)/2
-	}
 	return true
 }
 

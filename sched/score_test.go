@@ -9,13 +9,21 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 )
 
+func mustCompile(t interface{ Fatal(...any) }, c Config) *compiled {
+	out, err := c.compile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
 // scoresOf runs one score for a pod over all nodes, in order of name.
 func scoresOf(t *testing.T, pod *corev1.Pod, score func(*round, *candidate, []int32, []int64) bool, objects ...runtime.Object) []int64 {
 	t.Helper()
 	cfg := DefaultConfig()
 	state := newState(append(objects, pod)...)
 	cluster := Build(state)
-	r := newRound(&cfg, Input{State: state, Cluster: cluster})
+	r := newRound(mustCompile(t, cfg), Input{State: state, Cluster: cluster})
 	p, ok := cluster.pods.Get(podKey(pod.Namespace, pod.Name))
 	if !ok {
 		t.Fatal("no such pod")
@@ -89,9 +97,9 @@ func TestScores(t *testing.T) {
 	}{
 		{"taints: fewer is better", simplePod("p"), (*round).scoreTaints, []runtime.Object{makeNode("a"), tainted, slightly}, []int64{100, 0, 50}},
 		{"taints: none anywhere", simplePod("p"), (*round).scoreTaints, []runtime.Object{makeNode("a")}, nil},
-		{"least allocated: half used", simplePod("p", "cpu", "1", "memory", "2Gi"), (*round).scoreLeastAllocated,
+		{"least allocated: half used", simplePod("p", "cpu", "1", "memory", "2Gi"), (*round).scoreFit,
 			[]runtime.Object{makeNode("a"), makeNode("b"), running("r", "b", "cpu", "2", "memory", "4Gi")}, []int64{75, 25}},
-		{"least allocated: pods without requests weigh too", simplePod("p"), (*round).scoreLeastAllocated,
+		{"least allocated: pods without requests weigh too", simplePod("p"), (*round).scoreFit,
 			[]runtime.Object{makeNode("a"), makeNode("b"), running("r", "b")}, []int64{97, 95}},
 		{"balance: evens out what is lopsided", simplePod("p", "memory", "4Gi"), (*round).scoreBalance,
 			[]runtime.Object{makeNode("a"), makeNode("b"), running("r", "b", "cpu", "2")}, []int64{62, 87}},
@@ -152,26 +160,42 @@ func TestConfigValidate(t *testing.T) {
 	if err := DefaultConfig().Validate(); err != nil {
 		t.Errorf("the defaults: %v", err)
 	}
+	of := func(edit func(*Profile)) func(*Config) { return func(c *Config) { edit(&c.Profiles[0]) } }
+	spread := func(constraint corev1.TopologySpreadConstraint) func(*Config) {
+		return of(func(p *Profile) { p.DefaultSpread = []corev1.TopologySpreadConstraint{constraint} })
+	}
 	for field, edit := range map[string]func(*Config){
-		"SchedulerName":                      func(c *Config) { c.SchedulerName = "" },
-		"Version":                            func(c *Config) { c.Version = nil },
-		"Weights.ImageLocality":              func(c *Config) { c.Weights.ImageLocality = -1 },
-		"HardPodAffinityWeight":              func(c *Config) { c.HardPodAffinityWeight = 101 },
-		"PercentageOfNodesToScore":           func(c *Config) { c.PercentageOfNodesToScore = 101 },
-		"PreemptionCandidatesPercentage":     func(c *Config) { c.PreemptionCandidatesPercentage = -1 },
-		"PreemptionCandidatesMin":            func(c *Config) { c.PreemptionCandidatesMin = -1 },
-		"MaxPods":                            func(c *Config) { c.MaxPods = -1 },
-		"MaxVictimSearches":                  func(c *Config) { c.MaxVictimSearches = -1 },
-		"DefaultSpread[0].TopologyKey":       func(c *Config) { c.DefaultSpread = []corev1.TopologySpreadConstraint{{MaxSkew: 1}} },
-		"DefaultSpread[0].MaxSkew":           func(c *Config) { c.DefaultSpread = []corev1.TopologySpreadConstraint{{TopologyKey: "k"}} },
-		"DefaultSpread[0].WhenUnsatisfiable": func(c *Config) { c.DefaultSpread = []corev1.TopologySpreadConstraint{{TopologyKey: "k", MaxSkew: 1}} },
-		"DefaultSpread[0].LabelSelector": func(c *Config) {
-			c.DefaultSpread = []corev1.TopologySpreadConstraint{{TopologyKey: "k", MaxSkew: 1, LabelSelector: &metav1.LabelSelector{}}}
-		},
+		"Profiles":                               func(c *Config) { c.Profiles = nil },
+		"Version":                                func(c *Config) { c.Version = nil },
+		"FirstBackoff":                           func(c *Config) { c.FirstBackoff = 0 },
+		"MaxPods":                                func(c *Config) { c.MaxPods = -1 },
+		"MaxVictimSearches":                      func(c *Config) { c.MaxVictimSearches = -1 },
+		"Profiles[1].SchedulerName":              func(c *Config) { c.Profiles = append(c.Profiles, DefaultProfile()) },
+		"Profiles[0].SchedulerName":              of(func(p *Profile) { p.SchedulerName = "" }),
+		"Profiles[0].Without":                    of(func(p *Profile) { p.Without = 1 << 31 }),
+		"Profiles[0].Weights.ImageLocality":      of(func(p *Profile) { p.Weights.ImageLocality = -1 }),
+		"Profiles[0].Fit.Strategy":               of(func(p *Profile) { p.Fit.Strategy = "" }),
+		"Profiles[0].Fit.Resources[1].Weight":    of(func(p *Profile) { p.Fit.Resources[1].Weight = 0 }),
+		"Profiles[0].Fit.Shape":                  of(func(p *Profile) { p.Fit.Shape = p.VolumeShape }),
+		"Profiles[0].VolumeShape":                of(func(p *Profile) { p.VolumeShape = nil }),
+		"Profiles[0].VolumeShape[1].Utilization": of(func(p *Profile) { p.VolumeShape[1].Utilization = 0 }),
+		"Profiles[0].VolumeShape[0].Score":       of(func(p *Profile) { p.VolumeShape[0].Score = 101 }),
+		"Profiles[0].AddedAffinity.RequiredDuringSchedulingIgnoredDuringExecution:": of(func(p *Profile) {
+			p.AddedAffinity = &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{
+				NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "k", Operator: "Like"}}}}}}
+		}),
+		"Profiles[0].HardPodAffinityWeight":              of(func(p *Profile) { p.HardPodAffinityWeight = 101 }),
+		"Profiles[0].PercentageOfNodesToScore":           of(func(p *Profile) { p.PercentageOfNodesToScore = 101 }),
+		"Profiles[0].PreemptionCandidatesPercentage":     of(func(p *Profile) { p.PreemptionCandidatesPercentage = -1 }),
+		"Profiles[0].PreemptionCandidatesMin":            of(func(p *Profile) { p.PreemptionCandidatesMin = -1 }),
+		"Profiles[0].DefaultSpread[0].TopologyKey":       spread(corev1.TopologySpreadConstraint{MaxSkew: 1}),
+		"Profiles[0].DefaultSpread[0].MaxSkew":           spread(corev1.TopologySpreadConstraint{TopologyKey: "k"}),
+		"Profiles[0].DefaultSpread[0].WhenUnsatisfiable": spread(corev1.TopologySpreadConstraint{TopologyKey: "k", MaxSkew: 1}),
+		"Profiles[0].DefaultSpread[0].LabelSelector":     spread(corev1.TopologySpreadConstraint{TopologyKey: "k", MaxSkew: 1, LabelSelector: &metav1.LabelSelector{}}),
 	} {
 		c := DefaultConfig()
 		edit(&c)
-		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), "Config."+field+" ") {
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), "Config."+strings.TrimSuffix(field, ":")) {
 			t.Errorf("%s: %v", field, err)
 		}
 		if _, err := Schedule(c, Input{State: newState()}); err == nil {

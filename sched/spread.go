@@ -167,7 +167,7 @@ func (r *round) spreadConstraints(c *candidate, action corev1.UnsatisfiableConst
 		list, err = r.parseSpread(c.p, own, action, nil)
 		return list, true, err
 	}
-	defaults, system := r.cfg.defaultSpread()
+	defaults, system := c.profile.defaultSpread()
 	any := false
 	for i := range defaults {
 		any = any || defaults[i].WhenUnsatisfiable == action

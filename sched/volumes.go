@@ -80,13 +80,13 @@ func claimName(pod *corev1.Pod, v *corev1.Volume) (name string, isEphemeral bool
 }
 
 // prepareVolumes returns nil when no volume of the pod restricts its node.
-func (r *round) prepareVolumes(p *podInfo) (*podVolumes, *status) {
-	pod := p.pod
+func (r *round) prepareVolumes(c *candidate) (*podVolumes, *status) {
+	pod, asks := c.p.pod, c.profile.asks
 	v := &podVolumes{namespace: pod.Namespace}
 	var claims []*corev1.PersistentVolumeClaim
 	for i := range pod.Spec.Volumes {
 		vol := &pod.Spec.Volumes[i]
-		v.disks = v.disks || isDisk(vol)
+		v.disks = v.disks || asks(FilterVolumeRestrictions) && isDisk(vol)
 		name, isEphemeral := claimName(pod, vol)
 		if name == "" {
 			continue
@@ -96,7 +96,7 @@ func (r *round) prepareVolumes(p *podInfo) (*podVolumes, *status) {
 			return nil, s
 		}
 		claims = append(claims, claim)
-		if !isEphemeral && slices.Contains(claim.Spec.AccessModes, corev1.ReadWriteOncePod) {
+		if !isEphemeral && asks(FilterVolumeRestrictions) && slices.Contains(claim.Spec.AccessModes, corev1.ReadWriteOncePod) {
 			if v.oncePod == nil {
 				v.oncePod = map[string]bool{}
 			}
@@ -268,7 +268,7 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 	if v.onceUsers > 0 {
 		return statusOncePod
 	}
-	if len(v.attached) > 0 && r.exceedsLimits(v, n) {
+	if len(v.attached) > 0 && c.profile.asks(FilterNodeVolumeLimits) && r.exceedsLimits(v, n) {
 		return statusMaxVolumes
 	}
 	var reasons []string
@@ -293,7 +293,7 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 	if len(reasons) > 0 {
 		return unresolvable(causeVolumeBinding, reasons...)
 	}
-	if !zonesMatch(v.zones, n.node.Labels) {
+	if c.profile.asks(FilterVolumeZone) && !zonesMatch(v.zones, n.node.Labels) {
 		return statusZone
 	}
 	return nil

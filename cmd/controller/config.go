@@ -15,6 +15,8 @@ import (
 	"timonel/consensus"
 	"timonel/internal/podrange"
 	"timonel/reconcile/node"
+	"timonel/reconcile/upstream/profiles"
+	"timonel/sched"
 )
 
 // config is what the flags say. Durations are positive; ports are TCP (gossip's
@@ -39,6 +41,8 @@ type config struct {
 
 	enableAdmission, disableAdmission []string
 	admissionConfig                   string
+	schedulerConfig                   string
+	placement                         sched.Config // what is in schedulerConfig
 
 	heartbeatTimeout, electionTimeout, leaderLease time.Duration
 	snapshotThreshold, trailingLogs                uint64
@@ -98,6 +102,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&c.enableAdmission, "enable-admission-plugins", c.enableAdmission, "admission plugins to turn on beside Kubernetes' default ones, such as AlwaysPullImages; the same on all controllers")
 	f.StringSliceVar(&c.disableAdmission, "disable-admission-plugins", c.disableAdmission, "admission plugins to turn off; NodeRestriction and NodeNetwork stay on")
 	f.StringVar(&c.admissionConfig, "admission-control-config-file", c.admissionConfig, "file of kind AdmissionConfiguration, for plugins that have one, such as PodSecurity")
+	f.StringVar(&c.schedulerConfig, "scheduler-config", c.schedulerConfig, "file of kind KubeSchedulerConfiguration (kubescheduler.config.k8s.io/v1), with the profiles by which pods are placed; the same on all controllers (default: one profile, default-scheduler)")
 	f.DurationVar(&c.unreachableToleration, "unreachable-toleration", c.unreachableToleration, "how long pods stay bound to a node that is unreachable or not ready, where they do not say so themselves (Kubernetes: 5m)")
 	f.Float64Var(&c.evictions.Share, "unhealthy-zone-threshold", c.evictions.Share, "share of a zone's nodes from which on their loss within 5 minutes (two at least) makes the zone unhealthy: it is the network, not the nodes")
 	f.Float64Var(&c.evictions.Share, "lost-share", c.evictions.Share, "the former name of --unhealthy-zone-threshold")
@@ -139,7 +144,23 @@ func (c *config) complete() error {
 	}
 	// As a flag, 'timonel up' could not give it to programs of before there was one.
 	c.tlsSAN = append(c.tlsSAN, strings.FieldsFunc(os.Getenv("TIMONEL_TLS_SAN"), func(r rune) bool { return r == ',' })...)
-	return c.validate()
+	return errors.Join(c.validate(), c.readScheduler())
+}
+
+// readScheduler reads the file that says how pods are placed.
+func (c *config) readScheduler() error {
+	c.placement = sched.DefaultConfig()
+	if c.schedulerConfig == "" {
+		return nil
+	}
+	content, err := os.ReadFile(c.schedulerConfig)
+	if err != nil {
+		return fmt.Errorf("--scheduler-config: %w", err)
+	}
+	if c.placement, err = profiles.Parse(content); err != nil {
+		return fmt.Errorf("--scheduler-config: %s: %w", c.schedulerConfig, err)
+	}
+	return nil
 }
 
 // validate names the flag that is wrong and says what it takes.

@@ -54,6 +54,8 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 			c.backups = backupConfig{interval: time.Hour, retain: 1, dir: "/backups", url: "s3://b/p"}
 		}, "--snapshot-dir: and --snapshot-s3"},
 		{"not a bucket", func(c *config) { c.backups = backupConfig{interval: time.Hour, retain: 1, url: "https://b/p"} }, "--snapshot-s3"},
+		{"no scheduler config", func(c *config) { c.schedulerConfig = "/none" }, "--scheduler-config: open /none"},
+		{"wrong scheduler config", func(c *config) { c.schedulerConfig = "config.go" }, "--scheduler-config: config.go: "},
 		{"share", func(c *config) { c.evictions.Share = 2 }, "--unhealthy-zone-threshold"},
 		{"no evictions", func(c *config) {
 			c.evictions.EvictionRate, c.evictions.SecondaryEvictionRate, c.evictions.LargeZone = 0, 0, 0

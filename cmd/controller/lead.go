@@ -22,6 +22,7 @@ import (
 // until ctx ends. What it commits is refused in any other term.
 func (k *controller) lead(ctx context.Context) error {
 	reconcilers, err := standard.Reconcilers(standard.Config{
+		Scheduler:         k.placement,
 		Health:            k.health(),
 		Pods:              k.pods(),
 		RootCA:            k.bundle.CA(),

@@ -1,7 +1,6 @@
 package scheduler
 
 import (
-	"cmp"
 	"maps"
 	"strings"
 	"time"
@@ -31,7 +30,6 @@ const (
 // plan into changes. What it keeps from pass to pass is derived from the
 // snapshots it has seen, and from what became of the pods it has tried.
 type Scheduler struct {
-	cfg      sched.Config
 	planner  *sched.Planner
 	revision int64 // of the snapshot the planner followed to
 	// told is when a pod's condition was written last.
@@ -47,11 +45,11 @@ func New(cfg sched.Config) (*Scheduler, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Scheduler{cfg: cfg, planner: planner, told: map[types.UID]time.Time{}}, nil
+	return &Scheduler{planner: planner, told: map[types.UID]time.Time{}}, nil
 }
 
 // Name implements Reconciler.
-func (s *Scheduler) Name() string { return s.cfg.SchedulerName }
+func (s *Scheduler) Name() string { return corev1.DefaultSchedulerName }
 
 // Traits implements reconcile.Reconciler: one pod that is refused holds up no other.
 func (s *Scheduler) Traits() reconcile.Traits { return reconcile.Traits{Steady: true} }
@@ -180,6 +178,13 @@ func (s *Scheduler) noteRefused(in reconcile.Input) {
 	}
 }
 
+// newEvent is about a pod, and is reported by the profile that the pod to place names.
+func newEvent(toPlace, about *corev1.Pod, kind, reason, format string, args ...any) *reconcile.Event {
+	e := reconcile.NewEvent(reconcile.PodKind, about, kind, reason, format, args...)
+	e.Component = toPlace.Spec.SchedulerName
+	return e
+}
+
 // bind returns the change that assigns a pod to its Node.
 func bind(b sched.Binding) reconcile.Request {
 	c := reconcile.Create(reconcile.PodsResource, &corev1.Pod{ObjectMeta: b.Pod.ObjectMeta})
@@ -188,8 +193,8 @@ func bind(b sched.Binding) reconcile.Request {
 		ObjectMeta: metav1.ObjectMeta{Namespace: b.Pod.Namespace, Name: b.Pod.Name, UID: b.Pod.UID},
 		Target:     corev1.ObjectReference{Kind: reconcile.NodeKind.Kind, Name: b.Node},
 	}
-	c.Event = reconcile.NewEvent(reconcile.PodKind, b.Pod, corev1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s", b.Pod.Namespace, b.Pod.Name, b.Node)
-	c.FailEvent = reconcile.NewEvent(reconcile.PodKind, b.Pod, corev1.EventTypeWarning, "FailedScheduling", "binding rejected")
+	c.Event = newEvent(b.Pod, b.Pod, corev1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s", b.Pod.Namespace, b.Pod.Name, b.Node)
+	c.FailEvent = newEvent(b.Pod, b.Pod, corev1.EventTypeWarning, "FailedScheduling", "binding rejected")
 	return c
 }
 
@@ -218,7 +223,7 @@ func (s *Scheduler) unplaced(in reconcile.Input, f sched.Failure) (reconcile.Req
 		ObservedGeneration: pod.Generation,
 		LastTransitionTime: reconcile.ConditionTime(pod, corev1.PodScheduled, corev1.ConditionFalse, metav1.NewTime(in.Now).Rfc3339Copy()),
 	})
-	c.Event = reconcile.NewEvent(reconcile.PodKind, pod, corev1.EventTypeWarning, "FailedScheduling", "%s", f.Message)
+	c.Event = newEvent(pod, pod, corev1.EventTypeWarning, "FailedScheduling", "%s", f.Message)
 	return c, true
 }
 
@@ -235,10 +240,10 @@ func withoutNumbers(message string) string {
 // preempt returns the change that ends a victim, and says why in its status before.
 func preempt(in reconcile.Input, p sched.Preemption, victim *corev1.Pod) reconcile.Request {
 	c := reconcile.Delete(reconcile.PodsResource, victim)
-	c.Event = reconcile.NewEvent(reconcile.PodKind, victim, corev1.EventTypeNormal, "Preempted", "Preempted by pod %s on node %s", p.Pod.UID, p.Node)
+	c.Event = newEvent(p.Pod, victim, corev1.EventTypeNormal, "Preempted", "Preempted by pod %s on node %s", p.Pod.UID, p.Node)
 	condition := corev1.PodCondition{
 		Type: corev1.DisruptionTarget, Status: corev1.ConditionTrue, Reason: corev1.PodReasonPreemptionByScheduler,
-		Message:            cmp.Or(p.Pod.Spec.SchedulerName, corev1.DefaultSchedulerName) + ": preempting to accommodate a higher priority pod",
+		Message:            p.Pod.Spec.SchedulerName + ": preempting to accommodate a higher priority pod",
 		LastTransitionTime: reconcile.ConditionTime(victim, corev1.DisruptionTarget, corev1.ConditionTrue, metav1.NewTime(in.Now).Rfc3339Copy()),
 	}
 	first := reconcile.PatchPodStatus(victim, nil, condition)

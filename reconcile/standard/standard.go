@@ -39,7 +39,7 @@ type Config struct {
 // Reconcilers returns the reconcilers that every cluster runs, the scheduler included.
 // More can be added to the slice: each needs a name of its own and nothing else.
 func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
-	if c.Scheduler.SchedulerName == "" {
+	if len(c.Scheduler.Profiles) == 0 {
 		c.Scheduler = sched.DefaultConfig()
 	}
 	scheduler, err := scheduler.New(c.Scheduler)

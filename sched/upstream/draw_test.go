@@ -256,6 +256,7 @@ func (w *world) drawStorage(t *rapid.T) {
 		pv.Spec.NodeAffinity = nil
 	})
 	volume("free", "static", func(*corev1.PersistentVolume) {})
+	volume("roomy", "static", func(pv *corev1.PersistentVolume) { pv.Spec.Capacity["storage"] = resource.MustParse("20Gi") })
 	claim := func(name, class, volume string, edit func(*corev1.PersistentVolumeClaim)) {
 		c := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, UID: types.UID(name), Annotations: map[string]string{}},
 			Spec: corev1.PersistentVolumeClaimSpec{StorageClassName: &class, VolumeName: volume, AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},

@@ -11,6 +11,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	resourcev1 "k8s.io/api/resource/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/informers"
@@ -27,18 +28,30 @@ import (
 	"k8s.io/kubernetes/pkg/scheduler/metrics"
 	"pgregory.net/rapid"
 
+	"timonel/reconcile/upstream/profiles"
 	"timonel/sched"
 )
 
 // TestSaysWhatUpstreamSays draws clusters and a pod, and compares for every node
 // the reasons and, up to a constant, the scores. Upstream runs with its default
-// profile, without the plugins for what sched leaves out.
+// profile, or with one that is drawn, without the plugins for what sched leaves out.
 func TestSaysWhatUpstreamSays(t *testing.T) {
 	metrics.Register()
 	rapid.Check(t, func(t *rapid.T) {
 		w := drawWorld(t)
-		ours, refused := sched.Explain(sched.DefaultConfig(), sched.Input{State: w}, "default", "p")
-		theirs, theirRefusal := askUpstream(t, w)
+		cfg, err := latest.Default()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rapid.Bool().Draw(t, "profile") {
+			cfg = drawConfig(t)
+		}
+		own, err := profiles.Convert(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ours, refused := sched.Explain(own, sched.Input{State: w}, "default", "p")
+		theirs, theirRefusal := askUpstream(t, w, cfg.Profiles[0])
 		if theirRefusal != "" || refused != nil {
 			if refused == nil || !strings.Contains(refused.Error(), theirRefusal) || theirRefusal == "" {
 				t.Fatalf("upstream refuses the pod with %q, we with %v", theirRefusal, refused)
@@ -72,6 +85,13 @@ func TestSaysWhatUpstreamSays(t *testing.T) {
 	})
 }
 
+// noDevices knows no class of devices: extended resources are those of device plugins.
+type noDevices struct{ fwk.SharedDRAManager }
+
+func (d noDevices) DeviceClassResolver() fwk.DeviceClassResolver { return d }
+
+func (noDevices) GetDeviceClass(corev1.ResourceName) *resourcev1.DeviceClass { return nil }
+
 type verdict struct {
 	reasons []string
 	score   int64
@@ -80,14 +100,9 @@ type verdict struct {
 
 // askUpstream runs the plugins for the pod on every node. A refusal says why no
 // node was asked.
-func askUpstream(t *rapid.T, w *world) (verdicts map[string]verdict, refusal string) {
+func askUpstream(t *rapid.T, w *world, profile config.KubeSchedulerProfile) (verdicts map[string]verdict, refusal string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	cfg, err := latest.Default()
-	if err != nil {
-		t.Fatal(err)
-	}
-	profile := cfg.Profiles[0]
 	profile.Plugins.MultiPoint.Enabled = slices.DeleteFunc(profile.Plugins.MultiPoint.Enabled, func(p config.Plugin) bool {
 		switch p.Name {
 		case names.DynamicResources, names.GangScheduling, names.DefaultPreemption, names.TopologyPlacementGenerator, names.PodGroupPodsCount, names.DeferredPodScheduling:
@@ -135,6 +150,7 @@ func askUpstream(t *rapid.T, w *world) (verdicts map[string]verdict, refusal str
 		runtime.WithSnapshotSharedLister(snapshot),
 		runtime.WithInformerFactory(factory),
 		runtime.WithClientSet(client),
+		runtime.WithSharedDRAManager(noDevices{}),
 		runtime.WithSharedCSIManager(nodevolumelimits.NewCSIManager(storage.CSINodes().Lister())),
 	)
 	add(err)
