@@ -33,6 +33,7 @@ import (
 	"timonel/agent/stream"
 	"timonel/network/address"
 	"timonel/network/feed"
+	"timonel/network/hostport"
 	"timonel/network/policy"
 	"timonel/network/service"
 	"timonel/network/tables"
@@ -55,6 +56,7 @@ type Agent struct {
 	watcher   tables.Watcher // of all who write to nftables here
 	services  *service.Proxy
 	policies  *policy.Rules
+	hostPorts *hostport.Ports // nil: another pod network's
 	addresses *address.Announcer
 	pods      *pod.Manager
 	stream    *stream.Client
@@ -120,6 +122,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if err := a.newPolicies(); err != nil {
 		return nil, err
 	}
+	if err := a.newHostPorts(); err != nil {
+		return nil, err
+	}
 	socket := cfg.ContainerdSocket
 	if socket == "" {
 		if a.daemon, err = containerd.NewDaemon(cfg.daemon()); err != nil {
@@ -150,7 +155,7 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := pod.Policed(ctx, a.runtime, a.store.Pods(), a.policies); err != nil {
+	if err := pod.Policed(ctx, a.runtime, a.store.Pods(), a.links()); err != nil {
 		return nil, fmt.Errorf("look which pods run: %w", err)
 	}
 	a.wire()
@@ -255,7 +260,7 @@ func (a *Agent) wire() {
 			defer a.mu.Unlock()
 			return a.networkBad == ""
 		},
-		Policies: a.policies, PolicyOf: a.store.Policies,
+		Policies: a.links(), PolicyOf: a.store.Policies,
 		DNS: a.podDNS, ResolvConf: a.cfg.ResolvConf, KubernetesServiceIP: a.cfg.KubernetesServiceIP, Services: a.servicesIn,
 		Logger: a.log,
 	})
@@ -332,6 +337,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.services.Run(ctx) })
 	g.Go(func() error { return a.addresses.Run(ctx) })
 	g.Go(func() error { return a.policies.Run(ctx) })
+	if a.hostPorts != nil {
+		g.Go(func() error { return a.hostPorts.Run(ctx) })
+	}
 	g.Go(func() error { return a.followNetwork(ctx) })
 	g.Go(func() error { return a.watchNode(ctx) })
 	g.Go(func() error { return a.serveNames(ctx) })

@@ -19,6 +19,7 @@ import (
 	"timonel/agent/containerd"
 	"timonel/agent/hostile"
 	"timonel/agent/podnet"
+	"timonel/network/hostport"
 	"timonel/network/policy"
 	"timonel/network/service"
 )
@@ -74,6 +75,7 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 	fail(podnet.Remove(cfg.network()))
 	fail(service.Remove(ctx, servicesTable))
 	fail(policy.Remove(ctx, policyTable))
+	fail(hostport.Remove(ctx, hostPortsTable))
 	fail(cfg.dnsAddresses().Set(nil))
 	if !keepData && len(errs) == 0 {
 		fail(hostile.RemoveAll(ctx, cfg.DataDir))

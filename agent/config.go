@@ -118,6 +118,8 @@ type Config struct {
 	VXLAN podnet.VXLAN
 	// PodMTU is the MTU of pods. Default: as the node's own network allows.
 	PodMTU int
+	// NameClients are networks beside the pods' that may ask this node for the cluster's names.
+	NameClients []netip.Prefix
 	// KeepSource are networks beside the pods' to which pods' packets go with the pod's
 	// own address.
 	KeepSource []netip.Prefix

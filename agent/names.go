@@ -170,11 +170,17 @@ func (a *Agent) serveNamesOnce(ctx context.Context) error {
 		}()
 	}
 	defer func() { cancel(); <-done }()
+	look := time.NewTicker(networkLook)
+	defer look.Stop()
 	for a.serves().equal(now) {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-a.namesChanged:
+		case <-look.C: // somebody may have taken them away
+			if err := a.cfg.dnsAddresses().Set(now.Addresses); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

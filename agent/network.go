@@ -110,6 +110,7 @@ func (a *Agent) updateRoutes(v *feed.View) {
 	}
 	a.tellServices()
 	a.tellPolicies()
+	a.tellHostPorts()
 	a.kick()
 }
 

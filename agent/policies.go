@@ -15,7 +15,7 @@ import (
 // policyTable is the name of the nftables tables of network policies.
 const policyTable = "timonel-policy"
 
-// Ports of controllers that no agent is told, where they are by default.
+// Ports of controllers where they are by default, for controllers that do not say theirs.
 var controllerPorts = []uint16{7444, 7946, 7947} // Raft's, and both pools' of gossip
 
 // metadata are where clouds tell a machine what it is and who it may be.
@@ -43,15 +43,22 @@ func (a *Agent) tellPolicies() {
 	}
 	if !a.cfg.PodsReachCluster {
 		controllers := a.controllers()
+		ports := controllerPorts
 		a.mu.Lock()
 		if a.cluster != nil {
 			controllers = append(controllers, a.cluster.Controllers...)
+			if len(a.cluster.ControllerPorts) > 0 {
+				ports = nil
+			}
+			for _, port := range a.cluster.ControllerPorts {
+				ports = append(ports, uint16(port))
+			}
 		}
 		a.mu.Unlock()
 		for _, text := range controllers {
 			if at, err := netip.ParseAddrPort(text); err == nil {
 				add(corev1.ProtocolTCP, at.Addr(), at.Port())
-				for _, port := range controllerPorts {
+				for _, port := range ports {
 					add(corev1.ProtocolTCP, at.Addr(), port)
 					add(corev1.ProtocolUDP, at.Addr(), port)
 				}

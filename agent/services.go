@@ -16,7 +16,7 @@ const servicesTable = "timonel-services"
 func (a *Agent) newServices() error {
 	var err error
 	a.services, err = service.New(service.Config{
-		Node: a.cfg.Name, NodeIPs: a.cfg.network().NodeIPs, Table: servicesTable, Store: a.known, Watcher: &a.watcher, NodePortAddresses: a.cfg.NodePortAddresses,
+		Node: a.cfg.Name, NodeIPs: a.cfg.network().NodeIPs, Table: servicesTable, Store: a.known, Watcher: &a.watcher, NodePortAddresses: a.cfg.NodePortAddresses, NameClients: a.cfg.NameClients,
 		ClusterPorts: a.cfg.clusterPorts(), Event: a.serviceEvent, Logger: a.cfg.Logger,
 	})
 	if err == nil {

@@ -189,6 +189,9 @@ func (h *hub) updateCluster() {
 	for _, ip := range config.DNS {
 		next.ClusterDns = append(next.ClusterDns, ip.String())
 	}
+	for _, port := range config.Ports {
+		next.ControllerPorts = append(next.ControllerPorts, uint32(port))
+	}
 	if addresses := config.controllers(); !slices.Equal(addresses, h.controllers) {
 		h.controllers = addresses
 		h.d.network.Recheck()

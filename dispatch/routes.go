@@ -24,6 +24,8 @@ type Network struct {
 	// for them; none: they do not.
 	Domain string
 	DNS    []netip.Addr
+	// Ports are those that controllers have for each other and for gossip.
+	Ports []uint16
 	// Controllers lists the addresses of all controllers, alive or not. Nil: none.
 	Controllers func() []netip.Addr
 }

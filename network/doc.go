@@ -6,6 +6,7 @@
 //	network/dns      the DNS server of this node
 //	network/address  addresses of Services of type LoadBalancer, by ARP and NDP
 //	network/policy   network policies, in nftables
+//	network/hostport pods' host ports, in nftables
 //	network/tables   what those that keep tables of nftables share
 //	network/netlab   a node in network namespaces, for tests
 //

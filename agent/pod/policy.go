@@ -143,13 +143,19 @@ func isPort(name string) bool {
 	return err == nil && link.Attrs().MasterIndex != 0
 }
 
-// portsOf are the ports of all containers of a pod.
+// portsOf are the ports of all containers of a pod; those of init containers that end are
+// none of the node's.
 func portsOf(pod *corev1.Pod) (out []corev1.ContainerPort) {
-	for _, list := range [][]corev1.Container{pod.Spec.Containers, pod.Spec.InitContainers} {
-		for i := range list {
-			if c := &list[i]; len(c.Ports) > 0 {
-				out = append(out, c.Ports...)
+	for i := range pod.Spec.Containers {
+		out = append(out, pod.Spec.Containers[i].Ports...)
+	}
+	for i := range pod.Spec.InitContainers {
+		c := &pod.Spec.InitContainers[i]
+		for _, p := range c.Ports {
+			if !sidecar(c) {
+				p.HostPort = 0
 			}
+			out = append(out, p)
 		}
 	}
 	return out

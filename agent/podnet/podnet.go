@@ -8,12 +8,10 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -34,8 +32,7 @@ type Config struct {
 	// Foreign says that ConfDir is somebody else's: another pod network, that gives pods
 	// their addresses and carries their packets. Nothing of it is made here.
 	Foreign bool
-	// BinDir has the plugins bridge, host-local, loopback and, for host ports,
-	// portmap.
+	// BinDir has the plugins bridge, host-local and loopback.
 	BinDir string
 	// Table is the nftables table for address translation.
 	Table string
@@ -100,8 +97,10 @@ type Network struct {
 	told     map[string]string
 	peers    []Peer
 	updated  bool
-	rules    rules     // as they were written last
-	ruled    time.Time // when
+	rules    rules // as they were written last
+	ruled    bool  // the table is as rules say, if nobody else changed it
+	trust    tables.Trust
+	lines    map[string]int // rules of each chain
 
 	mu    sync.Mutex
 	cidrs []string
@@ -387,13 +386,7 @@ func (n *Network) render(cidrs []string, mtu int) ([]byte, error) {
 	if mtu > 0 {
 		bridge["mtu"] = mtu
 	}
-	plugins := []object{bridge}
-	// portmap needs iptables even to take nothing down.
-	_, portmap := os.Stat(filepath.Join(n.cfg.BinDir, "portmap"))
-	if _, err := exec.LookPath("iptables"); err == nil && portmap == nil {
-		plugins = append(plugins, object{"type": "portmap", "capabilities": object{"portMappings": true}, "snat": true})
-	}
-	return json.MarshalIndent(object{"cniVersion": "0.4.0", "name": n.cfg.Name, "plugins": plugins}, "", "  ")
+	return json.MarshalIndent(object{"cniVersion": "0.4.0", "name": n.cfg.Name, "plugins": []object{bridge}}, "", "  ")
 }
 
 func forwarding() error {

@@ -26,7 +26,7 @@ func TestConfiguration(t *testing.T) {
 	}
 	require.NoError(t, json.Unmarshal(raw, &got))
 	require.Equal(t, "timonel-a1", got.Name)
-	require.Len(t, got.Plugins, 1, "no portmap plugin in the folder")
+	require.Len(t, got.Plugins, 1)
 	require.Equal(t, "br0", got.Plugins[0].Bridge)
 	require.Equal(t, "/state/ipam", got.Plugins[0].IPAM.DataDir)
 	require.Equal(t, "10.244.3.0/24", got.Plugins[0].IPAM.Ranges[0][0].Subnet)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os/exec"
 	"slices"
@@ -16,12 +17,7 @@ import (
 	"timonel/network/tables"
 )
 
-const (
-	rulesTimeout = 10 * time.Second
-	// rulesEvery is how often rules that did not change are written all the same, in case
-	// somebody changed them.
-	rulesEvery = time.Minute
-)
+const rulesTimeout = 10 * time.Second
 
 // rules are what the table of the pod network is made from.
 type rules struct {
@@ -37,7 +33,8 @@ func (r rules) equal(o rules) bool {
 		slices.Equal(r.nodes, o.nodes) && r.vxlan == o.vxlan
 }
 
-// makeRules writes the table of the pod network when it is not as it was written last.
+// makeRules writes the table of the pod network when it is not, or may not be, as it was
+// written last.
 //
 // Packets from this node's pods to anything but pods get the node's address. VXLAN is
 // taken from nodes alone; what comes out of it must be from a pod of another node to one
@@ -69,14 +66,14 @@ func (n *Network) makeRules(own []netip.Prefix, guard Guard, hops []hop) error {
 		slices.SortFunc(r.nodes, netip.Addr.Compare)
 		r.nodes = slices.Compact(r.nodes)
 	}
-	if r.equal(n.rules) && time.Since(n.ruled) < rulesEvery {
+	if n.ruled && r.equal(n.rules) && !n.touched() {
 		return nil
 	}
 	if err := n.writeRules(r); err != nil {
-		n.ruled = time.Time{}
+		n.ruled = false
 		return err
 	}
-	n.rules, n.ruled = r, time.Now()
+	n.rules, n.ruled = r, true
 	return nil
 }
 
@@ -87,15 +84,17 @@ func (n *Network) writeRules(r rules) error {
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
-	nft = n.cfg.Watcher.Watch(nft)
+	nft = n.trust.Watch(n.cfg.Watcher, nft)
+	lines, begun := map[string]int{}, time.Now()
 	tx := nft.NewTransaction()
+	tx.Add(&knftables.Table{}) // so that deleting it cannot fail
+	tx.Delete(&knftables.Table{})
 	tx.Add(&knftables.Table{Comment: knftables.PtrTo("pod network of the Timonel agent")})
-	chain := func(name string, typ knftables.BaseChainType, hook knftables.BaseChainHook, priority knftables.BaseChainPriority, lines ...string) {
-		c := &knftables.Chain{Name: name, Type: &typ, Hook: &hook, Priority: &priority}
-		tx.Add(c)
-		tx.Flush(&knftables.Chain{Name: name})
-		for _, line := range lines {
-			tx.Add(&knftables.Rule{Chain: name, Rule: line})
+	chain := func(name string, typ knftables.BaseChainType, hook knftables.BaseChainHook, priority knftables.BaseChainPriority, rules ...string) {
+		tx.Add(&knftables.Chain{Name: name, Type: &typ, Hook: &hook, Priority: &priority})
+		for _, rule := range rules {
+			tx.Add(&knftables.Rule{Chain: name, Rule: rule})
+			lines[name]++
 		}
 	}
 	var translate, ends, inside []string
@@ -134,8 +133,22 @@ func (n *Network) writeRules(r rules) error {
 	if err := nft.Run(ctx, tx); err != nil {
 		return fmt.Errorf("nftables: rules of the pod network: %w", err)
 	}
+	n.lines = lines
+	n.trust.Written(begun)
 	return nil
 }
+
+// touched says whether somebody else may have changed the table since it was written.
+func (n *Network) touched() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), rulesTimeout)
+	defer cancel()
+	return n.trust.Touched(ctx, tables.Of{What: "the pod network", Family: knftables.InetFamily, Name: n.cfg.Table}, func(l *tables.Listing) bool {
+		return maps.Equal(l.Rules, n.lines) && len(l.Names["chain"]) == chains && len(l.Names["set"]) == sets
+	}, n.log)
+}
+
+// chains and sets are how many the table has.
+const chains, sets = 3, 6
 
 // family is one of IP's in a table for both.
 type family struct {
@@ -159,9 +172,7 @@ func set(tx *knftables.Transaction, name string, f family, elements []string) {
 	if f.v4 {
 		typ = "ipv4_addr"
 	}
-	s := &knftables.Set{Name: name, Type: typ, Flags: []knftables.SetFlag{knftables.IntervalFlag}}
-	tx.Add(s)
-	tx.Flush(s)
+	tx.Add(&knftables.Set{Name: name, Type: typ, Flags: []knftables.SetFlag{knftables.IntervalFlag}})
 	for _, e := range elements {
 		tx.Add(&knftables.Element{Set: name, Key: []string{e}})
 	}

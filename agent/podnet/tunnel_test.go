@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +16,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"timonel/network/netlab"
 )
 
 // two segments with a router between: a and b in one, c in the other.
@@ -234,11 +235,10 @@ func TestAnotherPodNetwork(t *testing.T) {
 
 // state is all that an agent made in a machine, without what its node's device numbers are.
 func (m *machine) state() string {
-	text := m.run(`ip -o route show proto 157 | sort; ip -6 -o route show proto 157 | sort; bridge fdb show dev timonel-vxlan 2>/dev/null | sort || true
-		ip neigh show dev timonel-vxlan 2>/dev/null | sort || true; ip -6 neigh show dev timonel-vxlan nud permanent 2>/dev/null | sort || true
-		ip -o addr show dev timonel-vxlan 2>/dev/null | sed 's/^[0-9]*: //' || true; ip -d link show dev timonel-vxlan 2>/dev/null | sed 's/^[0-9]*: //' || true; nft list table inet timonel-test`)
+	var text string
+	m.in(func() { text = netlab.Routes(m.l.t, "timonel-vxlan") })
+	text += m.run("nft list table inet timonel-test")
 	raw, _ := os.ReadFile(m.net.confPath())
-	text = regexp.MustCompile(`valid_lft.*`).ReplaceAllString(text, "")
 	return text + strings.ReplaceAll(string(raw), m.dir, "")
 }
 

@@ -66,6 +66,7 @@ type options struct {
 	vxlan           podnet.VXLAN
 	podMTU          int
 	keepSource      []string
+	nameClients     []string
 	purge, keepData bool
 
 	podsReachCluster, blockMetadata bool
@@ -122,6 +123,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.IntVar(&o.vxlan.ID, "pod-network-vxlan-id", podnet.DefaultVXLANID, "number (VNI) of the pods' VXLAN, the same on all nodes")
 	f.IntVar(&o.vxlan.Port, "pod-network-vxlan-port", podnet.DefaultVXLANPort, "UDP port of the pods' VXLAN, the same on all nodes")
 	f.IntVar(&o.podMTU, "pod-network-mtu", 0, "greatest packet of pods; 0 for that of the device with --node-ip, less what VXLAN takes where it is needed")
+	f.StringSliceVar(&o.nameClients, "dns-clients", nil, "networks outside the cluster that may ask this node's DNS server; pods and the node itself always may")
 	f.StringSliceVar(&o.keepSource, "non-masquerade-cidr", nil, "networks outside the cluster to which pods' packets go with the pod's own address, and not the node's")
 	f.BoolVar(&o.podsReachCluster, "pods-reach-cluster-ports", false, "let pods reach the ports that controllers and agents have for each other (the API is reached in any case)")
 	f.BoolVar(&o.blockMetadata, "block-metadata", false, "keep pods from 169.254.169.254, where clouds tell a machine who it is and what it may do")
@@ -268,16 +270,16 @@ func (o *options) config() (agent.Config, error) {
 	if o.podMTU != 0 && (o.podMTU < 1280 || o.podMTU > 65535) {
 		return cfg, fmt.Errorf("--pod-network-mtu %d: must be 1280 to 65535, or 0", o.podMTU)
 	}
-	var keepSource []netip.Prefix
-	for _, text := range o.keepSource {
-		p, err := netip.ParsePrefix(text)
-		if err != nil {
-			return cfg, fmt.Errorf("--non-masquerade-cidr: %q is not a network such as 192.0.2.0/24", text)
-		}
-		keepSource = append(keepSource, p.Masked())
+	keepSource, err := networks("non-masquerade-cidr", o.keepSource)
+	if err != nil {
+		return cfg, err
+	}
+	nameClients, err := networks("dns-clients", o.nameClients)
+	if err != nil {
+		return cfg, err
 	}
 	cfg = agent.Config{
-		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource,
+		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource, NameClients: nameClients,
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
 		CNIBin: o.cniBin, CNIConfDir: o.cniConf, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,
@@ -290,6 +292,18 @@ func (o *options) config() (agent.Config, error) {
 	}
 	cfg.SetDefaults()
 	return cfg, cfg.Validate()
+}
+
+// networks reads those of a flag.
+func networks(flag string, list []string) (out []netip.Prefix, err error) {
+	for _, text := range list {
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return nil, fmt.Errorf("--%s: %q is not a network such as 192.0.2.0/24", flag, text)
+		}
+		out = append(out, p.Masked())
+	}
+	return out, nil
 }
 
 // parseLogMaxSize reads a quantity as the kubelet does.

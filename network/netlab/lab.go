@@ -5,6 +5,7 @@ package netlab
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -258,12 +260,36 @@ func Ask(network, address string) string { return Asking(network, address, Patie
 
 // Asking is Ask with other patience.
 func Asking(network, address string, d time.Duration) string {
-	c, err := (&net.Dialer{Timeout: d}).DialContext(context.Background(), network, address)
+	c, err := Dial(network, netip.Addr{}, address, d)
 	if err != nil {
 		return Failure(err)
 	}
 	defer c.Close()
 	return Talk(c, d)
+}
+
+// clientPort is the last from which a client sent by UDP.
+var clientPort atomic.Uint32
+
+// Dial connects from an address, zero: any. By UDP each is from another port: conntrack knows
+// what was sent from one for half a minute, and the kernel would give out the same again.
+func Dial(network string, from netip.Addr, to string, d time.Duration) (net.Conn, error) {
+	for {
+		dialer := &net.Dialer{Timeout: d}
+		switch {
+		case network == "udp":
+			dialer.LocalAddr = net.UDPAddrFromAddrPort(netip.AddrPortFrom(from, uint16(10000+clientPort.Add(1)%50000)))
+			if !from.IsValid() {
+				dialer.LocalAddr.(*net.UDPAddr).IP = nil
+			}
+		case from.IsValid():
+			dialer.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+		}
+		c, err := dialer.DialContext(context.Background(), network, to)
+		if network != "udp" || !errors.Is(err, unix.EADDRINUSE) {
+			return c, err
+		}
+	}
 }
 
 // Talk is Ask over a connection.

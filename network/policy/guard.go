@@ -74,6 +74,8 @@ func fromPod(pod Pod, own map[string][]netip.Addr) []string {
 	unspecified := netip.IPv4Unspecified() // asks whether an address is somebody's
 	rules = append(rules, "ether type arp arp saddr ip "+listing(append([]netip.Addr{unspecified}, own["ip"]...))+" accept")
 	if len(own["ip"]) > 0 {
+		// Where host ports are reached at 127.0.0.1, the kernel would let a pod's packets in too.
+		rules = append(rules, "ether type ip ip daddr 127.0.0.0/8 drop")
 		rules = append(rules, "ether type ip ip saddr "+listing(own["ip"])+" accept")
 	}
 	rules = append(rules, "icmpv6 type { nd-router-advert, nd-redirect } drop")

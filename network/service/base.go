@@ -29,6 +29,8 @@ type surroundings struct {
 	allNodePorts bool
 	// served are cluster addresses that this node answers itself.
 	served []netip.Addr
+	// askers are networks from which served may be asked; none: any.
+	askers []netip.Prefix
 	// ports are those at which nodes and controllers talk to each other.
 	ports []uint16
 }
@@ -38,6 +40,7 @@ const (
 	chainServicesCheck   = "services-check"
 	chainNodePortsCheck  = "nodeports-check"
 	chainClusterIPsCheck = "cluster-ips-check"
+	chainServedCheck     = "served-check"
 	chainFirewallCheck   = "firewall-check"
 	chainMasquerade      = "masquerading"
 	chainReject          = "reject-all"
@@ -55,7 +58,7 @@ var hooks = []struct {
 	{"filter-prerouting", knftables.FilterType, knftables.PreroutingHook, knftables.DNATPriority + "-10", []string{"ct state new jump " + chainFirewallCheck}},
 	{"filter-output-pre-dnat", knftables.FilterType, knftables.OutputHook, "-110", []string{"ct state new jump " + chainFirewallCheck}},
 	{"filter-input", knftables.FilterType, knftables.InputHook, knftables.FilterPriority, []string{
-		"ct state new jump " + chainNodePortsCheck, "ct state new jump " + chainServicesCheck}},
+		"ct state new jump " + chainNodePortsCheck, "ct state new jump " + chainServicesCheck, "ct state new jump " + chainServedCheck}},
 	{"filter-forward", knftables.FilterType, knftables.ForwardHook, knftables.FilterPriority, []string{
 		"ct state new jump " + chainServicesCheck, "ct state new jump " + chainClusterIPsCheck}},
 	{"filter-output", knftables.FilterType, knftables.OutputHook, knftables.FilterPriority, []string{
@@ -175,6 +178,7 @@ func fixedChains(f family, s surroundings) []chain {
 		masquerade = append(masquerade, "ct status dnat "+ip+" saddr "+list+" "+ip+" daddr "+list+" masquerade fully-random")
 	}
 	return []chain{
+		{chainServedCheck, servedRules(f, s)},
 		{chainServices, services},
 		{chainServicesCheck, []string{at + mapNoEndpoints}},
 		{chainNodePortsCheck, []string{nodePort + mapNoEndpointsNodePorts}},
@@ -187,6 +191,24 @@ func fixedChains(f family, s surroundings) []chain {
 		{chainMasquerade, masquerade},
 		{chainReject, []string{"reject"}},
 	}
+}
+
+// servedRules keep strangers from what this node answers itself: names, of which whoever can
+// ask many small questions in the name of somebody else could make many large answers to them.
+func servedRules(f family, s surroundings) []string {
+	ip := string(f.nft)
+	if len(s.askers) == 0 {
+		return nil
+	}
+	var texts []string
+	for _, p := range f.prefixes(s.askers) {
+		texts = append(texts, p.String())
+	}
+	rule := ip + " daddr @" + setServed + " fib saddr type != local "
+	if len(texts) > 0 {
+		rule += ip + " saddr != { " + strings.Join(texts, ", ") + " } "
+	}
+	return []string{rule + "drop"}
 }
 
 // base writes all of a table that is not a Service's, and empties what Services fill.

@@ -38,6 +38,9 @@ type Config struct {
 	// TCP, at all of their addresses: no Service is given what is for them, whatever addresses
 	// it claims.
 	ClusterPorts []uint16
+	// NameClients are networks beside the pods' from which the addresses that this node answers
+	// itself (Networks.Local) may be asked; from the node itself they always may.
+	NameClients []netip.Prefix
 	// Look is how often it is looked whether the tables are as they were left. Default
 	// DefaultLook.
 	Look time.Duration

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -45,7 +46,10 @@ func (s *side) flows(old, view *feed.View, names map[feed.Name]struct{}, whole b
 			one(name)
 		}
 	}
-	if len(match.serving) == 0 {
+	if whole {
+		match.clusters = around.services // Services may have gone while no agent was there
+	}
+	if len(match.serving) == 0 && len(match.clusters) == 0 {
 		return nil
 	}
 	match.node = map[netip.Addr]struct{}{}
@@ -114,6 +118,9 @@ type flowFilter struct {
 	family  family
 	node    map[netip.Addr]struct{} // where node ports are
 	serving map[frontend]map[netip.AddrPort]struct{}
+	// clusters are networks of cluster addresses, where nobody but who is in serving has
+	// translations.
+	clusters []netip.Prefix
 }
 
 // MatchConntrackFlow says whether an entry is to be deleted.
@@ -128,6 +135,9 @@ func (m *flowFilter) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	}
 	to, from = to.Unmap(), from.Unmap()
 	list, is := m.serving[frontend{to, "udp", flow.Forward.DstPort}]
+	if !is && from != to && slices.ContainsFunc(m.clusters, func(p netip.Prefix) bool { return p.Contains(to) }) {
+		return true
+	}
 	if !is {
 		if _, here := m.node[to]; !here {
 			return false

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -66,5 +67,46 @@ func TestOwnPacketsGoToNoService(t *testing.T) {
 			}
 		}
 		l.same("at the end")
+	})
+}
+
+// What this node answers itself answers pods and the node, and no stranger.
+func TestStrangersAskNothing(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		a, out := l.Pod(2), l.Outside()
+		l.Address("lo", "10.96.0.10/32", "fd96::a/128")
+		l.Self().Serve(53, "10.96.0.10", "fd96::a")
+		served := Networks{
+			Pods:  []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00::/16")},
+			Local: []netip.Addr{netip.MustParseAddr("10.96.0.10"), netip.MustParseAddr("fd96::a")},
+		}
+		at := []string{"10.96.0.10:53", "[fd96::a]:53"}
+		ask := func(h *netlab.Host, expect string) {
+			t.Helper()
+			for _, network := range networks {
+				for _, address := range at {
+					if expect == "nothing" {
+						require.Equal(t, expect, h.Silent(network, address), address)
+					} else {
+						require.Contains(t, h.Ask(network, address), expect, address)
+					}
+				}
+			}
+		}
+		l.proxy.SetNetworks(served)
+		l.pass()
+		ask(a, "node ")
+		ask(l.Self(), "node ")
+		ask(out, "nothing")
+		l.start(Config{NameClients: []netip.Prefix{netip.MustParsePrefix(outsideIP + "/32"), netip.MustParsePrefix(outsideIP6 + "/128")}})
+		l.proxy.SetNetworks(served)
+		l.pass()
+		ask(out, "node ")
+		served.Pods = nil // of a controller that does not say where pods are
+		l.start(Config{})
+		l.proxy.SetNetworks(served)
+		l.pass()
+		ask(out, "node ")
 	})
 }

@@ -254,6 +254,9 @@ func (p *Proxy) surroundings() surroundings {
 	if !p.filter {
 		out.ownPods = n.Own
 	}
+	if len(n.Pods) > 0 {
+		out.askers = slices.Concat(out.pods, p.cfg.NameClients)
+	}
 	out.nodePorts, out.allNodePorts = p.nodePorts()
 	return out
 }

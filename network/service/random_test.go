@@ -1,9 +1,7 @@
 package service
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -16,12 +14,11 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/utils/ptr"
 	"sigs.k8s.io/knftables"
 
 	"timonel/network/feed"
+	"timonel/network/netlab"
 )
 
 var sequences = flag.Int("sequences", 6, "how many sequences TestSequences makes")
@@ -79,46 +76,6 @@ func (n *withFaults) Check(ctx context.Context, tx *knftables.Transaction) error
 	return n.Interface.Check(ctx, tx)
 }
 
-// listing is a table as nft lists it, without what may differ between two that are the same.
-func listing(t *testing.T, family, table string) []string {
-	t.Helper()
-	raw, err := exec.Command("nft", "-j", "list", "table", family, table).Output()
-	require.NoError(t, err)
-	var all struct{ Nftables []map[string]map[string]any }
-	require.NoError(t, json.Unmarshal(raw, &all))
-	var out []string
-	for _, o := range all.Nftables[1:] {
-		for kind, fields := range o {
-			delete(fields, "handle")
-			delete(fields, "index")
-			fields["table"] = ""
-			if kind == "table" {
-				fields["name"] = ""
-			}
-			if elements, ok := fields["elem"].([]any); ok {
-				slices.SortFunc(elements, func(a, b any) int { return cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
-			}
-			text, err := json.Marshal(fields)
-			require.NoError(t, err)
-			out = append(out, kind+" "+string(text))
-		}
-	}
-	// Rules stay in their order; all else has none.
-	slices.SortStableFunc(out, func(a, b string) int {
-		if strings.HasPrefix(a, "rule ") && strings.HasPrefix(b, "rule ") {
-			return cmp.Compare(chainOf(a), chainOf(b))
-		}
-		return cmp.Compare(a, b)
-	})
-	return out
-}
-
-func chainOf(rule string) string {
-	_, rest, _ := strings.Cut(rule, `"chain":"`)
-	name, _, _ := strings.Cut(rest, `"`)
-	return name
-}
-
 // same says that the tables are what a fresh agent would make.
 func (l *lab) same(what string) {
 	l.t.Helper()
@@ -135,7 +92,7 @@ func (l *lab) same(what string) {
 	}
 	l.pass()
 	for _, family := range []string{"ip", "ip6"} {
-		want, got := listing(l.t, family, "fresh"), listing(l.t, family, old.cfg.Table)
+		want, got := netlab.Listing(l.t, family, "fresh"), netlab.Listing(l.t, family, old.cfg.Table)
 		for _, list := range []struct {
 			text        string
 			has, hasNot []string
@@ -148,94 +105,6 @@ func (l *lab) same(what string) {
 	}
 	require.NoError(l.t, Remove(l.t.Context(), "fresh"))
 	l.proxy = old
-}
-
-// change makes one random change of the cluster.
-func randomChange(r *rand.Rand, t *feed.Txn) string {
-	name := fmt.Sprintf("s%d", r.IntN(5))
-	n := feed.Name{Namespace: "default", Name: name}
-	some := func(of ...string) (out []string) {
-		for _, o := range of {
-			if r.IntN(3) == 0 {
-				out = append(out, o)
-			}
-		}
-		return out
-	}
-	switch r.IntN(8) {
-	case 0:
-		t.RemoveService(n)
-		return "remove " + name
-	case 1:
-		t.SetZone([]string{"", "a", "b"}[r.IntN(3)])
-		return "zone"
-	case 2, 3, 4:
-		s := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, CreationTimestamp: metav1.Unix(int64(r.IntN(3)), 0)}}
-		s.Spec.ClusterIP = fmt.Sprintf("10.96.0.%d", r.IntN(7)+1)
-		s.Spec.ClusterIPs = []string{s.Spec.ClusterIP}
-		if r.IntN(2) == 0 {
-			s.Spec.ClusterIPs = append(s.Spec.ClusterIPs, fmt.Sprintf("fd96::%d", r.IntN(7)+1))
-		}
-		s.Spec.Type = corev1.ServiceTypeClusterIP
-		ports := []corev1.ServicePort{{Name: "tcp", Protocol: corev1.ProtocolTCP, Port: 80}, {Name: "udp", Protocol: corev1.ProtocolUDP, Port: 80}, {Name: "x", Protocol: corev1.ProtocolSCTP, Port: 9}}
-		s.Spec.Ports = ports[:1+r.IntN(3)]
-		if r.IntN(2) == 0 {
-			s.Spec.Type = corev1.ServiceTypeLoadBalancer
-			for i := range s.Spec.Ports {
-				s.Spec.Ports[i].NodePort = int32(30000 + r.IntN(3))
-			}
-			for _, ip := range some("203.0.113.7", "203.0.113.8", "2001:db8:7::7") {
-				s.Status.LoadBalancer.Ingress = append(s.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{IP: ip})
-			}
-			s.Spec.LoadBalancerSourceRanges = some("198.18.0.0/15", "198.18.1.0/24", "0.0.0.0/0", "2001:db8::/32")
-		}
-		s.Spec.ExternalIPs = some("203.0.113.7", "203.0.113.9", "2001:db8:7::7")
-		if r.IntN(3) == 0 {
-			externalLocal(s)
-		}
-		if r.IntN(3) == 0 {
-			internalLocal(s)
-		}
-		if r.IntN(3) == 0 {
-			sticky(int32(1000 + r.IntN(2)))(s)
-		}
-		t.SetService(s)
-		return "set " + name
-	default:
-		s := &discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{
-			Namespace: "default", Name: fmt.Sprintf("%s-%d", name, r.IntN(3)), Labels: map[string]string{discoveryv1.LabelServiceName: name},
-		}, AddressType: discoveryv1.AddressTypeIPv4}
-		if r.IntN(4) == 0 {
-			t.RemoveSlice(feed.Name{Namespace: s.Namespace, Name: s.Name})
-			return "remove slice " + s.Name
-		}
-		format := "10.244.%d.%d"
-		if r.IntN(3) == 0 {
-			s.AddressType, format = discoveryv1.AddressTypeIPv6, "fd00:%d::%d"
-		}
-		for range r.IntN(5) {
-			e := ep(fmt.Sprintf(format, 1+r.IntN(2), 2+r.IntN(5)))
-			switch r.IntN(6) {
-			case 0:
-				notReady(&e)
-			case 1:
-				terminating(&e)
-			case 2:
-				zones(some("a", "b")...)(&e)
-			case 3:
-				nodes(some("n1", "n2")...)(&e)
-			}
-			s.Endpoints = append(s.Endpoints, e)
-		}
-		for _, p := range []struct {
-			name     string
-			protocol corev1.Protocol
-		}{{"tcp", corev1.ProtocolTCP}, {"udp", corev1.ProtocolUDP}, {"x", corev1.ProtocolSCTP}} {
-			s.Ports = append(s.Ports, discoveryv1.EndpointPort{Name: ptr.To(p.name), Protocol: ptr.To(p.protocol), Port: ptr.To(int32(8080 + r.IntN(2)))})
-		}
-		t.SetSlice(s)
-		return "slice " + s.Name
-	}
 }
 
 // vandal does to nftables what others may do.
@@ -270,7 +139,7 @@ func TestSequences(t *testing.T) {
 			for range 3 + r.IntN(6) {
 				l.store.Update(func(t *feed.Txn) {
 					for range 1 + r.IntN(4) {
-						story = append(story, randomChange(r, t))
+						story = append(story, netlab.RandomService(r, t))
 					}
 				})
 				switch r.IntN(6) {

@@ -7,6 +7,8 @@ import (
 
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"timonel/dispatch/network/policy/oracle"
 )
 
 // large is a cluster of so many pods, 30 on a node and 100 in a namespace, of ten apps
@@ -17,7 +19,7 @@ func large(pods int) *Fold {
 	f.Update(1, func(t *Txn) {
 		for i := range pods / 100 {
 			name := fmt.Sprint("ns", i)
-			t.SetNamespace(namespaceObject(name, map[string]string{"kubernetes.io/metadata.name": name, "team": fmt.Sprint(i % 20)}))
+			t.SetNamespace(oracle.NamespaceObject(name, map[string]string{"kubernetes.io/metadata.name": name, "team": fmt.Sprint(i % 20)}))
 			for j := range 10 {
 				t.Set(Compile(allowFrom(name, fmt.Sprint("p", j), map[string]string{"app": fmt.Sprint(j)}, map[string]string{"app": fmt.Sprint((j + 1) % 10)})))
 			}
@@ -29,7 +31,7 @@ func large(pods int) *Fold {
 			t.Set(Compile(all))
 		}
 		for i := range pods {
-			t.SetPod(podObject(fmt.Sprint("ns", i/100), fmt.Sprint("pod", i), fmt.Sprint("node", i/30), map[string]string{"app": fmt.Sprint(i % 10)}, fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)))
+			t.SetPod(oracle.PodObject(fmt.Sprint("ns", i/100), fmt.Sprint("pod", i), fmt.Sprint("node", i/30), map[string]string{"app": fmt.Sprint(i % 10)}, fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255)))
 		}
 	})
 	return f
@@ -59,7 +61,7 @@ func BenchmarkOnePodChanges(b *testing.B) {
 			held := live() - before
 			told := 0
 			for i := 0; b.Loop(); i++ {
-				p := podObject("ns2", "pod205", "node6", map[string]string{"app": "5"}, fmt.Sprintf("10.200.%d.%d", i>>8&255, i&255))
+				p := oracle.PodObject("ns2", "pod205", "node6", map[string]string{"app": "5"}, fmt.Sprintf("10.200.%d.%d", i>>8&255, i&255))
 				f.Update(int64(i+2), func(t *Txn) { t.SetPod(p) })
 				b.StopTimer()
 				for _, l := range followers {

@@ -9,6 +9,8 @@ import (
 	"sigs.k8s.io/yaml"
 
 	pb "timonel/proto/timonel/v1"
+
+	"timonel/dispatch/network/policy/oracle"
 )
 
 func compiled(t *testing.T, text string) (*Policy, []string) {
@@ -46,10 +48,10 @@ spec:
 	require.EqualValues(t, 7, p.Item.Priority)
 	f := newFold()
 	f.Update(1, func(txn *Txn) {
-		txn.SetNamespace(namespaceObject("x", map[string]string{"team": "a"}))
-		txn.SetNamespace(namespaceObject("y", map[string]string{"team": "b"}))
-		txn.SetPod(podObject("x", "own", "n1", nil, "10.0.0.1"))
-		txn.SetPod(podObject("y", "web", "n2", map[string]string{"app": "web"}, "10.0.0.2"))
+		txn.SetNamespace(oracle.NamespaceObject("x", map[string]string{"team": "a"}))
+		txn.SetNamespace(oracle.NamespaceObject("y", map[string]string{"team": "b"}))
+		txn.SetPod(oracle.PodObject("x", "own", "n1", nil, "10.0.0.1"))
+		txn.SetPod(oracle.PodObject("y", "web", "n2", map[string]string{"app": "web"}, "10.0.0.2"))
 		txn.SetNode("n3", map[string]string{"role": "storage"}, []netip.Addr{netip.MustParseAddr("198.51.100.3")})
 		txn.SetNode("n4", nil, []netip.Addr{netip.MustParseAddr("198.51.100.4")})
 		txn.Set(p)
@@ -76,7 +78,7 @@ spec:
 	}
 	require.ElementsMatch(t, []element{{netip.MustParseAddr("10.0.0.1"), "TCP", 8080}, {netip.MustParseAddr("10.0.0.2"), "TCP", 8080}}, targets)
 
-	f.Update(2, func(txn *Txn) { txn.SetNamespace(namespaceObject("x", nil)) })
+	f.Update(2, func(txn *Txn) { txn.SetNamespace(oracle.NamespaceObject("x", nil)) })
 	n1.take()
 	require.Empty(t, n1.items)
 	f.Update(3, func(txn *Txn) {

@@ -6,110 +6,12 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
-	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"timonel/dispatch/network/policy/oracle"
 )
-
-// dice makes objects.
-type dice struct{ *rand.Rand }
-
-func pick[T any](d dice, from ...T) T { return from[d.IntN(len(from))] }
-
-func (d dice) labels() map[string]string {
-	out := map[string]string{}
-	for _, k := range []string{"app", "tier"} {
-		if d.IntN(3) > 0 {
-			out[k] = pick(d, "a", "b", "")
-		}
-	}
-	return out
-}
-
-func (d dice) selector() metav1.LabelSelector {
-	switch d.IntN(6) {
-	case 0:
-		return metav1.LabelSelector{}
-	case 1:
-		return metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{
-			Key: pick(d, "app", "tier"), Operator: pick(d, metav1.LabelSelectorOpExists, metav1.LabelSelectorOpDoesNotExist),
-		}}}
-	case 2:
-		return metav1.LabelSelector{MatchExpressions: []metav1.LabelSelectorRequirement{{
-			Key: pick(d, "app", "tier"), Operator: pick(d, metav1.LabelSelectorOpIn, metav1.LabelSelectorOpNotIn), Values: []string{"a", "b"}[:1+d.IntN(2)],
-		}}}
-	}
-	return metav1.LabelSelector{MatchLabels: d.labels()}
-}
-
-func (d dice) peers() (out []networkingv1.NetworkPolicyPeer) {
-	for range d.IntN(3) {
-		var p networkingv1.NetworkPolicyPeer
-		one, other := d.selector(), d.selector()
-		switch d.IntN(4) {
-		case 0:
-			p.PodSelector = &one
-		case 1:
-			p.NamespaceSelector = &one
-		case 2:
-			p.PodSelector, p.NamespaceSelector = &one, &other
-		case 3:
-			p.IPBlock = pick(d,
-				&networkingv1.IPBlock{CIDR: "10.0.0.0/29", Except: []string{"10.0.0.2/31", "10.0.0.7/32"}},
-				&networkingv1.IPBlock{CIDR: "fd00::/125"}, &networkingv1.IPBlock{CIDR: "0.0.0.0/0"})
-		}
-		out = append(out, p)
-	}
-	return out
-}
-
-func (d dice) ports() (out []networkingv1.NetworkPolicyPort) {
-	for range d.IntN(3) {
-		var p networkingv1.NetworkPolicyPort
-		if d.IntN(2) == 0 {
-			p.Protocol = new(pick(d, corev1.ProtocolTCP, corev1.ProtocolUDP, corev1.ProtocolSCTP))
-		}
-		switch d.IntN(4) {
-		case 0:
-			p.Port = new(intstr.FromInt32(pick(d, int32(53), 80)))
-		case 1:
-			p.Port, p.EndPort = new(intstr.FromInt32(80)), new(int32(8080))
-		case 2:
-			p.Port = new(intstr.FromString(pick(d, "http", "dns")))
-		}
-		out = append(out, p)
-	}
-	return out
-}
-
-func (d dice) policy(namespace, name string) *networkingv1.NetworkPolicy {
-	p := &networkingv1.NetworkPolicy{
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: "u"},
-		Spec:       networkingv1.NetworkPolicySpec{PodSelector: d.selector()},
-	}
-	p.Spec.PolicyTypes = pick(d, nil, nil, []networkingv1.PolicyType{"Ingress"}, []networkingv1.PolicyType{"Egress"}, []networkingv1.PolicyType{"Ingress", "Egress"})
-	for range d.IntN(3) {
-		p.Spec.Ingress = append(p.Spec.Ingress, networkingv1.NetworkPolicyIngressRule{From: d.peers(), Ports: d.ports()})
-	}
-	for range d.IntN(3) {
-		p.Spec.Egress = append(p.Spec.Egress, networkingv1.NetworkPolicyEgressRule{To: d.peers(), Ports: d.ports()})
-	}
-	return p
-}
-
-func (d dice) pod(namespace, name string) *corev1.Pod {
-	ips := []string{fmt.Sprintf("10.0.0.%d", d.IntN(8)), fmt.Sprintf("fd00::%x", d.IntN(8))}[:d.IntN(3)]
-	p := podObject(namespace, name, pick(d, "", "n1", "n2", "n3"), d.labels(), ips...)
-	p.UID += types.UID(pick(d, "", "", "", "x"))
-	p.Status.Phase = pick(d, corev1.PodRunning, corev1.PodRunning, corev1.PodRunning, corev1.PodFailed, corev1.PodSucceeded)
-	p.Spec.HostNetwork = d.IntN(8) == 0
-	if d.IntN(3) == 0 {
-		p.Spec.Containers[0].Ports[0].ContainerPort = 8081
-	}
-	return p
-}
 
 // Whatever happens, in whatever portions, a node is told what one is told that comes last,
 // and that is what the API's words about the objects say.
@@ -118,10 +20,12 @@ func TestAFoldIsWhatTheObjectsSay(t *testing.T) {
 	for seed := range uint64(20) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
-			d := dice{rand.New(rand.NewPCG(seed, 1))}
-			w, f := newWorld(), newFold()
+			d := oracle.Dice{Rand: rand.New(rand.NewPCG(seed, 1)), Blocks: []networkingv1.IPBlock{
+				{CIDR: "10.0.0.0/29", Except: []string{"10.0.0.2/31", "10.0.0.7/32"}}, {CIDR: "fd00::/125"}, {CIDR: "0.0.0.0/0"},
+			}}
+			w, f := oracle.NewWorld(), newFold()
 			nodes := map[string]*node{"n1": follow(t, f, "n1"), "n2": follow(t, f, "n2")}
-			namespace := func() string { return pick(d, "x", "y", "z") }
+			namespace := func() string { return oracle.Pick(d, "x", "y", "z") }
 			revision := int64(0)
 			for step := range 60 {
 				revision++
@@ -130,48 +34,48 @@ func TestAFoldIsWhatTheObjectsSay(t *testing.T) {
 						ns := namespace()
 						switch d.IntN(9) {
 						case 0:
-							w.namespaces[ns] = namespaceObject(ns, d.labels())
-							txn.SetNamespace(w.namespaces[ns])
+							w.Namespaces[ns] = oracle.NamespaceObject(ns, d.Labels())
+							txn.SetNamespace(w.Namespaces[ns])
 						case 1:
 							if d.IntN(4) == 0 {
-								delete(w.namespaces, ns)
+								delete(w.Namespaces, ns)
 								txn.RemoveNamespace(ns)
 							}
 						case 2, 3, 4:
-							p := d.pod(ns, fmt.Sprint("p", d.IntN(6)))
-							w.pods[Name{ns, p.Name}] = p
+							p := d.Pod(ns, fmt.Sprint("p", d.IntN(6)))
+							w.Pods[types.NamespacedName(Name{ns, p.Name})] = p
 							txn.SetPod(p)
 						case 5:
 							name := fmt.Sprint("p", d.IntN(6))
-							delete(w.pods, Name{ns, name})
+							delete(w.Pods, types.NamespacedName(Name{ns, name}))
 							txn.RemovePod(ns, name)
 						case 6, 7:
-							p := d.policy(ns, fmt.Sprint("np", d.IntN(3)))
-							w.policies[Name{ns, p.Name}] = p
+							p := d.Policy(ns, fmt.Sprint("np", d.IntN(3)))
+							w.Policies[types.NamespacedName(Name{ns, p.Name})] = p
 							txn.Set(Compile(p))
 						case 8:
 							name := fmt.Sprint("np", d.IntN(3))
-							delete(w.policies, Name{ns, name})
+							delete(w.Policies, types.NamespacedName(Name{ns, name}))
 							txn.Remove(ns, name)
 						}
 					}
 				})
 				if d.IntN(10) == 0 {
-					name := pick(d, "n1", "n2")
+					name := oracle.Pick(d, "n1", "n2")
 					if d.IntN(2) == 0 {
 						nodes[name].l.Close()
 					}
 					nodes[name] = follow(t, f, name)
 				}
 				if d.IntN(3) == 0 {
-					w.check(t, nodes, step%20 == 0)
+					check(t, w, nodes, step%20 == 0)
 				}
 			}
-			w.check(t, nodes, true)
+			check(t, w, nodes, true)
 
 			// All goes, and nothing stays.
 			f.Update(revision+1, func(txn *Txn) {
-				for n := range w.policies {
+				for n := range w.Policies {
 					txn.Remove(n.Namespace, n.Name)
 				}
 			})
@@ -186,10 +90,10 @@ func TestAFoldIsWhatTheObjectsSay(t *testing.T) {
 			require.Empty(t, f.used)
 			require.Zero(t, f.bytes)
 			f.Update(revision+2, func(txn *Txn) {
-				for n := range w.pods {
+				for n := range w.Pods {
 					txn.RemovePod(n.Namespace, n.Name)
 				}
-				for n := range w.namespaces {
+				for n := range w.Namespaces {
 					txn.RemoveNamespace(n)
 				}
 			})
@@ -216,10 +120,10 @@ func TestAChangeGoesToWhomItConcerns(t *testing.T) {
 	f := newFold()
 	web, client := map[string]string{"app": "web"}, map[string]string{"app": "client"}
 	f.Update(1, func(txn *Txn) {
-		txn.SetNamespace(namespaceObject("x", nil))
-		txn.SetPod(podObject("x", "web", "n1", web, "10.0.0.1"))
-		txn.SetPod(podObject("x", "client", "n2", client, "10.0.0.2"))
-		txn.SetPod(podObject("y", "web", "n3", web, "10.0.0.3"))
+		txn.SetNamespace(oracle.NamespaceObject("x", nil))
+		txn.SetPod(oracle.PodObject("x", "web", "n1", web, "10.0.0.1"))
+		txn.SetPod(oracle.PodObject("x", "client", "n2", client, "10.0.0.2"))
+		txn.SetPod(oracle.PodObject("y", "web", "n3", web, "10.0.0.3"))
 	})
 	n1, n2, n3 := follow(t, f, "n1"), follow(t, f, "n2"), follow(t, f, "n3")
 	quiet := func() {
@@ -232,20 +136,20 @@ func TestAChangeGoesToWhomItConcerns(t *testing.T) {
 	require.Equal(t, []string{"set group " + group + ".x", "set pod x/web", "set policy x/p"}, n1.take())
 	require.EqualValues(t, 2, n1.told)
 	quiet()
-	f.Update(3, func(txn *Txn) { txn.SetPod(podObject("x", "client2", "n2", client, "10.0.0.4")) })
+	f.Update(3, func(txn *Txn) { txn.SetPod(oracle.PodObject("x", "client2", "n2", client, "10.0.0.4")) })
 	require.Equal(t, []string{"set group " + group + ".x"}, n1.take())
 	quiet()
-	f.Update(4, func(txn *Txn) { txn.SetPod(podObject("y", "client", "n2", client, "10.0.0.5")) })
+	f.Update(4, func(txn *Txn) { txn.SetPod(oracle.PodObject("y", "client", "n2", client, "10.0.0.5")) })
 	require.Nil(t, n1.take(), "a pod of another namespace")
 	quiet()
-	f.Update(5, func(txn *Txn) { txn.SetPod(podObject("x", "web", "n1", nil, "10.0.0.1")) })
+	f.Update(5, func(txn *Txn) { txn.SetPod(oracle.PodObject("x", "web", "n1", nil, "10.0.0.1")) })
 	require.Equal(t, []string{"remove group " + group + ".x", "remove pod x/web", "remove policy x/p"}, n1.take())
 	quiet()
 
 	// Who waits for a revision is told, if nothing happens for it too.
 	f.Want("n2", 7)
 	require.Nil(t, n2.take())
-	f.Update(8, func(txn *Txn) { txn.SetNamespace(namespaceObject("z", nil)) })
+	f.Update(8, func(txn *Txn) { txn.SetNamespace(oracle.NamespaceObject("z", nil)) })
 	<-n2.l.Moved()
 	told, ok := n2.l.Take()
 	require.True(t, ok)
@@ -267,10 +171,10 @@ func TestPartsOfAGroup(t *testing.T) {
 	ip := func(i int) string { return fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255) }
 	const many = 5000
 	f.Update(1, func(txn *Txn) {
-		txn.SetPod(podObject("x", "web", "n1", web, "10.255.0.1"))
+		txn.SetPod(oracle.PodObject("x", "web", "n1", web, "10.255.0.1"))
 		txn.Set(Compile(allowFrom("x", "p", web, client)))
 		for i := range many {
-			txn.SetPod(podObject("x", fmt.Sprint("c", i), "n2", client, ip(i)))
+			txn.SetPod(oracle.PodObject("x", fmt.Sprint("c", i), "n2", client, ip(i)))
 		}
 	})
 	n1 := follow(t, f, "n1")
@@ -278,7 +182,7 @@ func TestPartsOfAGroup(t *testing.T) {
 	require.Len(t, n1.group(group), many)
 	require.Greater(t, len(n1.items), many/maxPart)
 	for i := range 200 {
-		f.Update(int64(2+i), func(txn *Txn) { txn.SetPod(podObject("x", fmt.Sprint("d", i), "n2", client, ip(many+i))) })
+		f.Update(int64(2+i), func(txn *Txn) { txn.SetPod(oracle.PodObject("x", fmt.Sprint("d", i), "n2", client, ip(many+i))) })
 		require.LessOrEqual(t, len(n1.take()), 3, "one part, or two instead of one")
 	}
 	require.Len(t, n1.group(group), many+200)
@@ -292,13 +196,13 @@ func TestPartsOfAGroup(t *testing.T) {
 	require.Len(t, n1.items, 3, "the parts are one again")
 	fresh := newFold()
 	fresh.Update(1, func(txn *Txn) {
-		txn.SetPod(podObject("x", "web", "n1", web, "10.255.0.1"))
+		txn.SetPod(oracle.PodObject("x", "web", "n1", web, "10.255.0.1"))
 		txn.Set(Compile(allowFrom("x", "p", web, client)))
 		for i := range 3 {
-			txn.SetPod(podObject("x", fmt.Sprint("c", many-3+i), "n2", client, ip(many-3+i)))
+			txn.SetPod(oracle.PodObject("x", fmt.Sprint("c", many-3+i), "n2", client, ip(many-3+i)))
 		}
 		for i := range 200 {
-			txn.SetPod(podObject("x", fmt.Sprint("d", i), "n2", client, ip(many+i)))
+			txn.SetPod(oracle.PodObject("x", fmt.Sprint("d", i), "n2", client, ip(many+i)))
 		}
 	})
 	require.Equal(t, follow(t, fresh, "n1").items, n1.items)
@@ -310,17 +214,17 @@ func TestWhatIsTooMuchIsClosed(t *testing.T) {
 	web, client := map[string]string{"app": "web"}, map[string]string{"app": "client"}
 	f := New(Config{Bytes: 16 << 10, Logger: quiet})
 	f.Update(1, func(txn *Txn) {
-		txn.SetPod(podObject("x", "web", "n1", web, "10.255.0.1"))
-		txn.SetPod(podObject("y", "web", "n1", web, "10.255.0.2"))
+		txn.SetPod(oracle.PodObject("x", "web", "n1", web, "10.255.0.1"))
+		txn.SetPod(oracle.PodObject("y", "web", "n1", web, "10.255.0.2"))
 		txn.Set(Compile(allowFrom("x", "p", web, client)))
 		txn.Set(Compile(allowFrom("y", "p", web, client)))
-		txn.SetPod(podObject("y", "c", "n2", client, "10.1.0.1"))
+		txn.SetPod(oracle.PodObject("y", "c", "n2", client, "10.1.0.1"))
 	})
 	n1 := follow(t, f, "n1")
 	group := n1.policy(Name{"x", "p"}).Ingress[0].Groups[0]
 	f.Update(2, func(txn *Txn) {
 		for i := range 8000 {
-			txn.SetPod(podObject("x", fmt.Sprint("c", i), "n2", client, fmt.Sprintf("10.2.%d.%d", i>>8, i&255)))
+			txn.SetPod(oracle.PodObject("x", fmt.Sprint("c", i), "n2", client, fmt.Sprintf("10.2.%d.%d", i>>8, i&255)))
 		}
 	})
 	n1.take()
@@ -346,7 +250,7 @@ func TestWhatIsTooMuchIsClosed(t *testing.T) {
 		for i := range 8000 {
 			txn.RemovePod("x", fmt.Sprint("c", i))
 		}
-		txn.SetPod(podObject("x", "last", "n2", client, "10.3.0.1"))
+		txn.SetPod(oracle.PodObject("x", "last", "n2", client, "10.3.0.1"))
 		big.Spec.Ingress[0].From = big.Spec.Ingress[0].From[:20]
 		txn.Set(Compile(big))
 	})
@@ -361,8 +265,8 @@ func TestOneNamespaceNamesSoManySelections(t *testing.T) {
 	f := newFold()
 	web := map[string]string{"app": "web"}
 	f.Update(1, func(txn *Txn) {
-		txn.SetPod(podObject("x", "web", "n1", web))
-		txn.SetPod(podObject("y", "web", "n1", web))
+		txn.SetPod(oracle.PodObject("x", "web", "n1", web))
+		txn.SetPod(oracle.PodObject("y", "web", "n1", web))
 		for i := range 5 {
 			p := allowFrom("x", fmt.Sprint("p", i), web, nil)
 			for j := range 1000 {

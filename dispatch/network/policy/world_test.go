@@ -10,12 +10,8 @@ import (
 
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
-	networkingv1 "k8s.io/api/networking/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"timonel/dispatch/network/policy/oracle"
 	"timonel/network/feed/wire"
 	pb "timonel/proto/timonel/v1"
 )
@@ -24,47 +20,19 @@ var quiet = slog.New(slog.DiscardHandler)
 
 func newFold() *Fold { return New(Config{Bytes: 64 << 20, Logger: quiet}) }
 
-// world is objects as the API has them.
-type world struct {
-	namespaces map[string]*corev1.Namespace
-	pods       map[Name]*corev1.Pod
-	policies   map[Name]*networkingv1.NetworkPolicy
-}
-
-func newWorld() *world {
-	return &world{map[string]*corev1.Namespace{}, map[Name]*corev1.Pod{}, map[Name]*networkingv1.NetworkPolicy{}}
-}
-
 // fill puts all of a world into a fold.
-func (w *world) fill(f *Fold, revision int64) {
+func fill(w *oracle.World, f *Fold, revision int64) {
 	f.Update(revision, func(t *Txn) {
-		for _, p := range w.pods {
+		for _, p := range w.Pods {
 			t.SetPod(p)
 		}
-		for _, p := range w.policies {
+		for _, p := range w.Policies {
 			t.Set(Compile(p))
 		}
-		for _, n := range w.namespaces {
+		for _, n := range w.Namespaces {
 			t.SetNamespace(n)
 		}
 	})
-}
-
-func namespaceObject(name string, set map[string]string) *corev1.Namespace {
-	return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: set}}
-}
-
-func podObject(namespace, name, node string, set map[string]string, ips ...string) *corev1.Pod {
-	p := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: types.UID("uid-" + name), Labels: set},
-		Spec: corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Ports: []corev1.ContainerPort{
-			{Name: "http", ContainerPort: 8080}, {Name: "dns", ContainerPort: 53, Protocol: corev1.ProtocolUDP},
-		}}}},
-	}
-	for _, ip := range ips {
-		p.Status.PodIPs = append(p.Status.PodIPs, corev1.PodIP{IP: ip})
-	}
-	return p
 }
 
 // node is what a node knows, told as it changes.
@@ -224,136 +192,11 @@ func (n *node) holds(r *pb.NetworkRule, peer netip.Addr, protocol string, port u
 	return who && what
 }
 
-// allowed is the same by upstream's words about the objects alone.
-func (w *world) allowed(pod *corev1.Pod, ingress bool, peer netip.Addr, protocol corev1.Protocol, port uint16) bool {
-	isolated := false
-	for _, p := range w.policies {
-		if p.Namespace != pod.Namespace || !selects(&p.Spec.PodSelector, pod.Labels) {
-			continue
-		}
-		types := p.Spec.PolicyTypes
-		if len(types) == 0 {
-			types = []networkingv1.PolicyType{networkingv1.PolicyTypeIngress}
-			if len(p.Spec.Egress) > 0 {
-				types = append(types, networkingv1.PolicyTypeEgress)
-			}
-		}
-		if ingress && slices.Contains(types, networkingv1.PolicyTypeIngress) {
-			isolated = true
-			for _, r := range p.Spec.Ingress {
-				if w.ruled(p, r.From, r.Ports, pod, true, peer, protocol, port) {
-					return true
-				}
-			}
-		}
-		if !ingress && slices.Contains(types, networkingv1.PolicyTypeEgress) {
-			isolated = true
-			for _, r := range p.Spec.Egress {
-				if w.ruled(p, r.To, r.Ports, pod, false, peer, protocol, port) {
-					return true
-				}
-			}
-		}
-	}
-	return !isolated
-}
-
-func (w *world) ruled(p *networkingv1.NetworkPolicy, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort, pod *corev1.Pod, ingress bool, peer netip.Addr, protocol corev1.Protocol, port uint16) bool {
-	// is says whether one of the peers is a pod, or when it is nil, the address.
-	is := func(other *corev1.Pod) bool {
-		if len(peers) == 0 {
-			return other == nil || w.namespaces[other.Namespace] != nil
-		}
-		return slices.ContainsFunc(peers, func(from networkingv1.NetworkPolicyPeer) bool {
-			if from.IPBlock != nil {
-				in := netip.MustParsePrefix(from.IPBlock.CIDR).Contains(peer) && (other == nil || w.namespaces[other.Namespace] != nil)
-				for _, e := range from.IPBlock.Except {
-					in = in && !netip.MustParsePrefix(e).Contains(peer)
-				}
-				return in
-			}
-			if other == nil {
-				return false
-			}
-			namespace := other.Namespace == p.Namespace
-			if from.NamespaceSelector != nil {
-				o := w.namespaces[other.Namespace]
-				namespace = o != nil && selects(from.NamespaceSelector, o.Labels)
-			}
-			return namespace && (from.PodSelector == nil || selects(from.PodSelector, other.Labels))
-		})
-	}
-	at := w.at(peer)
-	who := is(nil)
-	for other := range at {
-		who = who || is(other)
-	}
-	if len(ports) == 0 {
-		return who
-	}
-	return slices.ContainsFunc(ports, func(want networkingv1.NetworkPolicyPort) bool {
-		proto := corev1.ProtocolTCP
-		if want.Protocol != nil {
-			proto = *want.Protocol
-		}
-		switch {
-		case proto != protocol:
-			return false
-		case want.Port == nil:
-			return who
-		case want.Port.Type == intstr.String && ingress:
-			return who && named(pod, proto, want.Port.StrVal) == port
-		case want.Port.Type == intstr.String:
-			for other := range at {
-				if is(other) && named(other, proto, want.Port.StrVal) == port {
-					return true
-				}
-			}
-			return false
-		case want.EndPort != nil:
-			return who && int32(port) >= want.Port.IntVal && int32(port) <= *want.EndPort
-		}
-		return who && int32(port) == want.Port.IntVal
-	})
-}
-
-func named(p *corev1.Pod, protocol corev1.Protocol, name string) uint16 {
-	for _, c := range p.Spec.Containers {
-		for _, port := range c.Ports {
-			if port.Name == name && protocolOf(port.Protocol) == string(protocol) {
-				return uint16(port.ContainerPort)
-			}
-		}
-	}
-	return 0
-}
-
-// at are the pods of an address.
-func (w *world) at(ip netip.Addr) map[*corev1.Pod]bool {
-	out := map[*corev1.Pod]bool{}
-	for _, p := range w.pods {
-		if p.Spec.HostNetwork || p.Status.Phase == corev1.PodFailed || p.Status.Phase == corev1.PodSucceeded {
-			continue
-		}
-		for _, a := range p.Status.PodIPs {
-			if netip.MustParseAddr(a.IP) == ip {
-				out[p] = true
-			}
-		}
-	}
-	return out
-}
-
-func selects(s *metav1.LabelSelector, set map[string]string) bool {
-	selector, err := metav1.LabelSelectorAsSelector(s)
-	return err == nil && selector.Matches(labels.Set(set))
-}
-
 // check is whether every node allows what the API's words say, and has what it would have
 // if all had come at once.
-func (w *world) check(t testing.TB, nodes map[string]*node, whole bool) {
+func check(t testing.TB, w *oracle.World, nodes map[string]*node, whole bool) {
 	fresh := newFold()
-	w.fill(fresh, 1)
+	fill(w, fresh, 1)
 	for name, n := range nodes {
 		n.take()
 		want := follow(t, fresh, name)
@@ -363,7 +206,7 @@ func (w *world) check(t testing.TB, nodes map[string]*node, whole bool) {
 	if !whole {
 		return
 	}
-	for _, p := range w.pods {
+	for _, p := range w.Pods {
 		n := nodes[p.Spec.NodeName]
 		if n == nil || p.Spec.HostNetwork {
 			continue
@@ -371,7 +214,7 @@ func (w *world) check(t testing.TB, nodes map[string]*node, whole bool) {
 		own := map[string]uint16{}
 		for _, protocol := range []corev1.Protocol{"TCP", "UDP"} {
 			for _, port := range []string{"http", "dns"} {
-				own[string(protocol)+" "+port] = named(p, protocol, port)
+				own[string(protocol)+" "+port] = oracle.Port(p, protocol, port)
 			}
 		}
 		for i := range 8 {
@@ -380,7 +223,7 @@ func (w *world) check(t testing.TB, nodes map[string]*node, whole bool) {
 				for _, port := range []uint16{53, 80, 8081} {
 					for _, protocol := range []corev1.Protocol{"TCP", "UDP", "SCTP"} {
 						for _, ingress := range []bool{true, false} {
-							want, got := w.allowed(p, ingress, peer, protocol, port), n.allows(Name{p.Namespace, p.Name}, ingress, peer, string(protocol), port, own)
+							want, got := w.Allowed(p, ingress, peer, protocol, port), n.allows(Name{p.Namespace, p.Name}, ingress, peer, string(protocol), port, own)
 							if want != got {
 								t.Fatalf("pod %s/%s, ingress %v, %s, %s %d: the API says %v, what node %s was told says %v", p.Namespace, p.Name, ingress, peer, protocol, port, want, p.Spec.NodeName, got)
 							}

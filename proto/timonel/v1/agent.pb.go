@@ -2186,10 +2186,11 @@ type Cluster struct {
 	// Addresses of the cluster's DNS server, which each agent answers at itself. None:
 	// the controller makes no Service for it.
 	ClusterDns      []string `protobuf:"bytes,9,rep,name=cluster_dns,json=clusterDns,proto3" json:"cluster_dns,omitempty"`
-	PodNetworks     []string `protobuf:"bytes,10,rep,name=pod_networks,json=podNetworks,proto3" json:"pod_networks,omitempty"`             // CIDRs of all pods; the ranges of each node are in them
-	NodeBits4       uint32   `protobuf:"varint,11,opt,name=node_bits4,json=nodeBits4,proto3" json:"node_bits4,omitempty"`                  // prefix length of a node's range, of IPv4
-	NodeBits6       uint32   `protobuf:"varint,12,opt,name=node_bits6,json=nodeBits6,proto3" json:"node_bits6,omitempty"`                  // and of IPv6
-	ServiceNetworks []string `protobuf:"bytes,13,rep,name=service_networks,json=serviceNetworks,proto3" json:"service_networks,omitempty"` // CIDRs of the Services' addresses
+	PodNetworks     []string `protobuf:"bytes,10,rep,name=pod_networks,json=podNetworks,proto3" json:"pod_networks,omitempty"`                     // CIDRs of all pods; the ranges of each node are in them
+	NodeBits4       uint32   `protobuf:"varint,11,opt,name=node_bits4,json=nodeBits4,proto3" json:"node_bits4,omitempty"`                          // prefix length of a node's range, of IPv4
+	NodeBits6       uint32   `protobuf:"varint,12,opt,name=node_bits6,json=nodeBits6,proto3" json:"node_bits6,omitempty"`                          // and of IPv6
+	ServiceNetworks []string `protobuf:"bytes,13,rep,name=service_networks,json=serviceNetworks,proto3" json:"service_networks,omitempty"`         // CIDRs of the Services' addresses
+	ControllerPorts []uint32 `protobuf:"varint,14,rep,packed,name=controller_ports,json=controllerPorts,proto3" json:"controller_ports,omitempty"` // that controllers have for each other and for gossip, UDP and TCP
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -2304,6 +2305,13 @@ func (x *Cluster) GetNodeBits6() uint32 {
 func (x *Cluster) GetServiceNetworks() []string {
 	if x != nil {
 		return x.ServiceNetworks
+	}
+	return nil
+}
+
+func (x *Cluster) GetControllerPorts() []uint32 {
+	if x != nil {
+		return x.ControllerPorts
 	}
 	return nil
 }
@@ -3647,7 +3655,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\x12\x16\n" +
-	"\x06status\x18\x03 \x01(\fR\x06status\"\xc1\x03\n" +
+	"\x06status\x18\x03 \x01(\fR\x06status\"\xec\x03\n" +
 	"\aCluster\x12 \n" +
 	"\vcontrollers\x18\x01 \x03(\tR\vcontrollers\x12-\n" +
 	"\x06routes\x18\x02 \x03(\v2\x15.timonel.v1.NodeRouteR\x06routes\x12\x1f\n" +
@@ -3665,7 +3673,8 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"node_bits4\x18\v \x01(\rR\tnodeBits4\x12\x1d\n" +
 	"\n" +
 	"node_bits6\x18\f \x01(\rR\tnodeBits6\x12)\n" +
-	"\x10service_networks\x18\r \x03(\tR\x0fserviceNetworks\"\x8f\x01\n" +
+	"\x10service_networks\x18\r \x03(\tR\x0fserviceNetworks\x12)\n" +
+	"\x10controller_ports\x18\x0e \x03(\rR\x0fcontrollerPorts\"\x8f\x01\n" +
 	"\tNodeRoute\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tpod_cidrs\x18\x02 \x03(\tR\bpodCidrs\x12!\n" +
