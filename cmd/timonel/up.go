@@ -68,6 +68,7 @@ The cluster is up after %.1f s. Use it with
 	f.StringVar(&bin, "bin", "", "folder of the programs controller, agent and machine (default: where timonel is)")
 	f.StringVar(&images, "images", "", "folder of the images that agents import (default: images beside the programs)")
 	f.BoolVar(&sample, "sample", true, "deploy the sample application")
+	f.BoolVar(&o.Pool, "load-balancer-pool", true, "give Services of type LoadBalancer addresses of the machines' network, unless there are pools")
 	f.StringArrayVar(&o.ControllerFlags, "controller-flag", nil, "a further flag for every controller, such as --controller-flag=--log-level=debug")
 	f.StringArrayVar(&o.AgentFlags, "agent-flag", nil, "a further flag for every agent")
 	return cmd

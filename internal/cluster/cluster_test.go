@@ -27,6 +27,8 @@ func TestMachinesOfASpec(t *testing.T) {
 	require.Equal(t, "10.77.3.13:7443", s.ClusterAddress("c3"))
 	require.Equal(t, "10.77.3.102", s.Address("a2").String())
 	require.Equal(t, "10.77.3.1:6443", s.ProxyAddress())
+	first, last := s.PoolAddresses()
+	require.Equal(t, "10.77.3.241 10.77.3.254", first.String()+" "+last.String())
 	require.NoError(t, s.Check("a2"))
 	require.ErrorContains(t, s.Check("a3"), "c1, c2, c3, a1, a2")
 	require.Error(t, s.Check(""))

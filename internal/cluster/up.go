@@ -28,6 +28,7 @@ type Options struct {
 	ControllerFlags     []string
 	AgentFlags          []string
 	Sample              bool // deploy the sample application
+	Pool                bool // give Services of type LoadBalancer addresses of the machines' network
 	Report              Reporter
 }
 
@@ -57,6 +58,9 @@ func Up(ctx context.Context, o Options) (*Spec, error) {
 	defer unlock()
 	u := &up{Spec: s, report: o.Report}
 	steps := []func(context.Context) error{u.network, u.secrets, u.controllers, u.proxy, u.agents}
+	if o.Pool {
+		steps = append(steps, u.pool)
+	}
 	if o.Sample && s.Agents > 0 {
 		steps = append(steps, u.sample)
 	}
