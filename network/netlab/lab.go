@@ -29,7 +29,7 @@ import (
 // A Node is a node in a network namespace of its own, with pods on a bridge and a client
 // outside, each in one too. The test's goroutine is the node.
 type Node struct {
-	t    *testing.T
+	t    testing.TB
 	node netns.NsHandle
 }
 
@@ -40,7 +40,7 @@ const (
 )
 
 // In runs body as the node. Threads that were in a namespace end with it.
-func In(t *testing.T, body func(l *Node)) {
+func In(t testing.TB, body func(l *Node)) {
 	t.Helper()
 	needs.Root(t, "makes network namespaces")
 	if _, err := exec.LookPath("nft"); err != nil {
