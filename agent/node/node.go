@@ -22,6 +22,11 @@ import (
 // KubeletVersion is the Kubernetes version whose kubelet the agent stands for.
 const KubeletVersion = "v1.37.2"
 
+// KubeletPort is the kubelet's port (k8s.io/kubernetes/pkg/cluster/ports), that clients name
+// when they ask the API for a node's metrics. Nothing listens there: the API reaches the node
+// by the agent's stream.
+const KubeletPort = 10250
+
 // Facts are what does not change while an agent runs.
 type Facts struct {
 	Name    string
@@ -115,6 +120,7 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		Spec:       corev1.NodeSpec{Taints: f.Taints},
 		Status: corev1.NodeStatus{
 			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
+			DaemonEndpoints: corev1.NodeDaemonEndpoints{KubeletEndpoint: corev1.DaemonEndpoint{Port: KubeletPort}},
 		},
 	}
 	n.Annotations = map[string]string{"timonel.io/deleted-volumes": joined(h.Deleted)}

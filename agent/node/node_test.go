@@ -29,6 +29,7 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	require.Positive(t, ready.Status.Capacity.Memory().Value())
 	require.Equal(t, "a1", ready.Labels[corev1.LabelHostname])
 	require.Equal(t, "z", ready.Labels["zone"])
+	require.EqualValues(t, 10250, ready.Status.DaemonEndpoints.KubeletEndpoint.Port, "clients say it in paths of the API")
 
 	again, err := Make(f, Health{}, ready, later.Add(time.Hour))
 	require.NoError(t, err)
