@@ -6,35 +6,6 @@ import (
 	"timonel/agent/admission"
 )
 
-// admit decides once, before anything of the pod is started, whether this node
-// takes it. A pod that is not taken has failed for good. One that was started
-// already, by this agent or one before it, is not asked about again; when it
-// has a field that this agent refuses, an event says so and it goes on.
-func (w *worker) admit(pod *corev1.Pod, obs *observed) {
-	if w.asked || w.verdict != nil || terminal(pod.Status.Phase) || terminal(w.oldStatus(pod).Phase) {
-		return
-	}
-	w.asked = true
-	w.mu.Lock()
-	accepted := w.accepted
-	w.mu.Unlock()
-	if accepted || len(obs.sandboxes) > 0 || len(obs.containers) > 0 {
-		w.m.take(w, pod)
-		node := w.m.cfg.Node()
-		if r := admission.Refuse(pod, &node); r != nil {
-			w.event(pod, corev1.EventTypeWarning, admission.ReasonUnsupported,
-				"The pod was started by an agent that did not refuse this; it goes on without: "+r.Message, "")
-		}
-		return
-	}
-	r := w.m.admit(w, pod)
-	if r == nil {
-		return
-	}
-	w.verdict = &verdict{reason: r.Reason, message: "Pod was rejected: " + r.Message, rejected: true}
-	w.event(pod, corev1.EventTypeWarning, r.Reason, r.Message, "")
-}
-
 // admit holds a pod against what the node has and who is there already. Pods
 // are admitted one at a time, or two would get the same place.
 func (m *Manager) admit(w *worker, pod *corev1.Pod) *admission.Rejection {
@@ -55,6 +26,9 @@ func (m *Manager) take(w *worker, pod *corev1.Pod) {
 	m.admission.Lock()
 	defer m.admission.Unlock()
 	w.accept(pod)
+	if w.known.applied == nil {
+		w.known.applied = w.want.given
+	}
 	m.weigh()
 }
 
@@ -65,7 +39,7 @@ func (m *Manager) ended() {
 	m.weigh()
 	for _, w := range m.all() {
 		w.mu.Lock()
-		waits := w.resized
+		waits := w.want.resized
 		w.mu.Unlock()
 		if waits {
 			w.wakeUp()
@@ -81,8 +55,8 @@ func (m *Manager) accepted(but *worker) []*corev1.Pod {
 			continue
 		}
 		w.mu.Lock()
-		if w.accepted && !w.orphan && !w.removed && !w.over {
-			out = append(out, w.pod)
+		if w.known.accepted && !w.orphan && !w.want.removed && !w.known.over {
+			out = append(out, w.want.pod)
 		}
 		w.mu.Unlock()
 	}
@@ -93,12 +67,11 @@ func (m *Manager) accepted(but *worker) []*corev1.Pod {
 func (w *worker) accept(pod *corev1.Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.accepted {
+	if w.known.accepted {
 		return
 	}
-	w.accepted = true
-	w.allocated = allocate(pod, nil)
-	w.pod, w.resized = w.allocated.apply(w.latest)
+	w.known.accepted = true
+	w.want.give(allocate(pod, nil))
 }
 
 // wasStarted says whether a status tells of a container that ran or of a

@@ -22,17 +22,18 @@ import (
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/eviction"
+	"timonel/agent/image"
 	"timonel/test/needs"
 )
 
-// told keeps events.
-type told struct {
+// listener keeps events.
+type listener struct {
 	nobody
 	mu     sync.Mutex
 	events []*corev1.Event
 }
 
-func (r *told) Event(e *corev1.Event) {
+func (r *listener) Event(e *corev1.Event) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.events = append(r.events, e)
@@ -43,7 +44,7 @@ func (r *told) Event(e *corev1.Event) {
 func TestEventsOfAPodAreFew(t *testing.T) {
 	t.Parallel()
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u"}}
-	now, heard := time.Unix(1000, 0), &told{}
+	now, heard := time.Unix(1000, 0), &listener{}
 	w := testWorker(t, &fakeRuntime{}, pod)
 	w.m.cfg.Reporter, w.m.cfg.Now = heard, func() time.Time { return now }
 	for i := range 1000 {
@@ -108,7 +109,7 @@ func TestAHookEndsWithItsContainer(t *testing.T) {
 	}}}
 	w := testWorker(t, &fakeRuntime{}, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u"}})
 	w.beginHook("id", spec)
-	w.runPostStart(w.pod, spec, "id", []string{host})
+	w.runPostStart(w.want.pod, spec, "id", []string{host})
 	<-arrived
 	w.stopHook("id")
 	ended := make(chan struct{})
@@ -149,28 +150,28 @@ func TestNothingIsStartedOfAPodThatEnds(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*worker){
 		"deleted": func(w *worker) {
-			pod := w.pod.DeepCopy()
+			pod := w.want.pod.DeepCopy()
 			pod.DeletionTimestamp = &metav1.Time{Time: time.Now()}
 			w.set(pod)
 		},
-		"removed": func(w *worker) { w.remove() },
+		"removed": func(w *worker) { w.change(func(want *want) { want.removed = true }) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "u", Name: "p", Namespace: "ns"}}
-			a := actions{}
+			var p pass
 			for i := range 50 {
 				pod.Spec.Containers = append(pod.Spec.Containers, corev1.Container{Name: fmt.Sprintf("c%d", i), Image: "i", ImagePullPolicy: corev1.PullNever})
 			}
 			for i := range pod.Spec.Containers {
-				a.start = append(a.start, start{spec: &pod.Spec.Containers[i]})
+				p.do(start{spec: &pod.Spec.Containers[i]})
 			}
 			rt := &starts{after: 3}
 			w := testWorker(t, &rt.fakeRuntime, pod)
 			w.m = NewManager(withRuntime(w.m.cfg, rt))
 			rt.delete = func() { end(w) }
-			obs := &observed{sandboxes: []sandbox{{id: "s", ready: true, ips: []string{"10.0.0.1"}}}, containers: map[string][]*container{}}
-			require.True(t, w.act(pod, obs, a, w.shown), "has to look again")
+			s := &seen{observed: observed{sandboxes: []sandbox{{id: "s", ready: true, ips: []string{"10.0.0.1"}}}}, known: &w.known, images: map[string]image.Result{}}
+			require.Equal(t, look, w.do(&w.want, s, &p))
 			require.Equal(t, 3, rt.made)
 		})
 	}
@@ -214,7 +215,7 @@ func TestAPodThatWasRemovedEndsSoon(t *testing.T) {
 		m.cfg.Runtime = &strangers{annotations: map[string]string{annotationPodGrace: said}}
 		require.NoError(t, m.Collect(t.Context()))
 		require.Len(t, m.workers, 1)
-		require.Equal(t, want, gracePeriod(m.workers["gone"].pod), said)
+		require.Equal(t, want, gracePeriod(m.workers["gone"].want.pod), said)
 	}
 }
 

@@ -221,7 +221,7 @@ func TestTextHasABound(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			pod := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{tc.container}}}
-			w := &worker{m: m, volumes: map[string]string{"v": t.TempDir()}}
+			w := &worker{m: m, known: known{volumes: map[string]string{"v": t.TempDir()}}}
 			c := &pod.Spec.Containers[0]
 			env, err := m.environment(pod, c, nil)
 			if err == nil {

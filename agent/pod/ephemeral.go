@@ -20,12 +20,13 @@ func asContainer(c *corev1.EphemeralContainer) *corev1.Container {
 
 // planEphemeral starts those that never ran, by what CRI has and by what the pod's
 // status says of those whose records CRI has lost.
-func planEphemeral(pod *corev1.Pod, obs *observed, a *actions) {
+func planEphemeral(pod *corev1.Pod, s *seen, a *actions) {
 	for i := range pod.Spec.EphemeralContainers {
 		spec := &pod.Spec.EphemeralContainers[i]
-		last := obs.latest(spec.Name)
+		_, refused := s.refused[spec.Name]
+		last := s.latest(spec.Name)
 		made := last != nil && last.state != runtimev1.ContainerState_CONTAINER_CREATED
-		if !made && !ephemeralRan(ephemeralStatus(&pod.Status, spec.Name)) {
+		if !made && !refused && !ephemeralRan(ephemeralStatus(s.old, spec.Name)) {
 			a.start = append(a.start, start{spec: asContainer(spec), ephemeral: spec})
 		}
 	}
@@ -60,11 +61,11 @@ func targetOf(c *corev1.EphemeralContainer, obs *observed) (string, error) {
 
 // refusedEphemeral are the ephemeral containers that this node does not start, and why.
 // The pod goes on without.
-func (w *worker) refusedEphemeral(pod *corev1.Pod) map[string]string {
+func (m *Manager) refusedEphemeral(pod *corev1.Pod) map[string]string {
 	if len(pod.Spec.EphemeralContainers) == 0 {
 		return nil
 	}
-	out, node := map[string]string{}, w.m.cfg.Node()
+	out, node := map[string]string{}, m.cfg.Node()
 	for i := range pod.Spec.EphemeralContainers {
 		c := asContainer(&pod.Spec.EphemeralContainers[i])
 		if r := admission.RefuseEphemeral(c, &node); r != nil {
@@ -72,15 +73,6 @@ func (w *worker) refusedEphemeral(pod *corev1.Pod) map[string]string {
 		}
 	}
 	return out
-}
-
-// sayEphemeral tells of ephemeral containers that are refused and were not told of before.
-func (w *worker) sayEphemeral(pod *corev1.Pod, old *corev1.PodStatus, refused map[string]string) {
-	for name, why := range refused {
-		if !ephemeralRan(ephemeralStatus(old, name)) {
-			w.eventOnce(pod, corev1.EventTypeWarning, admission.ReasonUnsupported, "Error: "+why, name)
-		}
-	}
 }
 
 // neverStarted is the exit code of a container that could not be started.
@@ -96,7 +88,7 @@ func ephemeralStatuses(in statusInput) []corev1.ContainerStatus {
 		why, refused := in.refused[spec.Name]
 		var st corev1.ContainerStatus
 		switch {
-		case in.obs.latest(spec.Name) != nil:
+		case in.latest(spec.Name) != nil:
 			st = containerStatus(in, spec, false)
 		case ephemeralRan(old): // what it left was removed
 			st = *old

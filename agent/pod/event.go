@@ -18,6 +18,12 @@ const (
 // allowance is what may be told of, and comes back with time.
 type allowance struct{ full time.Time }
 
+// told is what a worker has told of its pod.
+type told struct {
+	left allowance
+	said map[string]string // by reason and container, the last message of what would repeat
+}
+
 // take says whether one more may be told.
 func (a *allowance) take(now time.Time) bool {
 	if a.full.Before(now) {
@@ -40,7 +46,7 @@ func (w *worker) annotatedEvent(pod *corev1.Pod, kind, reason, message, containe
 		return
 	}
 	w.mu.Lock()
-	told := w.events.take(w.m.cfg.Now())
+	told := w.told.left.take(w.m.cfg.Now())
 	w.mu.Unlock()
 	if !told {
 		return
@@ -76,8 +82,8 @@ func (w *worker) annotatedEvent(pod *corev1.Pod, kind, reason, message, containe
 func (w *worker) eventOnce(pod *corev1.Pod, kind, reason, message, container string) {
 	key := reason + "/" + container
 	w.mu.Lock()
-	again := w.said[key] == message
-	w.said[key] = message
+	again := w.told.said[key] == message
+	w.told.said[key] = message
 	w.mu.Unlock()
 	if again {
 		return

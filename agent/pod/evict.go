@@ -11,16 +11,12 @@ import (
 	"timonel/agent/eviction"
 )
 
-// evictGrace is for how long containers of an evicted pod may take to end, as
-// upstream's: what they hold is needed.
-const evictGrace = time.Second
-
 // Active are the pods that hold a part of the node, with their last status.
 func (m *Manager) Active() []*corev1.Pod {
 	var out []*corev1.Pod
 	for _, w := range m.all() {
 		w.mu.Lock()
-		active := w.accepted && !w.orphan && !w.over
+		active := w.known.accepted && !w.orphan && !w.known.over
 		w.mu.Unlock()
 		if pod := w.snapshot(); active && pod != nil {
 			out = append(out, pod)
@@ -39,8 +35,8 @@ func (m *Manager) Evict(e eviction.Eviction) {
 		return
 	}
 	w.mu.Lock()
-	if w.evicted == nil {
-		w.evicted = &e
+	if w.want.evicted == nil {
+		w.want.evicted = &e
 	}
 	w.mu.Unlock()
 	w.wakeUp()
@@ -56,7 +52,7 @@ func (m *Manager) Gone(uid types.UID) bool {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.swept
+	return w.known.swept
 }
 
 // reclaimTime is how long RemoveEnded waits for the pods' workers.
@@ -85,66 +81,4 @@ func (m *Manager) RemoveEnded(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// reclaimed takes that containers which have ended are to be removed now; done is
-// to be called when they are.
-func (w *worker) reclaimed() (wanted bool, done func()) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.reclaim == nil {
-		return false, func() {}
-	}
-	ch := w.reclaim
-	w.reclaim = nil
-	return true, func() { close(ch) }
-}
-
-// removeEnded removes the containers and sandboxes of a pod that has ended.
-func (w *worker) removeEnded(obs *observed) {
-	for _, c := range flatten(obs) {
-		if c.running() || !w.removeContainer(c) {
-			return
-		}
-	}
-	for _, s := range obs.sandboxes {
-		w.removeSandbox(s.id)
-	}
-}
-
-// checkEvicted makes the verdict of a pod that is evicted.
-func (w *worker) checkEvicted(pod *corev1.Pod) {
-	w.mu.Lock()
-	e := w.evicted
-	w.mu.Unlock()
-	if e == nil || w.verdict != nil || terminal(pod.Status.Phase) || terminal(w.oldStatus(pod).Phase) {
-		return
-	}
-	w.verdict = &verdict{reason: eviction.Reason, message: e.Message, disruption: e.Disruption, grace: evictGrace}
-	w.log.Warn("evicting the pod", "message", e.Message)
-	w.annotatedEvent(pod, corev1.EventTypeWarning, eviction.Reason, e.Message, "", e.Annotations)
-}
-
-// sweep frees what a pod that has ended, and is not deleted yet, has on the
-// node: its volumes, and of one that was evicted, which is to free room, its
-// containers and their logs too.
-func (w *worker) sweep(pod *corev1.Pod, obs *observed) {
-	w.mu.Lock()
-	swept := w.swept
-	w.mu.Unlock()
-	if swept {
-		return
-	}
-	if w.oldStatus(pod).Reason == eviction.Reason {
-		if !w.clean(pod, obs) {
-			return
-		}
-	} else if err := w.m.volumes.Release(w.ctx, w.uid); err != nil {
-		w.log.Warn("remove the volumes of a pod that has ended", "error", err)
-		w.again(w.m.cfg.Now().Add(10 * time.Second))
-		return
-	}
-	w.mu.Lock()
-	w.swept = true
-	w.mu.Unlock()
 }

@@ -63,7 +63,7 @@ func cri(t *testing.T, pod *corev1.Pod) string {
 	w.ctx = t.Context()
 	data := filepath.Join(dir, "data")
 	require.NoError(t, os.MkdirAll(filepath.Join(data, "sub"), 0o750))
-	w.volumes = volume.Mounts{"data": data}
+	w.known.volumes = volume.Mounts{"data": data}
 	box, err := w.sandboxConfig(pod, 0)
 	require.NoError(t, err)
 	var b strings.Builder

@@ -33,14 +33,14 @@ func (w *worker) beginHook(id string, spec *corev1.Container) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.hooks[id] = &hook{}
+	w.aroundOf(id).hook = &hook{}
 }
 
 func (w *worker) endHook(id string, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if h := w.hooks[id]; h != nil {
-		h.done, h.err = true, err
+	if a := w.around[id]; a != nil && a.hook != nil {
+		a.hook.done, a.hook.err = true, err
 	}
 }
 
@@ -52,8 +52,8 @@ func (w *worker) runPostStart(pod *corev1.Pod, spec *corev1.Container, id string
 	}
 	ctx, cancel := context.WithCancel(w.ctx)
 	w.mu.Lock()
-	if h := w.hooks[id]; h != nil {
-		h.cancel = cancel
+	if a := w.around[id]; a != nil && a.hook != nil {
+		a.hook.cancel = cancel
 	}
 	w.mu.Unlock()
 	w.wg.Add(1)
@@ -65,7 +65,9 @@ func (w *worker) runPostStart(pod *corev1.Pod, spec *corev1.Container, id string
 			return
 		}
 		if err != nil {
-			w.event(pod, corev1.EventTypeWarning, "FailedPostStartHook", "PostStartHook failed: "+err.Error(), spec.Name)
+			// What it printed stays here, as upstream's: it may be secret.
+			w.log.Warn("postStart hook", "container", spec.Name, "id", id, "error", err)
+			w.event(pod, corev1.EventTypeWarning, "FailedPostStartHook", "PostStartHook failed", spec.Name)
 		}
 		w.endHook(id, err)
 		w.wakeUp()
@@ -77,8 +79,8 @@ func (w *worker) runPostStart(pod *corev1.Pod, spec *corev1.Container, id string
 func (w *worker) stopHook(id string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if h := w.hooks[id]; h != nil && h.cancel != nil {
-		h.cancel()
+	if a := w.around[id]; a != nil && a.hook != nil && a.hook.cancel != nil {
+		a.hook.cancel()
 	}
 }
 

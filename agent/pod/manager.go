@@ -231,7 +231,7 @@ func (m *Manager) Remove(pod *corev1.Pod) {
 	w := m.workers[pod.UID]
 	m.mu.Unlock()
 	if w != nil {
-		w.remove()
+		w.change(func(want *want) { want.removed = true })
 	}
 }
 
@@ -256,10 +256,7 @@ func (m *Manager) WakeAll() {
 // controller try at once.
 func (m *Manager) Hurry() {
 	for _, w := range m.all() {
-		w.mu.Lock()
-		w.hurry = true
-		w.mu.Unlock()
-		w.wakeUp()
+		w.change(func(*want) { w.hurry = true })
 	}
 }
 
@@ -391,7 +388,7 @@ func (m *Manager) Collect(ctx context.Context) error {
 	m.mu.Unlock()
 	for _, w := range made {
 		m.log.Info("cleaning up a pod that was removed while this agent was away", "uid", w.uid, "pod", w.name())
-		w.remove()
+		w.change(func(want *want) { want.removed = true })
 	}
 	return nil
 }

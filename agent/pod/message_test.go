@@ -123,7 +123,7 @@ func TestAStatusIsSmall(t *testing.T) {
 		{"is ended", corev1.PodStatus{}, &verdict{reason: "Evicted", message: strings.Repeat("é", 1<<20)}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			st := makeStatus(statusInput{pod: pod, obs: &observed{}, old: &tc.old, waiting: wait, verdict: tc.v})
+			st := makeStatus(statusInput{want: want{pod: pod}, seen: &seen{known: &known{verdict: tc.v}, old: &tc.old}, pass: pass{waiting: wait}})
 			require.Less(t, st.Size(), 1<<20)
 			for _, cs := range st.ContainerStatuses {
 				require.True(t, strings.HasPrefix(cs.State.Waiting.Message, "MountVolume failed: é"), "still says why")
@@ -144,7 +144,7 @@ func TestAPIVolumesAreMountedReadOnly(t *testing.T) {
 		{Name: "hostPath", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{}}},
 	}}}
 	for _, v := range pod.Spec.Volumes {
-		w := &worker{volumes: map[string]string{v.Name: "/x"}}
+		w := &worker{known: known{volumes: map[string]string{v.Name: "/x"}}}
 		mounts, err := w.mounts(pod, &corev1.Container{VolumeMounts: []corev1.VolumeMount{{Name: v.Name, MountPath: "/v"}}}, nil, nil)
 		require.NoError(t, err)
 		require.Equal(t, v.Name != "emptyDir" && v.Name != "hostPath", mounts[0].Readonly, v.Name)

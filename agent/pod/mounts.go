@@ -27,7 +27,7 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 	var out []*runtimev1.Mount
 	hosts, values := true, env.values()
 	for i, vm := range c.VolumeMounts {
-		path, ok := w.volumes[vm.Name]
+		path, ok := w.known.volumes[vm.Name]
 		if !ok {
 			return nil, fmt.Errorf("volume %q of mount %s is not ready", vm.Name, vm.MountPath)
 		}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -109,6 +110,32 @@ func (o *observed) running() []*container {
 		}
 	}
 	slices.SortFunc(out, func(a, b *container) int { return cmp.Compare(a.id, b.id) })
+	return out
+}
+
+// any says whether there is a container.
+func (o *observed) any() bool {
+	for _, list := range o.containers {
+		if len(list) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// names are those of all containers, sorted.
+func (o *observed) names() []string { return slices.Sorted(maps.Keys(o.containers)) }
+
+// inside are the containers of one sandbox.
+func (o *observed) inside(sandbox string) []*container {
+	var out []*container
+	for _, list := range o.containers {
+		for _, c := range list {
+			if c.sandbox == sandbox {
+				out = append(out, c)
+			}
+		}
+	}
 	return out
 }
 

@@ -1,236 +1,255 @@
 package pod
 
 import (
-	"fmt"
-	"hash/fnv"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"timonel/agent/admission"
+	"timonel/agent/eviction"
+	"timonel/agent/image"
 )
 
-// facts is what the worker knows about running containers beyond CRI, by
-// container id.
-type facts interface {
-	// started: its postStart hook and startup probe have passed.
-	started(c *container) bool
-	// failed gives the probe that demands a restart ("liveness", "startup") or
-	// the failed postStart hook, and "" when all is well.
-	failed(c *container) (kind, message string)
+// pass is what a plan says: the next steps, and what the pod's status says meanwhile.
+type pass struct {
+	steps   []step
+	waiting map[string]waiting // why containers that are wanted do not run, by name
+	wake    time.Time          // when to look again, if nothing happens before; zero: never
+	ending  bool               // the pod is being stopped, or has been
+	stopped bool               // nothing of the pod runs any more, and nothing will
+	// resizing: what it was given is not in force yet, resizeError why it cannot be.
+	resizing    bool
+	resizeError string
 }
 
-// start is a container to start.
-type start struct {
-	spec     *corev1.Container
-	init     bool
-	restarts int32
-	// ephemeral is the whole of an ephemeral container, else nil.
-	ephemeral *corev1.EphemeralContainer
-	target    string     // container that an ephemeral one shares processes with, if any
-	previous  *container // the one before, in any sandbox; nil at first
+func (p *pass) do(steps ...step)   { p.steps = append(p.steps, steps...) }
+func (p *pass) wakeAt(t time.Time) { p.wake = sooner(p.wake, t) }
+
+// plan says what to do next for a pod that should be as w says, given what is seen of
+// it and what is put off at this time. It is a pure function, and changes none of them.
+// When a step has found or changed something, what is next is planned anew.
+func plan(w want, s *seen, b waits, now time.Time) pass {
+	p := pass{waiting: map[string]waiting{}, resizing: resizing(w, s), resizeError: b[waitResize].why.message}
+	switch {
+	case s.cleaned:
+		p.do(farewell{})
+	case planVerdict(w, s, now, &p):
+	case w.gone():
+		planGone(w, s, b, now, &p)
+	case s.verdict != nil || terminal(s.old.Phase) || terminal(w.pod.Status.Phase) || finished(w.pod, &s.observed):
+		planEnded(w, s, b, now, &p)
+	case !s.asked:
+		p.do(admit{adopt: s.accepted || len(s.sandboxes) > 0 || s.any()})
+	case w.resized && s.accepted && !s.resizeAsked:
+		p.do(grant{})
+	default:
+		planRun(w, s, b, now, &p)
+	}
+	return p
 }
 
-// kill is a container to stop, because it is not as it should be.
-type kill struct {
-	container *container
-	spec      *corev1.Container
-	message   string
-	probe     string // the probe whose grace period counts, if any
-}
-
-// actions are the next steps for one pod that is to run.
-type actions struct {
-	// newSandbox: there is none that is ready; attempt numbers it.
-	newSandbox bool
-	attempt    uint32
-	kill       []kill
-	start      []start
-	// finished: nothing will run again; the rest of the pod is to be stopped.
-	finished bool
-}
-
-// plan says what to do next so that pod runs, given what is there. It does not
-// look at back-offs or images: those only delay a start.
-func plan(pod *corev1.Pod, obs *observed, f facts) actions {
-	var a actions
-	if finished(pod, obs) {
-		a.finished = true
-		return a
-	}
-	box := obs.current()
-	if box != nil && len(box.ips) == 0 && !box.hostNet {
-		box = nil
-	}
-	if box == nil {
-		// What still runs belongs to a sandbox that is gone: stop that first.
-		for _, c := range obs.running() {
-			a.kill = append(a.kill, kill{container: c, spec: specOf(pod, c.name), message: "Pod sandbox changed, it will be killed and re-created."})
-		}
-		if len(a.kill) == 0 {
-			a.newSandbox = true
-			if len(obs.sandboxes) > 0 {
-				a.attempt = obs.sandboxes[0].attempt + 1
-			}
-		}
-		return a
-	}
-	for _, c := range obs.running() {
-		if c.sandbox != box.id {
-			a.kill = append(a.kill, kill{container: c, spec: specOf(pod, c.name), message: "The container belongs to a sandbox that was replaced."})
-		}
-	}
-	planEphemeral(pod, obs, &a)
-	initialized := planInit(pod, obs, box, f, &a)
-	if !initialized {
-		return a
-	}
-	for i := range pod.Spec.Containers {
-		planContainer(pod, &pod.Spec.Containers[i], obs, box, f, false, &a)
-	}
-	return a
-}
-
-// planInit handles init containers in order and says whether the pod's own
-// containers may start.
-func planInit(pod *corev1.Pod, obs *observed, box *sandbox, f facts, a *actions) bool {
-	// Once one of the pod's own containers has been made in this sandbox,
-	// initialization is over; only sidecars are looked after.
-	over := slices.ContainsFunc(pod.Spec.Containers, func(c corev1.Container) bool { return obs.in(box, c.Name) != nil })
-	for i := range pod.Spec.InitContainers {
-		spec := &pod.Spec.InitContainers[i]
-		c := obs.in(box, spec.Name)
-		if sidecar(spec) {
-			planContainer(pod, spec, obs, box, f, true, a)
-			if !over && (!c.running() || !f.started(c)) {
-				return false
-			}
-			continue
-		}
-		switch {
-		case over:
-		case c.exited() && c.exitCode == 0:
-		case c.running():
-			if kind, message := f.failed(c); kind != "" {
-				a.kill = append(a.kill, kill{container: c, spec: spec, message: message, probe: kind})
-			}
-			return false
-		default:
-			a.start = append(a.start, start{spec: spec, init: true, restarts: restarts(obs, spec.Name), previous: obs.latest(spec.Name)})
-			return false
-		}
-	}
-	return true
-}
-
-// planContainer handles one container that is to run until it is done.
-func planContainer(pod *corev1.Pod, spec *corev1.Container, obs *observed, box *sandbox, f facts, init bool, a *actions) {
-	c := obs.in(box, spec.Name)
-	if c.running() {
-		if c.hash != "" && c.hash != hashContainer(spec) {
-			a.kill = append(a.kill, kill{container: c, spec: spec, message: fmt.Sprintf("Container %s definition changed", spec.Name)})
-			return
-		}
-		if kind, message := f.failed(c); kind != "" {
-			a.kill = append(a.kill, kill{container: c, spec: spec, message: message, probe: kind})
-		}
-		return
-	}
-	if last := obs.latest(spec.Name); last.exited() && !restartable(pod, spec, last) {
-		return
-	}
-	a.start = append(a.start, start{spec: spec, init: init, restarts: restarts(obs, spec.Name), previous: obs.latest(spec.Name)})
-}
-
-// restarts is the restart count of the next container of a name.
-func restarts(obs *observed, name string) int32 {
-	last := obs.latest(name)
-	if last == nil {
-		return 0
-	}
-	if last.state == runtimev1.ContainerState_CONTAINER_CREATED {
-		return last.restarts // never ran
-	}
-	return last.restarts + 1
-}
-
-// sidecar says whether an init container keeps running beside the others.
-func sidecar(c *corev1.Container) bool {
-	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways
-}
-
-// restartable says whether a container that has exited is to be started again.
-func restartable(pod *corev1.Pod, spec *corev1.Container, c *container) bool {
-	for _, rule := range spec.RestartPolicyRules {
-		if rule.ExitCodes == nil {
-			continue
-		}
-		in := slices.Contains(rule.ExitCodes.Values, c.exitCode)
-		if in == (rule.ExitCodes.Operator == corev1.ContainerRestartRuleOnExitCodesOpIn) {
-			return rule.Action == corev1.ContainerRestartRuleActionRestart
-		}
-	}
-	policy := pod.Spec.RestartPolicy
-	if spec.RestartPolicy != nil {
-		policy = corev1.RestartPolicy(*spec.RestartPolicy)
-	}
-	switch policy {
-	case corev1.RestartPolicyNever:
+// planVerdict ends a pod that is evicted, or that has been active for longer than it may.
+func planVerdict(w want, s *seen, now time.Time, p *pass) bool {
+	if s.verdict != nil || terminal(w.pod.Status.Phase) || terminal(s.old.Phase) {
 		return false
-	case corev1.RestartPolicyOnFailure:
-		return c.exitCode != 0
 	}
-	return true
-}
-
-// finished says whether nothing of the pod will run again: an init container
-// failed for good, or all its own containers are done.
-func finished(pod *corev1.Pod, obs *observed) bool {
-	if terminal(pod.Status.Phase) {
+	if limit := w.pod.Spec.ActiveDeadlineSeconds; limit != nil {
+		began := now // as its first status will say
+		if s.old.StartTime != nil {
+			began = s.old.StartTime.Time
+		}
+		end := began.Add(time.Duration(*limit) * time.Second)
+		if !now.Before(end) {
+			p.do(judge{verdict: &verdict{reason: "DeadlineExceeded", message: "Pod was active on the node longer than the specified deadline"}})
+			return true
+		}
+		p.wakeAt(end)
+	}
+	if e := w.evicted; e != nil {
+		p.do(judge{eviction: e, verdict: &verdict{reason: eviction.Reason, message: e.Message, disruption: e.Disruption, grace: evictGrace}})
 		return true
 	}
-	for i := range pod.Spec.InitContainers {
-		spec := &pod.Spec.InitContainers[i]
-		if sidecar(spec) {
+	return false
+}
+
+// planRun makes a pod run, or go on running.
+func planRun(w want, s *seen, b waits, now time.Time, p *pass) {
+	if planResize(w, s, b, now, p) {
+		return
+	}
+	a := planContainers(w.pod, s)
+	for _, k := range a.kill {
+		k.grace = killGrace(w.pod, k)
+		p.kill(s, k, now)
+	}
+	mounted := planVolumes(w, s, b, now, p)
+	if len(p.steps) > 0 {
+		return
+	}
+	box, starting := s.usable(), false
+	switch {
+	case !mounted:
+		p.hold(w.pod, s, b[waitVolumes].why)
+	case a.newSandbox:
+		if e, put := b.held(waitSandbox, now); put {
+			p.wakeAt(e.until)
+			p.hold(w.pod, s, e.why)
+			break
+		}
+		p.do(makeSandbox{attempt: a.attempt})
+		return
+	case box != nil && !box.hostNet && (s.policed != box.id || len(a.start) > 0):
+		e, put := b.held(waitPolicies, now)
+		switch {
+		case put:
+			p.wakeAt(e.until)
+			p.hold(w.pod, s, e.why)
+		case s.unguarded != "":
+			p.hold(w.pod, s, waiting{reasonCreating, s.unguarded})
+		case !s.guarded:
+			p.do(guard{box: box})
+			return
+		default:
+			starting = planStarts(w, s, b, now, a.start, p)
+		}
+	default:
+		starting = planStarts(w, s, b, now, a.start, p)
+	}
+	if starting {
+		return
+	}
+	p.do(watch{})
+	p.report(w, s)
+	planTidy(w, s, b, now, p)
+}
+
+// planVolumes makes the pod's volumes if they are not, or if what they show has
+// changed, and says whether containers can be started with what there is.
+func planVolumes(w want, s *seen, b waits, now time.Time, p *pass) (mounted bool) {
+	changed := w.shown != s.volumesOf
+	due := changed || s.volumes == nil || !s.refreshAt.IsZero() && !now.Before(s.refreshAt)
+	e, put := b.held(waitVolumes, now)
+	switch {
+	case due && (changed || !put):
+		p.do(makeVolumes{})
+	case due:
+		p.wakeAt(e.until)
+	case !s.refreshAt.IsZero():
+		p.wakeAt(s.refreshAt)
+	}
+	return s.volumes != nil
+}
+
+// planStarts starts containers, but for those that have to wait. It says whether there
+// are any.
+func planStarts(w want, s *seen, b waits, now time.Time, starts []start, p *pass) bool {
+	var said []step
+	for _, st := range starts {
+		name := st.spec.Name
+		if s.stopping(name) {
 			continue
 		}
-		if c := obs.latest(spec.Name); c.exited() && c.exitCode != 0 && !restartable(pod, spec, c) {
-			return true
+		if st.previous.exited() {
+			delay := b.restartDelay(name, st.previous)
+			if due := st.previous.finished.Add(delay); now.Before(due) {
+				p.wakeAt(due)
+				short, long := backOffMessages(w.pod, name, delay)
+				p.waiting[name] = waiting{reasonCrashLoop, long}
+				said = append(said, tell{corev1.EventTypeWarning, "BackOff", short, name})
+				continue
+			}
+		}
+		if e, put := b.held(waitStart(name), now); put {
+			p.wakeAt(e.until)
+			p.waiting[name] = e.why
+			continue
+		}
+		switch res, asked := s.images[name]; {
+		case !asked:
+			p.do(st)
+		case res.State == image.Failed:
+			p.wakeAt(res.Retry)
+			p.waiting[name] = waiting{res.Reason, res.Message}
+		case st.previous != nil:
+			p.waiting[name] = waiting{reasonCreating, ""}
+		}
+	}
+	if len(p.steps) > 0 {
+		return true // what waits is told of by the plan after that
+	}
+	p.do(said...)
+	return false
+}
+
+// hold says of all containers that are wanted why none can start. Where there are init
+// containers all wait for them, as upstream says; what has done its part has not to wait.
+func (p *pass) hold(pod *corev1.Pod, s *seen, why waiting) {
+	if len(pod.Spec.InitContainers) > 0 && why.reason == reasonCreating {
+		why.reason = reasonInitializing
+	}
+	box := s.usable()
+	over := initialized(pod, s, box)
+	for i := range pod.Spec.InitContainers {
+		spec := &pod.Spec.InitContainers[i]
+		c := s.in(box, spec.Name)
+		if !c.running() && (sidecar(spec) || !over && !(c.exited() && c.exitCode == 0)) {
+			p.waiting[spec.Name] = why
 		}
 	}
 	for i := range pod.Spec.Containers {
 		spec := &pod.Spec.Containers[i]
-		c := obs.latest(spec.Name)
-		if !c.exited() || restartable(pod, spec, c) {
-			return false
+		if c := s.latest(spec.Name); !c.running() && !(c.exited() && !restartable(pod, spec, c)) {
+			p.waiting[spec.Name] = why
 		}
 	}
-	return true
 }
 
-func terminal(phase corev1.PodPhase) bool {
-	return phase == corev1.PodSucceeded || phase == corev1.PodFailed
+// report reports, and tells of ephemeral containers that are refused.
+func (p *pass) report(w want, s *seen) {
+	for i := range w.pod.Spec.EphemeralContainers {
+		name := w.pod.Spec.EphemeralContainers[i].Name
+		if why, refused := s.refused[name]; refused && !ephemeralRan(ephemeralStatus(s.old, name)) {
+			p.do(tell{corev1.EventTypeWarning, admission.ReasonUnsupported, "Error: " + why, name})
+		}
+	}
+	p.do(report{})
 }
 
-// specOf finds a container of the pod by name, or nil.
-func specOf(pod *corev1.Pod, name string) *corev1.Container {
-	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
-		for i := range list {
-			if list[i].Name == name {
-				return &list[i]
+// planTidy removes containers that nobody will ask for any more: of each name the
+// newest and the one before it stay, or the newest alone when room is short. A sandbox
+// that was replaced is stopped when nothing runs in it any more, and goes when its last
+// container has gone.
+func planTidy(w want, s *seen, b waits, now time.Time, p *pass) {
+	keep := 2
+	if w.short {
+		keep = 1
+	}
+	var r remove
+	for _, name := range s.names() {
+		list := s.containers[name]
+		for _, c := range list[min(keep, len(list)):] {
+			if c.exited() {
+				r.containers = append(r.containers, c)
 			}
 		}
 	}
-	for i := range pod.Spec.EphemeralContainers {
-		if pod.Spec.EphemeralContainers[i].Name == name {
-			return asContainer(&pod.Spec.EphemeralContainers[i])
+	for _, box := range s.sandboxes[min(1, len(s.sandboxes)):] {
+		inside := s.inside(box.id)
+		switch e, put := b.held(waitStop(box.id), now); {
+		case slices.ContainsFunc(inside, (*container).running):
+		case put:
+			p.wakeAt(e.until)
+		case !s.stopped[box.id]:
+			p.do(stopSandbox{box.id})
+		case len(inside) == 0:
+			r.sandboxes = append(r.sandboxes, box.id)
 		}
 	}
-	return nil
-}
-
-// hashContainer changes with what cannot be changed in a running container.
-func hashContainer(c *corev1.Container) string {
-	h := fnv.New32a()
-	fmt.Fprintf(h, "%s\x00%s", c.Name, c.Image)
-	return fmt.Sprintf("%x", h.Sum32())
+	if len(r.containers)+len(r.sandboxes) > 0 {
+		p.do(r)
+	}
+	if w.short {
+		p.do(reclaimed{})
+	}
 }

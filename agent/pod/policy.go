@@ -23,40 +23,39 @@ type Policies interface {
 	Ready(uid string, policies int64) error
 }
 
-// police tells of the pod's addresses, and says whether all that holds for them is in the
+// guard tells of the pod's addresses, and asks whether all that holds for them is in the
 // kernel: until then no container starts. When it is, workers are woken.
-func (w *worker) police(pod *corev1.Pod, box *sandbox) bool {
-	if w.m.cfg.Policies == nil || box.hostNet {
-		return true
+func (w *worker) guard(pod *corev1.Pod, s *seen, box *sandbox) {
+	if w.m.cfg.Policies == nil {
+		s.policed, s.guarded = box.id, true
+		return
 	}
-	if w.policed != box.id {
+	if s.policed != box.id {
 		ctx, cancel := context.WithTimeout(w.ctx, callTimeout)
 		defer cancel()
 		p, err := linked(ctx, w.m.cfg.Runtime, box.id)
 		if err != nil {
-			w.putOff("policies", waiting{reasonCreating, "the pod's link to the network is not known: " + rpcText(err)})
-			w.everyContainer(pod, w.retry["policies"].why)
-			return false
+			w.putOff(waitPolicies, reasonCreating, "the pod's link to the network is not known: "+rpcText(err))
+			return
 		}
-		delete(w.retry, "policies")
+		w.waits.done(waitPolicies)
 		p.UID, p.Namespace, p.Name, p.Ports = string(w.uid), pod.Namespace, pod.Name, portsOf(pod)
 		w.m.cfg.Policies.SetPod(p)
-		w.policed = box.id
+		s.policed = box.id
 	}
+	s.guarded = true
 	if err := w.m.cfg.Policies.Ready(string(w.uid), w.m.cfg.PolicyOf(w.uid)); err != nil {
-		w.everyContainer(pod, waiting{reasonCreating, err.Error()})
-		return false
+		s.guarded, s.unguarded = false, err.Error()
 	}
-	return true
 }
 
 // unpolice tells that the addresses of a sandbox are nobody's any more.
-func (w *worker) unpolice(id string) {
-	if w.m.cfg.Policies == nil || w.policed != "" && w.policed != id {
+func (w *worker) unpolice(s *seen, id string) {
+	if w.m.cfg.Policies == nil || s.policed != "" && s.policed != id {
 		return
 	}
 	w.m.cfg.Policies.RemovePod(string(w.uid))
-	w.policed = ""
+	s.policed = ""
 }
 
 // Policed tells of the pods that run, so that a new agent's rules have them from the

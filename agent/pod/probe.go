@@ -22,6 +22,8 @@ const (
 	probeStartup   = "startup"
 	probeLiveness  = "liveness"
 	probeReadiness = "readiness"
+	// failedPostStart is no probe: a hook that ends its container like one.
+	failedPostStart = "postStart"
 )
 
 func insecureTransport() *http.Transport {
@@ -45,22 +47,23 @@ type probed struct {
 	ready    bool
 	hasReady bool
 	failed   string // kind of the probe that failed for good
-	message  string
 }
 
 func newProber(w *worker) *prober { return &prober{w: w, running: map[string]*probed{}} }
 
 // update starts probes for containers that run and stops those of others.
-func (p *prober) update(pod *corev1.Pod, obs *observed) {
+func (p *prober) update(pod *corev1.Pod, s *seen) {
 	alive := map[string]bool{}
-	old := p.w.oldStatus(pod)
-	for _, c := range obs.running() {
+	ip := first(s.addresses(s.current()))
+	for _, c := range s.running() {
 		spec := specOf(pod, c.name)
 		if spec == nil {
 			continue
 		}
 		alive[c.id] = true
-		p.start(pod, spec, c, obs, oldStatus(old, c.name))
+		if s.beside[c.id].stopBy.IsZero() {
+			p.start(pod, spec, c, ip, oldStatus(s.old, c.name))
+		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -72,42 +75,23 @@ func (p *prober) update(pod *corev1.Pod, obs *observed) {
 	}
 }
 
-func (p *prober) start(pod *corev1.Pod, spec *corev1.Container, c *container, obs *observed, old *corev1.ContainerStatus) {
+func (p *prober) start(pod *corev1.Pod, spec *corev1.Container, c *container, ip string, old *corev1.ContainerStatus) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.running[c.id] != nil {
 		return
 	}
-	p.w.mu.Lock()
-	stopping := p.w.kills[c.id] != nil
-	p.w.mu.Unlock()
-	if stopping {
-		return
-	}
 	ctx, cancel := context.WithCancel(p.w.ctx)
-	r := &probed{cancel: cancel, startup: spec.StartupProbe == nil, hasReady: spec.ReadinessProbe != nil}
-	r.ready = !r.hasReady
-	// A container that an earlier agent found started and ready stays so until
-	// a probe says otherwise.
-	if old != nil && old.ContainerID == containerID(c) && old.State.Running != nil {
-		r.startup = r.startup || isTrue(old.Started)
-		r.ready = r.ready || old.Ready
-	}
+	r := &probed{cancel: cancel, hasReady: spec.ReadinessProbe != nil}
+	r.startup, r.ready = unprobed(spec, c, old)
 	p.running[c.id] = r
-	var ips []string
-	if s := obs.current(); s != nil {
-		ips = s.ips
-		if s.hostNet {
-			ips = p.w.m.cfg.HostIPs()
-		}
-	}
 	for kind, probe := range map[string]*corev1.Probe{
 		probeStartup: spec.StartupProbe, probeLiveness: spec.LivenessProbe, probeReadiness: spec.ReadinessProbe,
 	} {
 		if probe == nil || kind == probeStartup && r.startup {
 			continue
 		}
-		run := &probeRun{p: p, r: r, pod: pod, spec: spec, id: c.id, kind: kind, probe: probe, ip: first(ips), started: c.started}
+		run := &probeRun{p: p, r: r, pod: pod, spec: spec, id: c.id, kind: kind, probe: probe, ip: ip, started: c.started}
 		p.w.wg.Add(1)
 		go func() {
 			defer p.w.wg.Done()
@@ -134,17 +118,6 @@ func (p *prober) stopAll() {
 	}
 }
 
-// readiness are the verdicts of readiness probes by container id.
-func (p *prober) readiness() map[string]bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	out := map[string]bool{}
-	for id, r := range p.running {
-		out[id] = r.ready
-	}
-	return out
-}
-
 func (p *prober) get(id string) (probed, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -154,41 +127,40 @@ func (p *prober) get(id string) (probed, bool) {
 	return probed{}, false
 }
 
-// started implements facts.
-func (w *worker) started(c *container) bool {
-	w.mu.Lock()
-	h := w.hooks[c.id]
-	pending := h != nil && (!h.done || h.err != nil)
-	pod := w.pod
-	w.mu.Unlock()
-	if pending {
-		return false
-	}
-	if r, ok := w.probes.get(c.id); ok {
-		return r.startup
-	}
-	// Its probes have not begun: what needs none has started, and what an
-	// earlier agent found started still is.
-	spec := specOf(pod, c.name)
-	if spec == nil || spec.StartupProbe == nil {
-		return true
-	}
-	old := oldStatus(w.oldStatus(pod), c.name)
-	return old != nil && old.ContainerID == containerID(c) && isTrue(old.Started)
+// unprobed is what a container is before its probes have begun: what needs none has
+// started and is ready, and what an earlier agent found so stays so until they say
+// otherwise.
+func unprobed(spec *corev1.Container, c *container, old *corev1.ContainerStatus) (started, ready bool) {
+	same := old != nil && old.ContainerID == containerID(c) && old.State.Running != nil
+	return spec == nil || spec.StartupProbe == nil || same && isTrue(old.Started),
+		spec == nil || spec.ReadinessProbe == nil || same && old.Ready
 }
 
-// failed implements facts.
-func (w *worker) failed(c *container) (kind, message string) {
-	w.mu.Lock()
-	h := w.hooks[c.id]
-	w.mu.Unlock()
-	if h != nil && h.done && h.err != nil {
-		return "postStart", fmt.Sprintf("Container %s failed its postStart hook, will be restarted", c.name)
+// seeBeside looks at what goes on around the containers that run.
+func (w *worker) seeBeside(pod *corev1.Pod, s *seen) {
+	s.beside = map[string]beside{}
+	for _, c := range s.running() {
+		var b beside
+		if r, ok := w.probes.get(c.id); ok {
+			b.started, b.ready, b.failed = r.startup, r.ready, r.failed
+		} else {
+			b.started, b.ready = unprobed(specOf(pod, c.name), c, oldStatus(s.old, c.name))
+		}
+		w.mu.Lock()
+		if a := w.around[c.id]; a != nil {
+			if a.stop != nil {
+				b.stopBy = a.stop.deadline
+			}
+			if h := a.hook; h != nil && (!h.done || h.err != nil) {
+				b.started = false
+				if h.done {
+					b.failed = failedPostStart
+				}
+			}
+		}
+		w.mu.Unlock()
+		s.beside[c.id] = b
 	}
-	if r, ok := w.probes.get(c.id); ok {
-		return r.failed, r.message
-	}
-	return "", ""
 }
 
 // probeRun is one probe of one container.
@@ -284,7 +256,6 @@ func (r *probeRun) decide(ok bool) (done bool) {
 	}
 	if !ok && r.kind != probeReadiness {
 		r.r.failed = r.kind
-		r.r.message = fmt.Sprintf("Container %s failed %s probe, will be restarted", r.spec.Name, r.kind)
 	}
 	r.p.mu.Unlock()
 	if news {

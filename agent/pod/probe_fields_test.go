@@ -159,7 +159,7 @@ func TestProbeTimes(t *testing.T) {
 		e := &execs{began: began, codes: []int32{1, 0, 0, 0}}
 		w := &worker{
 			m: &Manager{cfg: Config{Runtime: e, Now: time.Now}, log: slog.New(slog.DiscardHandler)}, wake: make(chan struct{}, 1),
-			said: map[string]string{}, orphan: true,
+			told: told{said: map[string]string{}}, orphan: true,
 		}
 		p := newProber(w)
 		state := &probed{startup: true, hasReady: true}

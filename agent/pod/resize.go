@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"path"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -80,25 +81,11 @@ func (a *allocation) equal(b *allocation) bool {
 	return equality.Semantic.DeepEqual(a.pod, b.pod) && equality.Semantic.DeepEqual(a.containers, b.containers)
 }
 
-// resize gives the pod the other resources that it asks for, once the node has them. It
-// says whether the pod is another one now. What the node cannot give yet, or ever, is
-// said in a condition and an event, and the pod keeps what it has.
-func (w *worker) resize(pod *corev1.Pod) bool {
-	w.mu.Lock()
-	latest, resized, accepted := w.latest, w.resized, w.accepted
-	w.mu.Unlock()
-	if !resized || !accepted {
-		w.refusedResize = nil
-		return false
-	}
-	r := w.m.resize(w, pod, latest)
-	w.refusedResize = r
-	if r != nil {
-		w.eventOnce(pod, corev1.EventTypeWarning, "Resize"+r.Reason, fmt.Sprintf("Pod resize %s: %s (generation %d)", r.Reason, r.Message, latest.Generation), "")
-		return false
-	}
-	w.event(pod, corev1.EventTypeNormal, "ResizeStarted", fmt.Sprintf("Pod resize started (generation %d)", latest.Generation), "")
-	return true
+// with is a, but for what one container has.
+func (a *allocation) with(name string, r corev1.ResourceRequirements) *allocation {
+	out := &allocation{pod: a.pod, containers: maps.Clone(a.containers)}
+	out.containers[name] = r
+	return out
 }
 
 // resize holds what a pod asks for now against what the node has and who is there.
@@ -111,83 +98,52 @@ func (m *Manager) resize(w *worker, pod, latest *corev1.Pod) *admission.Rejectio
 		return r
 	}
 	w.mu.Lock()
-	w.allocated = allocate(latest, nil)
-	w.pod, w.resized = w.allocated.apply(w.latest)
+	w.want.give(allocate(latest, nil))
 	w.mu.Unlock()
 	m.weigh()
 	return nil
 }
 
-// actuate gives what runs of a pod the resources that it was accepted with.
-func (w *worker) actuate(pod *corev1.Pod, obs *observed) {
-	want := allocate(pod, nil)
-	if w.applied == nil || want.equal(w.applied) {
-		w.applied, w.resizing, w.resizeError = want, false, ""
-		return
-	}
-	w.resizing = true
-	if _, put := w.deferred("resize"); put {
-		return
-	}
-	done, err := w.applyResize(pod, obs)
-	if err != nil {
-		if w.ctx.Err() == nil {
-			w.resizeError = rpcText(err)
-			w.eventOnce(pod, corev1.EventTypeWarning, "ResizeError", "Pod resize error: "+w.resizeError, "")
-			w.putOff("resize", waiting{})
-		}
-		return
-	}
-	delete(w.retry, "resize")
-	w.resizeError = ""
-	if done {
-		w.applied, w.resizing = want, false
-		w.event(pod, corev1.EventTypeNormal, "ResizeCompleted", fmt.Sprintf("Pod resize completed (generation %d)", pod.Generation), "")
-	}
+// resizing says whether what the pod was given is not in force yet.
+func resizing(w want, s *seen) bool {
+	return s.applied != nil && w.given != nil && s.applied != w.given && !w.given.equal(s.applied)
 }
 
-// applyResize does what can be done now. It says whether that is all: a container that
-// has to be started anew is stopped first.
-func (w *worker) applyResize(pod *corev1.Pod, obs *observed) (done bool, err error) {
-	before, _ := w.applied.apply(pod)
-	now, was := podResources(pod), podResources(before)
-	cgroupPath := cgroupParent(w.m.cfg.CgroupRoot, pod)
-	if err := checkMemory("pod", cgroupPath, was.MemoryLimitInBytes, now.MemoryLimitInBytes); err != nil {
-		return false, err
+// planResize gives what runs of a pod the resources that it was given, and says whether
+// there is something to do for that now. What has to be started anew is stopped first,
+// and waited for.
+func planResize(w want, s *seen, b waits, now time.Time, p *pass) bool {
+	if !p.resizing {
+		return false
 	}
-	// While its containers change, the pod's own cgroup is as wide as before and after.
-	if err := w.limitPod(cgroupPath, widest(was, now)); err != nil {
-		return false, err
+	if e, put := b.held(waitResize, now); put {
+		p.wakeAt(e.until)
+		return false
 	}
-	done = true
-	for _, c := range obs.running() {
-		spec, old := specOf(pod, c.name), specOf(before, c.name)
-		if spec == nil || old == nil || equality.Semantic.DeepEqual(spec.Resources, old.Resources) {
-			continue
+	before, _ := s.applied.apply(w.pod)
+	r := resize{last: true}
+	var kills []step
+	for _, c := range s.running() {
+		spec, old := specOf(w.pod, c.name), specOf(before, c.name)
+		switch {
+		case spec == nil || old == nil || equality.Semantic.DeepEqual(spec.Resources, old.Resources):
+		case !restartsToResize(spec, old):
+			r.containers = append(r.containers, c)
+		default:
+			r.last = false
+			if s.beside[c.id].stopBy.IsZero() {
+				k := kill{container: c, spec: spec, message: fmt.Sprintf("Container %s resize requires restart", c.name), forgive: true}
+				k.grace = killGrace(w.pod, k)
+				kills = append(kills, k)
+			}
 		}
-		if restartsToResize(spec, old) {
-			w.restart[c.name] = &backOff{} // it did not fail
-			k := kill{container: c, spec: spec, message: fmt.Sprintf("Container %s resize requires restart", c.name)}
-			w.kill(pod, c, spec, k.message, killGrace(pod, k))
-			done = false
-			continue
-		}
-		if err := w.updateContainer(pod, before, spec, old, c); err != nil {
-			return false, fmt.Errorf("container %s: %w", c.name, err)
-		}
-		w.applied = w.applied.with(c.name, spec.Resources)
 	}
-	if !done {
-		return false, nil
+	if len(r.containers)+len(kills) == 0 && !r.last {
+		return false
 	}
-	return true, w.limitPod(cgroupPath, now)
-}
-
-// with is a, but for what one container has.
-func (a *allocation) with(name string, r corev1.ResourceRequirements) *allocation {
-	out := &allocation{pod: a.pod, containers: maps.Clone(a.containers)}
-	out.containers[name] = r
-	return out
+	p.do(r)
+	p.do(kills...)
+	return true
 }
 
 func (w *worker) updateContainer(pod, before *corev1.Pod, spec, old *corev1.Container, c *container) error {
@@ -263,7 +219,7 @@ func restartsToResize(spec, old *corev1.Container) bool {
 // resizeConditions say what is still to be done of a resize, or why it will not be.
 func resizeConditions(in statusInput) []corev1.PodCondition {
 	var out []corev1.PodCondition
-	if r := in.refusedResize; r != nil {
+	if r := in.refusedResize; r != nil && in.resized {
 		out = append(out, corev1.PodCondition{Type: corev1.PodResizePending, Status: corev1.ConditionTrue, Reason: r.Reason, Message: r.Message})
 	}
 	if in.resizing {

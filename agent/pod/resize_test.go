@@ -12,17 +12,15 @@ import (
 	"timonel/agent/admission"
 )
 
-type noFacts struct{}
-
-func (noFacts) started(*container) bool            { return true }
-func (noFacts) failed(*container) (string, string) { return "", "" }
-
 func cpuOf(q string) corev1.ResourceList {
 	return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(q)}
 }
 
 func statusOf(pod *corev1.Pod, old *corev1.PodStatus, change func(*statusInput)) *corev1.PodStatus {
-	in := statusInput{pod: pod, obs: &observed{containers: map[string][]*container{}}, old: old, facts: noFacts{}, now: time.Unix(1000, 0)}
+	in := statusInput{
+		want: want{pod: pod}, now: time.Unix(1000, 0),
+		seen: &seen{known: &known{}, old: old, observed: observed{containers: map[string][]*container{}}},
+	}
 	if change != nil {
 		change(&in)
 	}
@@ -87,7 +85,9 @@ func TestStatusOfAResize(t *testing.T) {
 	pod.Generation = 2
 	pod.Spec.Containers[0].Resources.Requests = cpuOf("2")
 
-	late := statusOf(pod, first, func(in *statusInput) { in.refusedResize = &admission.Rejection{Reason: "Deferred", Message: "m"} })
+	late := statusOf(pod, first, func(in *statusInput) {
+		in.resized, in.refusedResize = true, &admission.Rejection{Reason: "Deferred", Message: "m"}
+	})
 	c := findCondition(late.Conditions, corev1.PodResizePending)
 	require.NotNil(t, c)
 	require.Equal(t, []any{corev1.ConditionTrue, "Deferred", "m", int64(2)}, []any{c.Status, c.Reason, c.Message, c.ObservedGeneration})

@@ -10,8 +10,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
-
-	"timonel/agent/admission"
 )
 
 // waiting is why a container that is wanted does not run.
@@ -28,27 +26,10 @@ type verdict struct {
 
 // statusInput is all that a pod's status is made from.
 type statusInput struct {
-	pod     *corev1.Pod
-	obs     *observed
-	old     *corev1.PodStatus // the last one, for transition times; the API's at first
-	waiting map[string]waiting
-	ready   map[string]bool // verdicts of readiness probes, by container id; absent: no probe
-	facts   facts
-	hostIPs []string
-	verdict *verdict
-	// refused are ephemeral containers that are not started, and why.
-	refused map[string]string
-	// refusedResize is why the pod does not get the other resources that it asks for.
-	refusedResize *admission.Rejection
-	// resizing: what it was given is not in force yet, resizeError why it cannot be.
-	resizing    bool
-	resizeError string
-	applied     *allocation // what is in force; nil: all
-	// ending: the pod is being stopped, or has been.
-	ending bool
-	// stopped: nothing of the pod runs any more, and nothing will.
-	stopped bool
-	now     time.Time
+	want
+	*seen
+	pass
+	now time.Time
 }
 
 // makeStatus computes the status to report, as the kubelet would.
@@ -125,17 +106,12 @@ func rejected(in statusInput) bool {
 	if in.verdict != nil {
 		return in.verdict.rejected
 	}
-	return in.old.Phase == corev1.PodFailed && len(in.old.ContainerStatuses) == 0 && len(in.obs.containers) == 0 && len(in.obs.sandboxes) == 0
+	return in.old.Phase == corev1.PodFailed && len(in.old.ContainerStatuses) == 0 && !in.any() && len(in.sandboxes) == 0
 }
 
 func podIPs(in statusInput) []string {
-	if s := in.obs.current(); s != nil {
-		if s.hostNet {
-			return in.hostIPs
-		}
-		if len(s.ips) > 0 {
-			return s.ips
-		}
+	if ips := in.addresses(in.current()); len(ips) > 0 {
+		return ips
 	}
 	// Kept while the pod is between sandboxes or has ended, as upstream does.
 	var out []string
@@ -182,32 +158,26 @@ func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.C
 	}
 	started := false
 	st.Started = &started
-	c := in.obs.latest(spec.Name)
+	c := in.latest(spec.Name)
 	old := oldStatus(in.old, spec.Name)
 	if c == nil {
-		return lostStatus(in, spec, st, old)
+		return lostStatus(in, spec, st, old, init)
 	}
 	st.Image, st.ImageID, st.ContainerID, st.RestartCount = c.image, c.imageID, containerID(c), c.restarts
 	if st.Image == "" {
 		st.Image = spec.Image
 	}
-	if list := in.obs.containers[spec.Name]; len(list) > 1 && list[1].exited() {
+	if list := in.containers[spec.Name]; len(list) > 1 && list[1].exited() {
 		st.LastTerminationState.Terminated = terminated(list[1])
 	} else if old != nil && old.LastTerminationState.Terminated != nil {
 		st.LastTerminationState = old.LastTerminationState
 	}
-	wait, isWaiting := in.waiting[spec.Name]
+	wait, isWaiting := waitingOf(in, spec.Name, old)
 	switch {
 	case c.running():
 		st.State.Running = &corev1.ContainerStateRunning{StartedAt: metav1.NewTime(c.started).Rfc3339Copy()}
-		started = in.facts.started(c)
-		st.Ready = started
-		if verdict, probed := in.ready[c.id]; probed && !verdict {
-			st.Ready = false
-		}
-		if init && !sidecar(spec) {
-			st.Ready = false
-		}
+		started = in.beside[c.id].started
+		st.Ready = started && in.beside[c.id].ready && !(init && !sidecar(spec))
 	case c.exited() && isWaiting && !in.ending:
 		st.LastTerminationState.Terminated = terminated(c)
 		st.State.Waiting = &corev1.ContainerStateWaiting{Reason: wait.reason, Message: wait.message}
@@ -229,6 +199,16 @@ func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.C
 	return st
 }
 
+// waitingOf is why a container waits. One of a pod that ends waits for what it has waited
+// for, and nobody asks about that any more.
+func waitingOf(in statusInput, name string, old *corev1.ContainerStatus) (waiting, bool) {
+	if in.ending && old != nil && old.State.Waiting != nil {
+		return waiting{old.State.Waiting.Reason, old.State.Waiting.Message}, true
+	}
+	w, ok := in.waiting[name]
+	return w, ok
+}
+
 func unknownEnd(old *corev1.ContainerStatus) *corev1.ContainerStateTerminated {
 	t := &corev1.ContainerStateTerminated{
 		Reason: "ContainerStatusUnknown", Message: "The container could not be located when the pod was terminated", ExitCode: 137,
@@ -241,8 +221,11 @@ func unknownEnd(old *corev1.ContainerStatus) *corev1.ContainerStateTerminated {
 
 // lostStatus is the status of a container that CRI does not have: it was never
 // made, or its record was lost.
-func lostStatus(in statusInput, spec *corev1.Container, st corev1.ContainerStatus, old *corev1.ContainerStatus) corev1.ContainerStatus {
+func lostStatus(in statusInput, spec *corev1.Container, st corev1.ContainerStatus, old *corev1.ContainerStatus, init bool) corev1.ContainerStatus {
 	if old != nil {
+		if init && old.State.Terminated != nil {
+			return *old // as upstream: what has done its part may be removed at any time
+		}
 		st.RestartCount, st.LastTerminationState = old.RestartCount, old.LastTerminationState
 		ended := old.State.Terminated
 		if ended == nil && old.State.Running != nil {
@@ -256,7 +239,7 @@ func lostStatus(in statusInput, spec *corev1.Container, st corev1.ContainerStatu
 			st.LastTerminationState.Terminated = ended
 		}
 	}
-	w, ok := in.waiting[spec.Name]
+	w, ok := waitingOf(in, spec.Name, old)
 	if !ok {
 		w.reason = "ContainerCreating"
 		if len(in.pod.Spec.InitContainers) > 0 {
@@ -407,8 +390,7 @@ func truth(b bool) corev1.ConditionStatus {
 }
 
 func sandboxCondition(in statusInput) corev1.PodCondition {
-	s := in.obs.current()
-	return corev1.PodCondition{Type: corev1.PodReadyToStartContainers, Status: truth(s != nil && !in.stopped && (s.hostNet || len(s.ips) > 0))}
+	return corev1.PodCondition{Type: corev1.PodReadyToStartContainers, Status: truth(in.usable() != nil && !in.stopped)}
 }
 
 func initializedCondition(in statusInput, st *corev1.PodStatus) corev1.PodCondition {
@@ -419,7 +401,7 @@ func initializedCondition(in statusInput, st *corev1.PodStatus) corev1.PodCondit
 	}
 	// Once a container of the pod's own has been made, that is over.
 	for i := range in.pod.Spec.Containers {
-		if in.obs.latest(in.pod.Spec.Containers[i].Name) != nil {
+		if in.latest(in.pod.Spec.Containers[i].Name) != nil {
 			return c
 		}
 	}

@@ -108,7 +108,7 @@ func TestChangeDuringAPass(t *testing.T) {
 	rt := &fakeRuntime{}
 	w := testWorker(t, rt, labelled("1"))
 	shown := func() string {
-		raw, err := os.ReadFile(filepath.Join(w.volumes["info"], "labels"))
+		raw, err := os.ReadFile(filepath.Join(w.known.volumes["info"], "labels"))
 		require.NoError(t, err)
 		return string(raw)
 	}
@@ -131,14 +131,14 @@ func TestExitDuringAPass(t *testing.T) {
 	t.Parallel()
 	w := testWorker(t, &fakeRuntime{}, labelled("1"))
 	w.expectExit("old")
-	taken := w.expectations
+	taken := w.exits.made
 	w.expectExit("c9") // made after obs was seen
 	w.register(&observed{}, taken)
-	require.NotContains(t, w.expected, "old")
-	require.Contains(t, w.expected, "c9")
+	require.NotContains(t, w.exits.by, "old")
+	require.Contains(t, w.exits.by, "c9")
 	require.False(t, w.next.IsZero(), "CRI is asked again about it")
-	w.register(&observed{}, w.expectations)
-	require.Empty(t, w.expected)
+	w.register(&observed{}, w.exits.made)
+	require.Empty(t, w.exits.by)
 }
 
 // A sandbox that ends before CRI has given its id is looked at again.
@@ -148,7 +148,7 @@ func TestExitBeforeItsOwner(t *testing.T) {
 	w.m.workers[w.uid] = w
 	w.m.TaskChanged("s9", true)
 	w.m.own("s9", w.uid)
-	require.Contains(t, w.expected, "s9")
+	require.Contains(t, w.exits.by, "s9")
 	select {
 	case <-w.wake:
 	case <-time.After(time.Minute):
