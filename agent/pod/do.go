@@ -74,7 +74,7 @@ func (w *worker) step(want *want, s *seen, p *pass, st step) outcome {
 		w.eventOnce(pod, st.kind, st.reason, st.message, st.container)
 		return rest
 	case watch:
-		w.probes.update(pod, s)
+		w.probes.update(pod, s, p.ending)
 		return rest
 	case report:
 		w.report(*want, s, *p)

@@ -73,6 +73,7 @@ func planStop(w want, s *seen, b waits, now time.Time, p *pass) bool {
 		}
 		p.wakeAt(now.Add(stopPatience)) // a stop that failed is tried again
 		if len(p.steps) == 0 {
+			p.do(watch{})
 			p.report(w, s)
 		}
 		return false
@@ -90,6 +91,7 @@ func planStop(w want, s *seen, b waits, now time.Time, p *pass) bool {
 		return false
 	}
 	p.stopped = true
+	p.do(watch{}) // nothing
 	if !s.over {
 		p.do(giveBack{})
 	}

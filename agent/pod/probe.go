@@ -42,17 +42,19 @@ type prober struct {
 
 // probed is one running container under probes.
 type probed struct {
-	cancel   context.CancelFunc
-	startup  bool // has passed, or there is none
-	ready    bool
-	hasReady bool
-	failed   string // kind of the probe that failed for good
+	cancel  context.CancelFunc // all of them
+	spare   context.CancelFunc // those that would have it stopped
+	startup bool               // has passed, or there is none
+	ready   bool
+	failed  string // kind of the probe that failed for good
 }
 
 func newProber(w *worker) *prober { return &prober{w: w, running: map[string]*probed{}} }
 
-// update starts probes for containers that run and stops those of others.
-func (p *prober) update(pod *corev1.Pod, s *seen) {
+// update starts probes for containers that run and stops those of others. Of a pod that
+// ends, nothing is asked any more but whether it is ready still: who is sent on to it as
+// long as it is would lose what it has begun.
+func (p *prober) update(pod *corev1.Pod, s *seen, ending bool) {
 	alive := map[string]bool{}
 	ip := first(s.addresses(s.current()))
 	for _, c := range s.running() {
@@ -61,7 +63,10 @@ func (p *prober) update(pod *corev1.Pod, s *seen) {
 			continue
 		}
 		alive[c.id] = true
-		if s.beside[c.id].stopBy.IsZero() {
+		switch {
+		case ending:
+			p.spare(c.id)
+		case s.beside[c.id].stopBy.IsZero():
 			p.start(pod, spec, c, ip, oldStatus(s.old, c.name))
 		}
 	}
@@ -82,7 +87,8 @@ func (p *prober) start(pod *corev1.Pod, spec *corev1.Container, c *container, ip
 		return
 	}
 	ctx, cancel := context.WithCancel(p.w.ctx)
-	r := &probed{cancel: cancel, hasReady: spec.ReadinessProbe != nil}
+	vital, spare := context.WithCancel(ctx)
+	r := &probed{cancel: cancel, spare: spare}
 	r.startup, r.ready = unprobed(spec, c, old)
 	p.running[c.id] = r
 	for kind, probe := range map[string]*corev1.Probe{
@@ -90,6 +96,10 @@ func (p *prober) start(pod *corev1.Pod, spec *corev1.Container, c *container, ip
 	} {
 		if probe == nil || kind == probeStartup && r.startup {
 			continue
+		}
+		ctx := ctx
+		if kind != probeReadiness {
+			ctx = vital
 		}
 		run := &probeRun{p: p, r: r, pod: pod, spec: spec, id: c.id, kind: kind, probe: probe, ip: ip, started: c.started}
 		p.w.wg.Add(1)
@@ -100,12 +110,22 @@ func (p *prober) start(pod *corev1.Pod, spec *corev1.Container, c *container, ip
 	}
 }
 
+// spare ends the probes of a container that would have it stopped: it is being stopped.
+func (p *prober) spare(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if r := p.running[id]; r != nil {
+		r.spare()
+	}
+}
+
+// stop ends the probes of a container that is gone.
 func (p *prober) stop(id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if r := p.running[id]; r != nil {
 		r.cancel()
-		r.ready = r.ready && !r.hasReady
+		delete(p.running, id)
 	}
 }
 

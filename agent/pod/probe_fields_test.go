@@ -162,7 +162,7 @@ func TestProbeTimes(t *testing.T) {
 			told: told{said: map[string]string{}}, orphan: true,
 		}
 		p := newProber(w)
-		state := &probed{startup: true, hasReady: true}
+		state := &probed{startup: true}
 		r := &probeRun{p: p, r: state, pod: &corev1.Pod{}, spec: &corev1.Container{Name: "c"}, kind: probeReadiness, started: began, probe: &corev1.Probe{
 			ProbeHandler:        corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"ready"}}},
 			InitialDelaySeconds: 30, PeriodSeconds: 5, SuccessThreshold: 3, FailureThreshold: 1,
@@ -188,5 +188,79 @@ func TestProbeTimes(t *testing.T) {
 			e.times())
 		cancel()
 		<-done
+	})
+}
+
+// byCommand is a runtime whose commands do what is said, and that counts them.
+type byCommand struct {
+	Runtime
+	mu    sync.Mutex
+	codes map[string]int32
+	ran   map[string]int
+}
+
+func (e *byCommand) ExecSync(_ context.Context, req *runtimev1.ExecSyncRequest, _ ...grpc.CallOption) (*runtimev1.ExecSyncResponse, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ran[req.Cmd[0]]++
+	return &runtimev1.ExecSyncResponse{ExitCode: e.codes[req.Cmd[0]]}, nil
+}
+
+// TestReadinessGoesOnToTheEnd: of a container that is being stopped, and of others of its
+// pod, liveness is not asked any more, and readiness until they have ended.
+func TestReadinessGoesOnToTheEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		exec := func(command string) *corev1.Probe {
+			return &corev1.Probe{ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{command}}}, PeriodSeconds: 1, FailureThreshold: 1, SuccessThreshold: 1}
+		}
+		e := &byCommand{codes: map[string]int32{}, ran: map[string]int{}}
+		pod := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{
+			{Name: "app", LivenessProbe: exec("app-live"), ReadinessProbe: exec("app-ready")},
+			{Name: "other", LivenessProbe: exec("other-live"), ReadinessProbe: exec("other-ready")},
+		}}}
+		m := &Manager{cfg: Config{Runtime: e, Now: time.Now, Statuses: noStatuses{}}, log: slog.New(slog.DiscardHandler)}
+		w := newWorker(m, pod)
+		w.orphan, w.ctx = true, t.Context()
+		s := &seen{observed: observed{containers: map[string][]*container{}}, known: &w.known, old: &corev1.PodStatus{}}
+		for _, name := range []string{"app", "other"} {
+			s.containers[name] = []*container{{id: name, name: name, state: runtimev1.ContainerState_CONTAINER_RUNNING, started: time.Now()}}
+		}
+		// ran is what is asked in five seconds.
+		ran := func() map[string]bool {
+			e.mu.Lock()
+			clear(e.ran)
+			e.mu.Unlock()
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			out := map[string]bool{}
+			for command := range e.ran {
+				out[command] = true
+			}
+			return out
+		}
+		ready := func(id string) bool { r, _ := w.probes.get(id); return r.ready }
+
+		w.probes.update(pod, s, false)
+		require.Equal(t, map[string]bool{"app-live": true, "app-ready": true, "other-live": true, "other-ready": true}, ran())
+		w.probes.spare("app")
+		require.Equal(t, map[string]bool{"app-ready": true, "other-live": true, "other-ready": true}, ran())
+		require.True(t, ready("app"), "who is sent to it goes on")
+		w.probes.update(pod, s, true)
+		require.Equal(t, map[string]bool{"app-ready": true, "other-ready": true}, ran())
+		e.mu.Lock()
+		e.codes["app-ready"] = 1
+		e.mu.Unlock()
+		ran()
+		require.False(t, ready("app"))
+		require.True(t, ready("other"))
+		s.containers["app"][0].state = runtimev1.ContainerState_CONTAINER_EXITED
+		w.probes.update(pod, s, true)
+		require.Equal(t, map[string]bool{"other-ready": true}, ran())
+		s.containers["other"][0].state = runtimev1.ContainerState_CONTAINER_EXITED
+		w.probes.update(pod, s, true)
+		w.wg.Wait()
 	})
 }

@@ -57,7 +57,7 @@ type (
 	}
 	// tell is an event that would repeat; the same is told once.
 	tell struct{ kind, reason, message, container string }
-	// watch probes what runs, and nothing else.
+	// watch probes what runs, and nothing else; of a pod that ends, for readiness alone.
 	watch struct{}
 	// report computes the pod's status, and sends it if it has changed.
 	report struct{}

@@ -40,7 +40,7 @@ func (w *worker) kill(pod *corev1.Pod, k kill) {
 	w.mu.Lock()
 	w.aroundOf(c.id).stop = mine
 	w.mu.Unlock()
-	w.probes.stop(c.id)
+	w.probes.spare(c.id)
 	if !k.hurry {
 		message := k.message
 		if message == "" {
