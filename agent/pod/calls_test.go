@@ -3,7 +3,9 @@ package pod
 import (
 	"context"
 	"fmt"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
@@ -21,7 +23,8 @@ import (
 type calling struct {
 	runtimev1.RuntimeServiceClient
 	runtimev1.ImageServiceClient
-	calls []string
+	calls []string   // but for stops, which are made in the background
+	mu    sync.Mutex // of made
 	boxes []*runtimev1.PodSandbox
 	made  []*runtimev1.ContainerStatus
 }
@@ -40,6 +43,8 @@ func (c *calling) PodSandboxStatus(context.Context, *runtimev1.PodSandboxStatusR
 
 func (c *calling) ListContainers(context.Context, *runtimev1.ListContainersRequest, ...grpc.CallOption) (*runtimev1.ListContainersResponse, error) {
 	c.calls = append(c.calls, "list containers")
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	out := &runtimev1.ListContainersResponse{}
 	for _, st := range c.made {
 		out.Containers = append(out.Containers, &runtimev1.Container{Id: st.Id, PodSandboxId: "s0"})
@@ -49,6 +54,8 @@ func (c *calling) ListContainers(context.Context, *runtimev1.ListContainersReque
 
 func (c *calling) ContainerStatus(_ context.Context, req *runtimev1.ContainerStatusRequest, _ ...grpc.CallOption) (*runtimev1.ContainerStatusResponse, error) {
 	c.calls = append(c.calls, "container status")
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for _, st := range c.made {
 		if st.Id == req.ContainerId {
 			return &runtimev1.ContainerStatusResponse{Status: st}, nil
@@ -70,6 +77,8 @@ func (c *calling) ImageStatus(context.Context, *runtimev1.ImageStatusRequest, ..
 
 func (c *calling) CreateContainer(_ context.Context, req *runtimev1.CreateContainerRequest, _ ...grpc.CallOption) (*runtimev1.CreateContainerResponse, error) {
 	c.calls = append(c.calls, "CREATE")
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	id := fmt.Sprintf("c%d", len(c.made))
 	c.made = append(c.made, &runtimev1.ContainerStatus{Id: id, Labels: req.Config.Labels, Annotations: req.Config.Annotations, State: runtimev1.ContainerState_CONTAINER_RUNNING})
 	return &runtimev1.CreateContainerResponse{ContainerId: id}, nil
@@ -80,9 +89,36 @@ func (c *calling) StartContainer(context.Context, *runtimev1.StartContainerReque
 	return &runtimev1.StartContainerResponse{}, nil
 }
 
-// TestCallsOfAStart: a pod is started in one pass, that asks CRI what it has to know and
-// nothing twice.
-func TestCallsOfAStart(t *testing.T) {
+func (c *calling) StopContainer(_ context.Context, req *runtimev1.StopContainerRequest, _ ...grpc.CallOption) (*runtimev1.StopContainerResponse, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, st := range c.made {
+		if st.Id == req.ContainerId {
+			ended := &runtimev1.ContainerStatus{Id: st.Id, Labels: st.Labels, Annotations: st.Annotations, State: runtimev1.ContainerState_CONTAINER_EXITED}
+			c.made[i] = ended
+		}
+	}
+	return &runtimev1.StopContainerResponse{}, nil
+}
+
+func (c *calling) StopPodSandbox(context.Context, *runtimev1.StopPodSandboxRequest, ...grpc.CallOption) (*runtimev1.StopPodSandboxResponse, error) {
+	c.calls = append(c.calls, "STOP SANDBOX")
+	return &runtimev1.StopPodSandboxResponse{}, nil
+}
+
+func (c *calling) RemoveContainer(context.Context, *runtimev1.RemoveContainerRequest, ...grpc.CallOption) (*runtimev1.RemoveContainerResponse, error) {
+	c.calls = append(c.calls, "remove container")
+	return &runtimev1.RemoveContainerResponse{}, nil
+}
+
+func (c *calling) RemovePodSandbox(context.Context, *runtimev1.RemovePodSandboxRequest, ...grpc.CallOption) (*runtimev1.RemovePodSandboxResponse, error) {
+	c.calls = append(c.calls, "remove sandbox")
+	return &runtimev1.RemovePodSandboxResponse{}, nil
+}
+
+// TestCallsOfAPod: a pod is started in one pass and ends in two, that ask CRI what they have
+// to know and nothing twice.
+func TestCallsOfAPod(t *testing.T) {
 	t.Parallel()
 	needs.Root(t, "makes a cgroup and volumes")
 	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{UID: "calls", Name: "p", Namespace: "ns"}}
@@ -111,4 +147,20 @@ func TestCallsOfAStart(t *testing.T) {
 	cri.calls = nil
 	w.sync()
 	require.Equal(t, []string{"list sandboxes", "sandbox status", "list containers", "container status", "container status"}, cri.calls)
+
+	deleted, grace := pod.DeepCopy(), int64(30)
+	deleted.DeletionTimestamp, deleted.DeletionGracePeriodSeconds = &metav1.Time{Time: time.Now().Add(30 * time.Second)}, &grace
+	w.set(deleted)
+	require.False(t, w.sync())
+	w.wg.Wait() // they are stopped in the background
+	cri.calls = nil
+	require.False(t, w.sync())
+	require.Equal(t, []string{
+		"list sandboxes", "sandbox status", "list containers", "container status", "container status",
+		"STOP SANDBOX", "remove container", "remove container", "remove sandbox",
+	}, cri.calls)
+	cri.calls = nil
+	w.change(func(want *want) { want.removed = true })
+	require.True(t, w.sync(), "it is gone")
+	require.Empty(t, cri.calls)
 }

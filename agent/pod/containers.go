@@ -73,8 +73,8 @@ func planInit(pod *corev1.Pod, s *seen, box *sandbox, a *actions) bool {
 		switch {
 		case over:
 		case c.exited() && c.exitCode == 0:
-		case c == nil && slices.ContainsFunc(pod.Spec.InitContainers[i+1:], func(later corev1.Container) bool { return s.in(box, later.Name) != nil }):
-			// Its record was removed: another would not have been made before it was done.
+		case slices.ContainsFunc(pod.Spec.InitContainers[i+1:], func(later corev1.Container) bool { return s.in(box, later.Name) != nil }):
+			// It was done, or no later one would have been made; its record was removed.
 		case c.running():
 			planFailed(pod, spec, s, c, true, a)
 			return false

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -16,6 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/yaml"
 
 	"timonel/agent/admission"
@@ -72,9 +74,15 @@ func TestStories(t *testing.T) {
 	}
 }
 
+// tester is a test, or a property of one.
+type tester interface {
+	require.TestingT
+	Fatalf(format string, args ...any)
+}
+
 // story is one pod on a node that is made up.
 type story struct {
-	t       *testing.T
+	t       tester
 	now     time.Time
 	want    want
 	obs     observed
@@ -162,7 +170,11 @@ func (s *story) command(t *testing.T, d *datadriven.TestData) string {
 	case "agent":
 		s.restartAgent()
 	case "delete":
-		s.delete(d)
+		grace := cmp.Or(ptr.Deref(s.want.api.Spec.TerminationGracePeriodSeconds, 0), corev1.DefaultTerminationGracePeriodSeconds)
+		if d.HasArg("grace") {
+			d.ScanArgs(t, "grace", &grace)
+		}
+		s.delete(grace)
 	case "remove":
 		s.want.removed = true
 	case "evict":
@@ -187,7 +199,7 @@ func (s *story) duration(text string) time.Duration {
 	return by
 }
 
-func (s *story) begin(t *testing.T, text string) {
+func (s *story) begin(t tester, text string) {
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "p", UID: "u", Generation: 1},
 		Spec:       corev1.PodSpec{RestartPolicy: corev1.RestartPolicyAlways},
@@ -215,22 +227,11 @@ func (s *story) restartAgent() {
 	}
 }
 
-func (s *story) delete(d *datadriven.TestData) {
-	grace := *cmpOr(s.want.api.Spec.TerminationGracePeriodSeconds, int64(corev1.DefaultTerminationGracePeriodSeconds))
-	if d.HasArg("grace") {
-		d.ScanArgs(s.t, "grace", &grace)
-	}
+func (s *story) delete(grace int64) {
 	api := s.want.api.DeepCopy()
 	api.DeletionTimestamp = &metav1.Time{Time: s.now.Add(time.Duration(grace) * time.Second)}
 	api.DeletionGracePeriodSeconds = &grace
 	s.want.set(api)
-}
-
-func cmpOr(p *int64, or int64) *int64 {
-	if p == nil {
-		return &or
-	}
-	return p
 }
 
 func (s *story) running(name string) *container {
