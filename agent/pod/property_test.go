@@ -114,7 +114,7 @@ func (s *story) happen(t *rapid.T) {
 			s.exit(c, rapid.SampledFrom([]string{"0", "1"}).Draw(t, "code"), time.Duration(rapid.SampledFrom([]int{1, 700}).Draw(t, "ran"))*time.Second)
 		}
 	case "fail":
-		s.failing[rapid.SampledFrom([]string{"volumes", "sandbox", "guard", "start:one", "start:app", "start:side", "stop", "clean", "sweep"}).Draw(t, "step")] = "because"
+		s.failing[rapid.SampledFrom([]string{"volumes", "sandbox", "guard", "start:one", "start:app", "start:side", "run:app", "run:two", "stop", "clean", "sweep"}).Draw(t, "step")] = "because"
 	case "work":
 		clear(s.failing)
 	case "advance":

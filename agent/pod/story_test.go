@@ -41,8 +41,8 @@ var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 //	                    what probes and hooks say of the container that runs
 //	image NAME here|pulling|failed:REASON
 //	fail STEP           such steps fail from now on, with the message given: volumes,
-//	                    sandbox, guard, start:NAME, resize, stop, clean, sweep,
-//	                    admit:REASON, grant:REASON
+//	                    sandbox, guard, start:NAME, run:NAME (it is made, and does not
+//	                    run), resize, stop, clean, sweep, admit:REASON, grant:REASON
 //	work STEP           they succeed again
 //	unguarded           what holds for the pod's addresses is not in the kernel; empty: it is
 //	refresh DURATION    volumes want to be made again after that
@@ -489,13 +489,20 @@ func (s *story) start(say func(string, ...any), bad func(string) (string, bool),
 		s.waits.putOff(waitStart(name), failing, waiting{reasonCreateError, message}, s.now)
 		return replan
 	}
-	s.waits.done(waitStart(name))
+	state := runtimev1.ContainerState_CONTAINER_RUNNING
+	if message, is := bad("run:" + name); is { // it is made, and does not run
+		s.waits.putOff(waitStart(name), failing, waiting{reasonRunError, message}, s.now)
+		state = runtimev1.ContainerState_CONTAINER_CREATED
+	} else {
+		s.waits.done(waitStart(name))
+	}
+	s.obs.containers[name] = slices.DeleteFunc(slices.Clone(s.obs.containers[name]), func(c *container) bool { return c.state == runtimev1.ContainerState_CONTAINER_CREATED })
 	if st.previous.exited() {
 		s.waits.restarted(name, st.previous)
 	}
 	s.made++
 	c := &container{
-		id: fmt.Sprintf("%s%d", name, s.made), name: name, sandbox: s.obs.sandboxes[0].id, restarts: st.restarts, state: runtimev1.ContainerState_CONTAINER_RUNNING,
+		id: fmt.Sprintf("%s%d", name, s.made), name: name, sandbox: s.obs.sandboxes[0].id, restarts: st.restarts, state: state,
 		created: s.now.Add(time.Duration(s.made)), started: s.now, hash: hashContainer(st.spec), image: st.spec.Image,
 	}
 	var b beside
