@@ -94,9 +94,6 @@ func TestNodeRefusesPods(t *testing.T) {
 	refuse("csi", "PodFeatureUnsupported", "csi", func(p *corev1.Pod) {
 		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.example.com"}}}}
 	})
-	refuse("image", "PodFeatureUnsupported", "image", func(p *corev1.Pod) {
-		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{Image: &corev1.ImageVolumeSource{Reference: "x"}}}}
-	})
 	check := func() {
 		t.Helper()
 		for _, r := range refusals {

@@ -243,6 +243,7 @@ func (w *worker) remove(s *seen, r remove) {
 		if !w.removeSandbox(id) {
 			return
 		}
+		s.forgetSandbox(id)
 	}
 }
 

@@ -34,11 +34,11 @@ spec:
   ephemeralContainers: [{name: debug, image: i}]`, policy))
 		counts := map[string]int32{}
 		check := func() {
-			before := s.status.Phase
+			before := s.status
 			out := s.run()
 			s.invariants(t, out, counts)
-			if terminal(before) {
-				require.Equal(t, before, s.status.Phase, "a terminal phase is for ever")
+			if terminal(before.Phase) {
+				require.Equal(t, before, s.status, "what is said of a pod that has ended is said for ever:\n%s", out)
 			}
 		}
 		check()
@@ -153,7 +153,7 @@ func (s *story) happen(t *rapid.T) {
 	case "lose": // the oldest record of a name
 		name := rapid.SampledFrom([]string{"one", "two", "side", "app", "other", "debug"}).Draw(t, "container")
 		if list := s.obs.containers[name]; len(list) > 0 && list[len(list)-1].exited() {
-			s.obs.containers[name] = list[:len(list)-1 : len(list)-1]
+			s.obs.containers[name] = list[: len(list)-1 : len(list)-1]
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"slices"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -94,4 +95,9 @@ func (s *seen) forget(c *container) {
 		}
 	}
 	s.containers[c.name] = left
+}
+
+// forgetSandbox drops a sandbox that was removed.
+func (s *seen) forgetSandbox(id string) {
+	s.sandboxes = slices.DeleteFunc(slices.Clone(s.sandboxes), func(box sandbox) bool { return box.id == id })
 }

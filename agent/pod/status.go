@@ -233,7 +233,7 @@ func lostStatus(in statusInput, spec *corev1.Container, st corev1.ContainerStatu
 		}
 		switch {
 		case ended != nil && (in.ending || in.stopped):
-			st.State.Terminated, st.ImageID, st.ContainerID = ended, old.ImageID, old.ContainerID
+			st.State.Terminated, st.Image, st.ImageID, st.ContainerID = ended, old.Image, old.ImageID, old.ContainerID
 			return st
 		case ended != nil:
 			st.LastTerminationState.Terminated = ended

@@ -157,11 +157,11 @@ func (w *worker) clean(pod *corev1.Pod, s *seen) bool {
 			s.forget(c)
 		}
 	}
-	for len(s.sandboxes) > 0 {
-		if !w.removeSandbox(s.sandboxes[0].id) {
+	for _, box := range s.sandboxes {
+		if !w.removeSandbox(box.id) {
 			return false
 		}
-		s.sandboxes = s.sandboxes[1:]
+		s.forgetSandbox(box.id)
 	}
 	err := w.m.volumes.Teardown(w.ctx, w.uid)
 	if err == nil && pod.Name != "" {

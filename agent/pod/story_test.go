@@ -433,6 +433,11 @@ func (s *story) do(out *strings.Builder, in *seen, p pass, st step) outcome {
 		}
 		s.waits.done(waitStop(st.id))
 		s.known.stopped[st.id] = true
+		for i := range s.obs.sandboxes {
+			if s.obs.sandboxes[i].id == st.id {
+				s.obs.sandboxes[i].ready, in.sandboxes[i].ready = false, false
+			}
+		}
 	case remove:
 		s.remove(say, in, st)
 		return rest
@@ -503,7 +508,7 @@ func (s *story) start(say func(string, ...any), bad func(string) (string, bool),
 	s.made++
 	c := &container{
 		id: fmt.Sprintf("%s%d", name, s.made), name: name, sandbox: s.obs.sandboxes[0].id, restarts: st.restarts, state: state,
-		created: s.now.Add(time.Duration(s.made)), started: s.now, hash: hashContainer(st.spec), image: st.spec.Image,
+		created: s.now.Add(time.Duration(s.made)), started: s.now, hash: hashContainer(st.spec), image: "docker.io/library/" + st.spec.Image,
 	}
 	var b beside
 	b.started, b.ready = unprobed(st.spec, c, nil)
@@ -521,7 +526,8 @@ func (s *story) remove(say func(string, ...any), in *seen, st remove) {
 	}
 	for _, id := range st.sandboxes {
 		names = append(names, id)
-		s.obs.sandboxes = slices.DeleteFunc(slices.Clone(s.obs.sandboxes), func(box sandbox) bool { return box.id == id })
+		in.forgetSandbox(id)
+		s.obs.sandboxes = slices.Clone(in.sandboxes)
 	}
 	say("remove %s", strings.Join(names, " "))
 }
