@@ -345,6 +345,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.serveNames(ctx) })
 	g.Go(func() error { return a.collect(ctx) })
 	g.Go(func() error { return a.deleteVolumes(ctx) })
+	g.Go(func() error { return a.meter(ctx) })
 	err := g.Wait()
 	return errors.Join(err, a.store.Close(), a.runtime.Close())
 }

@@ -7,7 +7,7 @@
 //
 // The subpackages each have one job: stream talks to controllers, desired
 // keeps what they want, pod runs it, eviction ends what takes too much of the
-// node, volume, image and podnet serve pod, containerd owns the runtime, node
+// node, metering says what is taken, volume, image and podnet serve pod, containerd owns the runtime, node
 // describes the machine, logs rotates what containers say, kubelet serves logs and
 // exec through tunnels. This package wires them together.
 //

@@ -14,6 +14,7 @@ import (
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/klog/v2"
+	aggregator "k8s.io/kube-aggregator/pkg/client/clientset_generated/clientset/typed/apiregistration/v1"
 	controlplaneapiserver "k8s.io/kubernetes/pkg/controlplane/apiserver"
 	"k8s.io/kubernetes/pkg/controlplane/controller/defaultservicecidr"
 	"k8s.io/kubernetes/pkg/controlplane/controller/kubernetesservice"
@@ -93,7 +94,7 @@ func restProviders(s *shared, c *controlplaneapiserver.CompletedConfig, client *
 		return nil, fmt.Errorf("core API group: %w", err)
 	}
 	barrier := s.config.Backend.ReadBarrier
-	return []controlplaneapiserver.RESTStorageProvider{
+	providers := []controlplaneapiserver.RESTStorageProvider{
 		patient{core, core, barrier},
 		apiserverinternalrest.StorageProvider{},
 		authenticationrest.RESTStorageProvider{Authenticator: c.Generic.Authentication.Authenticator, APIAudiences: c.Generic.Authentication.APIAudiences},
@@ -116,7 +117,12 @@ func restProviders(s *shared, c *controlplaneapiserver.CompletedConfig, client *
 		admissionregistrationrest.RESTStorageProvider{Authorizer: authorizer, DiscoveryClient: client.Discovery()},
 		eventsrest.RESTStorageProvider{TTL: c.EventTTL},
 		resourcerest.RESTStorageProvider{NamespaceClient: client.CoreV1().Namespaces(), Authorizer: authorizer},
-	}, nil
+	}
+	if s.config.Usage != nil {
+		objects := s.informers.Core().V1()
+		providers = append(providers, metricsProvider{s.config.Usage, objects.Nodes().Lister(), objects.Pods().Lister()})
+	}
+	return providers, nil
 }
 
 // addServiceHooks starts what looks after the kubernetes Service and the default
@@ -150,6 +156,18 @@ func addServiceHooks(s *shared, c *controlplaneapiserver.CompletedConfig, server
 		names := &dnsService{client: client, lister: s.informers.Core().V1().Services().Lister(), addresses: s.config.DNSAddresses}
 		server.AddPostStartHookOrDie("cluster-dns-service", func(ctx genericapiserver.PostStartHookContext) error {
 			go whileLeading(ctx, s.config.IsLeader, func(stop chan struct{}) { names.keep(wait.ContextForChannel(stop)) })
+			return nil
+		})
+	}
+	if s.config.Usage != nil {
+		services, err := aggregator.NewForConfig(c.Generic.LoopbackClientConfig)
+		if err != nil {
+			return fmt.Errorf("client of APIServices: %w", err)
+		}
+		server.AddPostStartHookOrDie("metrics-apiservice", func(ctx genericapiserver.PostStartHookContext) error {
+			go whileLeading(ctx, s.config.IsLeader, func(stop chan struct{}) {
+				(&metricsService{services}).keep(wait.ContextForChannel(stop))
+			})
 			return nil
 		})
 	}

@@ -75,6 +75,10 @@ type Config struct {
 	// Without it, logs, exec, attach, port-forward and node proxy answer 503.
 	DialKubelet func(ctx context.Context, node string) (net.Conn, error)
 
+	// Usage tells what nodes take. Without it there is no API metrics.k8s.io, but for
+	// somebody's own.
+	Usage Usage
+
 	// NodeAddress says why a node may not say of itself that it has an address: it is
 	// a controller's, another node's, of the pods' network. It is asked when a node
 	// registers or changes its addresses. Default: nothing speaks against it but what

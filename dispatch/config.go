@@ -126,6 +126,8 @@ type Dispatcher struct {
 	guard   *trust.Guard
 	network *network.Feed
 
+	usageBytes atomic.Int64 // of what agents said that their nodes take
+
 	running atomic.Pointer[context.Context] // Run's; nil before
 	active  sync.WaitGroup                  // calls that hold on to what Run ends
 	mu      sync.Mutex                      // guards the step from serving to ended

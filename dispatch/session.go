@@ -59,6 +59,7 @@ type session struct {
 	// one that knows of no more than one key.
 	kept atomic.Pointer[[]string]
 
+	usage   usage   // what the agent said last that its node takes
 	reports reports // what the agent said and is to be written
 }
 
@@ -188,6 +189,7 @@ func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) e
 	s.d.hub.remove(s, goodbye)
 	work.Wait()
 	s.d.room.end(&s.reports.room)
+	s.usage.set(nil, &s.d.usageBytes)
 	if goodbye || errors.Is(err, io.EOF) {
 		s.log.Info("agent disconnected", "goodbye", goodbye, "after", time.Since(start).Round(time.Millisecond))
 		return nil
@@ -238,6 +240,8 @@ func (s *session) receive() error {
 			if err := s.setKept(m.GossipKeysKept.GetIds()); err != nil {
 				return err
 			}
+		case *pb.AgentMessage_Usage:
+			s.reportUsage(m.Usage)
 		case *pb.AgentMessage_Goodbye:
 			s.goodbye.Store(true)
 		default:

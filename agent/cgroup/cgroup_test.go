@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -47,6 +48,23 @@ func TestWeight(t *testing.T) {
 	for shares, want := range map[int64]int64{0: 1, 2: 1, 1024: 39, 262144: 10000} {
 		require.Equal(t, want, weight(shares), shares)
 	}
+}
+
+func TestCPU(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	dir := filepath.Join(root, "timonel", "podu")
+	require.NoError(t, os.MkdirAll(dir, 0o755))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "cpu.stat"), []byte("usage_usec 1500\nuser_usec 1000\nsystem_usec 500\n"), 0o644))
+	took, err := cpuV2(root, "/timonel/podu")
+	require.NoError(t, err)
+	require.Equal(t, 1500*time.Microsecond, took)
+	took, err = cpuV2(root, "/timonel/none")
+	require.NoError(t, err)
+	require.Zero(t, took, "one that is not there takes nothing")
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "cpu.stat"), []byte("usage_usec much\n"), 0o644))
+	_, err = cpuV2(root, "/timonel/podu")
+	require.Error(t, err)
 }
 
 // On this machine's own hierarchy, whichever it is.

@@ -55,7 +55,7 @@ func (s *Server) stats(ctx context.Context) (*stats.Summary, error) {
 		uid := labels["io.kubernetes.pod.uid"]
 		byPod[uid] = append(byPod[uid], cs)
 	}
-	sum := &stats.Summary{Node: nodeStats(s.cfg.NodeName), Pods: []stats.PodStats{}}
+	sum := &stats.Summary{Node: NodeStats(s.cfg.NodeName), Pods: []stats.PodStats{}}
 	for _, pod := range s.cfg.Pods.Pods() {
 		ps := stats.PodStats{
 			PodRef:     stats.PodReference{Name: pod.Name, Namespace: pod.Namespace, UID: string(pod.UID)},
@@ -72,7 +72,8 @@ func (s *Server) stats(ctx context.Context) (*stats.Summary, error) {
 	return sum, nil
 }
 
-func nodeStats(name string) stats.NodeStats {
+// NodeStats are the machine's own figures.
+func NodeStats(name string) stats.NodeStats {
 	now := metav1.Now()
 	n := stats.NodeStats{NodeName: name}
 	if raw, err := hostile.ReadRegular("/proc/stat", hostile.MaxOwn); err == nil {

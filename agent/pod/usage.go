@@ -14,6 +14,7 @@ import (
 	"timonel/agent/cgroup"
 	"timonel/agent/eviction"
 	"timonel/agent/hostile"
+	"timonel/agent/metering"
 	"timonel/agent/volume"
 )
 
@@ -38,6 +39,31 @@ func (m *Manager) Running(ctx context.Context) (eviction.Running, error) {
 	for _, c := range list.Containers {
 		uid := types.UID(c.Labels[labelPodUID])
 		out[uid] = append(out[uid], eviction.Container{ID: c.Id, Name: c.Labels[labelContainerName]})
+	}
+	return out, nil
+}
+
+// Counters are what the containers that run have taken until now, by id.
+func (m *Manager) Counters(ctx context.Context) (map[string]metering.Container, error) {
+	running, err := m.Running(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]metering.Container{}
+	for _, pod := range m.Pods() {
+		parent := cgroupParent(m.cfg.CgroupRoot, pod)
+		for _, c := range running[pod.UID] {
+			group := path.Join(parent, c.ID)
+			cpu, err := cgroup.CPUOf(group)
+			if err != nil {
+				return nil, err
+			}
+			memory, err := cgroup.UsageOf(group)
+			if err != nil {
+				return nil, err
+			}
+			out[c.ID] = metering.Container{Pod: pod.UID, Name: c.Name, CPU: cpu, Memory: uint64(memory.Memory)}
+		}
 	}
 	return out, nil
 }

@@ -225,6 +225,9 @@ func (c *Client) dial(addr string) (*grpc.ClientConn, error) {
 // SetNode queues the node's new labels or status.
 func (c *Client) SetNode(node *corev1.Node) { c.out.setNode(node) }
 
+// SetUsage queues what the node takes now, an encoded Usage.
+func (c *Client) SetUsage(raw []byte) { c.out.setUsage(&pb.UsageReport{Usage: raw}) }
+
 // SetPodStatus queues a pod's new status. The newest status of every pod is
 // sent again to each controller that is connected to.
 func (c *Client) SetPodStatus(pod *corev1.Pod, status *corev1.PodStatus) {

@@ -25,6 +25,7 @@ type outbox struct {
 	isDirty    map[types.UID]bool
 	events     []*corev1.Event
 	requests   []*pb.Request
+	usage      *pb.UsageReport
 	kept       []string // names of keys of gossip, to say so
 	wake       chan struct{}
 }
@@ -99,6 +100,14 @@ func (o *outbox) addEvent(e *corev1.Event) {
 	o.signal()
 }
 
+// setUsage takes what the node takes now. It is sent to whoever is connected by then.
+func (o *outbox) setUsage(u *pb.UsageReport) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.usage = u
+	o.signal()
+}
+
 // setKept queues the names of the keys of gossip that are kept.
 func (o *outbox) setKept(ids []string) {
 	o.mu.Lock()
@@ -144,6 +153,10 @@ func (o *outbox) take() []*pb.AgentMessage {
 	if o.kept != nil {
 		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_GossipKeysKept{GossipKeysKept: &pb.GossipKeysKept{Ids: o.kept}}})
 		o.kept = nil
+	}
+	if o.usage != nil {
+		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_Usage{Usage: o.usage}})
+		o.usage = nil
 	}
 	for _, r := range o.requests {
 		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_Request{Request: r}})

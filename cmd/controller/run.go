@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/rest"
 
@@ -204,6 +205,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		ServiceCIDRs:     k.services(),
 		DNSAddresses:     k.dnsAddresses(),
 		DialKubelet:      k.agents.DialKubelet,
+		Usage:            k.nodesUsage,
 		NodeAddress:      k.agents.CheckNodeAddress,
 		Controllers:      k.directory.controllerIPs,
 		IsLeader:         k.isLeader,
@@ -242,6 +244,24 @@ func (k *controller) readsFollow(ctx context.Context) error {
 		return fmt.Errorf("objects are behind the state by more than %s, at revision %d: %w", followTimeout, revision, err)
 	}
 	return nil
+}
+
+// nodesUsage is what agents say that their nodes take, as the API server wants it.
+func (k *controller) nodesUsage(ctx context.Context, nodes []string) map[string]apiserver.NodeUsage {
+	out := map[string]apiserver.NodeUsage{}
+	for node, u := range k.agents.NodesUsage(ctx, nodes) {
+		n := apiserver.NodeUsage{
+			When: u.When, Window: time.Duration(u.GetWindow()), CPU: u.GetCpu(), Memory: u.GetMemory(),
+			Pods: make(map[types.UID][]apiserver.ContainerUsage, len(u.GetPods())),
+		}
+		for _, p := range u.GetPods() {
+			for _, c := range p.GetContainers() {
+				n.Pods[types.UID(p.GetUid())] = append(n.Pods[types.UID(p.GetUid())], apiserver.ContainerUsage{Name: c.GetName(), CPU: c.GetCpu(), Memory: c.GetMemory()})
+			}
+		}
+		out[node] = n
+	}
+	return out
 }
 
 // stateWarning says in few words that the state is nearly full.

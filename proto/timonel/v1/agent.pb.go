@@ -137,7 +137,7 @@ func (x NetworkPolicyItem_Tier) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkPolicyItem_Tier.Descriptor instead.
 func (NetworkPolicyItem_Tier) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36, 0}
 }
 
 type NetworkRule_Action int32
@@ -186,7 +186,7 @@ func (x NetworkRule_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkRule_Action.Descriptor instead.
 func (NetworkRule_Action) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37, 0}
 }
 
 type JoinRequest struct {
@@ -345,6 +345,7 @@ type AgentMessage struct {
 	//	*AgentMessage_Request
 	//	*AgentMessage_Goodbye
 	//	*AgentMessage_GossipKeysKept
+	//	*AgentMessage_Usage
 	Message       isAgentMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -459,6 +460,15 @@ func (x *AgentMessage) GetGossipKeysKept() *GossipKeysKept {
 	return nil
 }
 
+func (x *AgentMessage) GetUsage() *UsageReport {
+	if x != nil {
+		if x, ok := x.Message.(*AgentMessage_Usage); ok {
+			return x.Usage
+		}
+	}
+	return nil
+}
+
 type isAgentMessage_Message interface {
 	isAgentMessage_Message()
 }
@@ -495,6 +505,10 @@ type AgentMessage_GossipKeysKept struct {
 	GossipKeysKept *GossipKeysKept `protobuf:"bytes,8,opt,name=gossip_keys_kept,json=gossipKeysKept,proto3,oneof"`
 }
 
+type AgentMessage_Usage struct {
+	Usage *UsageReport `protobuf:"bytes,9,opt,name=usage,proto3,oneof"`
+}
+
 func (*AgentMessage_Hello) isAgentMessage_Message() {}
 
 func (*AgentMessage_NodeStatus) isAgentMessage_Message() {}
@@ -510,6 +524,234 @@ func (*AgentMessage_Request) isAgentMessage_Message() {}
 func (*AgentMessage_Goodbye) isAgentMessage_Message() {}
 
 func (*AgentMessage_GossipKeysKept) isAgentMessage_Message() {}
+
+func (*AgentMessage_Usage) isAgentMessage_Message() {}
+
+// UsageReport is what the node takes now. The newest counts alone, and none is written.
+type UsageReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Usage         []byte                 `protobuf:"bytes,1,opt,name=usage,proto3" json:"usage,omitempty"` // Usage, at most MaxUsage; controllers keep it as it came
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsageReport) Reset() {
+	*x = UsageReport{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageReport) ProtoMessage() {}
+
+func (x *UsageReport) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageReport.ProtoReflect.Descriptor instead.
+func (*UsageReport) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *UsageReport) GetUsage() []byte {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+// Usage is what a node and the containers of its pods take.
+type Usage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Window        int64                  `protobuf:"varint,1,opt,name=window,proto3" json:"window,omitempty"` // nanoseconds over which cpu was measured
+	Cpu           uint64                 `protobuf:"varint,2,opt,name=cpu,proto3" json:"cpu,omitempty"`       // of the node, in billionths of a CPU
+	Memory        uint64                 `protobuf:"varint,3,opt,name=memory,proto3" json:"memory,omitempty"` // working set of the node, in bytes
+	Pods          []*PodUsage            `protobuf:"bytes,4,rep,name=pods,proto3" json:"pods,omitempty"`      // of which all containers that run were measured
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Usage) Reset() {
+	*x = Usage{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Usage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Usage) ProtoMessage() {}
+
+func (x *Usage) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Usage.ProtoReflect.Descriptor instead.
+func (*Usage) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Usage) GetWindow() int64 {
+	if x != nil {
+		return x.Window
+	}
+	return 0
+}
+
+func (x *Usage) GetCpu() uint64 {
+	if x != nil {
+		return x.Cpu
+	}
+	return 0
+}
+
+func (x *Usage) GetMemory() uint64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *Usage) GetPods() []*PodUsage {
+	if x != nil {
+		return x.Pods
+	}
+	return nil
+}
+
+type PodUsage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Containers    []*ContainerUsage      `protobuf:"bytes,2,rep,name=containers,proto3" json:"containers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PodUsage) Reset() {
+	*x = PodUsage{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PodUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PodUsage) ProtoMessage() {}
+
+func (x *PodUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PodUsage.ProtoReflect.Descriptor instead.
+func (*PodUsage) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PodUsage) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *PodUsage) GetContainers() []*ContainerUsage {
+	if x != nil {
+		return x.Containers
+	}
+	return nil
+}
+
+type ContainerUsage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Cpu           uint64                 `protobuf:"varint,2,opt,name=cpu,proto3" json:"cpu,omitempty"` // as Usage has them
+	Memory        uint64                 `protobuf:"varint,3,opt,name=memory,proto3" json:"memory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ContainerUsage) Reset() {
+	*x = ContainerUsage{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ContainerUsage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ContainerUsage) ProtoMessage() {}
+
+func (x *ContainerUsage) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ContainerUsage.ProtoReflect.Descriptor instead.
+func (*ContainerUsage) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ContainerUsage) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ContainerUsage) GetCpu() uint64 {
+	if x != nil {
+		return x.Cpu
+	}
+	return 0
+}
+
+func (x *ContainerUsage) GetMemory() uint64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
 
 type Hello struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -543,7 +785,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	mi := &file_timonel_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -555,7 +797,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	mi := &file_timonel_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -568,7 +810,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Hello) GetNodeName() string {
@@ -661,7 +903,7 @@ type Have struct {
 
 func (x *Have) Reset() {
 	*x = Have{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	mi := &file_timonel_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -673,7 +915,7 @@ func (x *Have) String() string {
 func (*Have) ProtoMessage() {}
 
 func (x *Have) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	mi := &file_timonel_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -686,7 +928,7 @@ func (x *Have) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Have.ProtoReflect.Descriptor instead.
 func (*Have) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Have) GetRevision() int64 {
@@ -723,7 +965,7 @@ type HavePod struct {
 
 func (x *HavePod) Reset() {
 	*x = HavePod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	mi := &file_timonel_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +977,7 @@ func (x *HavePod) String() string {
 func (*HavePod) ProtoMessage() {}
 
 func (x *HavePod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	mi := &file_timonel_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +990,7 @@ func (x *HavePod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HavePod.ProtoReflect.Descriptor instead.
 func (*HavePod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *HavePod) GetNamespace() string {
@@ -800,7 +1042,7 @@ type HaveObject struct {
 
 func (x *HaveObject) Reset() {
 	*x = HaveObject{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	mi := &file_timonel_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +1054,7 @@ func (x *HaveObject) String() string {
 func (*HaveObject) ProtoMessage() {}
 
 func (x *HaveObject) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	mi := &file_timonel_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +1067,7 @@ func (x *HaveObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HaveObject.ProtoReflect.Descriptor instead.
 func (*HaveObject) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *HaveObject) GetKind() string {
@@ -879,7 +1121,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[7]
+	mi := &file_timonel_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +1133,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[7]
+	mi := &file_timonel_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +1146,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *NodeStatus) GetNode() []byte {
@@ -926,7 +1168,7 @@ type PodStatus struct {
 
 func (x *PodStatus) Reset() {
 	*x = PodStatus{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[8]
+	mi := &file_timonel_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -938,7 +1180,7 @@ func (x *PodStatus) String() string {
 func (*PodStatus) ProtoMessage() {}
 
 func (x *PodStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[8]
+	mi := &file_timonel_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -951,7 +1193,7 @@ func (x *PodStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodStatus.ProtoReflect.Descriptor instead.
 func (*PodStatus) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PodStatus) GetNamespace() string {
@@ -995,7 +1237,7 @@ type PodTerminated struct {
 
 func (x *PodTerminated) Reset() {
 	*x = PodTerminated{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[9]
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1007,7 +1249,7 @@ func (x *PodTerminated) String() string {
 func (*PodTerminated) ProtoMessage() {}
 
 func (x *PodTerminated) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[9]
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1020,7 +1262,7 @@ func (x *PodTerminated) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodTerminated.ProtoReflect.Descriptor instead.
 func (*PodTerminated) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PodTerminated) GetNamespace() string {
@@ -1053,7 +1295,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[10]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1307,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[10]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1320,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Event) GetEvent() []byte {
@@ -1103,7 +1345,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[11]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1357,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[11]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1370,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Request) GetId() uint64 {
@@ -1190,7 +1432,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[12]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1444,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[12]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1457,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TokenRequest) GetNamespace() string {
@@ -1251,7 +1493,7 @@ type PodCertificate struct {
 
 func (x *PodCertificate) Reset() {
 	*x = PodCertificate{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1505,7 @@ func (x *PodCertificate) String() string {
 func (*PodCertificate) ProtoMessage() {}
 
 func (x *PodCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1518,7 @@ func (x *PodCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodCertificate.ProtoReflect.Descriptor instead.
 func (*PodCertificate) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PodCertificate) GetRequest() []byte {
@@ -1295,7 +1537,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1307,7 +1549,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1320,7 +1562,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Goodbye) GetReason() string {
@@ -1340,7 +1582,7 @@ type GossipKeysKept struct {
 
 func (x *GossipKeysKept) Reset() {
 	*x = GossipKeysKept{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1594,7 @@ func (x *GossipKeysKept) String() string {
 func (*GossipKeysKept) ProtoMessage() {}
 
 func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1607,7 @@ func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeysKept.ProtoReflect.Descriptor instead.
 func (*GossipKeysKept) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GossipKeysKept) GetIds() []string {
@@ -1397,7 +1639,7 @@ type ControllerMessage struct {
 
 func (x *ControllerMessage) Reset() {
 	*x = ControllerMessage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1651,7 @@ func (x *ControllerMessage) String() string {
 func (*ControllerMessage) ProtoMessage() {}
 
 func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1664,7 @@ func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControllerMessage.ProtoReflect.Descriptor instead.
 func (*ControllerMessage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ControllerMessage) GetMessage() isControllerMessage_Message {
@@ -1612,7 +1854,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1624,7 +1866,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1637,7 +1879,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Welcome) GetController() string {
@@ -1671,7 +1913,7 @@ type GossipKeys struct {
 
 func (x *GossipKeys) Reset() {
 	*x = GossipKeys{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1683,7 +1925,7 @@ func (x *GossipKeys) String() string {
 func (*GossipKeys) ProtoMessage() {}
 
 func (x *GossipKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1696,7 +1938,7 @@ func (x *GossipKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeys.ProtoReflect.Descriptor instead.
 func (*GossipKeys) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GossipKeys) GetKeys() [][]byte {
@@ -1717,7 +1959,7 @@ type NodeSet struct {
 
 func (x *NodeSet) Reset() {
 	*x = NodeSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +1971,7 @@ func (x *NodeSet) String() string {
 func (*NodeSet) ProtoMessage() {}
 
 func (x *NodeSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +1984,7 @@ func (x *NodeSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSet.ProtoReflect.Descriptor instead.
 func (*NodeSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *NodeSet) GetNode() []byte {
@@ -1768,7 +2010,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1780,7 +2022,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1793,7 +2035,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -1829,7 +2071,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1841,7 +2083,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1854,7 +2096,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -1899,7 +2141,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +2153,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2166,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -1960,7 +2202,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1972,7 +2214,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1985,7 +2227,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -2025,7 +2267,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2279,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2292,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -2070,7 +2312,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2324,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2337,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -2123,7 +2365,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +2377,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +2390,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -2197,7 +2439,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2209,7 +2451,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2222,7 +2464,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -2328,7 +2570,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2340,7 +2582,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2353,7 +2595,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -2396,7 +2638,7 @@ type AddressHolder struct {
 
 func (x *AddressHolder) Reset() {
 	*x = AddressHolder{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2650,7 @@ func (x *AddressHolder) String() string {
 func (*AddressHolder) ProtoMessage() {}
 
 func (x *AddressHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2663,7 @@ func (x *AddressHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddressHolder.ProtoReflect.Descriptor instead.
 func (*AddressHolder) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AddressHolder) GetAddress() string {
@@ -2459,7 +2701,7 @@ type NetworkPod struct {
 
 func (x *NetworkPod) Reset() {
 	*x = NetworkPod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2471,7 +2713,7 @@ func (x *NetworkPod) String() string {
 func (*NetworkPod) ProtoMessage() {}
 
 func (x *NetworkPod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2484,7 +2726,7 @@ func (x *NetworkPod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPod.ProtoReflect.Descriptor instead.
 func (*NetworkPod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *NetworkPod) GetNamespace() string {
@@ -2532,7 +2774,7 @@ type NetworkPolicyRef struct {
 
 func (x *NetworkPolicyRef) Reset() {
 	*x = NetworkPolicyRef{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2544,7 +2786,7 @@ func (x *NetworkPolicyRef) String() string {
 func (*NetworkPolicyRef) ProtoMessage() {}
 
 func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2557,7 +2799,7 @@ func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyRef.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyRef) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NetworkPolicyRef) GetNamespace() string {
@@ -2594,7 +2836,7 @@ type NetworkPolicyItem struct {
 
 func (x *NetworkPolicyItem) Reset() {
 	*x = NetworkPolicyItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2848,7 @@ func (x *NetworkPolicyItem) String() string {
 func (*NetworkPolicyItem) ProtoMessage() {}
 
 func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2861,7 @@ func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyItem.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetworkPolicyItem) GetNamespace() string {
@@ -2704,7 +2946,7 @@ type NetworkRule struct {
 
 func (x *NetworkRule) Reset() {
 	*x = NetworkRule{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2716,7 +2958,7 @@ func (x *NetworkRule) String() string {
 func (*NetworkRule) ProtoMessage() {}
 
 func (x *NetworkRule) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2729,7 +2971,7 @@ func (x *NetworkRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
 func (*NetworkRule) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetworkRule) GetAction() NetworkRule_Action {
@@ -2791,7 +3033,7 @@ type NetworkBlock struct {
 
 func (x *NetworkBlock) Reset() {
 	*x = NetworkBlock{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2803,7 +3045,7 @@ func (x *NetworkBlock) String() string {
 func (*NetworkBlock) ProtoMessage() {}
 
 func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2816,7 +3058,7 @@ func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBlock.ProtoReflect.Descriptor instead.
 func (*NetworkBlock) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetworkBlock) GetCidr() string {
@@ -2848,7 +3090,7 @@ type NetworkPort struct {
 
 func (x *NetworkPort) Reset() {
 	*x = NetworkPort{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2860,7 +3102,7 @@ func (x *NetworkPort) String() string {
 func (*NetworkPort) ProtoMessage() {}
 
 func (x *NetworkPort) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2873,7 +3115,7 @@ func (x *NetworkPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPort.ProtoReflect.Descriptor instead.
 func (*NetworkPort) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NetworkPort) GetProtocol() string {
@@ -2920,7 +3162,7 @@ type NetworkGroup struct {
 
 func (x *NetworkGroup) Reset() {
 	*x = NetworkGroup{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2932,7 +3174,7 @@ func (x *NetworkGroup) String() string {
 func (*NetworkGroup) ProtoMessage() {}
 
 func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2945,7 +3187,7 @@ func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkGroup.ProtoReflect.Descriptor instead.
 func (*NetworkGroup) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NetworkGroup) GetName() string {
@@ -2994,7 +3236,7 @@ type NetworkTarget struct {
 
 func (x *NetworkTarget) Reset() {
 	*x = NetworkTarget{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3006,7 +3248,7 @@ func (x *NetworkTarget) String() string {
 func (*NetworkTarget) ProtoMessage() {}
 
 func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3019,7 +3261,7 @@ func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTarget.ProtoReflect.Descriptor instead.
 func (*NetworkTarget) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NetworkTarget) GetAddress() []byte {
@@ -3056,7 +3298,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3068,7 +3310,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3081,7 +3323,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
@@ -3137,7 +3379,7 @@ type NetworkHave struct {
 
 func (x *NetworkHave) Reset() {
 	*x = NetworkHave{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3149,7 +3391,7 @@ func (x *NetworkHave) String() string {
 func (*NetworkHave) ProtoMessage() {}
 
 func (x *NetworkHave) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3162,7 +3404,7 @@ func (x *NetworkHave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
 func (*NetworkHave) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *NetworkHave) GetEpoch() string {
@@ -3196,7 +3438,7 @@ type NetworkTaken struct {
 
 func (x *NetworkTaken) Reset() {
 	*x = NetworkTaken{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3208,7 +3450,7 @@ func (x *NetworkTaken) String() string {
 func (*NetworkTaken) ProtoMessage() {}
 
 func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3221,7 +3463,7 @@ func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
 func (*NetworkTaken) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *NetworkTaken) GetSequence() uint64 {
@@ -3241,7 +3483,7 @@ type NetworkItem struct {
 
 func (x *NetworkItem) Reset() {
 	*x = NetworkItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3253,7 +3495,7 @@ func (x *NetworkItem) String() string {
 func (*NetworkItem) ProtoMessage() {}
 
 func (x *NetworkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3266,7 +3508,7 @@ func (x *NetworkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
 func (*NetworkItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *NetworkItem) GetKind() NetworkKind {
@@ -3294,7 +3536,7 @@ type NetworkKey struct {
 
 func (x *NetworkKey) Reset() {
 	*x = NetworkKey{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3306,7 +3548,7 @@ func (x *NetworkKey) String() string {
 func (*NetworkKey) ProtoMessage() {}
 
 func (x *NetworkKey) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3319,7 +3561,7 @@ func (x *NetworkKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
 func (*NetworkKey) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *NetworkKey) GetKind() NetworkKind {
@@ -3366,7 +3608,7 @@ type NetworkBatch struct {
 
 func (x *NetworkBatch) Reset() {
 	*x = NetworkBatch{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3378,7 +3620,7 @@ func (x *NetworkBatch) String() string {
 func (*NetworkBatch) ProtoMessage() {}
 
 func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3391,7 +3633,7 @@ func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
 func (*NetworkBatch) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *NetworkBatch) GetEpoch() string {
@@ -3473,7 +3715,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[44]
+	mi := &file_timonel_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3485,7 +3727,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[44]
+	mi := &file_timonel_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3498,7 +3740,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -3526,7 +3768,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\vcontrollers\x18\x04 \x03(\tR\vcontrollers\x12!\n" +
 	"\fgossip_peers\x18\x05 \x03(\tR\vgossipPeers\x12\x1f\n" +
 	"\vgossip_keys\x18\x06 \x03(\fR\n" +
-	"gossipKeys\"\xd0\x03\n" +
+	"gossipKeys\"\x81\x04\n" +
 	"\fAgentMessage\x12)\n" +
 	"\x05hello\x18\x01 \x01(\v2\x11.timonel.v1.HelloH\x00R\x05hello\x129\n" +
 	"\vnode_status\x18\x02 \x01(\v2\x16.timonel.v1.NodeStatusH\x00R\n" +
@@ -3537,8 +3779,25 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x05event\x18\x05 \x01(\v2\x11.timonel.v1.EventH\x00R\x05event\x12/\n" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbye\x12F\n" +
-	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKeptB\t\n" +
-	"\amessage\"\xde\x02\n" +
+	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKept\x12/\n" +
+	"\x05usage\x18\t \x01(\v2\x17.timonel.v1.UsageReportH\x00R\x05usageB\t\n" +
+	"\amessage\"#\n" +
+	"\vUsageReport\x12\x14\n" +
+	"\x05usage\x18\x01 \x01(\fR\x05usage\"s\n" +
+	"\x05Usage\x12\x16\n" +
+	"\x06window\x18\x01 \x01(\x03R\x06window\x12\x10\n" +
+	"\x03cpu\x18\x02 \x01(\x04R\x03cpu\x12\x16\n" +
+	"\x06memory\x18\x03 \x01(\x04R\x06memory\x12(\n" +
+	"\x04pods\x18\x04 \x03(\v2\x14.timonel.v1.PodUsageR\x04pods\"X\n" +
+	"\bPodUsage\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12:\n" +
+	"\n" +
+	"containers\x18\x02 \x03(\v2\x1a.timonel.v1.ContainerUsageR\n" +
+	"containers\"N\n" +
+	"\x0eContainerUsage\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03cpu\x18\x02 \x01(\x04R\x03cpu\x12\x16\n" +
+	"\x06memory\x18\x03 \x01(\x04R\x06memory\"\xde\x02\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
@@ -3798,7 +4057,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(NetworkKind)(0),            // 0: timonel.v1.NetworkKind
 	(NetworkPolicyItem_Tier)(0), // 1: timonel.v1.NetworkPolicyItem.Tier
@@ -3806,103 +4065,110 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),         // 3: timonel.v1.JoinRequest
 	(*JoinResponse)(nil),        // 4: timonel.v1.JoinResponse
 	(*AgentMessage)(nil),        // 5: timonel.v1.AgentMessage
-	(*Hello)(nil),               // 6: timonel.v1.Hello
-	(*Have)(nil),                // 7: timonel.v1.Have
-	(*HavePod)(nil),             // 8: timonel.v1.HavePod
-	(*HaveObject)(nil),          // 9: timonel.v1.HaveObject
-	(*NodeStatus)(nil),          // 10: timonel.v1.NodeStatus
-	(*PodStatus)(nil),           // 11: timonel.v1.PodStatus
-	(*PodTerminated)(nil),       // 12: timonel.v1.PodTerminated
-	(*Event)(nil),               // 13: timonel.v1.Event
-	(*Request)(nil),             // 14: timonel.v1.Request
-	(*TokenRequest)(nil),        // 15: timonel.v1.TokenRequest
-	(*PodCertificate)(nil),      // 16: timonel.v1.PodCertificate
-	(*Goodbye)(nil),             // 17: timonel.v1.Goodbye
-	(*GossipKeysKept)(nil),      // 18: timonel.v1.GossipKeysKept
-	(*ControllerMessage)(nil),   // 19: timonel.v1.ControllerMessage
-	(*Welcome)(nil),             // 20: timonel.v1.Welcome
-	(*GossipKeys)(nil),          // 21: timonel.v1.GossipKeys
-	(*NodeSet)(nil),             // 22: timonel.v1.NodeSet
-	(*PodSet)(nil),              // 23: timonel.v1.PodSet
-	(*PodRemove)(nil),           // 24: timonel.v1.PodRemove
-	(*ObjectSet)(nil),           // 25: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),        // 26: timonel.v1.ObjectRemove
-	(*Synced)(nil),              // 27: timonel.v1.Synced
-	(*TunnelOpen)(nil),          // 28: timonel.v1.TunnelOpen
-	(*Reply)(nil),               // 29: timonel.v1.Reply
-	(*Cluster)(nil),             // 30: timonel.v1.Cluster
-	(*NodeRoute)(nil),           // 31: timonel.v1.NodeRoute
-	(*AddressHolder)(nil),       // 32: timonel.v1.AddressHolder
-	(*NetworkPod)(nil),          // 33: timonel.v1.NetworkPod
-	(*NetworkPolicyRef)(nil),    // 34: timonel.v1.NetworkPolicyRef
-	(*NetworkPolicyItem)(nil),   // 35: timonel.v1.NetworkPolicyItem
-	(*NetworkRule)(nil),         // 36: timonel.v1.NetworkRule
-	(*NetworkBlock)(nil),        // 37: timonel.v1.NetworkBlock
-	(*NetworkPort)(nil),         // 38: timonel.v1.NetworkPort
-	(*NetworkGroup)(nil),        // 39: timonel.v1.NetworkGroup
-	(*NetworkTarget)(nil),       // 40: timonel.v1.NetworkTarget
-	(*NetworkRequest)(nil),      // 41: timonel.v1.NetworkRequest
-	(*NetworkHave)(nil),         // 42: timonel.v1.NetworkHave
-	(*NetworkTaken)(nil),        // 43: timonel.v1.NetworkTaken
-	(*NetworkItem)(nil),         // 44: timonel.v1.NetworkItem
-	(*NetworkKey)(nil),          // 45: timonel.v1.NetworkKey
-	(*NetworkBatch)(nil),        // 46: timonel.v1.NetworkBatch
-	(*Chunk)(nil),               // 47: timonel.v1.Chunk
+	(*UsageReport)(nil),         // 6: timonel.v1.UsageReport
+	(*Usage)(nil),               // 7: timonel.v1.Usage
+	(*PodUsage)(nil),            // 8: timonel.v1.PodUsage
+	(*ContainerUsage)(nil),      // 9: timonel.v1.ContainerUsage
+	(*Hello)(nil),               // 10: timonel.v1.Hello
+	(*Have)(nil),                // 11: timonel.v1.Have
+	(*HavePod)(nil),             // 12: timonel.v1.HavePod
+	(*HaveObject)(nil),          // 13: timonel.v1.HaveObject
+	(*NodeStatus)(nil),          // 14: timonel.v1.NodeStatus
+	(*PodStatus)(nil),           // 15: timonel.v1.PodStatus
+	(*PodTerminated)(nil),       // 16: timonel.v1.PodTerminated
+	(*Event)(nil),               // 17: timonel.v1.Event
+	(*Request)(nil),             // 18: timonel.v1.Request
+	(*TokenRequest)(nil),        // 19: timonel.v1.TokenRequest
+	(*PodCertificate)(nil),      // 20: timonel.v1.PodCertificate
+	(*Goodbye)(nil),             // 21: timonel.v1.Goodbye
+	(*GossipKeysKept)(nil),      // 22: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil),   // 23: timonel.v1.ControllerMessage
+	(*Welcome)(nil),             // 24: timonel.v1.Welcome
+	(*GossipKeys)(nil),          // 25: timonel.v1.GossipKeys
+	(*NodeSet)(nil),             // 26: timonel.v1.NodeSet
+	(*PodSet)(nil),              // 27: timonel.v1.PodSet
+	(*PodRemove)(nil),           // 28: timonel.v1.PodRemove
+	(*ObjectSet)(nil),           // 29: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),        // 30: timonel.v1.ObjectRemove
+	(*Synced)(nil),              // 31: timonel.v1.Synced
+	(*TunnelOpen)(nil),          // 32: timonel.v1.TunnelOpen
+	(*Reply)(nil),               // 33: timonel.v1.Reply
+	(*Cluster)(nil),             // 34: timonel.v1.Cluster
+	(*NodeRoute)(nil),           // 35: timonel.v1.NodeRoute
+	(*AddressHolder)(nil),       // 36: timonel.v1.AddressHolder
+	(*NetworkPod)(nil),          // 37: timonel.v1.NetworkPod
+	(*NetworkPolicyRef)(nil),    // 38: timonel.v1.NetworkPolicyRef
+	(*NetworkPolicyItem)(nil),   // 39: timonel.v1.NetworkPolicyItem
+	(*NetworkRule)(nil),         // 40: timonel.v1.NetworkRule
+	(*NetworkBlock)(nil),        // 41: timonel.v1.NetworkBlock
+	(*NetworkPort)(nil),         // 42: timonel.v1.NetworkPort
+	(*NetworkGroup)(nil),        // 43: timonel.v1.NetworkGroup
+	(*NetworkTarget)(nil),       // 44: timonel.v1.NetworkTarget
+	(*NetworkRequest)(nil),      // 45: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),         // 46: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),        // 47: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),         // 48: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),          // 49: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),        // 50: timonel.v1.NetworkBatch
+	(*Chunk)(nil),               // 51: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
-	6,  // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
-	10, // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
-	11, // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
-	12, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
-	13, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
-	14, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	17, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	18, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
-	7,  // 8: timonel.v1.Hello.have:type_name -> timonel.v1.Have
-	8,  // 9: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
-	9,  // 10: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
-	15, // 11: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	16, // 12: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
-	20, // 13: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	23, // 14: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	24, // 15: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	25, // 16: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	26, // 17: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	27, // 18: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	28, // 19: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	29, // 20: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	30, // 21: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	22, // 22: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	21, // 23: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
-	31, // 24: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	34, // 25: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
-	1,  // 26: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
-	36, // 27: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
-	36, // 28: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
-	2,  // 29: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
-	37, // 30: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
-	38, // 31: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
-	40, // 32: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
-	42, // 33: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
-	43, // 34: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
-	0,  // 35: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
-	0,  // 36: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
-	0,  // 37: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
-	44, // 38: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
-	45, // 39: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
-	3,  // 40: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	5,  // 41: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	47, // 42: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	41, // 43: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
-	4,  // 44: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	19, // 45: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	47, // 46: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	46, // 47: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
-	44, // [44:48] is the sub-list for method output_type
-	40, // [40:44] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	10, // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
+	14, // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
+	15, // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
+	16, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
+	17, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
+	18, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
+	21, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	22, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	6,  // 8: timonel.v1.AgentMessage.usage:type_name -> timonel.v1.UsageReport
+	8,  // 9: timonel.v1.Usage.pods:type_name -> timonel.v1.PodUsage
+	9,  // 10: timonel.v1.PodUsage.containers:type_name -> timonel.v1.ContainerUsage
+	11, // 11: timonel.v1.Hello.have:type_name -> timonel.v1.Have
+	12, // 12: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
+	13, // 13: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
+	19, // 14: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	20, // 15: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
+	24, // 16: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	27, // 17: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	28, // 18: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	29, // 19: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	30, // 20: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	31, // 21: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	32, // 22: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	33, // 23: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	34, // 24: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	26, // 25: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	25, // 26: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	35, // 27: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	38, // 28: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
+	1,  // 29: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
+	40, // 30: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
+	40, // 31: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
+	2,  // 32: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
+	41, // 33: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
+	42, // 34: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
+	44, // 35: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
+	46, // 36: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	47, // 37: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	0,  // 38: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
+	0,  // 39: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
+	0,  // 40: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
+	48, // 41: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	49, // 42: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	3,  // 43: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	5,  // 44: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	51, // 45: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	45, // 46: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	4,  // 47: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	23, // 48: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	51, // 49: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	50, // 50: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	47, // [47:51] is the sub-list for method output_type
+	43, // [43:47] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -3919,12 +4185,13 @@ func file_timonel_v1_agent_proto_init() {
 		(*AgentMessage_Request)(nil),
 		(*AgentMessage_Goodbye)(nil),
 		(*AgentMessage_GossipKeysKept)(nil),
+		(*AgentMessage_Usage)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[11].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
 		(*Request_Token)(nil),
 		(*Request_PodCertificate)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[20].OneofWrappers = []any{
 		(*ControllerMessage_Welcome)(nil),
 		(*ControllerMessage_PodSet)(nil),
 		(*ControllerMessage_PodRemove)(nil),
@@ -3937,7 +4204,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[38].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[42].OneofWrappers = []any{
 		(*NetworkRequest_Have)(nil),
 		(*NetworkRequest_Taken)(nil),
 	}
@@ -3947,7 +4214,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   45,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -367,6 +367,110 @@ func (x *ReadIndex) GetMessage() string {
 	return ""
 }
 
+type UsageRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []string               `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsageRequest) Reset() {
+	*x = UsageRequest{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageRequest) ProtoMessage() {}
+
+func (x *UsageRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageRequest.ProtoReflect.Descriptor instead.
+func (*UsageRequest) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *UsageRequest) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+type UsageResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Node          string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Usage         []byte                 `protobuf:"bytes,2,opt,name=usage,proto3" json:"usage,omitempty"` // Usage
+	Age           int64                  `protobuf:"varint,3,opt,name=age,proto3" json:"age,omitempty"`    // nanoseconds since it came
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UsageResponse) Reset() {
+	*x = UsageResponse{}
+	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UsageResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UsageResponse) ProtoMessage() {}
+
+func (x *UsageResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UsageResponse.ProtoReflect.Descriptor instead.
+func (*UsageResponse) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *UsageResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *UsageResponse) GetUsage() []byte {
+	if x != nil {
+		return x.Usage
+	}
+	return nil
+}
+
+func (x *UsageResponse) GetAge() int64 {
+	if x != nil {
+		return x.Age
+	}
+	return 0
+}
+
 type SessionsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -375,7 +479,7 @@ type SessionsRequest struct {
 
 func (x *SessionsRequest) Reset() {
 	*x = SessionsRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -387,7 +491,7 @@ func (x *SessionsRequest) String() string {
 func (*SessionsRequest) ProtoMessage() {}
 
 func (x *SessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[5]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -400,7 +504,7 @@ func (x *SessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionsRequest.ProtoReflect.Descriptor instead.
 func (*SessionsRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{5}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{7}
 }
 
 type SessionsResponse struct {
@@ -415,7 +519,7 @@ type SessionsResponse struct {
 
 func (x *SessionsResponse) Reset() {
 	*x = SessionsResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -427,7 +531,7 @@ func (x *SessionsResponse) String() string {
 func (*SessionsResponse) ProtoMessage() {}
 
 func (x *SessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[6]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -440,7 +544,7 @@ func (x *SessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionsResponse.ProtoReflect.Descriptor instead.
 func (*SessionsResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{6}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SessionsResponse) GetFull() bool {
@@ -481,7 +585,7 @@ type ProbeRequest struct {
 
 func (x *ProbeRequest) Reset() {
 	*x = ProbeRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +597,7 @@ func (x *ProbeRequest) String() string {
 func (*ProbeRequest) ProtoMessage() {}
 
 func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[7]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +610,7 @@ func (x *ProbeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeRequest.ProtoReflect.Descriptor instead.
 func (*ProbeRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{7}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ProbeRequest) GetNodeName() string {
@@ -533,7 +637,7 @@ type ProbeResponse struct {
 
 func (x *ProbeResponse) Reset() {
 	*x = ProbeResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -545,7 +649,7 @@ func (x *ProbeResponse) String() string {
 func (*ProbeResponse) ProtoMessage() {}
 
 func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[8]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -558,7 +662,7 @@ func (x *ProbeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProbeResponse.ProtoReflect.Descriptor instead.
 func (*ProbeResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{8}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProbeResponse) GetAlive() bool {
@@ -585,7 +689,7 @@ type ClaimRequest struct {
 
 func (x *ClaimRequest) Reset() {
 	*x = ClaimRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -597,7 +701,7 @@ func (x *ClaimRequest) String() string {
 func (*ClaimRequest) ProtoMessage() {}
 
 func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[9]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -610,7 +714,7 @@ func (x *ClaimRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClaimRequest.ProtoReflect.Descriptor instead.
 func (*ClaimRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{9}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ClaimRequest) GetNodeName() string {
@@ -636,7 +740,7 @@ type ClaimResponse struct {
 
 func (x *ClaimResponse) Reset() {
 	*x = ClaimResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +752,7 @@ func (x *ClaimResponse) String() string {
 func (*ClaimResponse) ProtoMessage() {}
 
 func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[10]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +765,7 @@ func (x *ClaimResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClaimResponse.ProtoReflect.Descriptor instead.
 func (*ClaimResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{10}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ClaimResponse) GetHeld() bool {
@@ -679,7 +783,7 @@ type GossipKeysRequest struct {
 
 func (x *GossipKeysRequest) Reset() {
 	*x = GossipKeysRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +795,7 @@ func (x *GossipKeysRequest) String() string {
 func (*GossipKeysRequest) ProtoMessage() {}
 
 func (x *GossipKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[11]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +808,7 @@ func (x *GossipKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeysRequest.ProtoReflect.Descriptor instead.
 func (*GossipKeysRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{11}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{13}
 }
 
 type GossipKeysResponse struct {
@@ -719,7 +823,7 @@ type GossipKeysResponse struct {
 
 func (x *GossipKeysResponse) Reset() {
 	*x = GossipKeysResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -731,7 +835,7 @@ func (x *GossipKeysResponse) String() string {
 func (*GossipKeysResponse) ProtoMessage() {}
 
 func (x *GossipKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[12]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -744,7 +848,7 @@ func (x *GossipKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeysResponse.ProtoReflect.Descriptor instead.
 func (*GossipKeysResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{12}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GossipKeysResponse) GetRecords() [][]byte {
@@ -771,7 +875,7 @@ type GossipKeptRequest struct {
 
 func (x *GossipKeptRequest) Reset() {
 	*x = GossipKeptRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -783,7 +887,7 @@ func (x *GossipKeptRequest) String() string {
 func (*GossipKeptRequest) ProtoMessage() {}
 
 func (x *GossipKeptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[13]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -796,7 +900,7 @@ func (x *GossipKeptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeptRequest.ProtoReflect.Descriptor instead.
 func (*GossipKeptRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{13}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GossipKeptRequest) GetPool() string {
@@ -824,7 +928,7 @@ type GossipKeptResponse struct {
 
 func (x *GossipKeptResponse) Reset() {
 	*x = GossipKeptResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +940,7 @@ func (x *GossipKeptResponse) String() string {
 func (*GossipKeptResponse) ProtoMessage() {}
 
 func (x *GossipKeptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[14]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +953,7 @@ func (x *GossipKeptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeptResponse.ProtoReflect.Descriptor instead.
 func (*GossipKeptResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GossipKeptResponse) GetKept() bool {
@@ -881,7 +985,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[15]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +997,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[15]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1010,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{15}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{17}
 }
 
 type StatusResponse struct {
@@ -936,7 +1040,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[16]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -948,7 +1052,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[16]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -961,7 +1065,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StatusResponse) GetName() string {
@@ -1109,7 +1213,7 @@ type Member struct {
 
 func (x *Member) Reset() {
 	*x = Member{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[17]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1225,7 @@ func (x *Member) String() string {
 func (*Member) ProtoMessage() {}
 
 func (x *Member) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[17]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1238,7 @@ func (x *Member) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Member.ProtoReflect.Descriptor instead.
 func (*Member) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Member) GetName() string {
@@ -1177,7 +1281,7 @@ type Expiry struct {
 
 func (x *Expiry) Reset() {
 	*x = Expiry{}
-	mi := &file_timonel_v1_cluster_proto_msgTypes[18]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1189,7 +1293,7 @@ func (x *Expiry) String() string {
 func (*Expiry) ProtoMessage() {}
 
 func (x *Expiry) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_cluster_proto_msgTypes[18]
+	mi := &file_timonel_v1_cluster_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1202,7 +1306,7 @@ func (x *Expiry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Expiry.ProtoReflect.Descriptor instead.
 func (*Expiry) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_cluster_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Expiry) GetWhat() string {
@@ -1257,7 +1361,13 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\x04read\x18\x01 \x01(\x04R\x04read\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
 	"\x04code\x18\x03 \x01(\rR\x04code\x12\x18\n" +
-	"\amessage\x18\x04 \x01(\tR\amessage\"\x11\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\"$\n" +
+	"\fUsageRequest\x12\x14\n" +
+	"\x05nodes\x18\x01 \x03(\tR\x05nodes\"K\n" +
+	"\rUsageResponse\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05usage\x18\x02 \x01(\fR\x05usage\x12\x10\n" +
+	"\x03age\x18\x03 \x01(\x03R\x03age\"\x11\n" +
 	"\x0fSessionsRequest\"j\n" +
 	"\x10SessionsResponse\x12\x12\n" +
 	"\x04full\x18\x01 \x01(\bR\x04full\x12\x14\n" +
@@ -1320,7 +1430,7 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\funix_seconds\x18\x02 \x01(\x03R\vunixSeconds\x12\x12\n" +
 	"\x04kind\x18\x03 \x01(\tR\x04kind2S\n" +
 	"\tConsensus\x12F\n" +
-	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\xd9\x03\n" +
+	"\aForward\x12\x1a.timonel.v1.ForwardRequest\x1a\x1b.timonel.v1.ForwardResponse(\x010\x012\x99\x04\n" +
 	"\x05Peers\x12G\n" +
 	"\bSessions\x12\x1b.timonel.v1.SessionsRequest\x1a\x1c.timonel.v1.SessionsResponse0\x01\x12<\n" +
 	"\x05Probe\x12\x18.timonel.v1.ProbeRequest\x1a\x19.timonel.v1.ProbeResponse\x120\n" +
@@ -1329,7 +1439,8 @@ const file_timonel_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"GossipKeys\x12\x1d.timonel.v1.GossipKeysRequest\x1a\x1e.timonel.v1.GossipKeysResponse\x12K\n" +
 	"\n" +
-	"GossipKept\x12\x1d.timonel.v1.GossipKeptRequest\x1a\x1e.timonel.v1.GossipKeptResponse\x12?\n" +
+	"GossipKept\x12\x1d.timonel.v1.GossipKeptRequest\x1a\x1e.timonel.v1.GossipKeptResponse\x12>\n" +
+	"\x05Usage\x12\x18.timonel.v1.UsageRequest\x1a\x19.timonel.v1.UsageResponse0\x01\x12?\n" +
 	"\x06Status\x12\x19.timonel.v1.StatusRequest\x1a\x1a.timonel.v1.StatusResponseB$Z\"timonel/proto/timonel/v1;timonelv1b\x06proto3"
 
 var (
@@ -1344,53 +1455,57 @@ func file_timonel_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_timonel_v1_cluster_proto_rawDescData
 }
 
-var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_timonel_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_timonel_v1_cluster_proto_goTypes = []any{
 	(*ForwardRequest)(nil),     // 0: timonel.v1.ForwardRequest
 	(*Proposal)(nil),           // 1: timonel.v1.Proposal
 	(*ForwardResponse)(nil),    // 2: timonel.v1.ForwardResponse
 	(*Proposed)(nil),           // 3: timonel.v1.Proposed
 	(*ReadIndex)(nil),          // 4: timonel.v1.ReadIndex
-	(*SessionsRequest)(nil),    // 5: timonel.v1.SessionsRequest
-	(*SessionsResponse)(nil),   // 6: timonel.v1.SessionsResponse
-	(*ProbeRequest)(nil),       // 7: timonel.v1.ProbeRequest
-	(*ProbeResponse)(nil),      // 8: timonel.v1.ProbeResponse
-	(*ClaimRequest)(nil),       // 9: timonel.v1.ClaimRequest
-	(*ClaimResponse)(nil),      // 10: timonel.v1.ClaimResponse
-	(*GossipKeysRequest)(nil),  // 11: timonel.v1.GossipKeysRequest
-	(*GossipKeysResponse)(nil), // 12: timonel.v1.GossipKeysResponse
-	(*GossipKeptRequest)(nil),  // 13: timonel.v1.GossipKeptRequest
-	(*GossipKeptResponse)(nil), // 14: timonel.v1.GossipKeptResponse
-	(*StatusRequest)(nil),      // 15: timonel.v1.StatusRequest
-	(*StatusResponse)(nil),     // 16: timonel.v1.StatusResponse
-	(*Member)(nil),             // 17: timonel.v1.Member
-	(*Expiry)(nil),             // 18: timonel.v1.Expiry
-	(*Chunk)(nil),              // 19: timonel.v1.Chunk
+	(*UsageRequest)(nil),       // 5: timonel.v1.UsageRequest
+	(*UsageResponse)(nil),      // 6: timonel.v1.UsageResponse
+	(*SessionsRequest)(nil),    // 7: timonel.v1.SessionsRequest
+	(*SessionsResponse)(nil),   // 8: timonel.v1.SessionsResponse
+	(*ProbeRequest)(nil),       // 9: timonel.v1.ProbeRequest
+	(*ProbeResponse)(nil),      // 10: timonel.v1.ProbeResponse
+	(*ClaimRequest)(nil),       // 11: timonel.v1.ClaimRequest
+	(*ClaimResponse)(nil),      // 12: timonel.v1.ClaimResponse
+	(*GossipKeysRequest)(nil),  // 13: timonel.v1.GossipKeysRequest
+	(*GossipKeysResponse)(nil), // 14: timonel.v1.GossipKeysResponse
+	(*GossipKeptRequest)(nil),  // 15: timonel.v1.GossipKeptRequest
+	(*GossipKeptResponse)(nil), // 16: timonel.v1.GossipKeptResponse
+	(*StatusRequest)(nil),      // 17: timonel.v1.StatusRequest
+	(*StatusResponse)(nil),     // 18: timonel.v1.StatusResponse
+	(*Member)(nil),             // 19: timonel.v1.Member
+	(*Expiry)(nil),             // 20: timonel.v1.Expiry
+	(*Chunk)(nil),              // 21: timonel.v1.Chunk
 }
 var file_timonel_v1_cluster_proto_depIdxs = []int32{
 	1,  // 0: timonel.v1.ForwardRequest.proposals:type_name -> timonel.v1.Proposal
 	3,  // 1: timonel.v1.ForwardResponse.proposed:type_name -> timonel.v1.Proposed
 	4,  // 2: timonel.v1.ForwardResponse.reads:type_name -> timonel.v1.ReadIndex
-	17, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
-	18, // 4: timonel.v1.StatusResponse.expiries:type_name -> timonel.v1.Expiry
+	19, // 3: timonel.v1.StatusResponse.members:type_name -> timonel.v1.Member
+	20, // 4: timonel.v1.StatusResponse.expiries:type_name -> timonel.v1.Expiry
 	0,  // 5: timonel.v1.Consensus.Forward:input_type -> timonel.v1.ForwardRequest
-	5,  // 6: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
-	7,  // 7: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
-	19, // 8: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
-	9,  // 9: timonel.v1.Peers.Claim:input_type -> timonel.v1.ClaimRequest
-	11, // 10: timonel.v1.Peers.GossipKeys:input_type -> timonel.v1.GossipKeysRequest
-	13, // 11: timonel.v1.Peers.GossipKept:input_type -> timonel.v1.GossipKeptRequest
-	15, // 12: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
-	2,  // 13: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
-	6,  // 14: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
-	8,  // 15: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
-	19, // 16: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
-	10, // 17: timonel.v1.Peers.Claim:output_type -> timonel.v1.ClaimResponse
-	12, // 18: timonel.v1.Peers.GossipKeys:output_type -> timonel.v1.GossipKeysResponse
-	14, // 19: timonel.v1.Peers.GossipKept:output_type -> timonel.v1.GossipKeptResponse
-	16, // 20: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
-	13, // [13:21] is the sub-list for method output_type
-	5,  // [5:13] is the sub-list for method input_type
+	7,  // 6: timonel.v1.Peers.Sessions:input_type -> timonel.v1.SessionsRequest
+	9,  // 7: timonel.v1.Peers.Probe:input_type -> timonel.v1.ProbeRequest
+	21, // 8: timonel.v1.Peers.Dial:input_type -> timonel.v1.Chunk
+	11, // 9: timonel.v1.Peers.Claim:input_type -> timonel.v1.ClaimRequest
+	13, // 10: timonel.v1.Peers.GossipKeys:input_type -> timonel.v1.GossipKeysRequest
+	15, // 11: timonel.v1.Peers.GossipKept:input_type -> timonel.v1.GossipKeptRequest
+	5,  // 12: timonel.v1.Peers.Usage:input_type -> timonel.v1.UsageRequest
+	17, // 13: timonel.v1.Peers.Status:input_type -> timonel.v1.StatusRequest
+	2,  // 14: timonel.v1.Consensus.Forward:output_type -> timonel.v1.ForwardResponse
+	8,  // 15: timonel.v1.Peers.Sessions:output_type -> timonel.v1.SessionsResponse
+	10, // 16: timonel.v1.Peers.Probe:output_type -> timonel.v1.ProbeResponse
+	21, // 17: timonel.v1.Peers.Dial:output_type -> timonel.v1.Chunk
+	12, // 18: timonel.v1.Peers.Claim:output_type -> timonel.v1.ClaimResponse
+	14, // 19: timonel.v1.Peers.GossipKeys:output_type -> timonel.v1.GossipKeysResponse
+	16, // 20: timonel.v1.Peers.GossipKept:output_type -> timonel.v1.GossipKeptResponse
+	6,  // 21: timonel.v1.Peers.Usage:output_type -> timonel.v1.UsageResponse
+	18, // 22: timonel.v1.Peers.Status:output_type -> timonel.v1.StatusResponse
+	14, // [14:23] is the sub-list for method output_type
+	5,  // [5:14] is the sub-list for method input_type
 	5,  // [5:5] is the sub-list for extension type_name
 	5,  // [5:5] is the sub-list for extension extendee
 	0,  // [0:5] is the sub-list for field type_name
@@ -1408,7 +1523,7 @@ func file_timonel_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_cluster_proto_rawDesc), len(file_timonel_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -134,6 +134,7 @@ const (
 	Peers_Claim_FullMethodName      = "/timonel.v1.Peers/Claim"
 	Peers_GossipKeys_FullMethodName = "/timonel.v1.Peers/GossipKeys"
 	Peers_GossipKept_FullMethodName = "/timonel.v1.Peers/GossipKept"
+	Peers_Usage_FullMethodName      = "/timonel.v1.Peers/Usage"
 	Peers_Status_FullMethodName     = "/timonel.v1.Peers/Status"
 )
 
@@ -160,6 +161,8 @@ type PeersClient interface {
 	GossipKeys(ctx context.Context, in *GossipKeysRequest, opts ...grpc.CallOption) (*GossipKeysResponse, error)
 	// GossipKept says who of a controller and its agents has the keys of a pool.
 	GossipKept(ctx context.Context, in *GossipKeptRequest, opts ...grpc.CallOption) (*GossipKeptResponse, error)
+	// Usage tells what nodes take whose agents are connected to this controller.
+	Usage(ctx context.Context, in *UsageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[UsageResponse], error)
 	// Status is what `timonel status` shows of one controller.
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 }
@@ -244,6 +247,25 @@ func (c *peersClient) GossipKept(ctx context.Context, in *GossipKeptRequest, opt
 	return out, nil
 }
 
+func (c *peersClient) Usage(ctx context.Context, in *UsageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[UsageResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Peers_ServiceDesc.Streams[2], Peers_Usage_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[UsageRequest, UsageResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Peers_UsageClient = grpc.ServerStreamingClient[UsageResponse]
+
 func (c *peersClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StatusResponse)
@@ -277,6 +299,8 @@ type PeersServer interface {
 	GossipKeys(context.Context, *GossipKeysRequest) (*GossipKeysResponse, error)
 	// GossipKept says who of a controller and its agents has the keys of a pool.
 	GossipKept(context.Context, *GossipKeptRequest) (*GossipKeptResponse, error)
+	// Usage tells what nodes take whose agents are connected to this controller.
+	Usage(*UsageRequest, grpc.ServerStreamingServer[UsageResponse]) error
 	// Status is what `timonel status` shows of one controller.
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	mustEmbedUnimplementedPeersServer()
@@ -306,6 +330,9 @@ func (UnimplementedPeersServer) GossipKeys(context.Context, *GossipKeysRequest) 
 }
 func (UnimplementedPeersServer) GossipKept(context.Context, *GossipKeptRequest) (*GossipKeptResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GossipKept not implemented")
+}
+func (UnimplementedPeersServer) Usage(*UsageRequest, grpc.ServerStreamingServer[UsageResponse]) error {
+	return status.Error(codes.Unimplemented, "method Usage not implemented")
 }
 func (UnimplementedPeersServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
@@ -421,6 +448,17 @@ func _Peers_GossipKept_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Peers_Usage_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(UsageRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(PeersServer).Usage(m, &grpc.GenericServerStream[UsageRequest, UsageResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Peers_UsageServer = grpc.ServerStreamingServer[UsageResponse]
+
 func _Peers_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(StatusRequest)
 	if err := dec(in); err != nil {
@@ -478,6 +516,11 @@ var Peers_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Peers_Dial_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "Usage",
+			Handler:       _Peers_Usage_Handler,
+			ServerStreams: true,
 		},
 	},
 	Metadata: "timonel/v1/cluster.proto",
