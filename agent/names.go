@@ -32,10 +32,12 @@ const NoClusterDNS = "none"
 type names struct {
 	Domain    string       `json:"domain"`
 	Addresses []netip.Addr `json:"addresses"`
+	// Pods are the networks of all pods, which are answered.
+	Pods []netip.Prefix `json:"pods,omitempty"`
 }
 
 func (n names) equal(o names) bool {
-	return n.Domain == o.Domain && slices.Equal(n.Addresses, o.Addresses)
+	return n.Domain == o.Domain && slices.Equal(n.Addresses, o.Addresses) && slices.Equal(n.Pods, o.Pods)
 }
 
 func (c *Config) namesPath() string { return c.dir("dns.json") }
@@ -63,7 +65,7 @@ func (a *Agent) learnNames(c *pb.Cluster) {
 	if c.ClusterDomain == "" {
 		return
 	}
-	next := names{Domain: c.ClusterDomain}
+	next := names{Domain: c.ClusterDomain, Pods: podNetworks(c)}
 	for _, text := range c.ClusterDns {
 		ip, err := netip.ParseAddr(text)
 		if err != nil || !ip.IsGlobalUnicast() {
@@ -158,7 +160,7 @@ func (a *Agent) serveNamesOnce(ctx context.Context) error {
 	close(done)
 	if len(now.Addresses) > 0 {
 		s, err := dns.New(dns.Config{
-			Domain: now.Domain, Addresses: now.Addresses, Store: a.known, ResolvConf: a.cfg.ResolvConf, Stubs: a.cfg.StubDomains, Logger: a.log,
+			Domain: now.Domain, Addresses: now.Addresses, Pods: now.Pods, Store: a.known, ResolvConf: a.cfg.ResolvConf, Stubs: a.cfg.StubDomains, Logger: a.log,
 		})
 		if err != nil {
 			return fmt.Errorf("the cluster's DNS: %w", err)

@@ -54,6 +54,8 @@ func TestNames(t *testing.T) {
 			require.Equal(t, names{}, newAgent().names, "a damaged file is as none")
 		})
 	}
-	require.True(t, names{"a", []netip.Addr{{}}}.equal(names{"a", []netip.Addr{{}}}))
-	require.False(t, names{"a", nil}.equal(names{"b", nil}))
+	pods := []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}
+	require.True(t, names{"a", []netip.Addr{{}}, pods}.equal(names{"a", []netip.Addr{{}}, pods}))
+	require.False(t, names{"a", nil, nil}.equal(names{"b", nil, nil}))
+	require.False(t, names{"a", nil, pods}.equal(names{"a", nil, nil}))
 }

@@ -118,14 +118,22 @@ func (a *Agent) updateRoutes(v *feed.View) {
 func (a *Agent) guard(c *pb.Cluster) podnet.Guard {
 	keep := slices.Concat(a.cfg.Controllers, c.Controllers, a.podDNS().Servers, []string{a.cfg.KubernetesServiceIP})
 	g := podnet.Guard{Keep: podnet.HostsOf(keep...)}
-	pods, services := c.PodNetworks, c.ServiceNetworks
+	services := c.ServiceNetworks
 	g.Pods.Bits4, g.Pods.Bits6 = int(c.NodeBits4), int(c.NodeBits6)
-	if len(pods) == 0 { // of a controller that knows of one network, or of none
-		pods, services = []string{c.PodNetwork}, []string{c.ServiceNetwork}
+	if len(c.PodNetworks) == 0 { // of a controller that knows of one network, or of none
+		services = []string{c.ServiceNetwork}
 		g.Pods.Bits4, g.Pods.Bits6 = int(c.NodeBits), int(c.NodeBits)
 	}
-	g.Pods.Networks, g.Services = prefixes(pods), prefixes(services)
+	g.Pods.Networks, g.Services = podNetworks(c), prefixes(services)
 	return g
+}
+
+// podNetworks are those of all pods, as far as the controller says.
+func podNetworks(c *pb.Cluster) []netip.Prefix {
+	if len(c.PodNetworks) == 0 { // it knows of one network, or of none
+		return prefixes([]string{c.PodNetwork})
+	}
+	return prefixes(c.PodNetworks)
 }
 
 // prefixes are those of the texts that are networks.

@@ -8,6 +8,7 @@
 //	find.go        what there is of a name below the domain, by a feed.View
 //	reverse.go     what there is of an address
 //	server.go      UDP and TCP: what is known is answered at once
+//	clients.go     who is answered
 //	source.go      how much each client may take
 //	forward.go     names of others: who asks, and who waits for the same
 //	upstream.go    one other server, and asking several

@@ -46,6 +46,9 @@ type Config struct {
 	Addresses []netip.Addr
 	// Port to listen on. Default: 53.
 	Port uint16
+	// Pods are the networks of the cluster's pods: they are answered, and this machine.
+	// None: everybody is.
+	Pods []netip.Prefix
 	// Store has the Services and their endpoints.
 	Store *feed.Store
 	// ResolvConf is the node's resolv.conf, whose name servers are asked for all that is
@@ -86,6 +89,7 @@ type Server struct {
 	zone    *zone
 	forward *forwarder
 	sources *sources
+	clients *clients
 	turn    atomic.Uint32
 	wait    sync.WaitGroup // of what serves one client
 }
@@ -110,7 +114,7 @@ func New(cfg Config) (*Server, error) {
 		own = append(own, netip.AddrPortFrom(a, cfg.Port))
 	}
 	return &Server{
-		cfg: cfg, log: log, sources: newSources(),
+		cfg: cfg, log: log, sources: newSources(), clients: newClients(cfg.Pods),
 		zone:    newZone(strings.ToLower(cfg.Domain), cfg.Addresses),
 		forward: newForwarder(own, cfg.Stubs, cfg.CacheBytes, waitingAll, log),
 	}, nil
@@ -207,7 +211,7 @@ func (s *Server) udp(ctx context.Context, conn *net.UDPConn) error {
 			continue // an ICMP message about an earlier answer
 		}
 		ip := from.Addr().Unmap()
-		if !s.sources.allow(ip) {
+		if !s.clients.has(ip) || !s.sources.allow(ip) {
 			continue
 		}
 		began := time.Now()
@@ -251,6 +255,10 @@ func (s *Server) tcp(ctx context.Context, l *net.TCPListener) error {
 			continue
 		}
 		ip := from.AddrPort().Addr().Unmap()
+		if !s.clients.has(ip) {
+			conn.Close()
+			continue
+		}
 		drop, ok := s.sources.hold(ip, holdsConnection)
 		if !ok {
 			conn.Close()
