@@ -251,7 +251,7 @@ func (a *Agent) wire() {
 	}
 	a.pods = pod.NewManager(pod.Config{
 		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, LocalDir: a.cfg.dir("local-volumes"), CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
-		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, Layers: a.runtime.Layer, Views: a.runtime, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token, Certificates: a.stream.PodCertificate,
+		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, ImagesFull: a.imagesFull, Layers: a.runtime.Layer, Views: a.runtime, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token, Certificates: a.stream.PodCertificate,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
 		Node:     a.admissionNode,

@@ -50,6 +50,38 @@ func (a *Agent) newImageGC() *imagegc.Collector {
 	})
 }
 
+// Images are pulled as long as there is so much of their file system left. Eviction and the
+// removal of unused images begin long before; what this stops is an image that becomes
+// larger than the disk while it is unpacked.
+const (
+	leastImageRoom = 1 << 30 // bytes, or
+	leastImagePart = 3       // percent of all, or of inodes, whichever is less
+)
+
+// imagesFull says why no image is to be pulled.
+func (a *Agent) imagesFull() error {
+	ctx, cancel := context.WithTimeout(context.Background(), imagesFullWait)
+	defer cancel()
+	fs, err := a.imageFileSystem(ctx)
+	if err != nil {
+		return nil // not known: as before there was a bound
+	}
+	return checkImageRoom(fs)
+}
+
+// imagesFullWait is how long containerd may take to say where its images are.
+const imagesFullWait = 5 * time.Second
+
+func checkImageRoom(fs node.FileSystem) error {
+	if least := min(leastImageRoom, fs.Capacity/100*leastImagePart); fs.Available < least {
+		return fmt.Errorf("the node's disk for images has %d MiB left, and no image is pulled below %d MiB", fs.Available>>20, least>>20)
+	}
+	if least := fs.Inodes / 100 * leastImagePart; fs.InodesFree < least {
+		return fmt.Errorf("the node's disk for images has %d inodes left, and no image is pulled below %d", fs.InodesFree, least)
+	}
+	return nil
+}
+
 // wantedImages are those that pods of this node name, by their full names.
 func (a *Agent) wantedImages() map[string]bool {
 	out := map[string]bool{}

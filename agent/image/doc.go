@@ -1,6 +1,7 @@
 // Package image gets a container's image onto the node as its imagePullPolicy
 // says: it knows which are present, pulls the others with the pod's pull
-// secrets, apart from the pod's worker, and backs off when a registry fails.
+// secrets, apart from the pod's worker, a bounded number at a time, and backs off when a
+// registry fails.
 //
 // Ensure does not wait. It says what is so now and calls back when that may
 // have changed:

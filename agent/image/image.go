@@ -32,6 +32,8 @@ const (
 	// errorShown is for how long a failure is reported as itself before it
 	// becomes a back-off.
 	errorShown = 2 * time.Second
+	// roomEvery is how often it is looked whether there is room for what is being pulled.
+	roomEvery = time.Second
 )
 
 // State is where an image is.
@@ -73,6 +75,8 @@ type Manager struct {
 	coming func() bool
 	now    func() time.Time
 	log    *slog.Logger
+	slots  *slots
+	full   func() error // nil: it never is
 
 	mu    sync.Mutex
 	pulls map[pullKey]*pull
@@ -100,8 +104,13 @@ func New(images runtimev1.ImageServiceClient, coming func() bool, now func() tim
 	if coming == nil {
 		coming = func() bool { return false }
 	}
-	return &Manager{images: images, coming: coming, now: now, log: log, pulls: map[pullKey]*pull{}}
+	return &Manager{images: images, coming: coming, now: now, log: log, slots: newSlots(), pulls: map[pullKey]*pull{}}
 }
+
+// StopWhen has no image pulled while full says why not, for the disk is full, and stops those
+// that are being pulled: a few bytes of a registry become as many on the disk as it likes. Call
+// it before the first Ensure.
+func (m *Manager) StopWhen(full func() error) { m.full = full }
 
 // Forget drops what is known about the pulls of a pod that is gone.
 func (m *Manager) Forget(pod types.UID) {
@@ -248,7 +257,7 @@ func (m *Manager) pull(ctx context.Context, key pullKey, normal string, req Requ
 func (m *Manager) run(ctx context.Context, p *pull, normal string, req Request) {
 	name := req.Container.Image
 	began := m.now()
-	err := m.pullWith(ctx, normal, req)
+	err := m.pullInTurn(ctx, normal, req)
 	m.mu.Lock()
 	p.running = false
 	if err == nil {
@@ -268,6 +277,58 @@ func (m *Manager) run(ctx context.Context, p *pull, normal string, req Request) 
 		req.Event(corev1.EventTypeWarning, "Failed", "Error: "+ReasonPull)
 	}
 	req.Changed()
+}
+
+// pullInTurn waits for a slot. An image that came while it waited is not pulled again, but
+// for whoever wants it pulled always.
+func (m *Manager) pullInTurn(ctx context.Context, normal string, req Request) error {
+	give, err := m.slots.take(ctx, req.Pod.Namespace)
+	if err != nil {
+		return err
+	}
+	defer give()
+	if req.Container.ImagePullPolicy != corev1.PullAlways {
+		if id, err := m.present(ctx, normal); err == nil && id != "" {
+			return nil
+		}
+	}
+	if m.full == nil {
+		return m.pullWith(ctx, normal, req)
+	}
+	if err := m.full(); err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		m.watchRoom(ctx, stop)
+	}()
+	err = m.pullWith(ctx, normal, req)
+	why := context.Cause(ctx)
+	stop(nil)
+	<-watched
+	if err != nil && why != nil {
+		return why
+	}
+	return err
+}
+
+// watchRoom stops a pull when the disk is full, and returns when it has ended.
+func (m *Manager) watchRoom(ctx context.Context, stop context.CancelCauseFunc) {
+	tick := time.NewTicker(roomEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := m.full(); err != nil {
+			stop(err)
+			return
+		}
+	}
 }
 
 // pullWith tries each of the pod's credentials for the registry in turn, and

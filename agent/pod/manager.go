@@ -73,7 +73,9 @@ type Config struct {
 	Images  runtimev1.ImageServiceClient
 	// ImagesComing says whether images are still being imported; nil: none are.
 	ImagesComing func() bool
-	Layers       Layers
+	// ImagesFull says why no image is to be pulled; nil: there always is room.
+	ImagesFull func() error
+	Layers     Layers
 	// Views mounts images as volumes.
 	Views        volume.Images
 	Beside       Beside
@@ -143,6 +145,7 @@ func NewManager(cfg Config) *Manager {
 		images:  image.New(cfg.Images, cfg.ImagesComing, cfg.Now, log),
 		workers: map[types.UID]*worker{}, owner: map[string]types.UID{}, strays: map[string]bool{},
 	}
+	m.images.StopWhen(cfg.ImagesFull)
 	m.volumes = volume.New(volume.Config{
 		Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens, Certificates: cfg.Certificates, Images: cfg.Views, Event: m.volumeEvent,
 		Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
