@@ -84,6 +84,11 @@ type Config struct {
 	// registers or changes its addresses. Default: nothing speaks against it but what
 	// no node may have.
 	NodeAddress func(node string, ip netip.Addr) error
+	// PodAddress says why a node may not say of one of its pods that it has an address: it
+	// is not of the node's ranges or, of a pod on the node's own network, not one of the
+	// node's. It is asked for addresses that the pod did not have before. Default: nothing
+	// speaks against any.
+	PodAddress func(node string, hostNetwork bool, ip netip.Addr) error
 
 	// Controllers lists the advertise addresses of the controllers that are
 	// alive: the endpoints of the kubernetes Service. Default: AdvertiseAddress.
@@ -125,6 +130,9 @@ type Config struct {
 	// WatchBytes is how many bytes of events may wait for clients that have taken none for
 	// some seconds. Beyond, the slowest are cut off. Default and least: 16 MiB.
 	WatchBytes int64
+	// BodyBytes bounds what bodies of requests take in memory, all together: as they come, and
+	// as objects, as far as can be told. Default and least: 96 MiB.
+	BodyBytes int64
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration
 	// DrainTimeout is how long Run waits for requests in flight after its

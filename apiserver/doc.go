@@ -21,6 +21,8 @@
 //   - specifications are rendered once and what they were built from is dropped
 //     (see openapi.go); a client certificate is verified every ten seconds
 //     instead of at every request (see certcache.go).
+//   - bodies of requests are read before they have a seat of priority and fairness, and
+//     have a bound in bytes, all together (see bodies.go).
 //   - which route serves a kind of request is remembered (see routes.go), and
 //     requests pass no filters that only measure or trace the others (see
 //     handlers.go).

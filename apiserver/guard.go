@@ -157,7 +157,7 @@ func (l guardedListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &guardedConn{Conn: c}, nil
+	return newGuardedConn(c), nil
 }
 
 // guardedConn is a connection that ends when the client whose certificate it was
@@ -168,9 +168,53 @@ type guardedConn struct {
 	held     atomic.Bool // hold has nothing more to do
 	known    atomic.Bool // somebody was authenticated on it: see strangers
 	refusals atomic.Int32
-	mu       sync.Mutex
-	closed   bool
-	release  func()
+	// unanswered is what was read since the last answer, while nobody is known on it, and
+	// answers says that there was one.
+	unanswered atomic.Int64
+	answers    chan struct{}
+
+	mu      sync.Mutex
+	closed  bool
+	release func()
+}
+
+func newGuardedConn(c net.Conn) *guardedConn {
+	return &guardedConn{Conn: c, answers: make(chan struct{}, 1)}
+}
+
+// Read implements [net.Conn]. Of nobody known no more is read than a request that shows who
+// it is of needs: what comes of headers and bodies is in memory before it is looked at.
+func (c *guardedConn) Read(p []byte) (int, error) {
+	if c.known.Load() {
+		return c.Conn.Read(p)
+	}
+	if !c.mayRead() {
+		patience := time.NewTimer(strangersPatience)
+		defer patience.Stop()
+		for !c.mayRead() {
+			select {
+			case <-c.answers:
+			case <-patience.C:
+				return 0, errUnanswered
+			}
+		}
+	}
+	n, err := c.Conn.Read(p)
+	c.unanswered.Add(int64(n))
+	return n, err
+}
+
+func (c *guardedConn) mayRead() bool {
+	return c.known.Load() || c.unanswered.Load() < mostUnanswered
+}
+
+// answered notes that all that was read has been looked at.
+func (c *guardedConn) answered() {
+	c.unanswered.Store(0)
+	select {
+	case c.answers <- struct{}{}:
+	default:
+	}
 }
 
 // hold ends the connection when the owner of its certificate is good no more. Of one
@@ -199,6 +243,7 @@ func (c *guardedConn) know() {
 	if c.known.Swap(true) {
 		return
 	}
+	c.answered()
 	if port, ok := c.Conn.(interface{ Known() }); ok { // a ports.Conn: it is not closed for newcomers
 		port.Known()
 	}

@@ -22,10 +22,11 @@ type lifecycle struct {
 	guard      *trust.Guard // nil: nobody is ever revoked
 	slow       *slowWatches
 	strangers  *strangers
+	bodies     *bodies
 }
 
-func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches) lifecycle {
-	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
+func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches, bodies *bodies) lifecycle {
+	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, bodies: bodies, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -65,6 +66,8 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	}
 	h = genericapifilters.WithAudit(h, c.AuditBackend, c.AuditPolicyRuleEvaluator, c.LongRunningFunc)
 
+	l.bodies.most, l.bodies.serializer, l.bodies.longRunning = c.MaxRequestBodyBytes, c.Serializer, c.LongRunningFunc
+	h = l.bodies.after(h)
 	h = touch.after(h)
 	h = guard.after(h)
 	h = l.strangers.after(h)

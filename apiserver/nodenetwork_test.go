@@ -22,6 +22,106 @@ func whoseAddress(_ string, ip netip.Addr) error {
 	return nil
 }
 
+// whosePodAddress is the common server's Config.PodAddress: any but other's.
+func whosePodAddress(_ string, hostNetwork bool, ip netip.Addr) error {
+	if ip == netip.MustParseAddr("10.244.77.7") || hostNetwork && ip == netip.MustParseAddr("192.0.2.77") {
+		return fmt.Errorf("%s is not of the node", ip)
+	}
+	return nil
+}
+
+// TestNodesCannotGivePodsOthersAddresses is what makes a pod of one node the endpoint of a
+// Service, or a policy's peer, at another's address.
+func TestNodesCannotGivePodsOthersAddresses(t *testing.T) {
+	f := shareServer(t)
+	ctx := within(t, 30*time.Second)
+	admin := client(t, f.admin()).CoreV1()
+	const name = "housed"
+	node, err := admin.Nodes().Create(ctx, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = admin.Nodes().Delete(within(t, 5*time.Second), name, metav1.DeleteOptions{}) })
+	if _, err := admin.Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.ServiceAccounts(name).Create(ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "default"}}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	pods := client(t, f.network(t, "system:node:"+name, "system:nodes")).CoreV1().Pods(name)
+	mirror := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{
+			Name: "mirror-" + name, Annotations: map[string]string{corev1.MirrorPodAnnotationKey: "x"}, Labels: map[string]string{"app": "db"},
+			OwnerReferences: []metav1.OwnerReference{{APIVersion: "v1", Kind: "Node", Name: name, UID: node.UID, Controller: new(true)}},
+		},
+		Spec: corev1.PodSpec{NodeName: name, Containers: []corev1.Container{{Name: "c", Image: "example.com/none"}}},
+	}
+	if _, err := pods.Create(ctx, mirror, metav1.CreateOptions{}); !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), "agents have no static pods") {
+		t.Errorf("a mirror pod: %v", err)
+	}
+	for _, hostNetwork := range []bool{false, true} {
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{GenerateName: "housed-"}, Spec: corev1.PodSpec{
+			NodeName: name, HostNetwork: hostNetwork, Containers: []corev1.Container{{Name: "c", Image: "example.com/none"}}}}
+		pod, err := admin.Pods(name).Create(ctx, pod, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			_ = admin.Pods(name).Delete(within(t, 5*time.Second), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)})
+		})
+		refused := func(what string, err error, why string) {
+			t.Helper()
+			if !apierrors.IsForbidden(err) || !strings.Contains(err.Error(), why) {
+				t.Errorf("host network %t, %s: %v, want Forbidden that says %q", hostNetwork, what, err, why)
+			}
+		}
+		with := func(host string, ips ...string) *corev1.Pod {
+			changed := pod.DeepCopy()
+			changed.Status.HostIP, changed.Status.HostIPs = host, []corev1.HostIP{{IP: host}}
+			changed.Status.PodIP, changed.Status.PodIPs = ips[0], nil
+			for _, ip := range ips {
+				changed.Status.PodIPs = append(changed.Status.PodIPs, corev1.PodIP{IP: ip})
+			}
+			return changed
+		}
+		others := "10.244.77.7"
+		if hostNetwork {
+			others = "192.0.2.77"
+		}
+		// The node authorizer hears of the pod a moment later.
+		for deadline := time.Now().Add(10 * time.Second); ; {
+			_, err = pods.UpdateStatus(ctx, with("192.0.2.50", others), metav1.UpdateOptions{})
+			if err == nil || strings.Contains(err.Error(), "cannot have") || time.Now().After(deadline) {
+				break
+			}
+		}
+		refused("update", err, "status.podIPs[0]: pod "+name+"/"+pod.Name)
+		_, err = pods.UpdateStatus(ctx, with("192.0.2.50", "fd00::1", others), metav1.UpdateOptions{})
+		refused("a second address", err, "status.podIPs[")
+		_, err = pods.UpdateStatus(ctx, with("192.0.2.77", "10.244.1.1"), metav1.UpdateOptions{})
+		refused("the host's", err, "status.hostIPs[0]")
+		for _, kind := range []types.PatchType{types.MergePatchType, types.StrategicMergePatchType} {
+			_, err = pods.Patch(ctx, pod.Name, kind, fmt.Appendf(nil, `{"status":{"podIP":%q,"podIPs":[{"ip":%q}]}}`, others, others), metav1.PatchOptions{}, "status")
+			refused(string(kind), err, "status.podIPs[0]")
+		}
+		if _, err = pods.UpdateStatus(ctx, with("192.0.2.50", "10.244.1.1"), metav1.UpdateOptions{}); err != nil {
+			t.Fatalf("host network %t: an address of its own: %v", hostNetwork, err)
+		}
+		// What somebody else has said stays: the node may have had that range once.
+		if pod, err = admin.Pods(name).Get(ctx, pod.Name, metav1.GetOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if pod, err = admin.Pods(name).UpdateStatus(ctx, with("192.0.2.50", others), metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		changed := pod.DeepCopy()
+		changed.Status.Message = "goes on"
+		if _, err = pods.UpdateStatus(ctx, changed, metav1.UpdateOptions{}); err != nil {
+			t.Errorf("host network %t: a status with an address of before: %v", hostNetwork, err)
+		}
+	}
+}
+
 // TestNodesCannotSayWhatOthersRoute is what somebody with a stolen node certificate
 // may try by the API.
 func TestNodesCannotSayWhatOthersRoute(t *testing.T) {

@@ -171,6 +171,10 @@ func (s *Server) SlowWatches() (bytes int64, cut uint64) {
 	return bytes, s.life.slow.cut()
 }
 
+// Bodies is how many bytes the bodies of requests take, and how many requests were refused
+// for that there was no room: see Config.BodyBytes.
+func (s *Server) Bodies() (bytes int64, refused uint64) { return s.life.bodies.bytes() }
+
 // Strangers is how many requests of nobody known are served, and how many were refused for
 // that there were too many.
 func (s *Server) Strangers() (served int, refused uint64) { return s.life.strangers.count() }

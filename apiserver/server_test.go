@@ -52,6 +52,7 @@ var commonServer = sync.OnceValues(func() (*fixture, error) {
 		}
 		c.ReadyOnly = []string{"raft"}
 		c.NodeAddress = whoseAddress
+		c.PodAddress = whosePodAddress
 		c.DNSAddresses = []netip.Addr{netip.MustParseAddr("10.96.0.10")}
 		c.Paths = map[string]http.Handler{"/timonel/v1/test": http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			who, _ := request.UserFrom(r.Context())

@@ -2,6 +2,7 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"net/netip"
 	"sync"
@@ -23,7 +24,15 @@ const (
 	// strangersPatience is how long a stranger may leave his answer on a stream that he
 	// gives no room.
 	strangersPatience = 5 * time.Second
+	// mostUnanswered is how much is read on a connection on which nobody is known until
+	// something was answered, and mostHead how large a stranger's request may be without its body,
+	// in memory: HTTP/2 says in one byte what takes many.
+	mostUnanswered = 32 << 10
+	mostHead       = 64 << 10
 )
+
+// errUnanswered ends a connection.
+var errUnanswered = errors.New("too much was sent before it was known who sends it")
 
 // strangers bounds the requests on connections of which it is not known whose they are. One
 // has a place until it is authenticated, and without credentials, or with wrong ones, until
@@ -96,8 +105,13 @@ func (s *strangers) before(next http.Handler) http.Handler {
 			return
 		}
 		own := &stranger{of: s, source: ports.SourceOf(conn.RemoteAddr()), conn: conn}
+		if headSize(r) > mostHead {
+			clear(r.Header) // it is kept for as long as the answer
+			own.refuse(w, r, http.StatusRequestHeaderFieldsTooLarge, "The header is too large for a request whose sender is not known yet.")
+			return
+		}
 		if !s.enter(own.source) {
-			own.refuse(w, r)
+			own.refuse(w, r, http.StatusTooManyRequests, "Too many requests from your address whose sender is not known yet, please try again later.")
 			return
 		}
 		defer own.answered(w, r)
@@ -158,6 +172,7 @@ func (o *stranger) answered(w http.ResponseWriter, r *http.Request) {
 	o.mu.Lock()
 	known := o.left
 	o.mu.Unlock()
+	o.conn.answered()
 	if !known && r.ProtoMajor > 1 { // on HTTP/1 there is one answer at a time
 		o.conn.writesEnd(w, time.Now().Add(strangersPatience))
 		_ = http.NewResponseController(w).Flush() // it is lost, or the client takes it
@@ -177,8 +192,9 @@ func (o *stranger) leave() {
 	}
 }
 
-// refuse answers as upstream does when too many requests are served.
-func (o *stranger) refuse(w http.ResponseWriter, r *http.Request) {
+// refuse answers as upstream does when too many requests are served, or a header is too large.
+func (o *stranger) refuse(w http.ResponseWriter, r *http.Request, code int, why string) {
+	o.conn.answered()
 	if o.conn.refusals.Add(1) > mostRefusals {
 		o.conn.Conn.Close()
 		return
@@ -186,6 +202,8 @@ func (o *stranger) refuse(w http.ResponseWriter, r *http.Request) {
 	if r.ProtoMajor > 1 {
 		o.conn.writesEnd(w, time.Now().Add(strangersPatience))
 	}
-	w.Header().Set("Retry-After", "1")
-	http.Error(w, "Too many requests from your address whose sender is not known yet, please try again later.", http.StatusTooManyRequests)
+	if code == http.StatusTooManyRequests {
+		w.Header().Set("Retry-After", "1")
+	}
+	http.Error(w, why, code)
 }

@@ -1,12 +1,17 @@
 package apiserver
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
+	"os"
 	"runtime"
 	"sync"
 	"testing"
@@ -156,4 +161,88 @@ func TestStrangersCannotFill(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestStrangersHeads is about what of a header is read before it is known whose it is.
+func TestStrangersHeads(t *testing.T) {
+	f := shareServer(t)
+	dial := func(t *testing.T, proto string) *tls.Conn {
+		t.Helper()
+		conn, err := tls.Dial("tcp", f.server.Addr().String(), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{proto}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+	t.Run("one that does not end", func(t *testing.T) {
+		t.Parallel()
+		conn := dial(t, "http/1.1")
+		fmt.Fprintf(conn, "GET /version HTTP/1.1\r\nHost: x\r\n")
+		for i, sent := 0, 0; sent < 900<<10; i++ { // upstream's limit is 1 MiB
+			n, err := fmt.Fprintf(conn, "x-%d:\r\n", i)
+			if sent += n; err != nil {
+				return // the server has gone
+			}
+		}
+		// It waits for the rest no longer, and not for the half minute that a header may take.
+		answer := make([]byte, len("HTTP/1.1 400"))
+		if _, err := io.ReadFull(conn, answer); err == nil && string(answer) != "HTTP/1.1 400" || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("%q, %v", answer, err)
+		}
+	})
+	t.Run("one of little that says much", func(t *testing.T) {
+		t.Parallel()
+		conn := dial(t, "h2")
+		fmt.Fprint(conn, http2.ClientPreface)
+		fr := http2.NewFramer(conn, conn)
+		fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+		if err := fr.WriteSettings(); err != nil {
+			t.Fatal(err)
+		}
+		var block bytes.Buffer
+		enc := hpack.NewEncoder(&block)
+		for _, h := range [][2]string{{":method", "GET"}, {":scheme", "https"}, {":authority", "x"}, {":path", "/version"}} {
+			_ = enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
+		}
+		for range 200 {
+			_ = enc.WriteField(hpack.HeaderField{Name: "x", Value: string(bytes.Repeat([]byte("y"), 1000))})
+		}
+		if block.Len() > 4<<10 {
+			t.Fatalf("the header takes %d bytes", block.Len())
+		}
+		if err := fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true}); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			frame, err := fr.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if h, ok := frame.(*http2.MetaHeadersFrame); ok {
+				if status := h.PseudoValue("status"); status != "431" {
+					t.Fatalf("the answer is %s", status)
+				}
+				return
+			}
+		}
+	})
+	t.Run("many small ones", func(t *testing.T) {
+		t.Parallel()
+		conn := dial(t, "http/1.1")
+		answers := bufio.NewReader(conn)
+		for i := range 100 { // some 100 KiB in all
+			fmt.Fprintf(conn, "GET /version HTTP/1.1\r\nHost: x\r\nX-A: %s\r\n\r\n", bytes.Repeat([]byte("y"), 1000))
+			resp, err := http.ReadResponse(answers, nil)
+			if err != nil {
+				t.Fatalf("request %d: %v", i, err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK {
+				t.Fatalf("request %d: %s, %v", i, resp.Status, err)
+			}
+		}
+	})
 }

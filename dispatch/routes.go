@@ -18,6 +18,9 @@ import (
 type Network struct {
 	// Pods are the networks of all pods, of which each node has a part.
 	Pods podrange.Ranges
+	// ForeignPods says that another pod network gives pods their addresses, of any part of
+	// Pods, whichever node they are on.
+	ForeignPods bool
 	// Services are the networks of the Services' addresses.
 	Services []netip.Prefix
 	// Domain is that of the cluster's DNS names, DNS the addresses at which agents answer
@@ -124,4 +127,34 @@ func (d *Dispatcher) CheckNodeAddress(node string, ip netip.Addr) error {
 		}
 	}
 	return nil
+}
+
+// CheckPodAddress says why a pod of a node may not have an address: one on the network of
+// its node has the node's own, any other one of the node's ranges. It is for the API's
+// admission.
+func (d *Dispatcher) CheckPodAddress(node string, hostNetwork bool, ip netip.Addr) error {
+	n, ok := d.config.Objects.Snapshot().Nodes().Get("", node)
+	switch {
+	case !ok:
+		return fmt.Errorf("there is no node %s", node)
+	case hostNetwork:
+		for _, a := range n.Status.Addresses {
+			if own, err := netip.ParseAddr(a.Address); err == nil && own == ip {
+				return nil
+			}
+		}
+		return fmt.Errorf("it is not one of the addresses of node %s", node)
+	case d.config.Network.ForeignPods:
+		if d.config.Network.Pods.Contains(ip) {
+			return nil
+		}
+		return fmt.Errorf("it is not of the pods' network %s", d.config.Network.Pods)
+	}
+	for _, r := range n.Spec.PodCIDRs {
+		if p, err := d.config.Network.CheckRange(r); err == nil && p.Contains(ip) {
+			return nil
+		}
+	}
+	return fmt.Errorf("it is not of the ranges of node %s, %v (with a pod network that gives pods addresses of other ranges, "+
+		"set --pod-addresses=cluster on all controllers)", node, n.Spec.PodCIDRs)
 }

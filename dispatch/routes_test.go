@@ -102,3 +102,51 @@ func TestAddressesThatANodeMayNotHave(t *testing.T) {
 	require.ErrorContains(t, d.CheckNodeAddress("a1", netip.MustParseAddr("192.0.2.11")), "controller's")
 	require.ErrorContains(t, d.CheckNodeAddress("a1", netip.MustParseAddr("10.244.3.1")), "pods' network")
 }
+
+func TestAddressesThatAPodMayNotHave(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1")
+	for name, ranges := range map[string][]string{"a1": {"10.244.1.0/24", "fd00:244:0:1::/64"}, "a2": {"10.244.2.0/24"}, "liar": {"192.0.2.0/24", "0.0.0.0/0"}} {
+		n := nodeObject(name)
+		n.Spec.PodCIDRs = ranges
+		n.Status.Addresses = []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: nodeAddress(name)}, {Type: corev1.NodeHostName, Address: name}}
+		c.put(n)
+	}
+	d := c.controllers["c1"]
+	require.Eventually(t, func() bool {
+		return d.CheckPodAddress("a1", false, netip.MustParseAddr("10.244.1.7")) == nil && d.CheckPodAddress("a2", false, netip.MustParseAddr("10.244.2.7")) == nil
+	}, patience, time.Millisecond)
+	for _, tc := range []struct {
+		node, ip    string
+		hostNetwork bool
+		why         string
+	}{
+		{"a1", "fd00:244:0:1::7", false, ""},
+		{"a1", "10.244.2.7", false, "not of the ranges of node a1"},
+		{"a1", "fd00:244:0:2::7", false, "not of the ranges"},
+		{"a1", "192.0.2.11", false, "not of the ranges"}, // a controller's
+		{"a1", "10.244.255.1", false, "not of the ranges"},
+		{"a1", "127.0.0.1", false, "not of the ranges"},
+		{"a1", "169.254.169.254", false, "not of the ranges"},
+		{"a1", "::ffff:10.244.1.7", false, "not of the ranges"},
+		{"a1", nodeAddress("a1"), false, "not of the ranges"},
+		{"a1", nodeAddress("a1"), true, ""},
+		{"a1", nodeAddress("a2"), true, "not one of the addresses of node a1"},
+		{"a1", "10.244.1.7", true, "not one of the addresses"},
+		{"a1", "127.0.0.1", true, "not one of the addresses"},
+		{"liar", "192.0.2.7", false, "not of the ranges"}, // a range that no node has
+		{"nobody", "10.244.1.7", false, "there is no node nobody"},
+	} {
+		err := d.CheckPodAddress(tc.node, tc.hostNetwork, netip.MustParseAddr(tc.ip))
+		if tc.why == "" {
+			require.NoError(t, err, "%+v", tc)
+		} else {
+			require.ErrorContains(t, err, tc.why, "%+v", tc)
+		}
+	}
+	foreign := &Dispatcher{config: d.config}
+	foreign.config.Network.ForeignPods = true
+	require.NoError(t, foreign.CheckPodAddress("a1", false, netip.MustParseAddr("10.244.2.7")))
+	require.ErrorContains(t, foreign.CheckPodAddress("a1", false, netip.MustParseAddr("192.0.2.11")), "not of the pods' network")
+	require.Error(t, foreign.CheckPodAddress("a1", true, netip.MustParseAddr("10.244.2.7")))
+}

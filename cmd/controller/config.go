@@ -35,6 +35,7 @@ type config struct {
 
 	clusterCIDR, serviceCIDR []string
 	nodeBits4, nodeBits6     int
+	podAddresses             string
 	clusterDomain            string
 	unreachableToleration    time.Duration
 	evictions                node.HealthConfig // how fast lost nodes are evicted from, as the flags say
@@ -68,6 +69,7 @@ func defaultConfig() config {
 		serviceCIDR:           []string{"10.96.0.0/16"},
 		nodeBits4:             podrange.DefaultBits4,
 		nodeBits6:             podrange.DefaultBits6,
+		podAddresses:          podsOfNode,
 		clusterDomain:         "cluster.local",
 		unreachableToleration: 30 * time.Second,
 		evictions:             node.HealthConfig{Share: 0.55, EvictionRate: 0.1, SecondaryEvictionRate: 0.01, LargeZone: 50},
@@ -97,6 +99,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.Var((*networks)(&c.clusterCIDR), "cluster-cidr", "networks of the pods, IPv4, IPv6 or both; each node gets a part of one of each family, the first that has one left. Networks can be added at the end; the same on all controllers")
 	f.IntVar(&c.nodeBits4, "node-cidr-mask-size-ipv4", c.nodeBits4, "prefix length of a node's part of an IPv4 network of --cluster-cidr; for the life of the cluster")
 	f.IntVar(&c.nodeBits6, "node-cidr-mask-size-ipv6", c.nodeBits6, "the same, IPv6")
+	f.StringVar(&c.podAddresses, "pod-addresses", c.podAddresses, "which addresses an agent may say that its pods have: node, those of its node's part of --cluster-cidr, or cluster, all of --cluster-cidr, where another pod network (the agents' --cni-conf-dir) gives them out; the same on all controllers")
 	f.Var((*networks)(&c.serviceCIDR), "service-cidr", "network of the Services' addresses, or two of different families: the first is that of Services that do not say which they want, and of --advertise-ip")
 	f.StringVar(&c.clusterDomain, "cluster-domain", c.clusterDomain, "domain of the cluster's DNS names; agents learn it from the controllers")
 	f.StringSliceVar(&c.enableAdmission, "enable-admission-plugins", c.enableAdmission, "admission plugins to turn on beside Kubernetes' default ones, such as AlwaysPullImages; the same on all controllers")

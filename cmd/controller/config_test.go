@@ -67,6 +67,7 @@ func TestConfigNamesTheWrongFlag(t *testing.T) {
 			c.clusterCIDR, c.serviceCIDR = []string{"10.244.0.0/16", "fd00:244::/48", "10.12.0.0/20"}, []string{"10.96.0.0/16", "fd00:96::/112"}
 			c.nodeBits4 = 22
 		}, ""},
+		{"whose addresses", func(c *config) { c.podAddresses = "any" }, `--pod-addresses: "any" is not node or cluster`},
 		{"pods twice", func(c *config) { c.clusterCIDR = []string{"10.244.0.0/16", "10.244.8.0/22"} }, "--cluster-cidr: 10.244.8.0/22 overlaps 10.244.0.0/16"},
 		{"nodes too wide", func(c *config) { c.nodeBits4 = 12 }, "--cluster-cidr: a node's part of 10.244.0.0/16"},
 		{"pods are Services", func(c *config) { c.serviceCIDR = []string{"10.244.128.0/20"} }, "--service-cidr: 10.244.128.0/20 overlaps 10.244.0.0/16 of --cluster-cidr"},

@@ -29,6 +29,8 @@ type shares struct {
 	proposals int64
 	// watches bounds what waits for clients that watch and do not read.
 	watches int64
+	// bodies bounds what bodies of requests take, and the objects that are in them.
+	bodies int64
 	// reports bounds what agents said and is not written yet, all agents together.
 	reports int64
 	// network bounds what every node is told of Services, their endpoints and other nodes.
@@ -65,6 +67,7 @@ func (c *config) memoryShares() (shares, error) {
 	s.logCache = min(max(s.memory/128, 16<<20), 128<<20)
 	s.queue = min(max(s.memory/64, 32<<20), 256<<20)
 	s.watches = min(max(s.memory/128, 16<<20), 256<<20)
+	s.bodies = min(max(s.memory/8, 96<<20), 4<<30)
 	s.proposals = min(max(s.memory/128, 40<<20), 160<<20)
 	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
 	s.network = min(max(s.memory/32, 32<<20), 256<<20)

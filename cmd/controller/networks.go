@@ -24,6 +24,9 @@ func (n *networks) String() string { return strings.Join(*n, ",") }
 // Type implements pflag.Value.
 func (n *networks) Type() string { return "networks" }
 
+// Values of --pod-addresses.
+const podsOfNode, podsOfCluster = "node", "cluster"
+
 // pods are the networks of --cluster-cidr, and what of one is a node's.
 func (c config) pods() podrange.Ranges {
 	r, _ := podrange.Parse(c.clusterCIDR) // checked by validate
@@ -39,6 +42,9 @@ func (c config) services() []netip.Prefix {
 
 // validateNetworks says what is wrong with the networks of pods and of Services.
 func (c *config) validateNetworks(bad func(flag, format string, args ...any)) {
+	if c.podAddresses != podsOfNode && c.podAddresses != podsOfCluster {
+		bad("pod-addresses", "%q is not %s or %s", c.podAddresses, podsOfNode, podsOfCluster)
+	}
 	pods, err := podrange.Parse(c.clusterCIDR)
 	if err != nil {
 		bad("cluster-cidr", "%v", err)

@@ -202,11 +202,13 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Trust:            k.trust,
 		Caches:           k.decoded,
 		WatchBytes:       k.shares.watches,
+		BodyBytes:        k.shares.bodies,
 		ServiceCIDRs:     k.services(),
 		DNSAddresses:     k.dnsAddresses(),
 		DialKubelet:      k.agents.DialKubelet,
 		Usage:            k.nodesUsage,
 		NodeAddress:      k.agents.CheckNodeAddress,
+		PodAddress:       k.agents.CheckPodAddress,
 		Controllers:      k.directory.controllerIPs,
 		IsLeader:         k.isLeader,
 		Health: map[string]func(context.Context) error{

@@ -47,7 +47,8 @@ func (k *controller) newDispatch() (*dispatch.Dispatcher, *dispatch.Tracker, err
 // network is whose addresses are whose, for what nodes are told of one another.
 func (k *controller) network() dispatch.Network {
 	return dispatch.Network{
-		Pods: k.pods(), Services: k.services(), Controllers: k.controllerAddresses, Domain: k.clusterDomain, DNS: k.dnsAddresses(),
+		Pods: k.pods(), ForeignPods: k.podAddresses == podsOfCluster, Services: k.services(),
+		Controllers: k.controllerAddresses, Domain: k.clusterDomain, DNS: k.dnsAddresses(),
 		Ports: []uint16{uint16(k.clusterPort), uint16(k.raftPort), uint16(k.gossipPort), uint16(k.controllersGossipPort)},
 	}
 }

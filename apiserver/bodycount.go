@@ -1,0 +1,75 @@
+package apiserver
+
+import (
+	"bytes"
+	"encoding/json"
+
+	"google.golang.org/protobuf/encoding/protowire"
+)
+
+func isJSON(b []byte) bool { return json.Valid(b) }
+
+// jsonValues counts the values of a JSON document, and the objects among them, without
+// decoding it. Of what is not JSON, which is refused by the decoder before it makes
+// anything of it, the counts mean nothing.
+func jsonValues(b []byte) (values, objects int64) {
+	for i := 0; i < len(b); i++ {
+		switch b[i] {
+		case ',', '[':
+			values++
+		case '{':
+			objects++
+		case '"':
+			i++
+			for i < len(b) && b[i] != '"' {
+				next := bytes.IndexAny(b[i:], `"\`)
+				if next < 0 {
+					return values, objects
+				}
+				if i += next; b[i] == '\\' {
+					i += 2
+				}
+			}
+		}
+	}
+	return values, objects
+}
+
+// mostProtobufDepth is how deep messages are looked into. What is below is taken for the
+// smallest messages that there are, two bytes each.
+const mostProtobufDepth = 64
+
+// protobufFields counts what may be messages or strings in a protobuf encoding, as deep as
+// there are any. What is no message but looks like one is counted too.
+func protobufFields(b []byte, depth int) (fields int64) {
+	if depth == 0 {
+		b = bytes.TrimPrefix(b, []byte("k8s\x00"))
+	}
+	for len(b) > 0 {
+		number, kind, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return fields
+		}
+		b = b[n:]
+		if kind != protowire.BytesType {
+			if n = protowire.ConsumeFieldValue(number, kind, b); n < 0 {
+				return fields
+			}
+			b = b[n:]
+			continue
+		}
+		value, n := protowire.ConsumeBytes(b)
+		if n < 0 {
+			return fields
+		}
+		b = b[n:]
+		fields++
+		switch {
+		case depth == mostProtobufDepth:
+			fields += int64(len(value) / 2)
+		case len(value) > 1:
+			fields += protobufFields(value, depth+1)
+		}
+	}
+	return fields
+}
