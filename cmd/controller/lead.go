@@ -25,6 +25,7 @@ func (k *controller) lead(ctx context.Context) error {
 		Scheduler:         k.placement,
 		Health:            k.health(),
 		Pods:              k.pods(),
+		Services:          k.services(),
 		RootCA:            k.bundle.CA(),
 		ServiceAccountKey: k.bundle.ServiceAccountSigner(),
 	})

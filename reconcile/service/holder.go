@@ -43,7 +43,7 @@ const (
 // one key, so that they are spread. An address stays where it is while that node is
 // there and may have it, and moves as soon as two witnesses miss the node: unlike pods,
 // an address that was moved without need costs only its connections.
-type AddressHolder struct{}
+type AddressHolder struct{ Reserved Reserved }
 
 // Name implements Reconciler.
 func (AddressHolder) Name() string { return "load-balancer-address-controller" }
@@ -145,11 +145,11 @@ type announced struct {
 }
 
 // Reconcile implements Reconciler.
-func (AddressHolder) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Result, error) {
+func (h AddressHolder) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Result, error) {
 	var result reconcile.Result
 	p := placing{in: in, result: &result, held: map[string]int{}}
 	all := map[netip.Addr]*announced{}
-	pools, _ := poolsOf(in.Snapshot)
+	pools, _ := h.Reserved.poolsOf(in.Snapshot)
 	alloc := allocator{pools: pools}
 	for svc := range in.Snapshot.LoadBalancers() {
 		if !given(svc) {

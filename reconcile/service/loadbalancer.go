@@ -46,7 +46,7 @@ const (
 
 // LoadBalancer gives Services of type LoadBalancer their addresses. It works on all of
 // them under one key, so that no two get the same, but for those that ask to share one.
-type LoadBalancer struct{}
+type LoadBalancer struct{ Reserved Reserved }
 
 // Name implements Reconciler.
 func (LoadBalancer) Name() string { return "load-balancer-controller" }
@@ -86,8 +86,8 @@ func balanced(c objects.Changed) bool {
 }
 
 // Reconcile implements Reconciler.
-func (LoadBalancer) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Result, error) {
-	pools, wrong := poolsOf(in.Snapshot)
+func (l LoadBalancer) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Result, error) {
+	pools, wrong := l.Reserved.poolsOf(in.Snapshot)
 	var result reconcile.Result
 	if key.Kind == configMapKind.Kind {
 		cm, ok := in.Snapshot.ConfigMaps().Get(PoolsNamespace, PoolsName)

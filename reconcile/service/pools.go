@@ -162,12 +162,28 @@ func lastOf(p netip.Prefix) netip.Addr {
 
 // poolsOf are the pools of a snapshot in the order of their names, and what is wrong with
 // those that cannot be used.
-func poolsOf(s *objects.Snapshot) ([]*pool, map[string]error) {
+func (r Reserved) poolsOf(s *objects.Snapshot) ([]*pool, map[string]error) {
 	cm, ok := s.ConfigMaps().Get(PoolsNamespace, PoolsName)
 	if !ok || cm.DeletionTimestamp != nil {
 		return nil, nil
 	}
-	return parsePools(cm)
+	return parsePools(cm, r)
+}
+
+// Reserved are networks of the cluster, of which no Service gets an address from a pool.
+type Reserved struct {
+	Pods, Services []netip.Prefix
+}
+
+// blocks are those of the networks, in the order of addresses.
+func (r Reserved) blocks() (out []placed) {
+	for of, networks := range map[string][]netip.Prefix{"the pods' network (--cluster-cidr)": r.Pods, "the Services' network (--service-cidr)": r.Services} {
+		for _, n := range networks {
+			out = append(out, placed{block{first: n.Masked().Addr(), last: lastOf(n.Masked())}, of})
+		}
+	}
+	slices.SortFunc(out, func(a, b placed) int { return a.first.Compare(b.first) })
+	return out
 }
 
 // placed is a block and whose it is, in the order of addresses.
@@ -176,9 +192,9 @@ type placed struct {
 	of string
 }
 
-func parsePools(cm *corev1.ConfigMap) (pools []*pool, wrong map[string]error) {
+func parsePools(cm *corev1.ConfigMap, r Reserved) (pools []*pool, wrong map[string]error) {
 	wrong = map[string]error{}
-	var all []placed
+	all := r.blocks()
 	for _, name := range slices.Sorted(maps.Keys(cm.Data)) {
 		p, with, err := parsePool(name, cm.Data[name], all)
 		if err != nil {
@@ -213,10 +229,10 @@ func parsePool(name, text string, all []placed) (*pool, []placed, error) {
 		at, _ := slices.BinarySearchFunc(all, b.first, func(o placed, ip netip.Addr) int { return o.first.Compare(ip) })
 		for _, j := range []int{at - 1, at} { // the neighbours: no others can overlap
 			if j >= 0 && j < len(all) && (all[j].contains(b.first) || b.contains(all[j].first)) {
-				return nil, nil, fmt.Errorf("addresses[%d]: %q overlaps %s of pool %s", i, text, all[j].block, all[j].of)
+				return nil, nil, fmt.Errorf("addresses[%d]: %q overlaps %s of %s", i, text, all[j].block, all[j].of)
 			}
 		}
-		all = slices.Insert(all, at, placed{b, name})
+		all = slices.Insert(all, at, placed{b, "pool " + name})
 		p.blocks = append(p.blocks, b)
 	}
 	return p, all, nil

@@ -4,6 +4,7 @@ package standard
 import (
 	"crypto"
 	"fmt"
+	"net/netip"
 
 	"timonel/internal/podrange"
 	"timonel/reconcile"
@@ -27,6 +28,8 @@ type Config struct {
 	// Pods are the networks of all pods' addresses. Without any, Nodes get no range from
 	// here.
 	Pods podrange.Ranges
+	// Services are those of cluster addresses.
+	Services []netip.Prefix
 	// RootCA is the cluster's CA bundle in PEM, published in every namespace.
 	RootCA []byte
 	// ServiceAccountKey signs the tokens in Secrets of type kubernetes.io/service-account-token.
@@ -46,6 +49,7 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 	if err != nil {
 		return nil, fmt.Errorf("standard: Config.Scheduler: %w", err)
 	}
+	reserved := service.Reserved{Pods: c.Pods.Networks, Services: c.Services}
 	out := []reconcile.Reconciler{
 		scheduler,
 		node.NodeLifecycle{Health: c.Health},
@@ -61,8 +65,8 @@ func Reconcilers(c Config) ([]reconcile.Reconciler, error) {
 		service.EndpointSlice{},
 		service.Endpoints{},
 		service.EndpointSliceMirroring{},
-		service.LoadBalancer{},
-		service.AddressHolder{},
+		service.LoadBalancer{Reserved: reserved},
+		service.AddressHolder{Reserved: reserved},
 		policy.NamespaceDefaults{RootCA: c.RootCA},
 		policy.Disruption{},
 		storage.Binder{},

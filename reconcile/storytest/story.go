@@ -79,11 +79,12 @@ func All(t T) []reconcile.Reconciler {
 	if err != nil {
 		t.Fatalf("token signer: %v", err)
 	}
+	reserved := service.Reserved{Pods: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/22")}, Services: []netip.Prefix{netip.MustParsePrefix("10.96.0.0/16")}}
 	return []reconcile.Reconciler{
 		workload.Deployment{}, workload.ReplicaSet{}, workload.StatefulSet{}, workload.ReplicationController{}, workload.DaemonSet{}, job.Job{}, job.CronJob{}, job.TTL{}, scheduler, node.NodeLifecycle{}, node.TaintEviction{}, cleanup.PodGC{}, cleanup.TerminatedPodGC{Threshold: 3},
 		service.EndpointSlice{PerSlice: 2}, cleanup.Namespace{}, policy.NamespaceDefaults{RootCA: []byte("CA")}, policy.Disruption{}, cleanup.GarbageCollector{},
 		node.NodeIPAM{Pods: podrange.Ranges{Networks: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/22")}}},
-		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3}, service.LoadBalancer{}, service.AddressHolder{},
+		policy.Tokens{Signer: signer, RootCA: []byte("CA")}, service.Endpoints{}, service.EndpointSliceMirroring{PerSubset: 3}, service.LoadBalancer{Reserved: reserved}, service.AddressHolder{Reserved: reserved},
 		storage.Binder{}, storage.Class{}, storage.ClaimProtection{}, storage.VolumeProtection{}, storage.AttributesProtection{}, storage.Ephemeral{},
 	}
 }
