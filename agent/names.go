@@ -159,8 +159,12 @@ func (a *Agent) serveNamesOnce(ctx context.Context) error {
 	done := make(chan struct{})
 	close(done)
 	if len(now.Addresses) > 0 {
+		askers := now.Pods
+		if len(askers) > 0 { // none: everybody is answered
+			askers = slices.Concat(askers, a.cfg.NameClients)
+		}
 		s, err := dns.New(dns.Config{
-			Domain: now.Domain, Addresses: now.Addresses, Pods: now.Pods, Store: a.known, ResolvConf: a.cfg.ResolvConf, Stubs: a.cfg.StubDomains, Logger: a.log,
+			Domain: now.Domain, Addresses: now.Addresses, Pods: askers, Store: a.known, ResolvConf: a.cfg.ResolvConf, Stubs: a.cfg.StubDomains, Logger: a.log,
 		})
 		if err != nil {
 			return fmt.Errorf("the cluster's DNS: %w", err)
