@@ -159,15 +159,16 @@ func evenness(shares []float64) int64 {
 	return int64((1 - deviation) * maxScore)
 }
 
-// scoreVolumes scores nodes by how much of the volumes there is requested that the pod's
-// claims would be bound to, class by class. Pods without such claims are not scored.
+// scoreVolumes scores nodes by how much is requested, class by class, of the volumes there
+// that the pod's claims would be bound to, or else of the room that their drivers have to
+// make some. Pods without such claims are not scored.
 func (r *round) scoreVolumes(c *candidate, feasible []int32, scores []int64) bool {
 	if c.volumes == nil || len(c.volumes.delayed) == 0 {
 		return false
 	}
 	type amounts struct{ requested, capacity int64 }
 	for i, slot := range feasible {
-		decisions, _, _ := r.decideClaims(c.volumes, r.nodes[slot])
+		decisions, rooms, _, _ := r.decideClaims(c.volumes, r.nodes[slot])
 		classes := map[string]amounts{}
 		for _, d := range decisions {
 			if d.Volume == nil {
@@ -178,6 +179,12 @@ func (r *round) scoreVolumes(c *candidate, feasible []int32, scores []int64) boo
 			sum.requested += d.Claim.Spec.Resources.Requests.Storage().Value()
 			sum.capacity += d.Volume.Spec.Capacity.Storage().Value()
 			classes[class] = sum
+		}
+		if len(classes) == 0 {
+			for _, room := range rooms {
+				class := volume.GetPersistentVolumeClaimClass(room.claim)
+				classes[class] = amounts{classes[class].requested + room.claim.Spec.Resources.Requests.Storage().Value(), room.left}
+			}
 		}
 		var sum int64
 		for _, a := range classes {

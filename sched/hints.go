@@ -322,6 +322,9 @@ func labelChanged(key string, before, after *corev1.Node) bool {
 // volumeHints are those of claims, volumes and what is known of their drivers.
 func volumeHints(ch objects.Changed) []hint {
 	if ch.New == nil {
+		if _, ok := ch.Old.Object.(*storagev1.VolumeAttachment); ok {
+			return always(causeVolumeLimits)
+		}
 		return nil
 	}
 	switch now := ch.New.Object.(type) {
@@ -344,9 +347,8 @@ func volumeHints(ch objects.Changed) []hint {
 	case *storagev1.CSINode:
 		return always(causeVolumeBinding | causeVolumeLimits)
 	case *storagev1.CSIDriver:
-		return always(causeVolumeBinding)
-	}
-	if ch.New.GVK.Kind == "CSIStorageCapacity" {
+		return always(causeVolumeBinding | causeVolumeLimits)
+	case *storagev1.CSIStorageCapacity:
 		return always(causeVolumeBinding)
 	}
 	return nil

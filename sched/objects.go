@@ -84,9 +84,12 @@ func (v snapshotState) CSIDriver(name string) (*storagev1.CSIDriver, bool) {
 	return v.s.CSIDrivers().Get("", name)
 }
 
-// CSIStorageCapacities are not decoded by the snapshot.
-func (v snapshotState) CSIStorageCapacities() (iter.Seq[*storagev1.CSIStorageCapacity], bool) {
-	return nil, false
+func (v snapshotState) CSIStorageCapacities() iter.Seq[*storagev1.CSIStorageCapacity] {
+	return v.s.CSIStorageCapacities().All()
+}
+
+func (v snapshotState) VolumeAttachments() iter.Seq[*storagev1.VolumeAttachment] {
+	return v.s.VolumeAttachments().All()
 }
 
 func (v snapshotState) PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget] {

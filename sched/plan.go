@@ -35,9 +35,8 @@ type State interface {
 	StorageClass(name string) (*storagev1.StorageClass, bool)
 	CSINode(name string) (*storagev1.CSINode, bool)
 	CSIDriver(name string) (*storagev1.CSIDriver, bool)
-	// CSIStorageCapacities reports false when capacities are not known; then
-	// they restrict nothing.
-	CSIStorageCapacities() (iter.Seq[*storagev1.CSIStorageCapacity], bool)
+	CSIStorageCapacities() iter.Seq[*storagev1.CSIStorageCapacity]
+	VolumeAttachments() iter.Seq[*storagev1.VolumeAttachment]
 
 	PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget]
 }

@@ -44,7 +44,7 @@ var storagePlaces = map[string]string{
 	"Node": "minions/", "Pod": "pods/", "ReplicaSet": "replicasets/", "Namespace": "namespaces/", "Service": "services/specs/",
 	"StatefulSet": "statefulsets/", "ReplicationController": "controllers/", "PersistentVolumeClaim": "persistentvolumeclaims/",
 	"PersistentVolume": "persistentvolumes/", "StorageClass": "storageclasses/", "CSINode": "csinodes/", "CSIDriver": "csidrivers/",
-	"PodDisruptionBudget": "poddisruptionbudgets/",
+	"PodDisruptionBudget": "poddisruptionbudgets/", "CSIStorageCapacity": "csistoragecapacities/", "VolumeAttachment": "volumeattachments/",
 }
 
 // put stores objects as the API server does and waits for the cache.
@@ -149,6 +149,7 @@ func TestFromObjects(t *testing.T) {
 		&appsv1.ReplicaSet{ObjectMeta: in}, &appsv1.StatefulSet{ObjectMeta: in}, &corev1.ReplicationController{ObjectMeta: in},
 		&corev1.PersistentVolumeClaim{ObjectMeta: in}, &corev1.PersistentVolume{ObjectMeta: at}, &storagev1.StorageClass{ObjectMeta: at},
 		&storagev1.CSINode{ObjectMeta: at}, &storagev1.CSIDriver{ObjectMeta: at}, &policyv1.PodDisruptionBudget{ObjectMeta: in},
+		&storagev1.CSIStorageCapacity{ObjectMeta: in}, &storagev1.VolumeAttachment{ObjectMeta: at},
 	)
 	st := FromObjects(s.cache.Snapshot())
 	found := map[string]bool{}
@@ -166,6 +167,12 @@ func TestFromObjects(t *testing.T) {
 	for range st.ServicesIn("default") {
 		found["Service"] = true
 	}
+	for range st.CSIStorageCapacities() {
+		found["CSIStorageCapacity"] = true
+	}
+	for range st.VolumeAttachments() {
+		found["VolumeAttachment"] = true
+	}
 	for range st.PodDisruptionBudgets() {
 		found["PodDisruptionBudget"] = true
 	}
@@ -173,9 +180,6 @@ func TestFromObjects(t *testing.T) {
 		if !found[kind] {
 			t.Errorf("%s not found", kind)
 		}
-	}
-	if _, known := st.CSIStorageCapacities(); known {
-		t.Error("storage capacities are said to be known")
 	}
 }
 

@@ -100,6 +100,8 @@ type round struct {
 	equal    map[string]*answers
 	versions []uint32
 	budgets  func() []budget
+	// attachments are the volumes attached to nodes; see listAttachments.
+	attachments func() map[string]map[string]string
 
 	// affinities keeps which nodes node selectors match; see affinityAnswers.
 	affinities map[string][]uint8
@@ -138,6 +140,7 @@ func newRound(c *compiled, in Input) *round {
 		versions:   make([]uint32, len(cl.nodes)),
 	}
 	r.budgets = sync.OnceValue(r.listBudgets)
+	r.attachments = sync.OnceValue(r.listAttachments)
 	for kind := range r.placedTerms {
 		r.placedTerms[kind] = map[string]*termCount{}
 	}

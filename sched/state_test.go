@@ -69,8 +69,11 @@ func (s *fakeState) PersistentVolumes() iter.Seq[*corev1.PersistentVolume] {
 func (s *fakeState) PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget] {
 	return slices.Values(list[*policyv1.PodDisruptionBudget](s))
 }
-func (s *fakeState) CSIStorageCapacities() (iter.Seq[*storagev1.CSIStorageCapacity], bool) {
-	return slices.Values(list[*storagev1.CSIStorageCapacity](s)), true
+func (s *fakeState) CSIStorageCapacities() iter.Seq[*storagev1.CSIStorageCapacity] {
+	return slices.Values(list[*storagev1.CSIStorageCapacity](s))
+}
+func (s *fakeState) VolumeAttachments() iter.Seq[*storagev1.VolumeAttachment] {
+	return slices.Values(list[*storagev1.VolumeAttachment](s))
 }
 func (s *fakeState) ServicesIn(namespace string) iter.Seq[*corev1.Service] {
 	return slices.Values(slices.DeleteFunc(list[*corev1.Service](s), func(o *corev1.Service) bool {

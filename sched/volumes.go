@@ -268,8 +268,10 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 	if v.onceUsers > 0 {
 		return statusOncePod
 	}
-	if len(v.attached) > 0 && c.profile.asks(FilterNodeVolumeLimits) && r.exceedsLimits(v, n) {
-		return statusMaxVolumes
+	if len(v.attached) > 0 && c.profile.asks(FilterNodeVolumeLimits) {
+		if s := r.filterLimits(v, n); s != nil {
+			return s
+		}
 	}
 	var reasons []string
 	for _, pv := range v.bound {
@@ -279,7 +281,7 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 		}
 	}
 	if len(v.delayed) > 0 {
-		_, reason, err := r.decideClaims(v, n)
+		_, _, reason, err := r.decideClaims(v, n)
 		if err != nil {
 			return &status{err: err, cause: causeError}
 		}
@@ -299,9 +301,16 @@ func (r *round) filterVolumes(c *candidate, n *nodeInfo) *status {
 	return nil
 }
 
+// roomFor is a volume to be made, and how much its driver has left where it would be.
+type roomFor struct {
+	claim *corev1.PersistentVolumeClaim
+	left  int64
+}
+
 // decideClaims finds, for each delayed claim, a volume usable on the node or
-// else a provisioner that can make one there. A reason says why it cannot.
-func (r *round) decideClaims(v *podVolumes, n *nodeInfo) (decisions []ClaimDecision, reason string, err error) {
+// else a provisioner that can make one there. A reason says why it cannot. rooms are
+// those of volumes to be made whose driver says how much it has.
+func (r *round) decideClaims(v *podVolumes, n *nodeInfo) (decisions []ClaimDecision, rooms []roomFor, reason string, err error) {
 	chosen := map[string]*corev1.PersistentVolume{}
 	for _, claim := range v.delayed {
 		selected, isSelected := claim.Annotations[volume.AnnSelectedNode]
@@ -309,13 +318,13 @@ func (r *round) decideClaims(v *podVolumes, n *nodeInfo) (decisions []ClaimDecis
 			selected, isSelected = node, true
 		}
 		if isSelected && selected != n.name {
-			return nil, reasonNoVolume, nil
+			return nil, nil, reasonNoVolume, nil
 		}
 		class := volume.GetPersistentVolumeClaimClass(claim)
 		if !isSelected {
 			pv, err := volume.FindMatchingVolume(claim, v.available[class], n.node, chosen, true, true)
 			if err != nil {
-				return nil, "", err
+				return nil, nil, "", err
 			}
 			if pv != nil {
 				chosen[pv.Name] = pv
@@ -323,35 +332,37 @@ func (r *round) decideClaims(v *podVolumes, n *nodeInfo) (decisions []ClaimDecis
 				continue
 			}
 		}
-		if reason, err := r.canProvision(claim, class, n); reason != "" || err != nil {
-			return nil, reason, err
+		capacity, reason, err := r.canProvision(claim, class, n)
+		if reason != "" || err != nil {
+			return nil, nil, reason, err
+		}
+		if capacity != nil && capacity.Capacity != nil {
+			rooms = append(rooms, roomFor{claim, capacity.Capacity.Value()})
 		}
 		if !isSelected {
 			decisions = append(decisions, ClaimDecision{Claim: claim})
 		}
 	}
-	return decisions, "", nil
+	return decisions, rooms, "", nil
 }
 
-func (r *round) canProvision(claim *corev1.PersistentVolumeClaim, className string, n *nodeInfo) (reason string, err error) {
+// canProvision says why no volume can be made for a claim on a node. capacity is what its
+// driver says of the room there, nil if it says nothing.
+func (r *round) canProvision(claim *corev1.PersistentVolumeClaim, className string, n *nodeInfo) (capacity *storagev1.CSIStorageCapacity, reason string, err error) {
 	class, ok := r.in.State.StorageClass(className)
 	if !ok {
-		return "", fmt.Errorf("failed to find storage class %q", className)
+		return nil, "", fmt.Errorf("failed to find storage class %q", className)
 	}
 	if class.Provisioner == "" || class.Provisioner == volume.NotSupportedProvisioner ||
 		!topologyAllowed(class.AllowedTopologies, n.node.Labels) {
-		return reasonNoVolume, nil
+		return nil, reasonNoVolume, nil
 	}
 	size, sized := claim.Spec.Resources.Requests[corev1.ResourceStorage]
 	driver, ok := r.in.State.CSIDriver(class.Provisioner)
 	if !sized || !ok || driver.Spec.StorageCapacity == nil || !*driver.Spec.StorageCapacity {
-		return "", nil
+		return nil, "", nil
 	}
-	capacities, known := r.in.State.CSIStorageCapacities()
-	if !known {
-		return "", nil
-	}
-	for capacity := range capacities {
+	for capacity := range r.in.State.CSIStorageCapacities() {
 		limit := capacity.MaximumVolumeSize
 		if limit == nil {
 			limit = capacity.Capacity
@@ -361,10 +372,10 @@ func (r *round) canProvision(claim *corev1.PersistentVolumeClaim, className stri
 		}
 		selector, err := metav1.LabelSelectorAsSelector(capacity.NodeTopology)
 		if err == nil && selector.Matches(labels.Set(n.node.Labels)) {
-			return "", nil
+			return capacity, "", nil
 		}
 	}
-	return reasonNoSpace, nil
+	return nil, reasonNoSpace, nil
 }
 
 func topologyAllowed(terms []corev1.TopologySelectorTerm, nodeLabels map[string]string) bool {
@@ -384,7 +395,7 @@ func topologyAllowed(terms []corev1.TopologySelectorTerm, nodeLabels map[string]
 // assumeVolumes settles the pod's delayed claims on a node and returns what is
 // new about them.
 func (r *round) assumeVolumes(c *candidate, n *nodeInfo) []ClaimDecision {
-	decisions, _, _ := r.decideClaims(c.volumes, n)
+	decisions, _, _, _ := r.decideClaims(c.volumes, n)
 	if r.volumes.volumes == nil {
 		r.volumes.volumes = map[string]*corev1.PersistentVolume{}
 		r.volumes.claimNodes = map[string]string{}
@@ -404,64 +415,6 @@ func (r *round) assumeVolumes(c *candidate, n *nodeInfo) []ClaimDecision {
 		out = append(out, ClaimDecision{Claim: d.Claim, Volume: pv})
 	}
 	return out
-}
-
-// exceedsLimits reports whether the node would have more volumes of a CSI
-// driver attached than the driver allows.
-func (r *round) exceedsLimits(v *podVolumes, n *nodeInfo) bool {
-	csiNode, ok := r.in.State.CSINode(n.name)
-	if !ok {
-		return false
-	}
-	limits := map[string]int{}
-	for _, d := range csiNode.Spec.Drivers {
-		if d.Allocatable != nil && d.Allocatable.Count != nil {
-			limits[d.Name] = int(*d.Allocatable.Count)
-		}
-	}
-	if len(limits) == 0 {
-		return false
-	}
-	there := map[string]string{}
-	for _, p := range n.pods {
-		for i := range p.pod.Spec.Volumes {
-			if name, _ := claimName(p.pod, &p.pod.Spec.Volumes[i]); name != "" {
-				r.attachedVolume(p.pod.Namespace, name, there)
-			}
-		}
-	}
-	count, adds := map[string]int{}, map[string]bool{}
-	for _, driver := range there {
-		count[driver]++
-	}
-	for handle, driver := range v.attached {
-		if _, already := there[handle]; !already {
-			count[driver]++
-			adds[driver] = true
-		}
-	}
-	for driver := range adds {
-		if limit, ok := limits[driver]; ok && count[driver] > limit {
-			return true
-		}
-	}
-	return false
-}
-
-func (r *round) attachedVolume(namespace, claimName string, into map[string]string) {
-	claim, ok := r.in.State.PersistentVolumeClaim(namespace, claimName)
-	if !ok {
-		return
-	}
-	if pv, ok := r.in.State.PersistentVolume(claim.Spec.VolumeName); ok {
-		if csi := pv.Spec.CSI; csi != nil {
-			into[csi.Driver+"/"+csi.VolumeHandle] = csi.Driver
-		}
-		return
-	}
-	if class, ok := r.in.State.StorageClass(volume.GetPersistentVolumeClaimClass(claim)); ok && class.Provisioner != "" {
-		into[class.Provisioner+"/unbound/"+podKey(namespace, claimName)] = class.Provisioner
-	}
 }
 
 // zonesMatch reports whether a node is in the zones of the pod's volumes; nodes

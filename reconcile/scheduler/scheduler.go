@@ -86,6 +86,8 @@ func (s *Scheduler) concerns(c objects.Changed) bool {
 		return c.Old == nil || c.New == nil || !maps.Equal(c.Old.Labels, c.New.Labels)
 	}
 	switch c.Meta().GVK.Kind {
+	case "VolumeAttachment":
+		return c.New == nil // what was attached made room
 	case "StorageClass", "CSINode", "CSIDriver", "CSIStorageCapacity":
 		return true
 	}

@@ -250,7 +250,9 @@ func (w *world) drawStorage(t *rapid.T) {
 		edit(pv)
 		w.volumes = append(w.volumes, pv)
 	}
-	volume("bound", "now", func(*corev1.PersistentVolume) {})
+	volume("bound", "now", func(pv *corev1.PersistentVolume) {
+		pv.Spec.CSI = &corev1.CSIPersistentVolumeSource{Driver: "d", VolumeHandle: "b"}
+	})
 	volume("zoned", "now", func(pv *corev1.PersistentVolume) {
 		pv.Labels[corev1.LabelTopologyZone] = "a__b"
 		pv.Spec.NodeAffinity = nil
@@ -280,4 +282,40 @@ func (w *world) drawStorage(t *rapid.T) {
 	})
 	claim("lost", "now", "gone", func(c *corev1.PersistentVolumeClaim) { c.Status.Phase = corev1.ClaimLost })
 	claim("leaving", "now", "bound", func(c *corev1.PersistentVolumeClaim) { c.DeletionTimestamp = &metav1.Time{} })
+}
+
+// drawDrivers draws what is known of the CSI driver of the claims: whether pods need it on
+// their node, its limits there, what is attached, and how much room it has.
+func (w *world) drawDrivers(t *rapid.T) {
+	yes, no := true, false
+	if rapid.Bool().Draw(t, "driver") {
+		w.csiDrivers = []*storagev1.CSIDriver{{ObjectMeta: metav1.ObjectMeta{Name: "d"}, Spec: storagev1.CSIDriverSpec{
+			PreventPodSchedulingIfMissing: rapid.SampledFrom([]*bool{nil, &yes, &no}).Draw(t, "needed"),
+			StorageCapacity:               rapid.SampledFrom([]*bool{nil, &yes, &no}).Draw(t, "capacity")}}}
+	}
+	for i, n := range w.nodes {
+		if one(t, 3, "no CSINode") {
+			continue
+		}
+		c := &storagev1.CSINode{ObjectMeta: metav1.ObjectMeta{Name: n.Name}}
+		if !one(t, 3, "not installed") {
+			d := storagev1.CSINodeDriver{Name: "d", NodeID: n.Name}
+			if rapid.Bool().Draw(t, "limited") {
+				count := rapid.Int32Range(0, 3).Draw(t, "limit")
+				d.Allocatable = &storagev1.VolumeNodeResources{Count: &count}
+			}
+			c.Spec.Drivers = append(c.Spec.Drivers, d)
+		}
+		w.csiNodes = append(w.csiNodes, c)
+		if one(t, 3, "attached") {
+			name := rapid.SampledFrom([]string{"bound", "zoned", "gone"}).Draw(t, "volume")
+			w.attachments = append(w.attachments, &storagev1.VolumeAttachment{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint("a", i)}, Spec: storagev1.VolumeAttachmentSpec{
+				Attacher: "d", NodeName: n.Name, Source: storagev1.VolumeAttachmentSource{PersistentVolumeName: &name}}})
+		}
+		if rapid.Bool().Draw(t, "room") {
+			size := resource.MustParse(rapid.SampledFrom([]string{"0", "1Gi", "5Gi"}).Draw(t, "size"))
+			w.capacities = append(w.capacities, &storagev1.CSIStorageCapacity{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: n.Name}, StorageClassName: "lazy", Capacity: &size,
+				NodeTopology: &metav1.LabelSelector{MatchLabels: map[string]string{corev1.LabelHostname: n.Name}}})
+		}
+	}
 }

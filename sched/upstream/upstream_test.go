@@ -136,6 +136,18 @@ func askUpstream(t *rapid.T, w *world, profile config.KubeSchedulerProfile) (ver
 	for _, o := range w.classes {
 		add(storage.StorageClasses().Informer().GetStore().Add(o))
 	}
+	for _, o := range w.csiNodes {
+		add(storage.CSINodes().Informer().GetStore().Add(o))
+	}
+	for _, o := range w.csiDrivers {
+		add(storage.CSIDrivers().Informer().GetStore().Add(o))
+	}
+	for _, o := range w.capacities {
+		add(storage.CSIStorageCapacities().Informer().GetStore().Add(o))
+	}
+	for _, o := range w.attachments {
+		add(storage.VolumeAttachments().Informer().GetStore().Add(o))
+	}
 	for _, o := range w.nodes {
 		add(core.Nodes().Informer().GetStore().Add(o))
 	}
@@ -208,6 +220,10 @@ type world struct {
 	claims      []*corev1.PersistentVolumeClaim
 	volumes     []*corev1.PersistentVolume
 	classes     []*storagev1.StorageClass
+	csiNodes    []*storagev1.CSINode
+	csiDrivers  []*storagev1.CSIDriver
+	capacities  []*storagev1.CSIStorageCapacity
+	attachments []*storagev1.VolumeAttachment
 }
 
 var _ sched.State = (*world)(nil)
@@ -250,10 +266,15 @@ func (w *world) ReplicationController(string, string) (*corev1.ReplicationContro
 	return nil, false
 }
 func (w *world) StatefulSet(string, string) (*appsv1.StatefulSet, bool) { return nil, false }
-func (w *world) CSINode(string) (*storagev1.CSINode, bool)              { return nil, false }
-func (w *world) CSIDriver(string) (*storagev1.CSIDriver, bool)          { return nil, false }
-func (w *world) CSIStorageCapacities() (iter.Seq[*storagev1.CSIStorageCapacity], bool) {
-	return nil, false
+func (w *world) CSINode(name string) (*storagev1.CSINode, bool)         { return find(w.csiNodes, "", name) }
+func (w *world) CSIDriver(name string) (*storagev1.CSIDriver, bool) {
+	return find(w.csiDrivers, "", name)
+}
+func (w *world) CSIStorageCapacities() iter.Seq[*storagev1.CSIStorageCapacity] {
+	return slices.Values(w.capacities)
+}
+func (w *world) VolumeAttachments() iter.Seq[*storagev1.VolumeAttachment] {
+	return slices.Values(w.attachments)
 }
 func (w *world) PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget] {
 	return func(func(*policyv1.PodDisruptionBudget) bool) {}
@@ -270,6 +291,7 @@ func drawWorld(t *rapid.T) *world {
 		w.nodes = append(w.nodes, drawNode(t, fmt.Sprintf("n%d", i)))
 	}
 	w.drawStorage(t)
+	w.drawDrivers(t)
 	for i := range rapid.IntRange(3, 20).Draw(t, "running") {
 		p := w.drawPod(t, fmt.Sprintf("r%d", i))
 		p.Spec.NodeName = w.nodes[rapid.IntRange(0, len(w.nodes)-1).Draw(t, "on")].Name

@@ -74,6 +74,7 @@ func typedKinds() map[string]kind {
 
 		"certificatesigningrequests/": {certificatesv1.SchemeGroupVersion.WithKind("CertificateSigningRequest"), func() object { return &certificatesv1.CertificateSigningRequest{} }},
 		"csidrivers/":                 {storagev1.SchemeGroupVersion.WithKind("CSIDriver"), func() object { return &storagev1.CSIDriver{} }},
+		"csistoragecapacities/":       {storagev1.SchemeGroupVersion.WithKind("CSIStorageCapacity"), func() object { return &storagev1.CSIStorageCapacity{} }},
 		"csinodes/":                   {storagev1.SchemeGroupVersion.WithKind("CSINode"), func() object { return &storagev1.CSINode{} }},
 		"endpointslices/":             {discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), func() object { return &discoveryv1.EndpointSlice{} }},
 		"horizontalpodautoscalers/":   {autoscalingv2.SchemeGroupVersion.WithKind("HorizontalPodAutoscaler"), func() object { return &autoscalingv2.HorizontalPodAutoscaler{} }},
@@ -195,6 +196,9 @@ func (s *Snapshot) TrustBundlesOf(signer string) iter.Seq[*certificatesv1.Cluste
 }
 func (s *Snapshot) PodCertificateRequests() Table[*certificatesv1.PodCertificateRequest] {
 	return newTable[*certificatesv1.PodCertificateRequest](s, "podcertificaterequests/")
+}
+func (s *Snapshot) CSIStorageCapacities() Table[*storagev1.CSIStorageCapacity] {
+	return newTable[*storagev1.CSIStorageCapacity](s, "csistoragecapacities/")
 }
 func (s *Snapshot) CSIDrivers() Table[*storagev1.CSIDriver] {
 	return newTable[*storagev1.CSIDriver](s, "csidrivers/")

@@ -34,6 +34,7 @@ var rows = []struct{ name, title, wanted string }{
 	{"statefulset", fmt.Sprintf("StatefulSet of %d, parallel, the same", replicas), "≤ 2.0 s (1.0 s, 1 controller)"},
 	{"job", fmt.Sprintf("Job of %d, the same", replicas), "≤ 2.0 s (1.0 s, 1 controller)"},
 	{"jobs", fmt.Sprintf("%d Jobs of one pod, created to finished, agents simulated", jobs), "a tenth of Kubernetes' time"},
+	{schedulingRow, "", ""}, // one for each of -shapes and -nodes
 	{"kill", "leader killed: longest gap in writes", "≤ 1.0 s"},
 }
 
@@ -45,6 +46,7 @@ type options struct {
 	rounds          int
 	kubeconfig      string
 	profiles        string
+	scheduling      []schedulingShape
 }
 
 func main() {
@@ -54,10 +56,14 @@ func main() {
 	var o options
 	var names []string
 	for _, r := range rows {
-		names = append(names, r.name)
+		if r.name != schedulingRow { // takes a minute for each shape, and is asked for
+			names = append(names, r.name)
+		}
 	}
 	sides := flag.String("sides", "kubernetes1,kubernetes3,timonel", "which to measure: kubernetes1, kubernetes3, timonel, timonel1, timonel-wal, and before: see -before")
 	which := flag.String("rows", strings.Join(names, ","), "what to measure")
+	shapeNames := flag.String("shapes", "all", "the shapes of row scheduling, upstream's scheduler_perf: "+shapeList())
+	nodes := flag.String("nodes", "500", "the numbers of Nodes of row scheduling: 500 and 5000 are upstream's")
 	seconds := flag.Float64("seconds", 10, "how long each row runs")
 	settle := flag.Float64("settle", 30, "how long a side rests before its memory is read")
 	flag.IntVar(&o.rounds, "rounds", 3, "how often each side is measured; the median is printed")
@@ -69,6 +75,10 @@ func main() {
 	flag.Parse()
 	o.sides, o.rows = strings.Split(*sides, ","), strings.Split(*which, ",")
 	o.seconds, o.settle = time.Duration(*seconds*float64(time.Second)), time.Duration(*settle*float64(time.Second))
+	if err := o.expand(*shapeNames, *nodes); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
 	if err := run(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
@@ -265,6 +275,22 @@ func (s *side) measure(ctx context.Context, o options, out figures) error {
 		}
 		add(row.name, measure{took: took, cpu: cpu, client: client})
 	}
+	for _, row := range o.scheduling {
+		var profiled func()
+		var before, own, cpu, client time.Duration
+		m, err := l.schedule(ctx, row.shape, row.nodes, func() {
+			profiled = s.profile(ctx, o.profiles, row.row, "profile?seconds=5")
+			before, own = s.cpu(), ownCPU()
+		}, func() { cpu, client = s.cpu()-before, ownCPU()-own })
+		if profiled != nil {
+			profiled()
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", row.row, err)
+		}
+		m.cpu, m.client = cpu, client
+		add(row.row, m)
+	}
 	if wants("kill") && s.leader != nil {
 		gap, err := l.gap(ctx, max(8*time.Second, o.seconds), func() error {
 			leader, err := s.leader(ctx)
@@ -297,6 +323,9 @@ func (s *side) memory() (m measure, err error) {
 
 func (m measure) text(row string) string {
 	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	if strings.HasPrefix(row, schedulingRow) {
+		return fmt.Sprintf("%.0f pods/s, %.1f s, CPU %.1f + %.1f s", m.rate, m.took.Seconds(), m.cpu.Seconds(), m.client.Seconds())
+	}
 	switch row {
 	case "memory", "rest":
 		return fmt.Sprintf("%.0f MB (%.0f anon.)", m.rss, m.anon)
@@ -349,8 +378,18 @@ func print(o options, results map[string]figures, titles map[string]string) {
 				fmt.Print(" – |")
 			}
 		}
-		fmt.Printf(" %s |\n", r.wanted)
+		fmt.Printf(" %s |\n", r.wanted+ratio(r.name, results))
 	}
+}
+
+// ratio is how many times Kubernetes' rate Timonel's is, of a row of scheduling.
+func ratio(row string, results map[string]figures) string {
+	ours, theirs := results["timonel"][row], results["kubernetes1"][row]
+	if !strings.HasPrefix(row, schedulingRow) || len(ours) == 0 || len(theirs) == 0 {
+		return ""
+	}
+	ours, theirs = []measure{median(ours)}, []measure{median(theirs)}
+	return fmt.Sprintf(": %.1f × in pods/s, %.1f × in CPU", ours[0].rate/theirs[0].rate, theirs[0].cpu.Seconds()/ours[0].cpu.Seconds())
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

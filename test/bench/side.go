@@ -122,7 +122,7 @@ func startTimonel(ctx context.Context, dir, bin string, n int, logStore string) 
 	for i := range n {
 		name := fmt.Sprint("c", i+1)
 		process, err := start(dir, name, filepath.Join(bin, "controller"), "--name", name, "--data-dir", filepath.Join(dir, name),
-			"--bundle", bundleDir, "--bind-ip", "127.0.0.1", "--bootstrap-expect", fmt.Sprint(n), "--log-store", logStore, "--join", strings.Join(join, ","),
+			"--bundle", bundleDir, "--bind-ip", "127.0.0.1", "--bootstrap-expect", fmt.Sprint(n), "--cluster-cidr", "10.0.0.0/10", "--log-store", logStore, "--join", strings.Join(join, ","),
 			"--api-port", p[4*i], "--cluster-port", p[4*i+1], "--raft-port", p[4*i+2], "--gossip-port", p[4*i+3])
 		if err != nil {
 			s.stop()

@@ -74,8 +74,7 @@ func podTemplate(row string) (metav1.ObjectMeta, *metav1.LabelSelector, corev1.P
 	}
 }
 
-// room makes the Nodes and a namespace with its service account, in which a row's pods
-// are let in.
+// room makes the Nodes and a namespace of a row.
 func (l *load) room(ctx context.Context, row string) (namespace string, err error) {
 	capacity := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("64"), corev1.ResourceMemory: resource.MustParse("256Gi"), corev1.ResourcePods: resource.MustParse("1000")}
 	for i := range workloadNodes {
@@ -93,10 +92,15 @@ func (l *load) room(ctx context.Context, row string) (namespace string, err erro
 		return "", err
 	}
 	namespace = l.namespace + "-" + row
+	return namespace, l.newNamespace(ctx, namespace)
+}
+
+// newNamespace makes a namespace with its service account, in which pods are let in.
+func (l *load) newNamespace(ctx context.Context, namespace string) error {
 	if _, err := l.clients[0].CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: namespace}}, metav1.CreateOptions{}); err != nil {
-		return "", err
+		return err
 	}
-	return namespace, until(ctx, "the service account of namespace "+namespace, nil, func(ctx context.Context) error {
+	return until(ctx, "the service account of namespace "+namespace, nil, func(ctx context.Context) error {
 		_, err := l.clients[0].CoreV1().ServiceAccounts(namespace).Get(ctx, "default", getOptions)
 		return err
 	})
@@ -105,7 +109,7 @@ func (l *load) room(ctx context.Context, row string) (namespace string, err erro
 // nodesAtRest waits until nobody changes the Nodes any more: each new one gets a range of
 // addresses, and taints for want of an agent, which is no part of a row.
 func (l *load) nodesAtRest(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 4*time.Minute)
 	defer cancel()
 	for before, same := "", 0; same < 4; {
 		nodes, err := l.clients[0].CoreV1().Nodes().List(ctx, metav1.ListOptions{})
