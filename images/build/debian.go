@@ -19,7 +19,7 @@ import (
 )
 
 // debianPackages are what the suite's images have of tools, beside Debian's least.
-var debianPackages = []string{"bash", "bind9-dnsutils", "ca-certificates", "curl", "iperf", "iproute2", "netcat-openbsd", "nginx", "perl-base", "socat", "util-linux"}
+var debianPackages = []string{"bash", "bind9-dnsutils", "ca-certificates", "curl", "iperf", "iproute2", "netcat-openbsd", "nginx", "perl-base", "socat", "util-linux", "wget"}
 
 // debianEnv is what a process finds in an image that is made on Debian.
 var debianEnv = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
