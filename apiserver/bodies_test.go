@@ -14,9 +14,11 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
+	"k8s.io/utils/ptr"
 
 	"timonel/pki"
 )
@@ -209,6 +211,22 @@ func TestBodiesOfManyValues(t *testing.T) {
 	big := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "big"}, Data: map[string]string{"dashboard": strings.Repeat(`{"a":[1,2]},`, 60_000)}}
 	if _, err := c.CoreV1().ConfigMaps("many-values").Create(within(t, 30*time.Second), big, metav1.CreateOptions{}); err != nil {
 		t.Error(err)
+	}
+	full := &discoveryv1.EndpointSlice{ObjectMeta: metav1.ObjectMeta{Name: "full"}, AddressType: discoveryv1.AddressTypeIPv4}
+	for i := range 1000 {
+		e := discoveryv1.Endpoint{
+			Addresses: []string{fmt.Sprintf("10.9.%d.%d", i/200, i%200+1)}, Zone: ptr.To("a"), NodeName: ptr.To("n"), Hostname: ptr.To("h"),
+			Conditions: discoveryv1.EndpointConditions{Ready: ptr.To(true), Serving: ptr.To(true), Terminating: ptr.To(false)},
+			TargetRef:  &corev1.ObjectReference{Kind: "Pod", Namespace: "many-values", Name: "p", UID: "u", ResourceVersion: "1"},
+			Hints:      &discoveryv1.EndpointHints{},
+		}
+		for zone := range 8 {
+			e.Hints.ForZones = append(e.Hints.ForZones, discoveryv1.ForZone{Name: fmt.Sprint("z", zone)})
+		}
+		full.Endpoints = append(full.Endpoints, e)
+	}
+	if _, err := c.DiscoveryV1().EndpointSlices("many-values").Create(within(t, 30*time.Second), full, metav1.CreateOptions{}); err != nil {
+		t.Errorf("an EndpointSlice of all the endpoints that one may have: %v", err)
 	}
 }
 
