@@ -90,7 +90,7 @@ func (s *Story) command(t *testing.T, d *datadriven.TestData) string {
 		}
 	case "run":
 		out := s.Run(400)
-		if arg(0) == "quiet" && !strings.HasSuffix(out, unending) {
+		if arg(0) == "quiet" && !strings.HasSuffix(out, Unending) {
 			return ""
 		}
 		return out

@@ -48,6 +48,8 @@ type Story struct {
 	Shuffle func(n int) int
 	// Before is called before each change is made.
 	Before func(reconcile.Request)
+	// Told is called with each event.
+	Told func(reconcile.Event)
 }
 
 type work struct {
@@ -238,6 +240,9 @@ func (s *Story) event(e reconcile.Event, err error) {
 	if err != nil {
 		suffix = ": " + err.Error()
 	}
+	if s.Told != nil {
+		s.Told(e)
+	}
 	fmt.Fprintf(s.out, "  event %s %s: %s%s\n", e.Object.Name, e.Reason, e.Message, suffix)
 }
 
@@ -281,8 +286,8 @@ func briefly(tolerations []any) string {
 	return strings.Join(out, " ")
 }
 
-// unending is what a run ends with that goes on for too long.
-const unending = "...and so on\n"
+// Unending is what a run ends with that goes on for too long.
+const Unending = "...and so on\n"
 
 // Run works until there is nothing to do and returns what was done.
 func (s *Story) Run(limit int) string {
@@ -295,7 +300,18 @@ func (s *Story) Run(limit int) string {
 			return s.out.String()
 		}
 	}
-	return s.out.String() + unending
+	return s.out.String() + Unending
+}
+
+// Due returns when the first timer is, zero for none.
+func (s *Story) Due() time.Time {
+	var first time.Time
+	for _, n := range s.next {
+		if first.IsZero() || n.at.Before(first) {
+			first = n.at
+		}
+	}
+	return first
 }
 
 // finishPods lets pods that have not ended do so.

@@ -39,6 +39,8 @@ type World struct {
 	uids   int
 	live   map[string]map[string]any     // by storage key
 	Refuse func(reconcile.Request) error // makes the API refuse a change
+	// UID gives a new object its uid; nil for a number.
+	UID func(obj map[string]any) types.UID
 	writes []string
 }
 
@@ -313,7 +315,11 @@ func (w *World) create(key string, obj map[string]any) {
 	w.uids++
 	u := unstructured.Unstructured{Object: obj}
 	if u.GetUID() == "" {
-		u.SetUID(types.UID(fmt.Sprintf("uid-%d", w.uids)))
+		if w.UID != nil {
+			u.SetUID(w.UID(obj))
+		} else {
+			u.SetUID(types.UID(fmt.Sprintf("uid-%d", w.uids)))
+		}
 	}
 	if created := u.GetCreationTimestamp(); created.IsZero() {
 		u.SetCreationTimestamp(metav1.NewTime(w.Now))
@@ -475,6 +481,36 @@ func (w *World) SetStatus(r schema.GroupVersionResource, namespace, name string,
 	w.Edit(r, namespace, name, func(obj map[string]any) {
 		obj["status"] = MergeJSON(obj["status"], toMap(status))
 	})
+}
+
+// Find returns a stored object, which must not be changed, or nil.
+func (w *World) Find(r schema.GroupVersionResource, namespace, name string) map[string]any {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	key, _ := w.keyOf(r, namespace, name)
+	return w.live[key]
+}
+
+// All returns the stored objects of a resource in a namespace, "" for all, in order of
+// name. They must not be changed.
+func (w *World) All(r schema.GroupVersionResource, namespace string) []map[string]any {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	prefix, _ := w.keyOf(r, namespace, "")
+	var out []map[string]any
+	for _, k := range slices.Sorted(maps.Keys(w.live)) {
+		if strings.HasPrefix(k, prefix) {
+			out = append(out, w.live[k])
+		}
+	}
+	return out
+}
+
+// SetNow sets the time while others write.
+func (w *World) SetNow(now time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.Now = now
 }
 
 // List returns the storage keys with a prefix, sorted.

@@ -173,14 +173,14 @@ func (r replicas) status(in reconcile.Input, rs *appsv1.ReplicaSet, pods []*core
 	}
 
 	s.Conditions = slices.DeleteFunc(s.Conditions, func(c appsv1.ReplicaSetCondition) bool { return c.Type == appsv1.ReplicaSetReplicaFailure })
-	reason, failed := "FailedCreate", in.Refused(reconcile.VerbCreate, reconcile.PodsResource)
+	reason, message, failed := "FailedCreate", "", in.Refused(reconcile.VerbCreate, reconcile.PodsResource)
 	if failed == nil {
-		reason, failed = "FailedDelete", in.Refused(reconcile.VerbDelete, reconcile.PodsResource)
+		reason, message, failed = "FailedDelete", "unable to delete pods: ", in.Refused(reconcile.VerbDelete, reconcile.PodsResource)
 	}
 	if failed != nil {
 		c := appsv1.ReplicaSetCondition{
 			Type: appsv1.ReplicaSetReplicaFailure, Status: corev1.ConditionTrue, Reason: reason,
-			Message: failed.Err.Error(), LastTransitionTime: metav1.NewTime(in.Now).Rfc3339Copy(),
+			Message: message + failed.Err.Error(), LastTransitionTime: metav1.NewTime(in.Now).Rfc3339Copy(),
 		}
 		for _, old := range rs.Status.Conditions {
 			if old.Type == c.Type {

@@ -1,0 +1,193 @@
+package differential
+
+import (
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-logr/logr"
+	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
+	"k8s.io/klog/v2"
+
+	"timonel/reconcile"
+)
+
+var (
+	runs    = flag.Int("runs", 0, "how many seeds of each family to run; 0: as many as the family says")
+	from    = flag.Uint64("from", 1, "the first of them")
+	seed    = flag.Uint64("seed", 0, "run this seed alone, and print its steps")
+	verbose = flag.Bool("story", false, "with -seed: print what our reconcilers do")
+	most    = flag.Int("most", 3, "how many seeds of a family may fail before the others are not run")
+)
+
+func TestMain(m *testing.M) {
+	klog.SetLogger(logr.Discard())
+	utilruntime.ErrorHandlers = nil // upstream tells of every conflict
+	os.Exit(m.Run())
+}
+
+// family is the scenarios for one of upstream's controllers, or for some that work together.
+type family struct {
+	name     string
+	seeds    int // how many are run by default
+	nodes    int // how many nodes pods are on
+	ours     []reconcile.Reconciler
+	upstream controllers
+	scenario func(r *rand.Rand) []step
+}
+
+// step is something that happens on both sides at the same time, and how long nothing
+// else happens then.
+type step struct {
+	what string
+	do   func(s *side)
+	wait time.Duration
+}
+
+func (s step) String() string { return fmt.Sprintf("%s, %s", s.what, s.wait) }
+
+// then are the steps that end every scenario: everything that can get ready does.
+func then() (out []step) {
+	out = append(out, step{"all that was away is back", func(s *side) {
+		if s.permit(); s.away {
+			s.start()
+		}
+	}, 5 * time.Second})
+	for range 8 {
+		out = append(out, step{"pods get on", func(s *side) { s.serve() }, 3 * time.Second})
+	}
+	return append(out, step{"nothing happens", func(*side) {}, 20 * time.Minute})
+}
+
+func TestDifferential(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			first, n := *from, f.seeds
+			if *runs > 0 {
+				n = *runs
+			}
+			if *seed != 0 {
+				first, n = *seed, 1
+			}
+			var bad atomic.Int64
+			var mu sync.Mutex
+			used := map[string]int{}
+			t.Run("seeds", func(t *testing.T) {
+				for s := first; s < first+uint64(n); s++ {
+					t.Run(fmt.Sprint(s), func(t *testing.T) {
+						t.Parallel()
+						if bad.Load() >= int64(*most) {
+							t.SkipNow()
+						}
+						steps := f.scenario(rand.New(rand.NewPCG(s, 0)))
+						if *seed != 0 {
+							t.Logf("steps:\n%s", list(steps))
+						}
+						found, allowed := play(t, f, steps)
+						mu.Lock()
+						for _, why := range allowed {
+							used[why]++
+						}
+						mu.Unlock()
+						if len(found) == 0 {
+							return
+						}
+						bad.Add(1)
+						steps, found = shrink(t, f, steps, found)
+						t.Errorf("seed %d, with as few steps as it takes:\n%s\n%s\nagain: go test ./test/differential -run '/%s$' -seed %d -v", s, list(steps), strings.Join(found, "\n"), f.name, s)
+					})
+				}
+			})
+			for why, seeds := range used {
+				t.Logf("%d of %d seeds differed as is allowed: %s", seeds, n, why)
+			}
+		})
+	}
+}
+
+func list(steps []step) string {
+	var b strings.Builder
+	for i, s := range steps {
+		fmt.Fprintf(&b, "  %2d %s\n", i+1, s)
+	}
+	return b.String()
+}
+
+// play does the steps on both sides and returns what differs after the first after which
+// something does, and what of the differences on the way is allowed.
+func play(t *testing.T, f family, steps []step) (found, allowed []string) {
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := newSides(t, f)
+		settle(ours, theirs, time.Second)
+		ours.look()
+		theirs.look()
+		all := slices.Concat(steps, then())
+		ever := [2]map[string]bool{{}, {}} // what was told in all
+		for i, step := range all {
+			for _, s := range []*side{ours, theirs} {
+				s.tick()
+				step.do(s)
+			}
+			settle(ours, theirs, step.wait)
+			a, b := ours.look(), theirs.look()
+			for _, e := range a["events"] {
+				ever[0][e] = true
+			}
+			for _, e := range b["events"] {
+				ever[1][e] = true
+			}
+			differences := compare(a, b)
+			if i == len(all)-1 {
+				differences = append(differences, compare(told(ever[0]), told(ever[1]))...)
+			}
+			differences, why, end := permit(f.name, differences)
+			allowed = append(allowed, why...)
+			if len(differences) > 0 {
+				found = append([]string{fmt.Sprintf("  after step %d (%s), %s after the begin:", i+1, step.what, since(time.Now()))}, differences...)
+				break
+			}
+			if end {
+				break
+			}
+		}
+	})
+	slices.Sort(allowed)
+	return found, slices.Compact(allowed)
+}
+
+func told(events map[string]bool) seen {
+	return seen{"events in all": slices.Sorted(maps.Keys(events))}
+}
+
+// shrink leaves out the steps without which it fails all the same.
+func shrink(t *testing.T, f family, steps []step, found []string) ([]step, []string) {
+	kind := kindOf(found)
+	for size := max(1, len(steps)/2); ; size /= 2 {
+		for at := 0; at < len(steps); {
+			fewer := slices.Concat(steps[:at], steps[min(len(steps), at+size):])
+			if again, _ := play(t, f, fewer); len(again) > 0 && kindOf(again) == kind {
+				steps, found = fewer, again
+			} else {
+				at += size
+			}
+		}
+		if size <= 1 {
+			return steps, found
+		}
+	}
+}
+
+// kindOf says what sort of a difference it is, so that shrinking keeps to it.
+func kindOf(found []string) string {
+	kind, _, _ := strings.Cut(found[1], " ")
+	return kind
+}
