@@ -39,8 +39,10 @@ type World struct {
 	uids   int
 	live   map[string]map[string]any     // by storage key
 	Refuse func(reconcile.Request) error // makes the API refuse a change
+	// Did is called after each change that was made, with what the object was.
+	Did func(c reconcile.Request, was map[string]any)
 	// UID gives a new object its uid; nil for a number.
-	UID func(obj map[string]any) types.UID
+	UID    func(obj map[string]any) types.UID
 	writes []string
 }
 
@@ -219,11 +221,20 @@ func toMap(obj any) map[string]any {
 
 // Write implements Writer.
 func (w *World) Write(_ context.Context, c reconcile.Request) error {
+	was, err := w.write(c)
+	if err == nil && w.Did != nil {
+		w.Did(c, was)
+	}
+	return err
+}
+
+// write makes a change and returns what the object was.
+func (w *World) write(c reconcile.Request) (map[string]any, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.Refuse != nil {
 		if err := w.Refuse(c); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	if c.Resource != reconcile.EventsResource {
@@ -234,15 +245,15 @@ func (w *World) Write(_ context.Context, c reconcile.Request) error {
 	old, exists := w.live[key]
 	if c.Verb == reconcile.VerbCreate && c.Subresource == "" {
 		if exists {
-			return apierrors.NewAlreadyExists(gr, c.Name)
+			return nil, apierrors.NewAlreadyExists(gr, c.Name)
 		}
 		obj := toMap(c.Object)
 		obj["apiVersion"], obj["kind"] = gvk.GroupVersion().String(), gvk.Kind
 		w.create(key, obj)
-		return nil
+		return nil, nil
 	}
 	if !exists {
-		return apierrors.NewNotFound(gr, c.Name)
+		return nil, apierrors.NewNotFound(gr, c.Name)
 	}
 	was := unstructured.Unstructured{Object: old}
 	conflict := func(uid types.UID, version string) error {
@@ -256,7 +267,7 @@ func (w *World) Write(_ context.Context, c reconcile.Request) error {
 	case reconcile.VerbCreate: // a binding
 		b := c.Object.(*corev1.Binding)
 		if node, _, _ := unstructured.NestedString(old, "spec", "nodeName"); node != "" || was.GetUID() != b.UID {
-			return apierrors.NewConflict(gr, c.Name, fmt.Errorf("already bound"))
+			return nil, apierrors.NewConflict(gr, c.Name, fmt.Errorf("already bound"))
 		}
 		obj := runtime.DeepCopyJSON(old)
 		_ = unstructured.SetNestedField(obj, b.Target.Name, "spec", "nodeName")
@@ -264,26 +275,26 @@ func (w *World) Write(_ context.Context, c reconcile.Request) error {
 	case reconcile.VerbUpdate:
 		m := reconcile.Accessor(c.Object)
 		if err := conflict(m.GetUID(), m.GetResourceVersion()); err != nil {
-			return err
+			return nil, err
 		}
 		w.replace(key, old, toMap(c.Object), c.Subresource)
 	case reconcile.VerbPatch:
 		var patch metav1.PartialObjectMetadata
 		if err := json.Unmarshal(c.Patch, &patch); err != nil {
-			return apierrors.NewBadRequest(err.Error())
+			return nil, apierrors.NewBadRequest(err.Error())
 		}
 		if err := conflict(patch.UID, patch.ResourceVersion); err != nil {
-			return err
+			return nil, err
 		}
 		var obj map[string]any
 		if c.PatchType == types.StrategicMergePatchType {
 			typed, err := scheme.Scheme.New(gvk)
 			if err != nil {
-				return apierrors.NewBadRequest(err.Error())
+				return nil, apierrors.NewBadRequest(err.Error())
 			}
 			raw, _ := json.Marshal(old)
 			if raw, err = strategicpatch.StrategicMergePatch(raw, c.Patch, typed); err != nil {
-				return apierrors.NewBadRequest(err.Error())
+				return nil, apierrors.NewBadRequest(err.Error())
 			}
 			_ = json.Unmarshal(raw, &obj)
 		} else {
@@ -303,12 +314,12 @@ func (w *World) Write(_ context.Context, c reconcile.Request) error {
 				version = *p.ResourceVersion
 			}
 			if err := conflict(uid, version); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		w.delete(key, old, c)
 	}
-	return nil
+	return old, nil
 }
 
 func (w *World) create(key string, obj map[string]any) {

@@ -7,12 +7,14 @@ type allowance struct {
 	family string // "" for all
 	line   string // a regular expression that the whole line of the difference matches
 	why    string
-	ends   bool // what follows differs by that, and is not compared
+	// refused says that it is only while the API refuses something.
+	refused bool
+	ends    bool // what follows differs by that, and is not compared
 }
 
 var allowances = []allowance{
 	{
-		line: `\S+ \S+ status.conditions\[ReplicaFailure\].lastTransitionTime is .*`,
+		line: `\S+ \S+ status.conditions\[ReplicaFailure\].last(Transition|Update)Time is .*`,
 		why:  "the pass after the one that was refused writes the condition, a second later",
 	},
 	{
@@ -24,6 +26,42 @@ var allowances = []allowance{
 		why:  "which of several pods that are alike but for their nodes, which have as many, is deleted is up to the order of upstream's map",
 		ends: true,
 	},
+	{
+		line:    `\S+ \S+: status.availableReplicas is \d+ here, and (nothing|\d+) upstream`,
+		why:     "while a ReplicaSet of upstream's is refused something it does not look whether its pods have become available; ours does",
+		refused: true,
+	},
+	{
+		family: "deployment",
+		line:   `ReplicaSet \S+: metadata.generation is .*`,
+		why:    "ours changes a ReplicaSet once where upstream does so twice, for minReadySeconds or unhealthy pods and then for the size",
+	},
+	{
+		family: "deployment",
+		line:   `events( in all)? of (ours|upstream) alone: Deployment \S+: Warning DeploymentRollback(RevisionNotFound|TemplateUnchanged)`,
+		why:    "upstream makes the ReplicaSet of the newest template before it looks for the revision to go back to; neither goes anywhere",
+	},
+	{
+		family: "deployment",
+		line:   `(requests of (ours|upstream) alone: (create|delete) pods .*|events( in all)? of upstream alone: ReplicaSet \S+: Normal Successful(Create|Delete))`,
+		why:    "ours has decided all about a Deployment before its ReplicaSets act; upstream's may create a pod and delete it again. What pods there are then is compared",
+	},
+	{
+		family: "cronjob",
+		line:   `events( in all)? of upstream alone: CronJob \S+: (Normal MissingJob|Warning FailedGet)`,
+		why:    "upstream deletes a Job to replace it, looks again before its cache has the status without it, and misses the Job",
+	},
+	{
+		family: "job",
+		line:   `Pod \S+: metadata.creationTimestamp is .*`,
+		why:    "ours reads how often pods have failed from the pods that are there, upstream from its memory: a pod that is gone delays nothing here, and an upstream controller that starts anew waits for nothing. Steps see to it that pods are missing or there alike",
+	},
+	{
+		family: "deployment",
+		line: `Deployment \S+: status.conditions\[Progressing\].(last(Transition|Update)Time is .*|` +
+			`(message|reason|status) is "(ReplicaSet \\".*\\" has timed out progressing.|ProgressDeadlineExceeded|False)" here, and "(ReplicaSet \\".*\\" is progressing.|ReplicaSetUpdated|True)" upstream)`,
+		why: "upstream's ReplicaSet says for a moment that a pod is missing, and the Deployment takes the pod that replaces it for progress of the rollout; ours says so once the pod is there",
+	},
 }
 
 // What is not played, because it differs for a reason:
@@ -33,6 +71,15 @@ var allowances = []allowance{
 //   - Pods on several nodes of a ReplicaSet or ReplicationController that nobody owns, when
 //     it has too many. Kubernetes' documentation says that pods that share a node are deleted
 //     first, and ours are; upstream does so only for a ReplicaSet that has an owner.
+//   - That the API refuses to delete pods of a Deployment or Job. Pods that were to be
+//     deleted and are there count against maxSurge here, and not upstream; a Job of ours says
+//     that it is to fail before it deletes pods, upstream's after.
+//   - That it refuses to create pods of a Deployment: while a ReplicaSet of upstream's cannot,
+//     it does not look whether its pods have become available. Ours does.
+//   - A Job that is deleted in the foreground: whether its pods are counted before they are
+//     collected is a race with the garbage collector.
+//   - Changes of a Deployment while its controllers are away: which of Deployment and
+//     ReplicaSet is looked at first when they are back decides what is done on the way.
 
 var permitted = func() (out []*regexp.Regexp) {
 	for _, a := range allowances {
@@ -43,11 +90,11 @@ var permitted = func() (out []*regexp.Regexp) {
 
 // permit returns the differences that are not allowed, the reasons of those that are, and
 // whether what follows is not to be compared.
-func permit(family string, differences []string) (left, why []string, end bool) {
+func permit(family string, differences []string, refusing bool) (left, why []string, end bool) {
 next:
 	for _, d := range differences {
 		for i, a := range allowances {
-			if (a.family == "" || a.family == family) && permitted[i].MatchString(d) {
+			if (a.family == "" || a.family == family) && (!a.refused || refusing) && permitted[i].MatchString(d) {
 				why = append(why, a.why)
 				end = end || a.ends
 				continue next

@@ -9,6 +9,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -59,6 +60,7 @@ func (a *api) answer(action testing.Action) (runtime.Object, error) {
 		if m.GetName() == "" {
 			m.SetName(a.unused(m.GetGenerateName()))
 		}
+		m.SetCreationTimestamp(metav1.Time{}) // that is the API's to say
 		if m.GetNamespace() == "" {
 			m.SetNamespace(action.GetNamespace())
 		}
@@ -84,7 +86,6 @@ func (a *api) answer(action testing.Action) (runtime.Object, error) {
 	default:
 		return nil, fmt.Errorf("the client of this test cannot %s %s", action.GetVerb(), r.Resource)
 	}
-	a.note(request)
 	if err := a.Write(context.Background(), request); err != nil {
 		return nil, err
 	}
@@ -97,8 +98,11 @@ func (a *api) answer(action testing.Action) (runtime.Object, error) {
 // again notes that an event was told once more.
 func (a *api) again(event string) {
 	a.mu.Lock()
-	what := a.events[event]
+	what, ok := a.events[event]
 	a.mu.Unlock()
+	if !ok {
+		return // told to the client of controllers that are gone
+	}
 	a.side.mu.Lock()
 	defer a.side.mu.Unlock()
 	a.side.events[what] = true

@@ -49,6 +49,8 @@ type side struct {
 	halt        func()      // ends upstream's controllers
 	away        bool        // nothing works at the moment
 
+	working chan struct{} // holds one while somebody works on the story: a mutex would stop the bubble's clock
+
 	mu     sync.Mutex
 	done   map[string]int  // what was done since the last step, and how often
 	events map[string]bool // what was told since the last step
@@ -65,9 +67,10 @@ func newSides(t *testing.T, f family) (ours, theirs *side) {
 	for _, s := range []*side{ours, theirs} {
 		s.done, s.events, s.uids = map[string]int{}, map[string]bool{}, map[string]int{}
 		s.reconcilers = append(s.reconcilers[:len(s.reconcilers):len(s.reconcilers)], cleanup.GarbageCollector{})
-		s.nodes = f.nodes
+		s.nodes, s.working = f.nodes, make(chan struct{}, 1)
 		s.Now, s.UID = time.Now(), s.uid
 		s.Add(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: ns}})
+		s.Did = s.note
 		s.start()
 	}
 	t.Cleanup(func() { theirs.stop() })
@@ -95,7 +98,6 @@ func (s *side) start() {
 	s.tick()
 	s.story = storytest.New(s.World, s.reconcilers...)
 	s.story.Told = func(e reconcile.Event) { s.told(e.Object, e.Type, e.Reason) }
-	s.story.Before = func(c reconcile.Request) { s.note(c) }
 	s.tally = map[string]int{}
 	s.story.Start()
 	if s.upstream == nil {
@@ -115,6 +117,7 @@ func (s *side) start() {
 	factory.Start(nil)
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = source.Run(ctx) }) // its error is ctx's
+	wg.Go(func() { s.follow(ctx) })
 	for _, f := range run {
 		wg.Go(func() { f(ctx) })
 	}
@@ -127,11 +130,11 @@ func (s *side) start() {
 
 // stop ends all work, as that of a leader which is none any more.
 func (s *side) stop() {
+	s.away = true
 	if s.halt != nil {
 		s.halt()
 		s.halt = nil
 	}
-	s.away = true
 }
 
 // permit ends that requests are refused. The controllers start anew, because when they try
@@ -151,8 +154,23 @@ func (s *side) permit() {
 // tick gives the world the bubble's time.
 func (s *side) tick() { s.SetNow(time.Now()) }
 
+// follow lets the garbage collector work whenever upstream's controllers have changed
+// something.
+func (s *side) follow(ctx context.Context) {
+	for at := s.Cache.Snapshot().Revision(); ; {
+		changes, err := s.Cache.Changes(ctx, at)
+		if err != nil {
+			return // the controllers are stopped
+		}
+		at = changes.Snapshot.Revision()
+		s.work()
+	}
+}
+
 // work does what our reconcilers have to do now and returns when they have more to do.
 func (s *side) work() time.Time {
+	s.working <- struct{}{}
+	defer func() { <-s.working }()
 	s.tick()
 	if s.away {
 		return time.Time{}
@@ -186,9 +204,6 @@ func settle(a, b *side, d time.Duration) {
 			}
 		}
 		synctest.Wait()
-		// What upstream did is what the garbage collector beside it has to look at.
-		b.work()
-		synctest.Wait()
 		if !time.Now().Before(end) {
 			return
 		}
@@ -196,16 +211,13 @@ func settle(a, b *side, d time.Duration) {
 	}
 }
 
-// note counts what a controller does, but for what is refused.
-func (s *side) note(c reconcile.Request) {
-	if c.Subresource != "" || c.Verb != reconcile.VerbCreate && c.Verb != reconcile.VerbDelete || s.Refuse != nil && s.Refuse(c) != nil {
+// note counts what a controller did.
+func (s *side) note(c reconcile.Request, obj map[string]any) {
+	if c.Subresource != "" || c.Verb != reconcile.VerbCreate && c.Verb != reconcile.VerbDelete {
 		return
 	}
-	var obj map[string]any
 	if c.Verb == reconcile.VerbCreate {
 		obj = encode(c.Object)
-	} else if obj = s.Find(c.Resource, c.Namespace, c.Name); obj == nil {
-		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,8 +302,8 @@ func (s *side) remove(r schema.GroupVersionResource, name string, p metav1.Delet
 // must makes a request that is never refused.
 func (s *side) must(c reconcile.Request) {
 	refuse := s.Refuse
-	s.Refuse = nil
-	defer func() { s.Refuse = refuse }()
+	s.Refuse, s.Did = nil, nil
+	defer func() { s.Refuse, s.Did = refuse, s.note }()
 	if err := s.Write(context.Background(), c); err != nil {
 		s.t.Fatalf("%s: %v", c, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -91,10 +92,21 @@ func (s *side) look() seen {
 	return out
 }
 
+// podName is what a Job's conditions call a pod by.
+var podName = regexp.MustCompile(`(pod \w+/|Pod \w+/)\S+`)
+
 // render returns an object without what may differ, as JSON behind its identity.
 func (s *side) render(obj map[string]any) string {
 	who := s.identity(obj)
 	obj = runtime.DeepCopyJSON(obj)
+	if conditions, ok, _ := unstructured.NestedSlice(obj, "status", "conditions"); ok && obj["kind"] == "Job" {
+		for _, c := range conditions { // that name a pod
+			if m, ok := c.(map[string]any)["message"].(string); ok {
+				c.(map[string]any)["message"] = podName.ReplaceAllString(m, "$1*")
+			}
+		}
+		_ = unstructured.SetNestedSlice(obj, conditions, "status", "conditions")
+	}
 	metadata := obj["metadata"].(map[string]any)
 	for _, field := range []string{"uid", "resourceVersion", "managedFields", "name", "generateName", "namespace"} {
 		delete(metadata, field)
@@ -102,6 +114,16 @@ func (s *side) render(obj map[string]any) string {
 	if refs, ok := metadata["ownerReferences"].([]any); ok {
 		for _, ref := range refs {
 			delete(ref.(map[string]any), "uid")
+		}
+	}
+	status, _ := obj["status"].(map[string]any)
+	if seen, ok := status["observedGeneration"]; ok && fmt.Sprint(seen) == fmt.Sprint(metadata["generation"]) {
+		status["observedGeneration"] = "current"
+	}
+	if active, ok := status["active"].([]any); ok { // a CronJob's
+		for _, ref := range active {
+			delete(ref.(map[string]any), "uid")
+			delete(ref.(map[string]any), "resourceVersion")
 		}
 	}
 	delete(obj, "apiVersion")
@@ -113,8 +135,8 @@ func (s *side) render(obj map[string]any) string {
 	return who + " " + string(raw)
 }
 
-// compare returns what differs between two sides, a line for each field.
-func compare(ours, theirs seen) []string {
+// compare returns what differs between two sides, a line for each field. Times may differ by slack.
+func compare(ours, theirs seen, slack time.Duration) []string {
 	var out []string
 	for _, who := range theirs["spammed"] {
 		ours["events"] = slices.DeleteFunc(ours["events"], func(e string) bool { return strings.HasPrefix(e, who+":") && !slices.Contains(theirs["events"], e) })
@@ -136,7 +158,7 @@ func compare(ours, theirs seen) []string {
 			case i >= len(b):
 				out = append(out, kind+" of ours alone: "+a[i])
 			default:
-				out = append(out, fields(kind, a[i], b[i])...)
+				out = append(out, fields(kind, a[i], b[i], slack)...)
 			}
 		}
 	}
@@ -159,7 +181,7 @@ func without(a, b []string) []string {
 }
 
 // fields returns what differs between two rendered objects, field by field.
-func fields(kind, a, b string) []string {
+func fields(kind, a, b string, slack time.Duration) []string {
 	whoA, rawA, okA := strings.Cut(a, " {")
 	whoB, rawB, okB := strings.Cut(b, " {")
 	if whoA != whoB || !okA || !okB {
@@ -183,11 +205,18 @@ func fields(kind, a, b string) []string {
 		if !okY {
 			y = "nothing"
 		}
-		if x != y {
+		if x != y && !near(x, y, slack) {
 			out = append(out, fmt.Sprintf("%s %s: %s is %s here, and %s upstream", kind, whoA, p, x, y))
 		}
 	}
 	return out
+}
+
+// near says whether two values are times that differ by slack at most.
+func near(a, b string, slack time.Duration) bool {
+	x, errX := time.Parse(`"`+time.RFC3339+`"`, a)
+	y, errY := time.Parse(`"`+time.RFC3339+`"`, b)
+	return errX == nil && errY == nil && x.Sub(y).Abs() <= slack
 }
 
 func leaves(raw string) map[string]string {

@@ -217,7 +217,8 @@ func (p *cronPass) observe() {
 		}
 	}
 	for _, ref := range slices.Clone(status.Active) {
-		if !there[ref.UID] {
+		// One that is there and has another owner, or none, is not missing.
+		if job, ok := p.in.Snapshot.Jobs().Get(p.cj.Namespace, ref.Name); !there[ref.UID] && (!ok || job.UID != ref.UID) {
 			p.event(corev1.EventTypeNormal, "MissingJob", "Active job went missing: %v", ref.Name)
 			p.forget(ref.UID)
 		}
@@ -265,8 +266,8 @@ func (p *cronPass) due(onlyOnTime bool) (replace []*batchv1.Job, create *reconci
 	}
 	p.result.At(nextLook(cj, schedule, p.in.Now))
 	at := m.last
-	if at.IsZero() || onlyOnTime && p.in.Now.Sub(at) > onTime {
-		return nil, nil
+	if at.IsZero() || onlyOnTime && (p.in.Since.IsZero() || !at.After(p.in.Since) || p.in.Now.Sub(at) > onTime) {
+		return nil, nil // the first pass, which sees the new schedule, only asks for the next time
 	}
 	if m.count > tooMany {
 		p.event(corev1.EventTypeWarning, "TooManyMissedTimes", "too many missed start times. Set or decrease .spec.startingDeadlineSeconds or check clock skew")
