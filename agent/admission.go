@@ -57,6 +57,6 @@ func (a *Agent) admissionNode() admission.Node {
 	}
 	return admission.Node{
 		Name: a.cfg.Name, Allocatable: allocatable, Object: a.live, Pressure: a.evict.Conditions(),
-		AppArmor: a.kernel.appArmor, SELinux: a.kernel.seLinux, Kernel: a.kernel.version,
+		AppArmor: a.kernel.appArmor, SELinux: a.kernel.seLinux, Kernel: a.kernel.version, UnsafeSysctls: a.cfg.UnsafeSysctls,
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"timonel/agent/admission"
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
 	"timonel/agent/desired"
@@ -211,6 +212,7 @@ func (a *Agent) describe(ctx context.Context) error {
 	}
 	a.facts.Reserved = eviction.Reserved(a.cfg.thresholds, a.capacity)
 	a.kernel = readKernel(a.log)
+	a.facts.RecursiveReadOnly = (&admission.Node{Kernel: a.kernel.version}).RecursiveReadOnly()
 	if !a.network.Ready() {
 		a.networkBad = "this node has no pod CIDR yet"
 	}
@@ -254,7 +256,7 @@ func (a *Agent) wire() {
 		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, ImagesFull: a.imagesFull, Layers: a.runtime.Layer, Views: a.runtime, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token, Certificates: a.stream.PodCertificate,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
-		Node:     a.admissionNode,
+		Node:     a.admissionNode, RecursiveReadOnly: a.facts.RecursiveReadOnly,
 		NetworkReady: func() bool {
 			a.mu.Lock()
 			defer a.mu.Unlock()

@@ -66,6 +66,9 @@ type Config struct {
 	// PodMaxPids is how many processes and threads one pod may have, -1: any
 	// number. Default DefaultPodMaxPids.
 	PodMaxPids int64
+	// UnsafeSysctls are sysctls that pods may set beside the safe ones, as
+	// [admission.Node] has them.
+	UnsafeSysctls []string
 	// EvictionInterval is how often pods' limits of disk and what the node has left
 	// are looked at. Default eviction.Interval.
 	EvictionInterval time.Duration

@@ -51,7 +51,16 @@ type Node struct {
 	// Kernel is the kernel's version, on which it depends which sysctls are a
 	// pod's own; nil: none but those that always were.
 	Kernel *version.Version
+	// UnsafeSysctls are names of sysctls, with dots, that pods may set beside the safe
+	// ones; PREFIX* is all that begin so.
+	UnsafeSysctls []string
 }
+
+// sealing is the first kernel that makes mounts read-only together with those below them.
+var sealing = version.MustParseGeneric("5.12")
+
+// RecursiveReadOnly says whether the node's mounts can be read-only with all below them.
+func (n *Node) RecursiveReadOnly() bool { return n.Kernel != nil && n.Kernel.AtLeast(sealing) }
 
 // Rejection is why a node does not take a pod.
 type Rejection struct {

@@ -120,7 +120,7 @@ var resourceField = []Field{{"containerName", Done, "pod", ""}, {"resource", Don
 var volumeMount = []Field{
 	{"name", Done, "pod", ""},
 	{"readOnly", Done, "pod", ""},
-	{"recursiveReadOnly", Partly, "admission", "Enabled is refused; IfPossible is not possible"},
+	{"recursiveReadOnly", Done, "pod", "the agent does it, not the runtime; before Linux 5.12 Enabled is refused and IfPossible is not possible"},
 	{"mountPath", Done, "pod", ""},
 	{"subPath", Done, "pod", ""},
 	{"mountPropagation", Done, "pod", ""},

@@ -55,7 +55,7 @@ var podSecurityContext = []Field{
 	{"supplementalGroups", Done, "pod", ""},
 	{"supplementalGroupsPolicy", Partly, "admission", "Strict is refused: SupplementalGroupsPolicyNotSupported"},
 	{"fsGroup", Done, "volume", ""},
-	{"sysctls", Partly, "pod", "the safe ones; others: SysctlForbidden"},
+	{"sysctls", Partly, "pod", "the safe ones and those of the agent's --allowed-unsafe-sysctls; others: SysctlForbidden"},
 	{"fsGroupChangePolicy", Meaningless, "", "it is about volumes that outlive their pods"},
 	{"seccompProfile", Done, "pod", ""},
 	{"appArmorProfile", Partly, "pod", "where the kernel has AppArmor; else refused: AppArmor"},

@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/version"
 	"k8s.io/utils/ptr"
 )
 
@@ -81,13 +82,13 @@ func TestFieldsAreUpstreams(t *testing.T) {
 }
 
 // What is carried out is used by the source of the folder that says so and by
-// its tests; what is not carried out claims no folder. What is missing isolates
+// its tests and stories; what is not carried out claims no folder. What is missing isolates
 // nothing and bounds nothing: whoever adds to it has to argue here.
 func TestFieldsThatAreDone(t *testing.T) {
 	t.Parallel()
 	list := listed(t)
 	goNames := upstream(func(name string) bool { f, ok := list[name]; return ok && !carriedOut(f) })
-	sources, tests := map[string]string{}, map[string]string{}
+	sources, tests, stories := map[string]string{}, map[string]string{}, map[string]string{}
 	for _, dir := range []string{"pod", "volume", "image", "admission"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
 		require.NoError(t, err)
@@ -109,6 +110,13 @@ func TestFieldsThatAreDone(t *testing.T) {
 				sources[dir] += string(raw)
 			}
 		}
+		told, err := filepath.Glob(filepath.Join("..", dir, "testdata", "*.txt"))
+		require.NoError(t, err)
+		for _, file := range told {
+			raw, err := os.ReadFile(file)
+			require.NoError(t, err)
+			stories[dir] += string(raw)
+		}
 	}
 	// Read where nothing names them: by a helper of upstream's that takes the whole.
 	inside := map[string]string{
@@ -125,7 +133,7 @@ func TestFieldsThatAreDone(t *testing.T) {
 			assert.Empty(t, f.Where, name)
 			continue
 		}
-		typeName, _, _ := strings.Cut(name, ".")
+		typeName, field, _ := strings.Cut(name, ".")
 		used := regexp.MustCompile(`\.` + goNames[name] + `\b`)
 		helper := inside[name]
 		if helper == "" {
@@ -134,7 +142,9 @@ func TestFieldsThatAreDone(t *testing.T) {
 		assert.True(t, used.MatchString(sources[f.Where]) || helper != "" && strings.Contains(sources[f.Where], helper),
 			"%s is said to be done in agent/%s, whose source does not use it", name, f.Where)
 		tested := regexp.MustCompile(`\b` + goNames[name] + `\b`)
-		assert.True(t, tested.MatchString(tests[f.Where]), "%s is said to be done in agent/%s, whose tests do not use it", name, f.Where)
+		story := regexp.MustCompile(`\b` + field + `: `)
+		assert.True(t, tested.MatchString(tests[f.Where]) || story.MatchString(stories[f.Where]),
+			"%s is said to be done in agent/%s, whose tests and stories do not use it", name, f.Where)
 	}
 	var missing []string
 	for name, f := range list {
@@ -212,9 +222,6 @@ func refusedExamples() map[string][]func(*corev1.PodSpec) {
 		}},
 		"VolumeMount.bindMountOptions": {func(s *corev1.PodSpec) {
 			first(s).VolumeMounts = []corev1.VolumeMount{{Name: "v", BindMountOptions: []string{"noexec"}}}
-		}},
-		"VolumeMount.recursiveReadOnly": {func(s *corev1.PodSpec) {
-			first(s).VolumeMounts = []corev1.VolumeMount{{Name: "v", ReadOnly: true, RecursiveReadOnly: ptr.To(corev1.RecursiveReadOnlyEnabled)}}
 		}},
 		"Lifecycle.stopSignal": {func(s *corev1.PodSpec) { first(s).Lifecycle = &corev1.Lifecycle{StopSignal: ptr.To(corev1.SIGUSR1)} }},
 		"GRPCAction.mode": {func(s *corev1.PodSpec) {
@@ -488,5 +495,61 @@ func testPod() *corev1.Pod {
 			NodeName: "n", SecurityContext: &corev1.PodSecurityContext{},
 			Containers: []corev1.Container{{Name: "c", SecurityContext: &corev1.SecurityContext{}}},
 		},
+	}
+}
+
+func TestUnsafeSysctls(t *testing.T) {
+	t.Parallel()
+	pod := func(name string, change func(*corev1.PodSpec)) *corev1.Pod {
+		p := &corev1.Pod{Spec: corev1.PodSpec{SecurityContext: &corev1.PodSecurityContext{Sysctls: []corev1.Sysctl{{Name: name, Value: "1"}}}}}
+		if change != nil {
+			change(&p.Spec)
+		}
+		return p
+	}
+	node := &Node{UnsafeSysctls: []string{"kernel.msgmax", "net.core.*"}}
+	for _, name := range []string{"kernel.msgmax", "kernel/msgmax", "net.core.somaxconn", "net/core/somaxconn", "kernel.shm_rmid_forced"} {
+		require.Nil(t, Refuse(pod(name, nil), node), name)
+	}
+	for _, name := range []string{"kernel.msgmax2", "kernel.msg", "net.corex", "vm.swappiness", "net.ipv4.ip_forward"} {
+		r := Refuse(pod(name, nil), node)
+		require.NotNil(t, r, name)
+		require.Equal(t, ReasonSysctl, r.Reason)
+	}
+	r := Refuse(pod("net.core.somaxconn", func(s *corev1.PodSpec) { s.HostNetwork = true }), node)
+	require.NotNil(t, r, "it would be the machine's")
+	require.Contains(t, r.Message, "not allowed with host")
+
+	require.NoError(t, CheckUnsafeSysctls([]string{"kernel.msg*", "kernel.shmmax", "net.*", "fs.mqueue.msg_max", "kernel.sem"}))
+	for _, bad := range []string{"", "*", "vm.*", "kernel.*", "net/core/*", "net.*.x", "kernel.panic"} {
+		require.ErrorContains(t, CheckUnsafeSysctls([]string{"net.*", bad}), bad, bad)
+	}
+}
+
+// Before Linux 5.12 nothing makes mounts read-only with all below them, and it is refused
+// where a pod insists.
+func TestRecursiveReadOnly(t *testing.T) {
+	t.Parallel()
+	pod := func(mode corev1.RecursiveReadOnlyMode) *corev1.Pod {
+		return &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "c", VolumeMounts: []corev1.VolumeMount{
+			{Name: "v", ReadOnly: true, RecursiveReadOnly: &mode}}}}}}
+	}
+	for _, tt := range []struct {
+		kernel  string
+		mode    corev1.RecursiveReadOnlyMode
+		refused bool
+	}{
+		{"5.11", corev1.RecursiveReadOnlyEnabled, true}, {"5.11", corev1.RecursiveReadOnlyIfPossible, false}, {"5.11", corev1.RecursiveReadOnlyDisabled, false},
+		{"5.12", corev1.RecursiveReadOnlyEnabled, false}, {"6.8.1", corev1.RecursiveReadOnlyEnabled, false}, {"", corev1.RecursiveReadOnlyEnabled, true},
+	} {
+		node := &Node{}
+		if tt.kernel != "" {
+			node.Kernel = version.MustParseGeneric(tt.kernel)
+		}
+		r := Refuse(pod(tt.mode), node)
+		require.Equal(t, tt.refused, r != nil, "%s on %q", tt.mode, tt.kernel)
+		if r != nil {
+			require.Contains(t, r.Message, `volume "v" requested recursive read-only mode, but it is not supported by the runtime`)
+		}
 	}
 }

@@ -2,6 +2,8 @@ package admission
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/version"
@@ -37,16 +39,37 @@ func sysctls(pod *corev1.Pod, node *Node) *Rejection {
 		return nil
 	}
 	for _, s := range pod.Spec.SecurityContext.Sysctls {
-		if err := checkSysctl(SysctlName(s.Name), pod, node.Kernel); err != nil {
+		if err := checkSysctl(SysctlName(s.Name), pod, node); err != nil {
 			return reject(ReasonSysctl, "forbidden sysctl: %v", err)
 		}
 	}
 	return nil
 }
 
-func checkSysctl(name string, pod *corev1.Pod, have *version.Version) error {
+// CheckUnsafeSysctls names what is not a pattern of sysctls that pods may be allowed: such
+// as are of a namespace of the pod's own, for others would be the whole machine's.
+func CheckUnsafeSysctls(patterns []string) error {
+	for _, p := range patterns {
+		ns, _, _ := sysctl.GetNamespace(strings.TrimSuffix(p, "*"))
+		if name := strings.TrimSuffix(p, "*"); SysctlName(name) != name || strings.Contains(name, "*") || name == "" || ns == "" {
+			return fmt.Errorf("%q: want a sysctl's name with dots, or its beginning and a star, below kernel.shm, kernel.msg, kernel.sem, fs.mqueue. or net.", p)
+		}
+	}
+	return nil
+}
+
+// allowed says whether a name is one of patterns.
+func allowed(name string, patterns []string) bool {
+	return slices.ContainsFunc(patterns, func(p string) bool {
+		prefix, many := strings.CutSuffix(p, "*")
+		return name == p || many && strings.HasPrefix(name, prefix)
+	})
+}
+
+func checkSysctl(name string, pod *corev1.Pod, node *Node) error {
 	since, safe := safeSysctls[name]
-	if !safe || since != "" && (have == nil || !have.AtLeast(version.MustParseGeneric(since))) {
+	safe = safe && (since == "" || node.Kernel != nil && node.Kernel.AtLeast(version.MustParseGeneric(since)))
+	if !safe && !allowed(name, node.UnsafeSysctls) {
 		return fmt.Errorf("%q not allowlisted", name)
 	}
 	ns, _, _ := sysctl.GetNamespace(name)

@@ -124,7 +124,7 @@ func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...a
 		say("%svolumeDevices (block volumes)", where)
 	}
 	for _, m := range c.VolumeMounts {
-		if r := m.RecursiveReadOnly; r != nil && *r != corev1.RecursiveReadOnlyDisabled && *r != corev1.RecursiveReadOnlyIfPossible {
+		if r := m.RecursiveReadOnly; r != nil && *r != corev1.RecursiveReadOnlyDisabled && *r != corev1.RecursiveReadOnlyIfPossible && !node.RecursiveReadOnly() {
 			say("%svolume %q requested recursive read-only mode, but it is not supported by the runtime", where, m.Name)
 		}
 		if len(m.BindMountOptions) > 0 {

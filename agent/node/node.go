@@ -41,6 +41,8 @@ type Facts struct {
 	GossipAt  string // annotation: where gossip reaches this node
 	LocalDir  string // annotation: where the volumes are that are this node's own
 	StartedAt time.Time
+	// RecursiveReadOnly says whether mounts can be read-only with all below them.
+	RecursiveReadOnly bool
 }
 
 // Health is what may change.
@@ -102,6 +104,18 @@ func Memory() (total, available int64, err error) {
 	return total, available, nil
 }
 
+// handlers are the runtimes that containers may ask for: there is one, whose name may be
+// left out.
+func handlers(f *Facts) []corev1.NodeRuntimeHandler {
+	var out []corev1.NodeRuntimeHandler
+	for _, name := range []string{"", "runc"} {
+		out = append(out, corev1.NodeRuntimeHandler{Name: name, Features: &corev1.NodeRuntimeHandlerFeatures{
+			RecursiveReadOnlyMounts: new(f.RecursiveReadOnly), UserNamespaces: new(false),
+		}})
+	}
+	return out
+}
+
 // Make builds the node object. old is the one before, whose transition times
 // are kept; nil at first.
 func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, error) {
@@ -121,6 +135,7 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		Status: corev1.NodeStatus{
 			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
 			DaemonEndpoints: corev1.NodeDaemonEndpoints{KubeletEndpoint: corev1.DaemonEndpoint{Port: KubeletPort}},
+			RuntimeHandlers: handlers(f), Features: &corev1.NodeFeatures{SupplementalGroupsPolicy: new(false)},
 		},
 	}
 	n.Annotations = map[string]string{"timonel.io/deleted-volumes": joined(h.Deleted)}

@@ -12,7 +12,7 @@ import (
 
 func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	t.Parallel()
-	f := &Facts{Name: "a1", IPs: []net.IP{net.ParseIP("10.0.0.1")}, MaxPods: 20, DataDir: t.TempDir(), Labels: map[string]string{"zone": "z"}, Runtime: "containerd://1"}
+	f := &Facts{Name: "a1", IPs: []net.IP{net.ParseIP("10.0.0.1")}, MaxPods: 20, DataDir: t.TempDir(), Labels: map[string]string{"zone": "z"}, Runtime: "containerd://1", RecursiveReadOnly: true}
 	begin := time.Unix(1000, 0)
 	waiting, err := Make(f, Health{Network: "no pod CIDR"}, nil, begin)
 	require.NoError(t, err)
@@ -30,6 +30,9 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	require.Equal(t, "a1", ready.Labels[corev1.LabelHostname])
 	require.Equal(t, "z", ready.Labels["zone"])
 	require.EqualValues(t, 10250, ready.Status.DaemonEndpoints.KubeletEndpoint.Port, "clients say it in paths of the API")
+	features := &corev1.NodeRuntimeHandlerFeatures{RecursiveReadOnlyMounts: new(true), UserNamespaces: new(false)}
+	require.Equal(t, []corev1.NodeRuntimeHandler{{Features: features}, {Name: "runc", Features: features}}, ready.Status.RuntimeHandlers)
+	require.False(t, *ready.Status.Features.SupplementalGroupsPolicy)
 
 	again, err := Make(f, Health{}, ready, later.Add(time.Hour))
 	require.NoError(t, err)

@@ -89,6 +89,8 @@ type Config struct {
 	Capacity func() corev1.ResourceList
 	// Node is what new pods are held against, without the pods that are there.
 	Node func() admission.Node
+	// RecursiveReadOnly says whether mounts can be read-only with all below them.
+	RecursiveReadOnly bool
 	// Policies holds pods to their addresses and to network policies; nil: nothing does.
 	// PolicyOf is the revision as of which one may hold for a pod, as Policies.Ready has it.
 	Policies Policies

@@ -144,7 +144,7 @@ func TestAPIVolumesAreMountedReadOnly(t *testing.T) {
 		{Name: "hostPath", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{}}},
 	}}}
 	for _, v := range pod.Spec.Volumes {
-		w := &worker{known: known{volumes: map[string]string{v.Name: "/x"}}}
+		w := &worker{m: &Manager{}, known: known{volumes: map[string]string{v.Name: "/x"}}}
 		mounts, err := w.mounts(pod, &corev1.Container{VolumeMounts: []corev1.VolumeMount{{Name: v.Name, MountPath: "/v"}}}, nil, nil)
 		require.NoError(t, err)
 		require.Equal(t, v.Name != "emptyDir" && v.Name != "hostPath", mounts[0].Readonly, v.Name)

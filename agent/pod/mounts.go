@@ -56,6 +56,12 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 				return nil, fmt.Errorf("mount %s: %w", vm.MountPath, err)
 			}
 		}
+		if isSealed(&vm, w.m.cfg.RecursiveReadOnly) {
+			var err error
+			if path, err = w.m.volumes.Sealed(pod, c.Name, i, path); err != nil {
+				return nil, fmt.Errorf("mount %s: %w", vm.MountPath, err)
+			}
+		}
 		target := vm.MountPath
 		if !filepath.IsAbs(target) {
 			target = "/" + target
@@ -82,6 +88,29 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 		out = append(out, &runtimev1.Mount{ContainerPath: etcHosts, HostPath: path})
 	}
 	return out, nil
+}
+
+// isSealed says whether a mount is read-only with all that is mounted below it.
+func isSealed(m *corev1.VolumeMount, possible bool) bool {
+	return possible && m.ReadOnly && m.RecursiveReadOnly != nil && *m.RecursiveReadOnly != corev1.RecursiveReadOnlyDisabled
+}
+
+// mountStatuses is what a container's status says of its mounts.
+func mountStatuses(c *corev1.Container, possible bool) []corev1.VolumeMountStatus {
+	var out []corev1.VolumeMountStatus
+	for i := range c.VolumeMounts {
+		m := &c.VolumeMounts[i]
+		st := corev1.VolumeMountStatus{Name: m.Name, MountPath: m.MountPath, ReadOnly: m.ReadOnly}
+		if m.ReadOnly {
+			mode := corev1.RecursiveReadOnlyDisabled
+			if isSealed(m, possible) {
+				mode = corev1.RecursiveReadOnlyEnabled
+			}
+			st.RecursiveReadOnly = &mode
+		}
+		out = append(out, st)
+	}
+	return out
 }
 
 // readOnlyVolume says whether a volume can be read only, whatever the mount says.

@@ -39,6 +39,7 @@ type seen struct {
 	old     *corev1.PodStatus // the last one: of this agent, one before it, or the API's
 	hostIPs []string
 	refused map[string]string // ephemeral containers that this node does not start, and why
+	sealing bool              // it makes mounts read-only with all below them, where a pod asks for it
 
 	// What was asked since CRI was.
 	images      map[string]image.Result // of containers whose image is not there, by name

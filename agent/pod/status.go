@@ -151,6 +151,8 @@ func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.C
 	st := corev1.ContainerStatus{
 		Name: spec.Name, Image: spec.Image, AllocatedResources: spec.Resources.Requests,
 		Resources: &corev1.ResourceRequirements{Limits: spec.Resources.Limits, Requests: spec.Resources.Requests},
+
+		VolumeMounts: mountStatuses(spec, in.sealing),
 	}
 	if in.applied != nil {
 		have := in.applied.containers[spec.Name]

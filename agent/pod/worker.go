@@ -222,7 +222,10 @@ func (w *worker) take() (want want, expected uint64) {
 // from here on is the next pass's, which it wakes. It returns nil when CRI does not say.
 func (w *worker) look() (want, *seen) {
 	want, expected := w.take()
-	s := &seen{known: &w.known, images: map[string]image.Result{}, hostIPs: w.m.cfg.HostIPs(), old: w.oldStatus(want.pod), refused: w.m.refusedEphemeral(want.pod)}
+	s := &seen{
+		known: &w.known, images: map[string]image.Result{}, hostIPs: w.m.cfg.HostIPs(), old: w.oldStatus(want.pod),
+		refused: w.m.refusedEphemeral(want.pod), sealing: w.m.cfg.RecursiveReadOnly,
+	}
 	if w.known.cleaned { // there is nothing any more
 		return want, s
 	}

@@ -18,6 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/agent"
+	"timonel/agent/admission"
 	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
@@ -50,6 +51,7 @@ type options struct {
 	taints          []string
 	maxPods         int64
 	podMaxPids      int64
+	unsafeSysctls   []string
 	imageGC         imagegc.Policy
 	logMaxSize      string
 	logMaxFiles     int
@@ -99,6 +101,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.labels, "labels", nil, "labels of the node, key=value,…")
 	f.StringSliceVar(&o.taints, "taints", nil, "taints of the node when it registers, key=value:effect,…")
 	f.Int64Var(&o.maxPods, "max-pods", 110, "how many pods the node takes")
+	f.StringSliceVar(&o.unsafeSysctls, "allowed-unsafe-sysctls", nil, "sysctls of their own namespaces that pods may set beside the safe ones, such as kernel.msgmax,net.core.*; what they do to the node's other pods is yours to know")
 	f.Int64Var(&o.podMaxPids, "pod-max-pids", agent.DefaultPodMaxPids, "how many processes and threads one pod may have; -1 for any number")
 	d := imagegc.Default()
 	hard := eviction.DefaultHard
@@ -182,6 +185,9 @@ func (o *options) config() (agent.Config, error) {
 	}
 	if o.maxPods < 1 {
 		return cfg, fmt.Errorf("--max-pods %d: must be at least 1", o.maxPods)
+	}
+	if err := admission.CheckUnsafeSysctls(o.unsafeSysctls); err != nil {
+		return cfg, fmt.Errorf("--allowed-unsafe-sysctls: %w", err)
 	}
 	if o.podMaxPids < 1 && o.podMaxPids != -1 {
 		return cfg, fmt.Errorf("--pod-max-pids %d: must be at least 1, or -1 for any number", o.podMaxPids)
@@ -282,7 +288,7 @@ func (o *options) config() (agent.Config, error) {
 		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource, NameClients: nameClients,
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
-		CNIBin: o.cniBin, CNIConfDir: o.cniConf, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, ImageGC: &o.imageGC,
+		CNIBin: o.cniBin, CNIConfDir: o.cniConf, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, UnsafeSysctls: o.unsafeSysctls, ImageGC: &o.imageGC,
 		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles,
 		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
 		GossipAddress: net.JoinHostPort(ips[0].String(), strconv.Itoa(o.gossipPort)),
