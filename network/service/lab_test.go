@@ -150,24 +150,6 @@ func terminating(e *discoveryv1.Endpoint) {
 	e.Conditions.Ready, e.Conditions.Terminating = ptr.To(false), ptr.To(true)
 }
 
-func zones(names ...string) func(*discoveryv1.Endpoint) {
-	return func(e *discoveryv1.Endpoint) {
-		e.Hints = &discoveryv1.EndpointHints{}
-		for _, n := range names {
-			e.Hints.ForZones = append(e.Hints.ForZones, discoveryv1.ForZone{Name: n})
-		}
-	}
-}
-
-func nodes(names ...string) func(*discoveryv1.Endpoint) {
-	return func(e *discoveryv1.Endpoint) {
-		e.Hints = &discoveryv1.EndpointHints{}
-		for _, n := range names {
-			e.Hints.ForNodes = append(e.Hints.ForNodes, discoveryv1.ForNode{Name: n})
-		}
-	}
-}
-
 // slice has the endpoints of one family of a Service, on port 8080.
 func slice(service string, list ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
 	kind, suffix := discoveryv1.AddressTypeIPv4, "-4"
