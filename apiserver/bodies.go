@@ -19,6 +19,7 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/handlers/responsewriters"
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/kubernetes/pkg/api/legacyscheme"
+	"k8s.io/kubernetes/pkg/apis/discovery"
 )
 
 const (
@@ -255,9 +256,10 @@ const (
 )
 
 // validatedAtLength is whether a request is for a built-in kind. Custom resources are
-// validated otherwise, and their definitions have long schemas.
+// validated otherwise, their definitions have long schemas, and of EndpointSlices, which may
+// say much of each of 1,000 endpoints, those that have more are not looked at further.
 func validatedAtLength(info *request.RequestInfo) bool {
-	return info.IsResourceRequest && info.APIGroup != apiextensions.GroupName && legacyscheme.Scheme.IsGroupRegistered(info.APIGroup)
+	return info.IsResourceRequest && info.APIGroup != apiextensions.GroupName && info.APIGroup != discovery.GroupName && legacyscheme.Scheme.IsGroupRegistered(info.APIGroup)
 }
 
 // estimate counts the values of an encoded object, and says how many bytes of memory it

@@ -152,6 +152,7 @@ func TestACommandWhoseConnectionBreaksFails(t *testing.T) {
 	kubelet := newFakeKubelet(t)
 	kubelet.breaks = make(chan struct{})
 	f, c, ctx := kubelet.pod(t)
+	defer f.stop()
 	url := c.CoreV1().RESTClient().Get().Resource("pods").Namespace("default").Name("p").SubResource("exec").
 		Param("container", "c").Param("command", "cat").Param("stdin", "true").Param("stdout", "true").URL()
 	run, err := remotecommand.NewWebSocketExecutor(f.network(t, "admin", "system:masters"), http.MethodGet, url.String())
