@@ -43,10 +43,11 @@ func TestLoadBalancer(t *testing.T) {
 	first := segment.Addr().As4()
 	first[3] = 200
 	pool := netip.AddrFrom4(first)
-	_, err = client.CoreV1().ConfigMaps("kube-system").Create(t.Context(), &corev1.ConfigMap{
+	// In place of the one that `timonel up` makes.
+	_, err = client.CoreV1().ConfigMaps("kube-system").Update(t.Context(), &corev1.ConfigMap{
 		ObjectMeta: metav1.ObjectMeta{Name: "load-balancer-pools"},
 		Data:       map[string]string{"default": fmt.Sprintf("addresses: [%s-%s]", pool, pool.Next())},
-	}, metav1.CreateOptions{})
+	}, metav1.UpdateOptions{})
 	require.NoError(t, err)
 	balancer := func(name string, port int32) {
 		_, err := client.CoreV1().Services("default").Create(t.Context(), &corev1.Service{
