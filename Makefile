@@ -69,7 +69,7 @@ unit: ## Unit tests
 	@rm -rf bin/race && mkdir -p bin/race
 	CGO_ENABLED=1 GORACE="log_path=$(CURDIR)/bin/race/report" $(GO) test -race -timeout 40m $$(.ci/packages light) || { head -qn 45 bin/race/* 2>/dev/null; exit 1; }
 	$(GO) test ./consensus -run '^(TestMemberMovesToAnotherAddress|TestBoltGoesOnAfterAFailedCommit|TestLogStaysBounded|TestJournalPowerCut|TestDataFile|TestHeldIsBoundedInBytes|TestAFollowerFarBehindCatchesUpOverASlowLink)$$'
-	$(GO) test ./test/sim -runs 500 -from 1000 -timeout 30m
+	$(GO) test ./test/sim -runs 300 -from 1000 -timeout 30m
 	$(GO) test $$(.ci/packages heavy)
 
 .PHONY: e2e
