@@ -3,6 +3,7 @@ package apiserver
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -20,6 +21,8 @@ import (
 	"k8s.io/apiserver/pkg/endpoints/request"
 	"k8s.io/kubernetes/pkg/api/legacyscheme"
 	"k8s.io/kubernetes/pkg/apis/discovery"
+
+	"timonel/internal/fair"
 )
 
 const (
@@ -34,6 +37,9 @@ const (
 	// A body has slowestBody bytes in a second to come, and slowestStart beside.
 	slowestBody  = 64 << 10
 	slowestStart = 10 * time.Second
+	// mostBodyWaiters is how many wait for room at most. What waits has up to unreadBody in
+	// HTTP/2's buffers.
+	mostBodyWaiters = 128
 	// largeHead is how large a request without its body may be that needs no room, and
 	// headFactor how much larger it is in memory.
 	largeHead  = 16 << 10
@@ -57,22 +63,23 @@ const (
 // for the most that one user, or one namespace's service accounts, can have.
 type bodies struct {
 	most         int64 // of one body, upstream's
-	small, large *bodyRoom
-	decoded      *bodyRoom
+	small, large *fair.Room
+	decoded      *fair.Room
 	serializer   runtime.NegotiatedSerializer
 	longRunning  func(*http.Request, *request.RequestInfo) bool
 }
 
 func newBodies(limit int64) *bodies {
 	limit = max(limit, leastBodyBytes)
-	return &bodies{small: newBodyRoom(limit / 16), large: newBodyRoom(limit / 16 * 3), decoded: newBodyRoom(limit / 4 * 3)}
+	room := func(n int64) *fair.Room { return fair.New(n, mostBodyWaiters) }
+	return &bodies{small: room(limit / 16), large: room(limit / 16 * 3), decoded: room(limit / 4 * 3)}
 }
 
 // bytes is what bodies take, and how many were refused for that there was no room.
 func (b *bodies) bytes() (held int64, refused uint64) {
-	for _, r := range []*bodyRoom{b.small, b.large, b.decoded} {
-		h, n := r.count()
-		held, refused = held+h, refused+n
+	for _, r := range []*fair.Room{b.small, b.large, b.decoded} {
+		s := r.Stats()
+		held, refused = held+s.Held, refused+s.Refused
 	}
 	return held, refused
 }
@@ -122,8 +129,8 @@ func (b *bodies) take(r *http.Request) (release func(), err error) {
 	who, known := bodySource(r)
 	ctx, cancel := context.WithTimeout(r.Context(), bodyPatience)
 	defer cancel()
-	hold := func(room *bodyRoom, n int64) error {
-		give, err := room.take(ctx, who, n)
+	hold := func(room *fair.Room, n int64) error {
+		give, err := room.Take(ctx, who, n)
 		if err != nil {
 			return apierrors.NewTooManyRequests("Too much is being sent to this API server, please try again later.", 1)
 		}
@@ -167,10 +174,10 @@ func (b *bodies) take(r *http.Request) (release func(), err error) {
 	if values > mostValues && ok && validatedAtLength(info) {
 		return release, apierrors.NewRequestEntityTooLargeError(fmt.Sprintf("it has %d values, and the most that an object of this kind may have are %d", values, mostValues))
 	}
-	if cost > b.decoded.limit {
+	if cost > b.decoded.Limit() {
 		return release, apierrors.NewRequestEntityTooLargeError(fmt.Sprintf(
 			"it has so many values that it would take some %d MiB of memory, and %d MiB are for requests: send less at once, or give the controllers more --memory",
-			cost>>20, b.decoded.limit>>20))
+			cost>>20, b.decoded.Limit()>>20))
 	}
 	return release, hold(b.decoded, cost)
 }
@@ -270,7 +277,7 @@ func estimate(body []byte, contentType string) (_, cost int64) {
 	case strings.Contains(contentType, "protobuf"):
 		objects = protobufFields(body, 0)
 	case strings.Contains(contentType, "yaml"):
-		if trimmed := bytes.TrimLeft(body, " \t\r\n"); len(trimmed) > 0 && trimmed[0] == '{' && isJSON(body) {
+		if trimmed := bytes.TrimLeft(body, " \t\r\n"); len(trimmed) > 0 && trimmed[0] == '{' && json.Valid(body) {
 			values, objects = jsonValues(body)
 		} else {
 			objects = int64(bytes.Count(body, []byte("{")) + bytes.Count(body, []byte("\n")))

@@ -2,12 +2,9 @@ package apiserver
 
 import (
 	"bytes"
-	"encoding/json"
 
 	"google.golang.org/protobuf/encoding/protowire"
 )
-
-func isJSON(b []byte) bool { return json.Valid(b) }
 
 // jsonValues counts the values of a JSON document, and the objects among them, without
 // decoding it. Of what is not JSON, which is refused by the decoder before it makes

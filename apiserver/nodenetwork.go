@@ -103,9 +103,9 @@ func (p *nodeNetwork) Validate(_ context.Context, a admission.Attributes, _ admi
 }
 
 // validatePod refuses pods that a node makes: upstream lets kubelets show their static pods
-// that way, of any namespace and with any labels, and agents have none. And it checks the addresses that a node says one of its pods has, but for those that
-// the pod had before. They become endpoints of Services, and what policies let through, on
-// all other nodes.
+// that way, of any namespace and with any labels, and agents have none. And it checks the
+// addresses that a node says one of its pods has, but for those that the pod had before.
+// They become endpoints of Services, and what policies let through, on all other nodes.
 func (p *nodeNetwork) validatePod(a admission.Attributes, node string) error {
 	if a.GetOperation() == admission.Create && a.GetSubresource() == "" {
 		return admission.NewForbidden(a, fmt.Errorf("node %q is not allowed to create pods: agents have no static pods", node))

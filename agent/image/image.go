@@ -15,6 +15,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/credentialprovider"
+
+	"timonel/internal/fair"
 )
 
 // Waiting reasons, as the kubelet's.
@@ -75,7 +77,7 @@ type Manager struct {
 	coming func() bool
 	now    func() time.Time
 	log    *slog.Logger
-	slots  *slots
+	slots  *fair.Room
 	full   func() error // nil: it never is
 
 	mu    sync.Mutex
@@ -282,7 +284,7 @@ func (m *Manager) run(ctx context.Context, p *pull, normal string, req Request) 
 // pullInTurn waits for a slot. An image that came while it waited is not pulled again, but
 // for whoever wants it pulled always.
 func (m *Manager) pullInTurn(ctx context.Context, normal string, req Request) error {
-	give, err := m.slots.take(ctx, req.Pod.Namespace)
+	give, err := m.slots.Take(ctx, req.Pod.Namespace, 1)
 	if err != nil {
 		return err
 	}

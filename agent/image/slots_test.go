@@ -68,11 +68,7 @@ func TestSlowRegistriesKeepNobodyOut(t *testing.T) {
 	require.Equal(t, maxNamespacePulls, s.most)
 	s.mu.Unlock()
 	cancel()
-	require.Eventually(t, func() bool {
-		m.slots.mu.Lock()
-		defer m.slots.mu.Unlock()
-		return m.slots.total == 0 && len(m.slots.running) == 0 && len(m.slots.waiting) == 0
-	}, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { s := m.slots.Stats(); return s.Held == 0 && s.Sources == 0 && s.Waiting == 0 }, 10*time.Second, time.Millisecond)
 }
 
 func TestSlots(t *testing.T) {
@@ -81,36 +77,32 @@ func TestSlots(t *testing.T) {
 	var gives []func()
 	for _, namespace := range []string{"a", "b"} {
 		for range maxNamespacePulls {
-			give, err := s.take(t.Context(), namespace)
+			give, err := s.Take(t.Context(), namespace, 1)
 			require.NoError(t, err)
 			gives = append(gives, give)
 		}
 	}
 	got := make(chan string, 10)
 	queue := func(namespace string, ctx context.Context) {
-		s.mu.Lock()
-		before := len(s.waiting)
-		s.mu.Unlock()
+		before := s.Stats().Waiting
 		go func() {
-			if _, err := s.take(ctx, namespace); err == nil {
+			if _, err := s.Take(ctx, namespace, 1); err == nil {
 				got <- namespace
 			}
 		}()
-		require.Eventually(t, func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.waiting) > before }, 10*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return s.Stats().Waiting > before }, 10*time.Second, time.Millisecond)
 	}
 	queue("a", t.Context())
 	gone, cancel := context.WithCancel(t.Context())
 	queue("c", gone)
 	queue("d", t.Context())
 	cancel()
-	require.Eventually(t, func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.waiting) == 2 }, 10*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { return s.Stats().Waiting == 2 }, 10*time.Second, time.Millisecond)
 	gives[maxNamespacePulls]() // of b: not a's turn, which has most
 	require.Equal(t, "d", <-got)
 	gives[0]()
 	require.Equal(t, "a", <-got)
-	s.mu.Lock()
-	require.Equal(t, MaxPulls, s.total)
-	s.mu.Unlock()
+	require.EqualValues(t, MaxPulls, s.Stats().Held)
 }
 
 // TestPullsStopWhenTheDiskIsFull is what an image does that becomes larger than the disk.
