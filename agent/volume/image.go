@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -77,7 +76,7 @@ func (m *Manager) MountImage(ctx context.Context, pod *corev1.Pod, name, image s
 
 // removeViews lets go of the images of a pod's volumes, which are not mounted any more.
 func (m *Manager) removeViews(ctx context.Context, uid types.UID) error {
-	dir, err := hostile.OpenRoot(filepath.Dir(m.path(uid, imagePlugin, "v")))
+	dir, err := hostile.OpenRoot(m.pluginPath(uid, imagePlugin))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -29,7 +29,7 @@ func (m *Manager) SubPath(pod *corev1.Pod, container string, index int, volume, 
 	}
 	defer root.Close()
 	find := root.PinOrMake
-	if filepath.Dir(volume) == filepath.Dir(m.path(pod.UID, imagePlugin, "v")) {
+	if filepath.Dir(volume) == m.pluginPath(pod.UID, imagePlugin) {
 		find = root.Pin // nothing can be made in an image
 	}
 	source, err := find(sub)

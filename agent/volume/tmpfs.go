@@ -17,7 +17,7 @@ import (
 
 // pluginDir opens the folder in which a pod's volumes of one type are.
 func (m *Manager) pluginDir(uid types.UID, plugin string) (*hostile.Root, error) {
-	return m.podSubDir(uid, filepath.Join("volumes", "kubernetes.io~"+plugin))
+	return m.podSubDir(uid, pluginName(plugin))
 }
 
 // podSubDir opens a folder below a pod's own, which is made when missing.

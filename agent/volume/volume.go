@@ -92,8 +92,16 @@ var ErrUnsupported = errors.New("not supported by this node")
 func (m *Manager) PodDir(uid types.UID) string { return filepath.Join(m.cfg.Dir, string(uid)) }
 
 func (m *Manager) path(uid types.UID, plugin, name string) string {
-	return filepath.Join(m.PodDir(uid), "volumes", "kubernetes.io~"+plugin, name)
+	return filepath.Join(m.pluginPath(uid, plugin), name)
 }
+
+// pluginPath is the folder of a pod's volumes of one kind.
+func (m *Manager) pluginPath(uid types.UID, plugin string) string {
+	return filepath.Join(m.PodDir(uid), pluginName(plugin))
+}
+
+// pluginName is that folder's name in the pod's own.
+func pluginName(plugin string) string { return filepath.Join("volumes", "kubernetes.io~"+plugin) }
 
 // Setup makes all volumes of a pod, or brings them up to date. refresh is when
 // to call it again (a token to renew), zero for not before something changes.
@@ -208,7 +216,7 @@ func (m *Manager) Memory(pod *corev1.Pod) (bytes int64) {
 		if plugin == "" {
 			continue
 		}
-		dir, err := hostile.OpenRoot(filepath.Dir(m.path(pod.UID, plugin, "v")))
+		dir, err := hostile.OpenRoot(m.pluginPath(pod.UID, plugin))
 		if err != nil {
 			continue // it is not made yet, or has gone
 		}
