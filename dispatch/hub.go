@@ -247,6 +247,10 @@ var errReplaced = errors.New("the agent opened a newer stream")
 func (h *hub) add(s *session) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.d.config.Trust.Instance(s.node) != s.instance {
+		s.cancel(errSuperseded) // another was admitted since, and may be served here already
+		return
+	}
 	if old := h.sessions[s.node]; old != nil {
 		old.cancel(errReplaced)
 	}
@@ -255,7 +259,6 @@ func (h *hub) add(s *session) {
 		notify(h.nodes)
 	}
 	h.publish(s.node, up)
-	h.checkAdmitted(s) // another may have been admitted since
 }
 
 // remove forgets s. It is told to the others unless a newer stream is here.

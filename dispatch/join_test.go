@@ -382,6 +382,24 @@ func raceForANode(t *testing.T, instance func(int) string) {
 	require.NotEmpty(t, node.Instance)
 }
 
+// A process that was admitted first, and is slow, does not end the one that took its
+// place: else nobody would be served.
+func TestALateProcessDoesNotEndTheAdmittedOne(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, "c1")
+	c.put(nodeObject("a1"))
+	admitted := c.connect("c1", &pb.Hello{NodeName: "a1", Instance: "second"})
+	admitted.batch()
+	hub := c.controllers["c1"].hub
+	served := hub.session("a1")
+	var ended error
+	hub.add(&session{d: served.d, node: "a1", instance: "first", cancel: func(err error) { ended = err }})
+	require.ErrorIs(t, ended, errSuperseded)
+	require.True(t, hub.session("a1") == served)
+	c.put(podOn("a1", "web", "u1"))
+	require.Contains(t, admitted.batch()[0], "pod default/web uid=u1")
+}
+
 func TestRequestsThatAskForMore(t *testing.T) {
 	t.Parallel()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
