@@ -3,15 +3,19 @@ package agent
 import (
 	"log/slog"
 	"maps"
+	"slices"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/version"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/security/apparmor"
 	"k8s.io/kubernetes/pkg/util/kernel"
 
 	"timonel/agent/admission"
+	"timonel/agent/containerd"
 	"timonel/agent/hostile"
+	"timonel/agent/node"
 	"timonel/network/feed"
 )
 
@@ -31,6 +35,20 @@ func readKernel(log *slog.Logger) kernelFacts {
 	_, err = hostile.Stat("/sys/fs/selinux/enforce")
 	k.seLinux = err == nil
 	return k
+}
+
+// runtimeCan is what containerd and its runtimes can do for pods.
+type runtimeCan struct {
+	handlers     []corev1.NodeRuntimeHandler
+	groupsPolicy bool
+}
+
+func (a *Agent) runtimeCan(st *runtimev1.StatusResponse) runtimeCan {
+	besides := slices.Sorted(maps.Keys(a.cfg.RuntimeHandlers))
+	return runtimeCan{
+		handlers:     node.Handlers(&a.facts, st.GetRuntimeHandlers(), append(besides, containerd.DefaultHandler)...),
+		groupsPolicy: st.GetFeatures().GetSupplementalGroupsPolicy(),
+	}
 }
 
 // setLive takes this node's object as the API has it.

@@ -84,6 +84,7 @@ type Agent struct {
 	deleted    []types.UID // volumes of which nothing is left, in the order of node.Health
 	networkBad string      // why the pod network does not work
 	runtimeBad string      // why containerd does not
+	can        runtimeCan  // as containerd says
 	names      names       // as controllers say
 }
 
@@ -213,6 +214,11 @@ func (a *Agent) describe(ctx context.Context) error {
 	a.facts.Reserved = eviction.Reserved(a.cfg.thresholds, a.capacity)
 	a.kernel = readKernel(a.log)
 	a.facts.RecursiveReadOnly = (&admission.Node{Kernel: a.kernel.version}).RecursiveReadOnly()
+	st, err := a.runtime.Status(ctx, &runtimev1.StatusRequest{})
+	if err != nil {
+		return fmt.Errorf("ask containerd what it can do: %w", err)
+	}
+	a.can = a.runtimeCan(st)
 	if !a.network.Ready() {
 		a.networkBad = "this node has no pod CIDR yet"
 	}
@@ -224,7 +230,7 @@ func (a *Agent) describe(ctx context.Context) error {
 func (a *Agent) updateNode() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions(), Deleted: a.deleted}, a.node, time.Now())
+	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions(), Handlers: a.can.handlers, GroupsPolicy: a.can.groupsPolicy, Deleted: a.deleted}, a.node, time.Now())
 	if err != nil {
 		return err
 	}
@@ -474,6 +480,9 @@ func (a *Agent) checkRuntime(ctx context.Context) time.Duration {
 	a.mu.Lock()
 	better := a.networkBad != "" && networkText == "" || a.runtimeBad != "" && runtimeText == ""
 	a.runtimeBad, a.networkBad = runtimeText, networkText
+	if resp != nil {
+		a.can = a.runtimeCan(resp)
+	}
 	a.mu.Unlock()
 	if better {
 		a.pods.Hurry()

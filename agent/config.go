@@ -48,6 +48,9 @@ type Config struct {
 	ContainerdSocket string
 	// ContainerdBinary is the containerd to run. Default: from PATH.
 	ContainerdBinary string
+	// RuntimeHandlers are runtimes that pods may ask for, as [containerd.DaemonConfig]
+	// has them. Not with ContainerdSocket: that containerd has its own.
+	RuntimeHandlers map[string]string
 	// PauseImage is the sandbox image.
 	PauseImage string
 	// RegistryDir has containerd's HOST/hosts.toml files. Default: below DataDir.
@@ -218,6 +221,8 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("agent config: ContainerLogMaxSize %d: want at least %d bytes, or a negative number for no rotation", c.ContainerLogMaxSize, logs.MinMaxSize)
 	case c.ContainerLogMaxFiles < 2 || c.ContainerLogMaxFiles > logs.MaxMaxFiles:
 		return fmt.Errorf("agent config: ContainerLogMaxFiles %d: want 2 to %d", c.ContainerLogMaxFiles, logs.MaxMaxFiles)
+	case c.ContainerdSocket != "" && len(c.RuntimeHandlers) > 0:
+		return errors.New("agent config: RuntimeHandlers: the containerd of ContainerdSocket has those of its own configuration")
 	case len(c.Bridge) > 15:
 		return fmt.Errorf("agent config: Bridge %q is longer than 15 characters", c.Bridge)
 	case !path.IsAbs(c.CgroupRoot) || path.Clean(c.CgroupRoot) == "/":
@@ -255,7 +260,7 @@ func (c *Config) dir(parts ...string) string {
 func (c *Config) daemon() containerd.DaemonConfig {
 	return containerd.DaemonConfig{
 		Dir: c.dir("containerd"), Binary: c.ContainerdBinary, PauseImage: c.PauseImage,
-		CNIConfDir: c.cniConfDir(), CNIBinDirs: []string{c.CNIBin}, RegistryDir: c.RegistryDir, Logger: c.Logger,
+		CNIConfDir: c.cniConfDir(), CNIBinDirs: []string{c.CNIBin}, RegistryDir: c.RegistryDir, Handlers: c.RuntimeHandlers, Logger: c.Logger,
 	}
 }
 

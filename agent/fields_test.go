@@ -90,7 +90,6 @@ func TestNodeRefusesPods(t *testing.T) {
 		p.Spec.SecurityContext.Sysctls = []corev1.Sysctl{{Name: "kernel.msgmax", Value: "1"}}
 	})
 	refuse("users", "PodFeatureUnsupported", "spec.hostUsers", func(p *corev1.Pod) { p.Spec.HostUsers = ptr.To(false) })
-	refuse("class", "PodFeatureUnsupported", "spec.runtimeClassName", func(p *corev1.Pod) { p.Spec.RuntimeClassName = ptr.To("gvisor") })
 	refuse("csi", "PodFeatureUnsupported", "csi", func(p *corev1.Pod) {
 		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.example.com"}}}}
 	})

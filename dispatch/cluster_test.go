@@ -21,6 +21,7 @@ import (
 	certificatesv1beta1 "k8s.io/api/certificates/v1beta1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -246,6 +247,8 @@ func keyOf(o runtime.Object) string {
 		return "/registry/secrets/" + m.GetNamespace() + "/" + m.GetName()
 	case *certificatesv1beta1.ClusterTrustBundle:
 		return "/registry/clustertrustbundles/" + m.GetName()
+	case *nodev1.RuntimeClass:
+		return "/registry/runtimeclasses/" + m.GetName()
 	case *certificatesv1beta1.PodCertificateRequest:
 		return "/registry/podcertificaterequests/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.PersistentVolumeClaim:
@@ -269,7 +272,7 @@ func encode(t *testing.T, o runtime.Object) []byte {
 	o.(metav1.Object).SetResourceVersion("")
 	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
 	var out bytes.Buffer
-	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, networkingv1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion}).Encode(o, &out))
+	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, networkingv1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion, nodev1.SchemeGroupVersion}).Encode(o, &out))
 	return out.Bytes()
 }
 
@@ -504,6 +507,8 @@ func describe(t *testing.T, m *pb.ControllerMessage) string {
 			o = &corev1.PersistentVolumeClaim{}
 		case kindVolume:
 			o = &corev1.PersistentVolume{}
+		case kindRuntimeClass:
+			o = &nodev1.RuntimeClass{}
 		default:
 			o = &corev1.ServiceAccount{}
 		}

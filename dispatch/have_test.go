@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -41,7 +42,7 @@ func (a *agent) take(m *pb.ControllerMessage) {
 			Unmarshal([]byte) error
 		}{kindConfigMap: &corev1.ConfigMap{}, kindSecret: &corev1.Secret{}, kindServiceAccount: &corev1.ServiceAccount{},
 			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}, kindTrustBundle: &certificatesv1.ClusterTrustBundle{},
-			kindPodCertificate: &certificatesv1.PodCertificateRequest{}}[m.ObjectSet.Kind]
+			kindPodCertificate: &certificatesv1.PodCertificateRequest{}, kindRuntimeClass: &nodev1.RuntimeClass{}}[m.ObjectSet.Kind]
 		require.NoError(a.t, o.Unmarshal(m.ObjectSet.Object))
 		a.objs[m.ObjectSet.Kind+"/"+o.GetName()] = &pb.HaveObject{
 			Kind: m.ObjectSet.Kind, Namespace: o.GetNamespace(), Name: o.GetName(), Uid: string(o.GetUID()),

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 
 	"timonel/dispatch/network"
 	pb "timonel/proto/timonel/v1"
@@ -96,6 +97,8 @@ func (h *hub) wakeFor(changes []objects.Changed) {
 			case *certificatesv1.ClusterTrustBundle:
 				h.wakeUsers(objKey{kindTrustBundle, "", o.Name})
 				h.wakeUsers(objKey{kindSigner, "", o.Spec.SignerName})
+			case *nodev1.RuntimeClass:
+				h.wakeUsers(objKey{kindRuntimeClass, "", o.Name})
 			case *certificatesv1.PodCertificateRequest:
 				h.wakeUsers(objKey{kindPodCertificate, o.Namespace, o.Name})
 				h.wakeUsers(objKey{kindCertified, o.Namespace, string(o.Spec.PodUID)})

@@ -20,6 +20,7 @@ const (
 	// kindSigner is no object: who refers to a signer hears of all its trust bundles.
 	kindSigner = "signer"
 
+	kindRuntimeClass   = "RuntimeClass"
 	kindPodCertificate = "PodCertificateRequest"
 	// kindCertified is no object: who has a pod by that uid hears of all requests for it.
 	kindCertified = "certified"
@@ -46,8 +47,8 @@ func wanted(node string, pods []*corev1.Pod, s *objects.Snapshot, add func(objKe
 
 // references calls add with each object that a pod needs: ConfigMaps and Secrets
 // of its environment, volumes and image pulls, its ServiceAccount, the pull
-// secrets of that, its claims and their volumes, trust bundles, and what was asked for
-// of its certificates.
+// secrets of that, its claims and their volumes, trust bundles, what was asked for
+// of its certificates, and its RuntimeClass.
 func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	ns := pod.Namespace
 	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
@@ -65,6 +66,9 @@ func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	}
 	for _, r := range pod.Spec.ImagePullSecrets {
 		secret(r.Name)
+	}
+	if name := pod.Spec.RuntimeClassName; name != nil {
+		addNamed(add, kindRuntimeClass, "", *name)
 	}
 	environment := func(env []corev1.EnvVar, from []corev1.EnvFromSource) {
 		for _, e := range env {
@@ -190,6 +194,10 @@ func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 		}
 	case kindTrustBundle:
 		if o, ok := s.ClusterTrustBundles().Get("", k.name); ok {
+			return o, objects.Revision(o)
+		}
+	case kindRuntimeClass:
+		if o, ok := s.RuntimeClasses().Get("", k.name); ok {
 			return o, objects.Revision(o)
 		}
 	case kindPodCertificate:

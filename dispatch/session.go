@@ -34,9 +34,10 @@ type session struct {
 	client   coreclient.CoreV1Interface
 	writer   *writer
 	ended    <-chan struct{}
-	network  bool // the agent calls Network
-	bundles  bool // the agent knows ClusterTrustBundles
-	certs    bool // the agent knows PodCertificateRequests
+	network  bool     // the agent calls Network
+	bundles  bool     // the agent knows ClusterTrustBundles
+	certs    bool     // the agent knows PodCertificateRequests
+	kinds    []string // that the agent knows besides
 
 	wake    chan struct{}              // what the agent should have may have changed
 	refs    map[objKey]struct{}        // hub.mu guards it
@@ -123,7 +124,7 @@ func (d *Dispatcher) Connect(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 	s := &session{
 		d: d, node: id.Name, instance: instance, log: d.log.With("node", id.Name), stream: stream, cancel: cancel, client: client,
 		ended: ctx.Done(), wake: make(chan struct{}, 1), control: make(chan *pb.ControllerMessage, controlQueue),
-		first: true, network: hello.GetNetwork(), bundles: hello.GetTrustBundles(), certs: hello.GetPodCertificates(),
+		first: true, network: hello.GetNetwork(), bundles: hello.GetTrustBundles(), certs: hello.GetPodCertificates(), kinds: hello.GetKinds(),
 	}
 	s.writer = newWriter(s.log)
 	if err := s.setKept(hello.GetGossipKeys()); err != nil {

@@ -135,7 +135,7 @@ func (s *session) sync() error {
 // present revision.
 func (s *session) sendObjects(snapshot *objects.Snapshot, refs map[objKey]struct{}) (sent bool, err error) {
 	for _, k := range slices.SortedFunc(maps.Keys(refs), compareKeys) {
-		if k.kind == kindTrustBundle && !s.bundles || k.kind == kindPodCertificate && !s.certs {
+		if !s.knows(k.kind) {
 			continue // it does not run the pods that need them
 		}
 		o, revision := lookup(snapshot, k)
@@ -165,6 +165,20 @@ func (s *session) sendObjects(snapshot *objects.Snapshot, refs map[objKey]struct
 		}
 	}
 	return sent, nil
+}
+
+// knows says whether the agent has use for objects of a kind. One that has not would end
+// its stream for want of it, again and again.
+func (s *session) knows(kind string) bool {
+	switch kind {
+	case kindTrustBundle:
+		return s.bundles
+	case kindPodCertificate:
+		return s.certs
+	case kindRuntimeClass:
+		return slices.Contains(s.kinds, kind)
+	}
+	return true
 }
 
 func (s *session) removeObject(k objKey) error {

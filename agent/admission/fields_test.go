@@ -173,11 +173,10 @@ func refusedExamples() map[string][]func(*corev1.PodSpec) {
 	type list = []func(*corev1.PodSpec)
 	windows := &corev1.WindowsSecurityContextOptions{HostProcess: ptr.To(true)}
 	out := map[string]list{
-		"PodSpec.runtimeClassName": {func(s *corev1.PodSpec) { s.RuntimeClassName = ptr.To("gvisor") }},
-		"PodSpec.os":               {func(s *corev1.PodSpec) { s.OS = &corev1.PodOS{Name: corev1.Windows} }},
-		"PodOS.name":               {func(s *corev1.PodSpec) { s.OS = &corev1.PodOS{Name: "plan9"} }},
-		"PodSpec.hostUsers":        {func(s *corev1.PodSpec) { s.HostUsers = ptr.To(false) }},
-		"PodSpec.resourceClaims":   {func(s *corev1.PodSpec) { s.ResourceClaims = []corev1.PodResourceClaim{{Name: "gpu"}} }},
+		"PodSpec.os":             {func(s *corev1.PodSpec) { s.OS = &corev1.PodOS{Name: corev1.Windows} }},
+		"PodOS.name":             {func(s *corev1.PodSpec) { s.OS = &corev1.PodOS{Name: "plan9"} }},
+		"PodSpec.hostUsers":      {func(s *corev1.PodSpec) { s.HostUsers = ptr.To(false) }},
+		"PodSpec.resourceClaims": {func(s *corev1.PodSpec) { s.ResourceClaims = []corev1.PodResourceClaim{{Name: "gpu"}} }},
 
 		"PodSecurityContext.windowsOptions": {func(s *corev1.PodSpec) { s.SecurityContext.WindowsOptions = windows }},
 		"PodSecurityContext.seLinuxOptions": {func(s *corev1.PodSpec) { s.SecurityContext.SELinuxOptions = &corev1.SELinuxOptions{Type: "t"} }},
@@ -332,7 +331,7 @@ func TestValuesThatAreTaken(t *testing.T) {
 	for name, change := range map[string]func(*corev1.PodSpec){
 		"host's users": func(s *corev1.PodSpec) { s.HostUsers = ptr.To(true) },
 		"linux":        func(s *corev1.PodSpec) { s.OS = &corev1.PodOS{Name: corev1.Linux} },
-		"no class":     func(s *corev1.PodSpec) { s.RuntimeClassName = ptr.To("") },
+		"a class":      func(s *corev1.PodSpec) { s.RuntimeClassName = ptr.To("gvisor") },
 		"groups merged": func(s *corev1.PodSpec) {
 			s.SecurityContext.SupplementalGroupsPolicy = ptr.To(corev1.SupplementalGroupsPolicyMerge)
 		},

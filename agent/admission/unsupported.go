@@ -48,9 +48,6 @@ func unsupported(pod *corev1.Pod, node *Node) *Rejection {
 	if spec.HostUsers != nil && !*spec.HostUsers {
 		say("spec.hostUsers: false (user namespaces)")
 	}
-	if spec.RuntimeClassName != nil && *spec.RuntimeClassName != "" {
-		say("spec.runtimeClassName: %s (runtime handlers besides the default one)", *spec.RuntimeClassName)
-	}
 	if len(spec.ResourceClaims) > 0 {
 		say("spec.resourceClaims (dynamic resource allocation)")
 	}

@@ -7,14 +7,47 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"timonel/agent/hostile"
 	"timonel/internal/durable"
 )
+
+// DefaultHandler is the runtime of pods that ask for none.
+const DefaultHandler = "runc"
+
+// shimType is what containerd makes a shim's name of.
+var shimType = regexp.MustCompile(`^[a-z0-9]+(\.[a-z0-9]+)+\.v[0-9]+$`)
+
+// CheckHandler says what is wrong with one of [DaemonConfig.Handlers].
+func CheckHandler(name, program string) error {
+	switch errs := validation.IsDNS1123Label(name); {
+	case len(errs) > 0:
+		return fmt.Errorf("name %q: %s", name, errs[0])
+	case reserved[name]:
+		return fmt.Errorf("name %q is the agent's own", name)
+	case shimType.MatchString(program):
+		return nil
+	case !filepath.IsAbs(program):
+		return fmt.Errorf("%q is neither the path of a program nor the type of a shim such as io.containerd.runsc.v1", program)
+	}
+	if _, err := exec.LookPath(program); err != nil {
+		return fmt.Errorf("%s is no program that can be run: %w", program, err)
+	}
+	return nil
+}
+
+// reserved are names that a handler cannot have: runc's own, and those of folders beside its.
+var reserved = map[string]bool{DefaultHandler: true, "root": true, "state": true, "opt": true}
 
 // Namespace is the containerd namespace that CRI and therefore the agent uses.
 const Namespace = "k8s.io"
@@ -42,6 +75,10 @@ type DaemonConfig struct {
 	// RegistryDir holds HOST/hosts.toml files (mirrors, plain http, CAs), in
 	// containerd's own format. Default: Dir/certs.d.
 	RegistryDir string
+	// Handlers are runtimes beside runc that pods may ask for by a RuntimeClass, by
+	// name: a program that is called as runc is, by its path, or the type of a
+	// containerd shim, such as io.containerd.runsc.v1.
+	Handlers map[string]string
 	// Logger gets the supervisor's messages; containerd's own go to Dir/containerd.log.
 	Logger *slog.Logger
 }
@@ -57,6 +94,11 @@ func (c *DaemonConfig) Validate() error {
 		return errors.New("containerd: CNIConfDir is empty")
 	case len(c.CNIBinDirs) == 0:
 		return errors.New("containerd: CNIBinDirs is empty")
+	}
+	for name, program := range c.Handlers {
+		if err := CheckHandler(name, program); err != nil {
+			return fmt.Errorf("containerd: Handlers: %w", err)
+		}
 	}
 	return nil
 }
@@ -140,11 +182,26 @@ func (c *DaemonConfig) render() []byte {
 	w("  [plugins.\"io.containerd.grpc.v1.cri\".containerd]")
 	w("    snapshotter = \"overlayfs\"")
 	w("    default_runtime_name = \"runc\"")
-	w("    [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]")
-	w("      runtime_type = \"io.containerd.runc.v2\"")
-	w("      [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc.options]")
-	w("        Root = %s", q(filepath.Join(c.Dir, "runc")))
-	w("        SystemdCgroup = false")
+	handler := func(name, program string) {
+		const runc = "io.containerd.runc.v2"
+		table := "plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes." + q(name)
+		w("    [%s]", table)
+		if program != "" && !filepath.IsAbs(program) {
+			w("      runtime_type = %s", q(program))
+			return // its options are its own
+		}
+		w("      runtime_type = %s", q(runc))
+		w("      [%s.options]", table)
+		w("        Root = %s", q(filepath.Join(c.Dir, name)))
+		w("        SystemdCgroup = false")
+		if program != "" {
+			w("        BinaryName = %s", q(program))
+		}
+	}
+	handler(DefaultHandler, "")
+	for _, name := range slices.Sorted(maps.Keys(c.Handlers)) {
+		handler(name, c.Handlers[name])
+	}
 	return b.Bytes()
 }
 

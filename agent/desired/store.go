@@ -14,6 +14,7 @@ import (
 
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent/hostile"
@@ -27,6 +28,7 @@ const (
 	KindClaim          = "PersistentVolumeClaim"
 	KindVolume         = "PersistentVolume" // of a pod's claim, or the node's own and being deleted
 	KindTrustBundle    = "ClusterTrustBundle"
+	KindRuntimeClass   = "RuntimeClass"
 	KindPodCertificate = "PodCertificateRequest" // that this node made for a pod
 )
 
@@ -70,6 +72,8 @@ func newObject(kind string) (object, error) {
 		return &corev1.PersistentVolume{}, nil
 	case KindTrustBundle:
 		return &certificatesv1.ClusterTrustBundle{}, nil
+	case KindRuntimeClass:
+		return &nodev1.RuntimeClass{}, nil
 	case KindPodCertificate:
 		return &certificatesv1.PodCertificateRequest{}, nil
 	}
@@ -369,6 +373,12 @@ func (s *Store) PersistentVolumeClaim(namespace, name string) (*corev1.Persisten
 // PersistentVolume returns a volume that a pod's claim has, or that is this node's to delete.
 func (s *Store) PersistentVolume(name string) (*corev1.PersistentVolume, bool) {
 	obj, ok := s.object(KindVolume, "", name).(*corev1.PersistentVolume)
+	return obj, ok
+}
+
+// RuntimeClass returns one that a pod names.
+func (s *Store) RuntimeClass(name string) (*nodev1.RuntimeClass, bool) {
+	obj, ok := s.object(KindRuntimeClass, "", name).(*nodev1.RuntimeClass)
 	return obj, ok
 }
 

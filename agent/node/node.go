@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"timonel/agent/hostile"
 )
@@ -51,6 +52,10 @@ type Health struct {
 	Network string // why pods get no network; empty: they do
 	// Pressure are the conditions of what the node is short of.
 	Pressure []corev1.NodeConditionType
+	// Handlers are the runtimes that pods may ask for. GroupsPolicy says whether
+	// containerd heeds supplementalGroupsPolicy.
+	Handlers     []corev1.NodeRuntimeHandler
+	GroupsPolicy bool
 	// Deleted are volumes that are being deleted and of which nothing is left here.
 	Deleted []types.UID
 }
@@ -104,15 +109,23 @@ func Memory() (total, available int64, err error) {
 	return total, available, nil
 }
 
-// handlers are the runtimes that containers may ask for: there is one, whose name may be
-// left out.
-func handlers(f *Facts) []corev1.NodeRuntimeHandler {
-	var out []corev1.NodeRuntimeHandler
-	for _, name := range []string{"", "runc"} {
-		out = append(out, corev1.NodeRuntimeHandler{Name: name, Features: &corev1.NodeRuntimeHandlerFeatures{
-			RecursiveReadOnlyMounts: new(f.RecursiveReadOnly), UserNamespaces: new(false),
+// Handlers are the runtimes that pods may ask for, by what CRI says of them, in order of
+// name; the default one has none. A containerd of before 2.0 says nothing: it has those
+// named besides.
+func Handlers(f *Facts, said []*runtimev1.RuntimeHandler, besides ...string) []corev1.NodeRuntimeHandler {
+	if len(said) == 0 {
+		for _, name := range append([]string{""}, besides...) {
+			said = append(said, &runtimev1.RuntimeHandler{Name: name})
+		}
+	}
+	out := make([]corev1.NodeRuntimeHandler, 0, len(said))
+	for _, h := range said {
+		out = append(out, corev1.NodeRuntimeHandler{Name: h.Name, Features: &corev1.NodeRuntimeHandlerFeatures{
+			RecursiveReadOnlyMounts: new(f.RecursiveReadOnly), // the agent's doing
+			UserNamespaces:          new(h.GetFeatures().GetUserNamespaces()),
 		}})
 	}
+	slices.SortFunc(out, func(a, b corev1.NodeRuntimeHandler) int { return strings.Compare(a.Name, b.Name) })
 	return out
 }
 
@@ -135,7 +148,7 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		Status: corev1.NodeStatus{
 			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
 			DaemonEndpoints: corev1.NodeDaemonEndpoints{KubeletEndpoint: corev1.DaemonEndpoint{Port: KubeletPort}},
-			RuntimeHandlers: handlers(f), Features: &corev1.NodeFeatures{SupplementalGroupsPolicy: new(false)},
+			RuntimeHandlers: h.Handlers, Features: &corev1.NodeFeatures{SupplementalGroupsPolicy: new(h.GroupsPolicy)},
 		},
 	}
 	n.Annotations = map[string]string{"timonel.io/deleted-volumes": joined(h.Deleted)}

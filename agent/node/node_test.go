@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
@@ -20,7 +21,8 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	require.Equal(t, corev1.ConditionTrue, condition(waiting, corev1.NodeNetworkUnavailable).Status)
 
 	later := begin.Add(time.Minute)
-	ready, err := Make(f, Health{}, waiting, later)
+	handlers := Handlers(f, nil, "runc")
+	ready, err := Make(f, Health{Handlers: handlers}, waiting, later)
 	require.NoError(t, err)
 	require.Equal(t, corev1.ConditionTrue, condition(ready, corev1.NodeReady).Status)
 	require.True(t, condition(ready, corev1.NodeReady).LastTransitionTime.Time.Equal(later))
@@ -34,10 +36,24 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	require.Equal(t, []corev1.NodeRuntimeHandler{{Features: features}, {Name: "runc", Features: features}}, ready.Status.RuntimeHandlers)
 	require.False(t, *ready.Status.Features.SupplementalGroupsPolicy)
 
-	again, err := Make(f, Health{}, ready, later.Add(time.Hour))
+	again, err := Make(f, Health{Handlers: handlers}, ready, later.Add(time.Hour))
 	require.NoError(t, err)
 	require.True(t, Same(ready, again), "an hour with nothing new is nothing to write")
 	require.False(t, Same(ready, waiting))
+}
+
+// What CRI says of its runtimes is what the Node says of them, in one order; mounts are the
+// agent's own doing.
+func TestHandlersAreCRIs(t *testing.T) {
+	t.Parallel()
+	got := Handlers(&Facts{RecursiveReadOnly: true}, []*runtimev1.RuntimeHandler{
+		{Name: "sandboxed"}, {Name: "", Features: &runtimev1.RuntimeHandlerFeatures{UserNamespaces: true}},
+		{Name: "runc", Features: &runtimev1.RuntimeHandlerFeatures{UserNamespaces: true}},
+	}, "not asked")
+	with := func(users bool) *corev1.NodeRuntimeHandlerFeatures {
+		return &corev1.NodeRuntimeHandlerFeatures{RecursiveReadOnlyMounts: new(true), UserNamespaces: &users}
+	}
+	require.Equal(t, []corev1.NodeRuntimeHandler{{Features: with(true)}, {Name: "runc", Features: with(true)}, {Name: "sandboxed", Features: with(false)}}, got)
 }
 
 // What the node is short of is in its conditions, in upstream's words, and what

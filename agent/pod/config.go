@@ -79,7 +79,8 @@ func (w *worker) sandboxConfig(pod *corev1.Pod, attempt uint32) (*runtimev1.PodS
 		Linux: &runtimev1.LinuxPodSandboxConfig{
 			CgroupParent:    cgroupParent(w.m.cfg.CgroupRoot, pod),
 			SecurityContext: sandboxSecurity(pod),
-			Resources:       podResources(pod),
+			Resources:       sandboxResources(pod),
+			Overhead:        overhead(pod),
 		},
 	}
 	if !pod.Spec.HostNetwork {

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -42,6 +43,10 @@ func (objects) PersistentVolume(string) (*corev1.PersistentVolume, bool) { retur
 
 func (objects) ClusterTrustBundle(string) (*certificatesv1.ClusterTrustBundle, bool) {
 	return nil, false
+}
+
+func (objects) RuntimeClass(name string) (*nodev1.RuntimeClass, bool) {
+	return &nodev1.RuntimeClass{Handler: "of-" + name}, name != "unknown"
 }
 
 func (objects) PodCertificateRequest(_, _ string) (*certificatesv1.PodCertificateRequest, bool) {

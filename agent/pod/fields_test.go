@@ -67,7 +67,9 @@ func cri(t *testing.T, pod *corev1.Pod) string {
 	box, err := w.sandboxConfig(pod, 0)
 	require.NoError(t, err)
 	var b strings.Builder
-	b.WriteString(box.String() + podResources(pod).String())
+	handler, err := m.runtimeHandler(pod)
+	require.NoError(t, err)
+	b.WriteString(handler + box.String() + podResources(pod).String())
 	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
 		for i := range list {
 			cfg, err := w.containerConfig(pod, start{spec: &list[i]}, "sha256:1", []string{"10.1.0.2"})
@@ -146,6 +148,8 @@ func TestFieldsReachCRI(t *testing.T) {
 		{"overhead", func(s *corev1.PodSpec) {
 			s.Containers[0].Resources.Requests, s.Overhead = resources("cpu", "1"), resources("cpu", "1")
 		}, nil, "cpu_shares:2048"},
+		{"overhead for the runtime", func(s *corev1.PodSpec) { s.Overhead = resources("memory", "7Mi") }, nil, "overhead:{cpu_shares:2 memory_limit_in_bytes:7340032"},
+		{"runtimeClassName", func(s *corev1.PodSpec) { s.RuntimeClassName = ptr.To("gvisor") }, nil, "of-gvisor"},
 		{"resources of the pod", func(s *corev1.PodSpec) {
 			s.Resources = &corev1.ResourceRequirements{Limits: resources("memory", "1Gi"), Requests: resources("cpu", "500m")}
 		}, nil, "memory_limit_in_bytes:1073741824"},
@@ -221,6 +225,41 @@ func TestPodLevelResources(t *testing.T) {
 	require.Equal(t, []int64{200000, 1 << 30}, []int64{side.CpuQuota, side.MemoryLimitInBytes}, "a container without a limit has its pod's")
 	own := containerResources(pod, &pod.Spec.Containers[0], cpu("8"))
 	require.Equal(t, int64(100000), own.CpuQuota)
+}
+
+// What running a pod takes is in its cgroup, and the runtime is told of it beside what the
+// containers have.
+func TestOverheadIsCountedOnce(t *testing.T) {
+	t.Parallel()
+	pod := fieldPod()
+	pod.Spec.InitContainers = nil
+	list := func(cpu, memory string) corev1.ResourceList {
+		return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)}
+	}
+	pod.Spec.Containers[0].Resources = corev1.ResourceRequirements{Limits: list("1", "1Gi"), Requests: list("1", "1Gi")}
+	require.Nil(t, overhead(pod))
+	pod.Spec.Overhead = list("500m", "512Mi")
+	numbers := func(r *runtimev1.LinuxContainerResources) []int64 {
+		return []int64{r.CpuShares, r.CpuQuota, r.MemoryLimitInBytes}
+	}
+	require.Equal(t, []int64{1536, 150000, 1536 << 20}, numbers(podResources(pod)))
+	require.Equal(t, []int64{1024, 100000, 1024 << 20}, numbers(sandboxResources(pod)))
+	require.Equal(t, []int64{512, 50000, 512 << 20}, numbers(overhead(pod)))
+}
+
+func TestUnknownRuntimeClass(t *testing.T) {
+	t.Parallel()
+	pod := fieldPod()
+	m := &Manager{cfg: Config{Objects: objects{}}}
+	for name, want := range map[*string]string{nil: "", ptr.To(""): "", ptr.To("a"): "of-a"} {
+		pod.Spec.RuntimeClassName = name
+		got, err := m.runtimeHandler(pod)
+		require.NoError(t, err)
+		require.Equal(t, want, got)
+	}
+	pod.Spec.RuntimeClassName = ptr.To("unknown")
+	_, err := m.runtimeHandler(pod)
+	require.EqualError(t, err, `runtimeclass.node.k8s.io "unknown" not found`)
 }
 
 // Best-effort pods together have the least there is, burstable ones what they

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -39,6 +40,7 @@ const straysKept = 1024
 // Objects finds what pods refer to.
 type Objects interface {
 	volume.Objects
+	RuntimeClass(name string) (*nodev1.RuntimeClass, bool)
 }
 
 // Statuses keeps the last computed status of pods over restarts of the agent.

@@ -121,8 +121,17 @@ func sharedMemory(pod *corev1.Pod) int64 {
 // pod's own, else of what all containers have a limit of, the sum; of cpu
 // requests, the sum.
 func podResources(pod *corev1.Pod) *runtimev1.LinuxContainerResources {
-	requests := resource.PodRequests(pod, resource.PodResourcesOptions{})
-	limits := resource.PodLimits(pod, resource.PodResourcesOptions{})
+	return sumResources(pod, resource.PodResourcesOptions{})
+}
+
+// sandboxResources are the same without what running the pod takes besides: the runtime is
+// told of both.
+func sandboxResources(pod *corev1.Pod) *runtimev1.LinuxContainerResources {
+	return sumResources(pod, resource.PodResourcesOptions{ExcludeOverhead: true})
+}
+
+func sumResources(pod *corev1.Pod, opts resource.PodResourcesOptions) *runtimev1.LinuxContainerResources {
+	requests, limits := resource.PodRequests(pod, opts), resource.PodLimits(pod, opts)
 	out := &runtimev1.LinuxContainerResources{CpuShares: cpuShares(requests.Cpu().MilliValue())}
 	cpu, memory := true, true
 	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
@@ -144,6 +153,19 @@ func podResources(pod *corev1.Pod) *runtimev1.LinuxContainerResources {
 	}
 	if memory {
 		out.MemoryLimitInBytes = limits.Memory().Value()
+	}
+	return out
+}
+
+// overhead is what running the pod takes besides, for the runtime to know.
+func overhead(pod *corev1.Pod) *runtimev1.LinuxContainerResources {
+	if len(pod.Spec.Overhead) == 0 {
+		return nil
+	}
+	cpu, memory := pod.Spec.Overhead.Cpu().MilliValue(), pod.Spec.Overhead.Memory().Value()
+	out := &runtimev1.LinuxContainerResources{CpuShares: cpuShares(cpu), MemoryLimitInBytes: memory}
+	if quota := cpuQuota(cpu); quota > 0 {
+		out.CpuPeriod, out.CpuQuota = cpuPeriod, quota
 	}
 	return out
 }

@@ -107,6 +107,10 @@ func (w *worker) runSandbox(pod *corev1.Pod, attempt uint32) (id string, err err
 	if !pod.Spec.HostNetwork && !w.m.cfg.NetworkReady() {
 		return "", errors.New("the pod network is not ready: this node has no pod CIDR yet")
 	}
+	handler, err := w.m.runtimeHandler(pod)
+	if err != nil {
+		return "", err
+	}
 	cfg, err := w.sandboxConfig(pod, attempt)
 	if err != nil {
 		return "", err
@@ -125,11 +129,24 @@ func (w *worker) runSandbox(pod *corev1.Pod, attempt uint32) (id string, err err
 	if attempt > 0 {
 		w.event(pod, corev1.EventTypeNormal, "SandboxChanged", "Pod sandbox changed, it will be killed and re-created.", "")
 	}
-	resp, err := w.m.cfg.Runtime.RunPodSandbox(ctx, &runtimev1.RunPodSandboxRequest{Config: cfg})
+	resp, err := w.m.cfg.Runtime.RunPodSandbox(ctx, &runtimev1.RunPodSandboxRequest{Config: cfg, RuntimeHandler: handler})
 	if err != nil {
 		return "", err
 	}
 	return resp.PodSandboxId, nil
+}
+
+// runtimeHandler is the one of the pod's RuntimeClass; empty: the node's default.
+func (m *Manager) runtimeHandler(pod *corev1.Pod) (string, error) {
+	name := pod.Spec.RuntimeClassName
+	if name == nil || *name == "" {
+		return "", nil
+	}
+	class, ok := m.cfg.Objects.RuntimeClass(*name)
+	if !ok {
+		return "", fmt.Errorf("runtimeclass.node.k8s.io %q not found", *name)
+	}
+	return class.Handler, nil
 }
 
 func (w *worker) applyCgroup(pod *corev1.Pod) error {

@@ -54,6 +54,9 @@ func (w *want) refersTo(kind, namespace, name string) bool {
 	if kind == desired.KindTrustBundle {
 		return volume.ShowsBundle(pod, name)
 	}
+	if kind == desired.KindRuntimeClass {
+		return pod.Spec.RuntimeClassName != nil && *pod.Spec.RuntimeClassName == name
+	}
 	if pod.Namespace != namespace {
 		return false
 	}

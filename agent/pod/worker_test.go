@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
 	corev1 "k8s.io/api/core/v1"
+	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -50,6 +51,7 @@ func (f *fakeRuntime) ContainerStatus(context.Context, *runtimev1.ContainerStatu
 
 type nobody struct{ volume.Objects }
 
+func (nobody) RuntimeClass(string) (*nodev1.RuntimeClass, bool)       { return nil, false }
 func (nobody) Status(types.UID) (*corev1.PodStatus, bool)             { return nil, false }
 func (nobody) SetStatus(types.UID, *corev1.PodStatus)                 {}
 func (nobody) ForgetStatus(types.UID)                                 {}

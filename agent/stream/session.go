@@ -15,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"timonel/agent/desired"
 	pb "timonel/proto/timonel/v1"
 )
 
@@ -111,6 +112,7 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
 		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
 		GossipKeys: keys, Network: cfg.Network != nil, TrustBundles: true, PodCertificates: true,
+		Kinds: []string{desired.KindRuntimeClass},
 	}}}, nil
 }
 

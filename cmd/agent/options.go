@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -19,6 +20,7 @@ import (
 
 	"timonel/agent"
 	"timonel/agent/admission"
+	"timonel/agent/containerd"
 	"timonel/agent/eviction"
 	"timonel/agent/imagegc"
 	"timonel/agent/logs"
@@ -42,6 +44,7 @@ type options struct {
 	nodeIP          string
 	images          string
 	containerdBin   string
+	handlers        []string
 	pauseImage      string
 	registryDir     string
 	cniBin          string
@@ -93,6 +96,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.nodeIP, "node-ip", "", "this node's own address or addresses (default: that of the default route)")
 	f.StringVar(&o.images, "images", "", "folder of image archives (*.tar) to import, now and when they appear")
 	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run (default: from PATH)")
+	f.StringArrayVar(&o.handlers, "runtime-handler", nil, "a runtime beside runc that RuntimeClasses may name, HANDLER=/PATH/OF/PROGRAM for one that is called as runc is, or HANDLER=SHIM-TYPE such as gvisor=io.containerd.runsc.v1; may be given several times")
 	f.StringVar(&o.pauseImage, "pause-image", agent.DefaultPauseImage, "image of every pod's sandbox")
 	f.StringVar(&o.registryDir, "registry-config", "", "folder of containerd's HOST/hosts.toml files (default: DATA-DIR/containerd/certs.d)")
 	f.StringVar(&o.cniConf, "cni-conf-dir", "", "folder of the CNI configuration of another pod network, which gives pods their addresses, in place of the agent's own: that makes no bridge, routes or address translation of pods then")
@@ -208,6 +212,10 @@ func (o *options) config() (agent.Config, error) {
 	if err := o.imageGC.Validate(); err != nil {
 		return cfg, err
 	}
+	handlers, err := o.runtimeHandlers()
+	if err != nil {
+		return cfg, err
+	}
 	logMaxSize, err := parseLogMaxSize(o.logMaxSize)
 	if err != nil {
 		return cfg, err
@@ -287,7 +295,7 @@ func (o *options) config() (agent.Config, error) {
 	cfg = agent.Config{
 		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource, NameClients: nameClients,
 		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
-		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
+		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, RuntimeHandlers: handlers, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
 		CNIBin: o.cniBin, CNIConfDir: o.cniConf, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, UnsafeSysctls: o.unsafeSysctls, ImageGC: &o.imageGC,
 		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles,
 		EvictionHard: o.evictionHard, EvictionMinReclaim: o.evictionReclaim, PressureTransition: o.transition, Labels: labels, Taints: taints,
@@ -298,6 +306,27 @@ func (o *options) config() (agent.Config, error) {
 	}
 	cfg.SetDefaults()
 	return cfg, cfg.Validate()
+}
+
+// runtimeHandlers reads --runtime-handler.
+func (o *options) runtimeHandlers() (map[string]string, error) {
+	out := map[string]string{}
+	for _, text := range o.handlers {
+		name, program, ok := strings.Cut(text, "=")
+		switch {
+		case !ok:
+			return nil, fmt.Errorf("--runtime-handler: %q is not HANDLER=PROGRAM", text)
+		case o.containerd != "":
+			return nil, errors.New("--runtime-handler: the containerd of --containerd has the runtimes of its own configuration")
+		case out[name] != "":
+			return nil, fmt.Errorf("--runtime-handler: %s is given twice", name)
+		}
+		if err := containerd.CheckHandler(name, program); err != nil {
+			return nil, fmt.Errorf("--runtime-handler: %w", err)
+		}
+		out[name] = program
+	}
+	return out, nil
 }
 
 // networks reads those of a flag.

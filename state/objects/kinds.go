@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	nodev1 "k8s.io/api/node/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	resourcev1 "k8s.io/api/resource/v1"
@@ -81,6 +82,7 @@ func typedKinds() map[string]kind {
 		"leases/":                     {coordinationv1.SchemeGroupVersion.WithKind("Lease"), func() object { return &coordinationv1.Lease{} }},
 		"networkpolicies/":            {networkingv1.SchemeGroupVersion.WithKind("NetworkPolicy"), func() object { return &networkingv1.NetworkPolicy{} }},
 		"poddisruptionbudgets/":       {policyv1.SchemeGroupVersion.WithKind("PodDisruptionBudget"), func() object { return &policyv1.PodDisruptionBudget{} }},
+		"runtimeclasses/":             {nodev1.SchemeGroupVersion.WithKind("RuntimeClass"), func() object { return &nodev1.RuntimeClass{} }},
 		"priorityclasses/":            {schedulingv1.SchemeGroupVersion.WithKind("PriorityClass"), func() object { return &schedulingv1.PriorityClass{} }},
 		"storageclasses/":             {storagev1.SchemeGroupVersion.WithKind("StorageClass"), func() object { return &storagev1.StorageClass{} }},
 		"volumeattachments/":          {storagev1.SchemeGroupVersion.WithKind("VolumeAttachment"), func() object { return &storagev1.VolumeAttachment{} }},
@@ -178,6 +180,9 @@ func (s *Snapshot) Jobs() Table[*batchv1.Job] { return newTable[*batchv1.Job](s,
 
 func (s *Snapshot) CertificateSigningRequests() Table[*certificatesv1.CertificateSigningRequest] {
 	return newTable[*certificatesv1.CertificateSigningRequest](s, "certificatesigningrequests/")
+}
+func (s *Snapshot) RuntimeClasses() Table[*nodev1.RuntimeClass] {
+	return newTable[*nodev1.RuntimeClass](s, "runtimeclasses/")
 }
 func (s *Snapshot) ClusterTrustBundles() Table[*certificatesv1.ClusterTrustBundle] {
 	return newTable[*certificatesv1.ClusterTrustBundle](s, "clustertrustbundles/")

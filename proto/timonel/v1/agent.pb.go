@@ -779,8 +779,11 @@ type Hello struct {
 	TrustBundles bool `protobuf:"varint,18,opt,name=trust_bundles,json=trustBundles,proto3" json:"trust_bundles,omitempty"`
 	// The agent knows PodCertificateRequests; others get none.
 	PodCertificates bool `protobuf:"varint,19,opt,name=pod_certificates,json=podCertificates,proto3" json:"pod_certificates,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Kinds of objects that came after these and that the agent knows, as ObjectSet names
+	// them: it gets none of others.
+	Kinds         []string `protobuf:"bytes,20,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Hello) Reset() {
@@ -888,6 +891,13 @@ func (x *Hello) GetPodCertificates() bool {
 		return x.PodCertificates
 	}
 	return false
+}
+
+func (x *Hello) GetKinds() []string {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
 }
 
 // Have is all that an agent has. It is bounded by MaxHave.
@@ -3797,7 +3807,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x0eContainerUsage\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03cpu\x18\x02 \x01(\x04R\x03cpu\x12\x16\n" +
-	"\x06memory\x18\x03 \x01(\x04R\x06memory\"\xde\x02\n" +
+	"\x06memory\x18\x03 \x01(\x04R\x06memory\"\xf4\x02\n" +
 	"\x05Hello\x12\x1b\n" +
 	"\tnode_name\x18\x01 \x01(\tR\bnodeName\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x12\n" +
@@ -3810,7 +3820,8 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"gossipKeys\x12\x18\n" +
 	"\anetwork\x18\x11 \x01(\bR\anetwork\x12#\n" +
 	"\rtrust_bundles\x18\x12 \x01(\bR\ftrustBundles\x12)\n" +
-	"\x10pod_certificates\x18\x13 \x01(\bR\x0fpodCertificates\"}\n" +
+	"\x10pod_certificates\x18\x13 \x01(\bR\x0fpodCertificates\x12\x14\n" +
+	"\x05kinds\x18\x14 \x03(\tR\x05kinds\"}\n" +
 	"\x04Have\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x03R\brevision\x12'\n" +
 	"\x04pods\x18\x02 \x03(\v2\x13.timonel.v1.HavePodR\x04pods\x120\n" +
