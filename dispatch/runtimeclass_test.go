@@ -40,7 +40,7 @@ func TestRuntimeClassesOfANode(t *testing.T) {
 	a := c.connect("c1", &pb.Hello{NodeName: "a1", Kinds: []string{"Unheard", "RuntimeClass"}})
 	first := a.batch()
 	require.Len(t, first, 6, "welcome, a class, three pods, synced: %q", first)
-	require.Contains(t, first, "RuntimeClass /fast rev=2")
+	require.Contains(t, first, "RuntimeClass /fast rev=3")
 	rev := c.put(runtimeClass("late", "runsc"))
 	require.Equal(t, []string{fmt.Sprintf("RuntimeClass /late rev=%d", rev), "synced"}, a.batch())
 	c.remove(runtimeClass("fast", "crun"))
