@@ -142,6 +142,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if a.runtime, err = containerd.Dial(ctx, socket); err != nil {
 		return nil, err
 	}
+	if a.daemon != nil { // another one's is configured by whoever runs it, registries too
+		a.runtime.PullFrom(a.daemon.RegistryDir())
+	}
 	if err := a.importImages(ctx); err != nil {
 		return nil, err
 	}

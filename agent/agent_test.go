@@ -538,7 +538,7 @@ func TestPullImages(t *testing.T) {
 	without := newPod("without", corev1.Container{Name: "app", Image: image, ImagePullPolicy: corev1.PullAlways})
 	c.set(without)
 	st := c.until(without, "refused", 20*time.Second, waitingFor("ErrImagePull"))
-	require.Contains(t, st.ContainerStatuses[0].State.Waiting.Message, "401")
+	require.Contains(t, st.ContainerStatuses[0].State.Waiting.Message, "authorization failed")
 	c.until(without, "backing off", 20*time.Second, waitingFor("ImagePullBackOff"))
 
 	c.object("Secret", secret)

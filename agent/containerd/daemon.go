@@ -69,6 +69,9 @@ func NewDaemon(cfg DaemonConfig) (*Daemon, error) {
 // Socket is the path of containerd's gRPC socket.
 func (d *Daemon) Socket() string { return d.cfg.paths().socket }
 
+// RegistryDir is where HOST/hosts.toml say how registries are reached.
+func (d *Daemon) RegistryDir() string { return d.cfg.paths().registry }
+
 // Start adopts the containerd of an earlier agent, or starts one, and returns
 // when its socket answers.
 func (d *Daemon) Start(ctx context.Context) error {
