@@ -54,10 +54,14 @@ func (a *Agent) runtimeCan(st *runtimev1.StatusResponse) runtimeCan {
 // setLive takes this node's object as the API has it.
 func (a *Agent) setLive(n *corev1.Node) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
+	old := a.live
 	a.live = n
 	zone := n.Labels[corev1.LabelTopologyZone]
 	a.known.Update(func(t *feed.Txn) { t.SetZone(zone) })
+	a.mu.Unlock()
+	if old == nil || !slices.Equal(old.Status.VolumesInUse, n.Status.VolumesInUse) || !slices.Equal(old.Status.VolumesAttached, n.Status.VolumesAttached) {
+		a.csi.Look()
+	}
 }
 
 // admissionNode is what new pods are held against. What the machine has is what

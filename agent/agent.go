@@ -22,6 +22,7 @@ import (
 	"timonel/agent/admission"
 	"timonel/agent/cgroup"
 	"timonel/agent/containerd"
+	"timonel/agent/csi"
 	"timonel/agent/desired"
 	"timonel/agent/eviction"
 	"timonel/agent/hostile"
@@ -29,6 +30,7 @@ import (
 	"timonel/agent/kubelet"
 	"timonel/agent/logs"
 	"timonel/agent/node"
+	"timonel/agent/plugin"
 	"timonel/agent/pod"
 	"timonel/agent/podnet"
 	"timonel/agent/stream"
@@ -60,6 +62,8 @@ type Agent struct {
 	hostPorts *hostport.Ports // nil: another pod network's
 	addresses *address.Announcer
 	pods      *pod.Manager
+	csi       *csi.Manager
+	plugins   *plugin.Watcher
 	stream    *stream.Client
 	kubelet   *kubelet.Server
 	images    *containerd.Importer
@@ -103,6 +107,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	}
 	if err := os.MkdirAll(cfg.DataDir, 0o711); err != nil {
 		return nil, fmt.Errorf("make the data folder: %w", err)
+	}
+	if err := cfg.linkKubeletDir(); err != nil {
+		return nil, err
 	}
 	a := &Agent{cfg: cfg, log: cfg.Logger, nodeChanged: make(chan struct{}, 1), namesChanged: make(chan struct{}, 1), volumes: make(chan struct{}, 1), synced: make(chan struct{}, 1), told: make(chan struct{}, 1)}
 	var err error
@@ -231,9 +238,10 @@ func (a *Agent) describe(ctx context.Context) error {
 // updateNode computes the Node object and says whether that worked; a change
 // goes to the controllers.
 func (a *Agent) updateNode() error {
+	volumes := a.csi.Facts() // which asks for the node, so not under the lock
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions(), Handlers: a.can.handlers, GroupsPolicy: a.can.groupsPolicy, Deleted: a.deleted}, a.node, time.Now())
+	n, err := node.Make(&a.facts, node.Health{Runtime: a.runtimeBad, Network: a.networkBad, Pressure: a.evict.Conditions(), Handlers: a.can.handlers, GroupsPolicy: a.can.groupsPolicy, Deleted: a.deleted, CSI: volumes}, a.node, time.Now())
 	if err != nil {
 		return err
 	}
@@ -255,6 +263,7 @@ func (a *Agent) wire() {
 		Tunnel:     func(_ string, conn net.Conn) { a.kubelet.Serve(conn) },
 		GossipKeys: a.cfg.GossipKeys, GossipKeyIDs: a.cfg.GossipKeyIDs,
 	})
+	a.newCSI()
 	a.stream.SetNode(a.node)
 	ips := make([]string, 0, len(a.cfg.NodeIPs))
 	for _, ip := range a.cfg.NodeIPs {
@@ -262,7 +271,7 @@ func (a *Agent) wire() {
 	}
 	a.pods = pod.NewManager(pod.Config{
 		NodeName: a.cfg.Name, Dir: a.cfg.DataDir, LocalDir: a.cfg.dir("local-volumes"), CgroupRoot: a.cfg.CgroupRoot, SeccompDir: a.cfg.dir("seccomp"), MaxPids: max(a.cfg.PodMaxPids, 0),
-		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, ImagesFull: a.imagesFull, Layers: a.runtime.Layer, Views: a.runtime, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token, Certificates: a.stream.PodCertificate,
+		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, ImagesFull: a.imagesFull, Layers: a.runtime.Layer, Views: a.runtime, CSI: a.csi, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token, Certificates: a.stream.PodCertificate,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
 		Node:     a.admissionNode, RecursiveReadOnly: a.facts.RecursiveReadOnly,
@@ -287,6 +296,10 @@ func (a *Agent) wire() {
 		PodRemoved: a.pods.Remove,
 		ObjectChanged: func(kind, namespace, name string) {
 			a.pods.ObjectChanged(kind, namespace, name)
+			switch kind {
+			case desired.KindDriver, desired.KindAttachment, desired.KindSecret:
+				a.csi.Look()
+			}
 			if kind == desired.KindVolume {
 				a.volumesChanged()
 			}
@@ -356,6 +369,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.serveNames(ctx) })
 	g.Go(func() error { return a.collect(ctx) })
 	g.Go(func() error { return a.deleteVolumes(ctx) })
+	g.Go(func() error { return a.csi.Run(ctx) })
+	g.Go(func() error { return a.plugins.Run(ctx) })
 	g.Go(func() error { return a.meter(ctx) })
 	err := g.Wait()
 	return errors.Join(err, a.store.Close(), a.runtime.Close())

@@ -71,6 +71,9 @@ func Cleanup(ctx context.Context, cfg Config, keepData bool) error {
 		killAll(ctx, func() []int { return shims(socket) })
 	}
 	fail(hostile.Unmount(cfg.DataDir))
+	if cfg.KubeletDir != "" && cfg.KubeletDir != cfg.DataDir {
+		fail(hostile.RemoveLink(cfg.KubeletDir, cfg.DataDir))
+	}
 	fail(cgroup.Remove(cfg.CgroupRoot))
 	fail(podnet.Remove(cfg.network()))
 	fail(service.Remove(ctx, servicesTable))

@@ -34,6 +34,9 @@ type Config struct {
 	Name string
 	// DataDir holds all that the agent keeps. Absolute.
 	DataDir string
+	// KubeletDir is the path at which CSI drivers have DataDir: their manifests name it. A
+	// symbolic link to DataDir is made there if nothing is. Default: DataDir.
+	KubeletDir string
 	// Controllers are host:port of cluster ports to begin with.
 	Controllers []string
 	// TLS is the node's side of a connection to a controller.
@@ -162,6 +165,9 @@ const DefaultPressureTransition = 5 * time.Minute
 
 // SetDefaults fills what is empty and has a default.
 func (c *Config) SetDefaults() {
+	if c.KubeletDir == "" {
+		c.KubeletDir = c.DataDir
+	}
 	if c.PauseImage == "" {
 		c.PauseImage = DefaultPauseImage
 	}
@@ -211,6 +217,8 @@ func (c *Config) Validate() error {
 		return errors.New("agent config: Name is empty")
 	case !filepath.IsAbs(c.DataDir):
 		return fmt.Errorf("agent config: DataDir %q is not an absolute path", c.DataDir)
+	case c.KubeletDir != "" && !filepath.IsAbs(c.KubeletDir):
+		return fmt.Errorf("agent config: KubeletDir %q is not an absolute path", c.KubeletDir)
 	case len(c.NodeIPs) == 0:
 		return errors.New("agent config: NodeIPs is empty")
 	case c.MaxPods < 0:

@@ -22,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	nodev1 "k8s.io/api/node/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -251,6 +252,10 @@ func keyOf(o runtime.Object) string {
 		return "/registry/runtimeclasses/" + m.GetName()
 	case *certificatesv1beta1.PodCertificateRequest:
 		return "/registry/podcertificaterequests/" + m.GetNamespace() + "/" + m.GetName()
+	case *storagev1.CSIDriver:
+		return "/registry/csidrivers/" + m.GetName()
+	case *storagev1.VolumeAttachment:
+		return "/registry/volumeattachments/" + m.GetName()
 	case *corev1.PersistentVolumeClaim:
 		return "/registry/persistentvolumeclaims/" + m.GetNamespace() + "/" + m.GetName()
 	case *corev1.PersistentVolume:
@@ -272,7 +277,7 @@ func encode(t *testing.T, o runtime.Object) []byte {
 	o.(metav1.Object).SetResourceVersion("")
 	s := protobuf.NewSerializer(scheme.Scheme, scheme.Scheme)
 	var out bytes.Buffer
-	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, networkingv1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion, nodev1.SchemeGroupVersion}).Encode(o, &out))
+	require.NoError(t, scheme.Codecs.EncoderForVersion(s, schema.GroupVersions{corev1.SchemeGroupVersion, networkingv1.SchemeGroupVersion, certificatesv1beta1.SchemeGroupVersion, nodev1.SchemeGroupVersion, storagev1.SchemeGroupVersion}).Encode(o, &out))
 	return out.Bytes()
 }
 
@@ -509,6 +514,10 @@ func describe(t *testing.T, m *pb.ControllerMessage) string {
 			o = &corev1.PersistentVolume{}
 		case kindRuntimeClass:
 			o = &nodev1.RuntimeClass{}
+		case kindDriver:
+			o = &storagev1.CSIDriver{}
+		case kindAttachment:
+			o = &storagev1.VolumeAttachment{}
 		default:
 			o = &corev1.ServiceAccount{}
 		}

@@ -12,6 +12,7 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -42,7 +43,7 @@ func (a *agent) take(m *pb.ControllerMessage) {
 			Unmarshal([]byte) error
 		}{kindConfigMap: &corev1.ConfigMap{}, kindSecret: &corev1.Secret{}, kindServiceAccount: &corev1.ServiceAccount{},
 			kindClaim: &corev1.PersistentVolumeClaim{}, kindVolume: &corev1.PersistentVolume{}, kindTrustBundle: &certificatesv1.ClusterTrustBundle{},
-			kindPodCertificate: &certificatesv1.PodCertificateRequest{}, kindRuntimeClass: &nodev1.RuntimeClass{}}[m.ObjectSet.Kind]
+			kindPodCertificate: &certificatesv1.PodCertificateRequest{}, kindRuntimeClass: &nodev1.RuntimeClass{}, kindDriver: &storagev1.CSIDriver{}, kindAttachment: &storagev1.VolumeAttachment{}}[m.ObjectSet.Kind]
 		require.NoError(a.t, o.Unmarshal(m.ObjectSet.Object))
 		a.objs[m.ObjectSet.Kind+"/"+o.GetName()] = &pb.HaveObject{
 			Kind: m.ObjectSet.Kind, Namespace: o.GetNamespace(), Name: o.GetName(), Uid: string(o.GetUID()),

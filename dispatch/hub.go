@@ -12,6 +12,7 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	storagev1 "k8s.io/api/storage/v1"
 
 	"timonel/dispatch/network"
 	pb "timonel/proto/timonel/v1"
@@ -94,6 +95,10 @@ func (h *hub) wakeFor(changes []objects.Changed) {
 				h.wakeUsers(objKey{kindServiceAccount, o.Namespace, o.Name})
 			case *corev1.PersistentVolumeClaim:
 				h.wakeUsers(objKey{kindClaim, o.Namespace, o.Name})
+			case *storagev1.CSIDriver:
+				h.wakeUsers(objKey{kindDriver, "", o.Name})
+			case *storagev1.VolumeAttachment:
+				h.wakeUsers(objKey{kindAttachment, "", o.Name})
 			case *certificatesv1.ClusterTrustBundle:
 				h.wakeUsers(objKey{kindTrustBundle, "", o.Name})
 				h.wakeUsers(objKey{kindSigner, "", o.Spec.SignerName})

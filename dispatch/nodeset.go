@@ -12,7 +12,8 @@ import (
 )
 
 // sendNode tells the agent what pods are held against of its own Node: labels,
-// taints and what can be allocated, which others than the agent set, too. It is
+// taints and what can be allocated, which others than the agent set, too; and which
+// volumes the cluster knows to be in use there and has attached. It is
 // of the same snapshot as the pods that follow, so that a pod which was bound
 // for the sake of a new label never comes before that label.
 func (s *session) sendNode(snapshot *objects.Snapshot) error {
@@ -31,11 +32,13 @@ func (s *session) sendNode(snapshot *objects.Snapshot) error {
 	return s.stream.Send(&pb.ControllerMessage{Message: &pb.ControllerMessage_NodeSet{NodeSet: &pb.NodeSet{Node: body}}})
 }
 
-// nodeForAdmission leaves out what changes often and no pod is held against.
+// nodeForAdmission leaves out what changes often and no pod waits for.
 func nodeForAdmission(n *corev1.Node) *corev1.Node {
 	return &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: n.Name, UID: n.UID, Labels: n.Labels},
 		Spec:       corev1.NodeSpec{Taints: n.Spec.Taints, Unschedulable: n.Spec.Unschedulable},
-		Status:     corev1.NodeStatus{Allocatable: n.Status.Allocatable},
+		Status: corev1.NodeStatus{
+			Allocatable: n.Status.Allocatable, VolumesInUse: n.Status.VolumesInUse, VolumesAttached: n.Status.VolumesAttached,
+		},
 	}
 }

@@ -20,7 +20,10 @@ const (
 	// kindSigner is no object: who refers to a signer hears of all its trust bundles.
 	kindSigner = "signer"
 
-	kindRuntimeClass   = "RuntimeClass"
+	kindRuntimeClass = "RuntimeClass"
+	kindDriver       = "CSIDriver"        // without a namespace
+	kindAttachment   = "VolumeAttachment" // likewise
+
 	kindPodCertificate = "PodCertificateRequest"
 	// kindCertified is no object: who has a pod by that uid hears of all requests for it.
 	kindCertified = "certified"
@@ -47,8 +50,8 @@ func wanted(node string, pods []*corev1.Pod, s *objects.Snapshot, add func(objKe
 
 // references calls add with each object that a pod needs: ConfigMaps and Secrets
 // of its environment, volumes and image pulls, its ServiceAccount, the pull
-// secrets of that, its claims and their volumes, trust bundles, what was asked for
-// of its certificates, and its RuntimeClass.
+// secrets of that, its claims and their volumes with what CSI needs for them, trust
+// bundles, what was asked for of its certificates, and its RuntimeClass.
 func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 	ns := pod.Namespace
 	configMap := func(name string) { addNamed(add, kindConfigMap, ns, name) }
@@ -108,13 +111,17 @@ func references(pod *corev1.Pod, s *objects.Snapshot, add func(objKey)) {
 		if v.Secret != nil {
 			secret(v.Secret.SecretName)
 		}
-		if v.CSI != nil && v.CSI.NodePublishSecretRef != nil {
-			secret(v.CSI.NodePublishSecretRef.Name)
+		if v.CSI != nil {
+			addNamed(add, kindDriver, "", v.CSI.Driver)
+			if v.CSI.NodePublishSecretRef != nil {
+				secret(v.CSI.NodePublishSecretRef.Name)
+			}
 		}
 		if name := objects.ClaimName(pod, v); name != "" {
 			addNamed(add, kindClaim, ns, name)
 			if claim, ok := s.PVCs().Get(ns, name); ok {
 				addNamed(add, kindVolume, "", claim.Spec.VolumeName)
+				csiVolume(pod.Spec.NodeName, claim, s, add)
 			}
 		}
 		if v.Projected == nil {
@@ -198,6 +205,14 @@ func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 		}
 	case kindRuntimeClass:
 		if o, ok := s.RuntimeClasses().Get("", k.name); ok {
+			return o, objects.Revision(o)
+		}
+	case kindDriver:
+		if o, ok := s.CSIDrivers().Get("", k.name); ok {
+			return o, objects.Revision(o)
+		}
+	case kindAttachment:
+		if o, ok := s.VolumeAttachments().Get("", k.name); ok {
 			return o, objects.Revision(o)
 		}
 	case kindPodCertificate:

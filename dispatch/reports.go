@@ -33,6 +33,7 @@ const (
 type reports struct {
 	mu     sync.Mutex
 	node   *corev1.Node
+	csi    *csiReport // nil: it said nothing of it
 	pods   map[types.UID]*podReport
 	events int // waiting
 	serial uint64

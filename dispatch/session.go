@@ -243,6 +243,10 @@ func (s *session) receive() error {
 			}
 		case *pb.AgentMessage_Usage:
 			s.reportUsage(m.Usage)
+		case *pb.AgentMessage_CsiNode:
+			if err := s.reportCSINode(m.CsiNode); err != nil {
+				return status.Error(codes.InvalidArgument, err.Error())
+			}
 		case *pb.AgentMessage_Goodbye:
 			s.goodbye.Store(true)
 		default:

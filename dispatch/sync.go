@@ -175,7 +175,7 @@ func (s *session) knows(kind string) bool {
 		return s.bundles
 	case kindPodCertificate:
 		return s.certs
-	case kindRuntimeClass:
+	case kindRuntimeClass, kindDriver, kindAttachment:
 		return slices.Contains(s.kinds, kind)
 	}
 	return true

@@ -52,7 +52,7 @@ func Fields() []Field {
 		{"VolumeMount", volumeMount}, {"Probe", probe}, {"HTTPGetAction", httpGet}, {"HTTPHeader", nameAndValue("pod")},
 		{"TCPSocketAction", tcpSocket}, {"GRPCAction", grpcAction}, {"ExecAction", []Field{{"command", Done, "pod", ""}}},
 		{"Lifecycle", lifecycle}, {"LifecycleHandler", lifecycleHandler}, {"SleepAction", []Field{{"seconds", Done, "pod", ""}}},
-		{"Volume", volume}, {"ImageVolumeSource", imageSource}, {"HostPathVolumeSource", hostPathSource},
+		{"Volume", volume}, {"ImageVolumeSource", imageSource}, {"CSIVolumeSource", csiSource}, {"VolumeDevice", volumeDevice}, {"HostPathVolumeSource", hostPathSource},
 		{"PersistentVolumeClaimVolumeSource", claimSource}, {"EphemeralVolumeSource", ephemeralSource}, {"EmptyDirVolumeSource", emptyDirSource},
 		{"SecretVolumeSource", secretSource}, {"ConfigMapVolumeSource", configMapSource}, {"KeyToPath", keyToPath},
 		{"DownwardAPIVolumeSource", downwardSource}, {"DownwardAPIVolumeFile", downwardFile},

@@ -89,7 +89,7 @@ func TestFieldsThatAreDone(t *testing.T) {
 	list := listed(t)
 	goNames := upstream(func(name string) bool { f, ok := list[name]; return ok && !carriedOut(f) })
 	sources, tests, stories := map[string]string{}, map[string]string{}, map[string]string{}
-	for _, dir := range []string{"pod", "volume", "image", "admission"} {
+	for _, dir := range []string{"pod", "volume", "csi", "image", "admission"} {
 		files, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
 		require.NoError(t, err)
 		require.NotEmpty(t, files)
@@ -207,9 +207,6 @@ func refusedExamples() map[string][]func(*corev1.PodSpec) {
 		"SecurityContext.windowsOptions": {func(s *corev1.PodSpec) { first(s).SecurityContext.WindowsOptions = windows }},
 		"SecurityContext.procMount":      {func(s *corev1.PodSpec) { first(s).SecurityContext.ProcMount = ptr.To(corev1.UnmaskedProcMount) }},
 
-		"Container.volumeDevices": {func(s *corev1.PodSpec) {
-			first(s).VolumeDevices = []corev1.VolumeDevice{{Name: "v", DevicePath: "/dev/x"}}
-		}},
 		"ResourceRequirements.claims": {func(s *corev1.PodSpec) { first(s).Resources.Claims = []corev1.ResourceClaim{{Name: "gpu"}} }, func(s *corev1.PodSpec) {
 			s.Resources = &corev1.ResourceRequirements{Claims: []corev1.ResourceClaim{{Name: "gpu"}}}
 		}},
@@ -383,7 +380,6 @@ func TestRefusedEphemeralContainers(t *testing.T) {
 	plain := corev1.Container{Name: "debug", Image: "i", SecurityContext: &corev1.SecurityContext{Privileged: ptr.To(true)}}
 	require.Nil(t, RefuseEphemeral(&plain, node))
 	for want, change := range map[string]func(*corev1.Container){
-		"volumeDevices":       func(c *corev1.Container) { c.VolumeDevices = []corev1.VolumeDevice{{Name: "v"}} },
 		"procMount: Unmasked": func(c *corev1.Container) { c.SecurityContext.ProcMount = ptr.To(corev1.UnmaskedProcMount) },
 		"Cannot enforce AppArmor": func(c *corev1.Container) {
 			c.SecurityContext.AppArmorProfile = &corev1.AppArmorProfile{Type: corev1.AppArmorProfileTypeRuntimeDefault}

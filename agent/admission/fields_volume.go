@@ -11,7 +11,7 @@ var volume = []Field{
 	{"nfs", Refused, "", ""},
 	{"iscsi", Refused, "", ""},
 	{"glusterfs", Refused, "", ""},
-	{"persistentVolumeClaim", Done, "volume", "local and hostPath volumes, the node's own among them; with others pods wait, and say so: FailedMount"},
+	{"persistentVolumeClaim", Done, "volume", "volumes of CSI drivers, local and hostPath, the node's own among them; with others pods wait, and say so: FailedMount"},
 	{"rbd", Refused, "", ""},
 	{"flexVolume", Refused, "", ""},
 	{"cinder", Refused, "", ""},
@@ -29,10 +29,17 @@ var volume = []Field{
 	{"portworxVolume", Refused, "", ""},
 	{"scaleIO", Refused, "", ""},
 	{"storageos", Refused, "", ""},
-	{"csi", Refused, "", ""},
+	{"csi", Done, "volume", "by drivers that register at the agent"},
 	{"ephemeral", Done, "volume", "as persistentVolumeClaim"},
 	{"image", Done, "volume", "one for the life of the pod; containers can run programs in it: containerd 1.6 mounts none noexec"},
 }
+
+var csiSource = []Field{
+	{"driver", Done, "csi", ""}, {"readOnly", Done, "csi", ""}, {"fsType", Done, "csi", ""}, {"volumeAttributes", Done, "csi", ""},
+	{"nodePublishSecretRef", Done, "csi", ""},
+}
+
+var volumeDevice = []Field{{"name", Done, "pod", ""}, {"devicePath", Done, "pod", ""}}
 
 var imageSource = []Field{{"reference", Done, "pod", ""}, {"pullPolicy", Done, "pod", ""}}
 

@@ -117,9 +117,6 @@ func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...a
 	if len(c.Resources.Claims) > 0 {
 		say("%sresources.claims (dynamic resource allocation)", where)
 	}
-	if len(c.VolumeDevices) > 0 {
-		say("%svolumeDevices (block volumes)", where)
-	}
 	for _, m := range c.VolumeMounts {
 		if r := m.RecursiveReadOnly; r != nil && *r != corev1.RecursiveReadOnlyDisabled && *r != corev1.RecursiveReadOnlyIfPossible && !node.RecursiveReadOnly() {
 			say("%svolume %q requested recursive read-only mode, but it is not supported by the runtime", where, m.Name)
@@ -169,7 +166,7 @@ func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...a
 }
 
 // volumes are the sources that a node can make; all others are refused.
-var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral", "image"}
+var volumes = []string{"hostPath", "emptyDir", "secret", "configMap", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral", "csi", "image"}
 
 // projections are the sources within a projected volume.
 var projections = []string{"secret", "configMap", "downwardAPI", "serviceAccountToken", "clusterTrustBundle", "podCertificate"}

@@ -15,6 +15,7 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"timonel/agent/hostile"
@@ -30,6 +31,8 @@ const (
 	KindTrustBundle    = "ClusterTrustBundle"
 	KindRuntimeClass   = "RuntimeClass"
 	KindPodCertificate = "PodCertificateRequest" // that this node made for a pod
+	KindDriver         = "CSIDriver"             // of a pod's volume
+	KindAttachment     = "VolumeAttachment"      // of a pod's volume to this node
 )
 
 // object is what the generated API types have in common here.
@@ -76,6 +79,10 @@ func newObject(kind string) (object, error) {
 		return &nodev1.RuntimeClass{}, nil
 	case KindPodCertificate:
 		return &certificatesv1.PodCertificateRequest{}, nil
+	case KindDriver:
+		return &storagev1.CSIDriver{}, nil
+	case KindAttachment:
+		return &storagev1.VolumeAttachment{}, nil
 	}
 	return nil, fmt.Errorf("objects of kind %q are not known to this agent; is it older than the controller?", kind)
 }
@@ -404,6 +411,18 @@ func (s *Store) ClusterTrustBundles(signer string) []*certificatesv1.ClusterTrus
 // PodCertificateRequest returns one that this node made for a pod.
 func (s *Store) PodCertificateRequest(namespace, name string) (*certificatesv1.PodCertificateRequest, bool) {
 	obj, ok := s.object(KindPodCertificate, namespace, name).(*certificatesv1.PodCertificateRequest)
+	return obj, ok
+}
+
+// CSIDriver returns what the cluster knows of a driver that a pod's volume names.
+func (s *Store) CSIDriver(name string) (*storagev1.CSIDriver, bool) {
+	obj, ok := s.object(KindDriver, "", name).(*storagev1.CSIDriver)
+	return obj, ok
+}
+
+// VolumeAttachment returns that of a pod's volume to this node.
+func (s *Store) VolumeAttachment(name string) (*storagev1.VolumeAttachment, bool) {
+	obj, ok := s.object(KindAttachment, "", name).(*storagev1.VolumeAttachment)
 	return obj, ok
 }
 

@@ -17,6 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"timonel/agent/csi"
 	"timonel/agent/hostile"
 )
 
@@ -56,6 +57,8 @@ type Health struct {
 	// containerd heeds supplementalGroupsPolicy.
 	Handlers     []corev1.NodeRuntimeHandler
 	GroupsPolicy bool
+	// CSI is what drivers say of this node, and which of their volumes are in use.
+	CSI csi.Facts
 	// Deleted are volumes that are being deleted and of which nothing is left here.
 	Deleted []types.UID
 }
@@ -140,6 +143,7 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		corev1.LabelHostname: f.Name, corev1.LabelOSStable: "linux", corev1.LabelArchStable: runtime.GOARCH,
 		"beta.kubernetes.io/os": "linux", "beta.kubernetes.io/arch": runtime.GOARCH,
 	}
+	maps.Copy(labels, h.CSI.Labels)
 	maps.Copy(labels, f.Labels)
 	n := &corev1.Node{
 		TypeMeta:   metav1.TypeMeta{Kind: "Node", APIVersion: "v1"},
@@ -147,11 +151,16 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		Spec:       corev1.NodeSpec{Taints: f.Taints},
 		Status: corev1.NodeStatus{
 			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
+			VolumesInUse:    h.CSI.InUse,
 			DaemonEndpoints: corev1.NodeDaemonEndpoints{KubeletEndpoint: corev1.DaemonEndpoint{Port: KubeletPort}},
 			RuntimeHandlers: h.Handlers, Features: &corev1.NodeFeatures{SupplementalGroupsPolicy: new(h.GroupsPolicy)},
 		},
 	}
-	n.Annotations = map[string]string{"timonel.io/deleted-volumes": joined(h.Deleted)}
+	n.Annotations = map[string]string{
+		"timonel.io/deleted-volumes": joined(h.Deleted), csi.NodeIDs: h.CSI.NodeIDs,
+		// Volumes are attached by the controllers, never by a node.
+		"volumes.kubernetes.io/controller-managed-attach-detach": "true",
+	}
 	if f.GossipAt != "" {
 		n.Annotations["timonel.io/gossip-address"] = f.GossipAt
 	}

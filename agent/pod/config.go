@@ -145,6 +145,10 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 	if err != nil {
 		return nil, err
 	}
+	devices, err := w.devices(pod, c)
+	if err != nil {
+		return nil, err
+	}
 	security, err := w.containerSecurity(pod, c, imageID)
 	if err != nil {
 		return nil, err
@@ -177,8 +181,8 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 		},
 		LogPath: filepath.Join(c.Name, fmt.Sprintf("%d.log", s.restarts)),
 		Stdin:   c.Stdin, StdinOnce: c.StdinOnce, Tty: c.TTY,
-		Mounts: mounts,
-		Linux:  &runtimev1.LinuxContainerConfig{Resources: containerResources(pod, c, w.m.cfg.Capacity()), SecurityContext: security},
+		Mounts: mounts, Devices: devices,
+		Linux: &runtimev1.LinuxContainerConfig{Resources: containerResources(pod, c, w.m.cfg.Capacity()), SecurityContext: security},
 	}
 	if len(c.Ports) > 0 {
 		if raw, err := json.Marshal(c.Ports); err == nil {

@@ -78,6 +78,8 @@ type Config struct {
 	// ImagesFull says why no image is to be pulled; nil: there always is room.
 	ImagesFull func() error
 	Layers     Layers
+	// CSI mounts the volumes of CSI drivers; nil: there are none.
+	CSI volume.CSI
 	// Views mounts images as volumes.
 	Views        volume.Images
 	Beside       Beside
@@ -151,7 +153,7 @@ func NewManager(cfg Config) *Manager {
 	}
 	m.images.StopWhen(cfg.ImagesFull)
 	m.volumes = volume.New(volume.Config{
-		Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens, Certificates: cfg.Certificates, Images: cfg.Views, Event: m.volumeEvent,
+		Dir: filepath.Join(cfg.Dir, "pods"), Objects: cfg.Objects, Tokens: cfg.Tokens, Certificates: cfg.Certificates, Images: cfg.Views, CSI: cfg.CSI, Event: m.volumeEvent,
 		Allocatable: cfg.Capacity, Now: cfg.Now, Logger: log,
 		Node: cfg.NodeName, LocalDir: cfg.LocalDir, Labels: func() map[string]string {
 			if cfg.Node == nil {
@@ -249,6 +251,16 @@ func (m *Manager) ObjectChanged(kind, namespace, name string) {
 		if w.refersTo(kind, namespace, name) {
 			w.refresh()
 		}
+	}
+}
+
+// VolumeChanged makes a pod look at its volumes again.
+func (m *Manager) VolumeChanged(uid types.UID) {
+	m.mu.Lock()
+	w := m.workers[uid]
+	m.mu.Unlock()
+	if w != nil {
+		w.refresh()
 	}
 }
 

@@ -90,6 +90,23 @@ func (w *worker) mounts(pod *corev1.Pod, c *corev1.Container, env environment, p
 	return out, nil
 }
 
+// devices are a container's block volumes.
+func (w *worker) devices(pod *corev1.Pod, c *corev1.Container) ([]*runtimev1.Device, error) {
+	var out []*runtimev1.Device
+	for _, d := range c.VolumeDevices {
+		path, ok := w.known.volumes[d.Name]
+		if !ok {
+			return nil, fmt.Errorf("volume %q of device %s is not ready", d.Name, d.DevicePath)
+		}
+		access := "mrw"
+		if readOnlyVolume(pod, d.Name) {
+			access = "r"
+		}
+		out = append(out, &runtimev1.Device{HostPath: path, ContainerPath: d.DevicePath, Permissions: access})
+	}
+	return out, nil
+}
+
 // isSealed says whether a mount is read-only with all that is mounted below it.
 func isSealed(m *corev1.VolumeMount, possible bool) bool {
 	return possible && m.ReadOnly && m.RecursiveReadOnly != nil && *m.RecursiveReadOnly != corev1.RecursiveReadOnlyDisabled

@@ -65,11 +65,13 @@ func (w *worker) makeVolumes(want *want, s *seen) {
 		if w.ctx.Err() != nil {
 			return
 		}
-		reason, message := reasonCreating, "MountVolume failed: "+strings.ReplaceAll(rpcText(err), "\n", "; ")
+		reason, message := reasonCreating, mountMessage(err)
 		if errors.Is(err, volume.ErrUnsupported) {
 			reason = reasonUnsupported
 		}
-		w.eventOnce(pod, corev1.EventTypeWarning, "FailedMount", message, "")
+		if !errors.Is(err, volume.ErrPending) { // nothing has failed
+			w.eventOnce(pod, corev1.EventTypeWarning, eventOf(message), message, "")
+		}
 		w.putOff(waitVolumes, reason, message)
 		if s.volumes != nil { // what was mounted before stays as it is
 			s.refreshAt = w.waits[waitVolumes].until
@@ -78,6 +80,24 @@ func (w *worker) makeVolumes(want *want, s *seen) {
 	}
 	w.waits.done(waitVolumes)
 	s.volumes, s.refreshAt = mounts, refresh
+}
+
+// mountMessage is what is said of volumes that are not there. What CSI says of one is in
+// upstream's words already.
+func mountMessage(err error) string {
+	text := strings.ReplaceAll(rpcText(err), "\n", "; ")
+	if strings.HasPrefix(text, "MountVolume.") || strings.HasPrefix(text, "MapVolume.") {
+		return text
+	}
+	return "MountVolume failed: " + text
+}
+
+// eventOf is the reason of an event with a message of mountMessage.
+func eventOf(message string) string {
+	if strings.HasPrefix(message, "MapVolume.") {
+		return "FailedMapVolume"
+	}
+	return "FailedMount"
 }
 
 // makeSandbox makes the pod's sandbox: its namespaces, network and cgroup.

@@ -90,6 +90,11 @@ func (w *want) refersTo(kind, namespace, name string) bool {
 			}
 		}
 	}
+	for i := range pod.Spec.Volumes { // inline CSI
+		if v := pod.Spec.Volumes[i].CSI; v != nil && kind == desired.KindSecret && v.NodePublishSecretRef != nil && v.NodePublishSecretRef.Name == name {
+			return true
+		}
+	}
 	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
 		for i := range list {
 			if envRefersTo(&list[i], kind, name) {

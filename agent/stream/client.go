@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/util/uuid"
 
 	"timonel/agent/desired"
@@ -227,6 +228,20 @@ func (c *Client) SetNode(node *corev1.Node) { c.out.setNode(node) }
 
 // SetUsage queues what the node takes now, an encoded Usage.
 func (c *Client) SetUsage(raw []byte) { c.out.setUsage(&pb.UsageReport{Usage: raw}) }
+
+// SetCSINode queues which CSI drivers the node has, and those that it had since the agent
+// started. It is said again to each controller that is connected to.
+func (c *Client) SetCSINode(node *storagev1.CSINode, gone []string) {
+	raw, err := node.Marshal()
+	if err == nil && len(raw) > pb.MaxCSINode {
+		err = fmt.Errorf("it has %d bytes, controllers take %d", len(raw), pb.MaxCSINode)
+	}
+	if err != nil {
+		c.log.Error("which CSI drivers there are is not said", "error", err)
+		return
+	}
+	c.out.setCSINode(&pb.CSINodeReport{CsiNode: raw, Gone: gone})
+}
 
 // SetPodStatus queues a pod's new status. The newest status of every pod is
 // sent again to each controller that is connected to.

@@ -26,6 +26,8 @@ type outbox struct {
 	events     []*corev1.Event
 	requests   []*pb.Request
 	usage      *pb.UsageReport
+	csiNode    *pb.CSINodeReport
+	csiDirty   bool
 	kept       []string // names of keys of gossip, to say so
 	wake       chan struct{}
 }
@@ -108,6 +110,14 @@ func (o *outbox) setUsage(u *pb.UsageReport) {
 	o.signal()
 }
 
+// setCSINode takes which CSI drivers the node has. Each controller is told of it.
+func (o *outbox) setCSINode(r *pb.CSINodeReport) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.csiNode, o.csiDirty = r, true
+	o.signal()
+}
+
 // setKept queues the names of the keys of gossip that are kept.
 func (o *outbox) setKept(ids []string) {
 	o.mu.Lock()
@@ -130,6 +140,10 @@ func (o *outbox) hello() *corev1.Node {
 	defer o.mu.Unlock()
 	o.nodeDirty = false
 	o.requests, o.kept = nil, nil
+	if o.csiNode != nil {
+		o.csiDirty = true
+		o.signal()
+	}
 	for uid := range o.statuses {
 		o.mark(uid)
 	}
@@ -149,6 +163,10 @@ func (o *outbox) take() []*pb.AgentMessage {
 			out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_NodeStatus{NodeStatus: &pb.NodeStatus{Node: raw}}})
 		}
 		o.nodeDirty = false
+	}
+	if o.csiDirty {
+		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_CsiNode{CsiNode: o.csiNode}})
+		o.csiDirty = false
 	}
 	if o.kept != nil {
 		out = append(out, &pb.AgentMessage{Message: &pb.AgentMessage_GossipKeysKept{GossipKeysKept: &pb.GossipKeysKept{Ids: o.kept}}})

@@ -112,7 +112,7 @@ func (s *session) hello() (*pb.AgentMessage, error) {
 	return &pb.AgentMessage{Message: &pb.AgentMessage_Hello{Hello: &pb.Hello{
 		NodeName: cfg.NodeName, Instance: s.client.instance, Version: cfg.Version, Node: raw, Epoch: epoch, Have: cfg.Desired.Have(),
 		GossipKeys: keys, Network: cfg.Network != nil, TrustBundles: true, PodCertificates: true,
-		Kinds: []string{desired.KindRuntimeClass},
+		Kinds: []string{desired.KindRuntimeClass, desired.KindDriver, desired.KindAttachment},
 	}}}, nil
 }
 

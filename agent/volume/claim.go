@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
@@ -35,51 +36,71 @@ func ClaimOf(pod *corev1.Pod, v *corev1.Volume) string {
 	return ""
 }
 
-// claimed finds what is behind a claim, and makes it if it is this node's own.
-func (m *Manager) claimed(ctx context.Context, pod *corev1.Pod, v *corev1.Volume) (string, error) {
+// claimed finds what is behind a claim, and makes it if it is this node's own or a CSI
+// driver's; of those it says when to ask again, too.
+func (m *Manager) claimed(ctx context.Context, pod *corev1.Pod, v *corev1.Volume) (string, time.Time, error) {
 	had, err := m.noted(pod.UID, v.Name)
 	if err != nil {
-		return "", err
+		return "", time.Time{}, err
 	}
 	if had != "" {
 		pv, ok := m.cfg.PersistentVolume(had)
 		if !ok {
-			return "", fmt.Errorf("PersistentVolume %q, which the pod has, is not known here yet", had)
+			return "", time.Time{}, fmt.Errorf("PersistentVolume %q, which the pod has, is not known here yet", had)
 		}
 		m.use(pv, pod.UID)
-		return m.claimPath(pv)
+		if pv.Spec.CSI != nil {
+			return m.claimOfDriver(pod, v, pv)
+		}
+		path, err := m.claimPath(pv)
+		return path, time.Time{}, err
 	}
 	pv, err := m.bound(pod, v)
 	if err != nil {
-		return "", err
+		return "", time.Time{}, err
 	}
+	never := time.Time{}
 	if m.cfg.Labels != nil {
 		if labels := m.cfg.Labels(); labels != nil {
 			if err := volume.CheckNodeAffinity(pv, labels); err != nil {
-				return "", fmt.Errorf("PersistentVolume %q is not for this node: %w", pv.Name, err)
+				return "", never, fmt.Errorf("PersistentVolume %q is not for this node: %w", pv.Name, err)
 			}
 		}
 	}
+	if pv.Spec.CSI != nil {
+		if !m.use(pv, pod.UID) {
+			return "", never, errTaken
+		}
+		if err := m.note(pod.UID, v.Name, pv.Name); err != nil {
+			return "", never, err
+		}
+		return m.claimOfDriver(pod, v, pv)
+	}
 	path, err := m.claimPath(pv)
+	if err == nil {
+		err = checkUse(pod, v.Name, false)
+	}
 	if err != nil {
-		return "", err
+		return "", never, err
 	}
 	if !m.use(pv, pod.UID) {
-		return "", fmt.Errorf("volume uses the ReadWriteOncePod access mode and is already in use by another pod")
+		return "", never, errTaken
 	}
 	if m.isOwn(pv) {
 		if err := m.makeLocal(ctx, pv.Name); err != nil {
-			return "", err
+			return "", never, err
 		}
 	}
 	if pv.Spec.Local != nil {
 		readOnly := v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly
 		if err := m.giveToGroup(ctx, pod, path, readOnly); err != nil {
-			return "", err
+			return "", never, err
 		}
 	}
-	return path, m.note(pod.UID, v.Name, pv.Name)
+	return path, never, m.note(pod.UID, v.Name, pv.Name)
 }
+
+var errTaken = errors.New("volume uses the ReadWriteOncePod access mode and is already in use by another pod")
 
 // bound returns the volume of a claim, or why the pod cannot have it, as the
 // kubelet says it.
@@ -105,7 +126,7 @@ func (m *Manager) bound(pod *corev1.Pod, v *corev1.Volume) (*corev1.PersistentVo
 		return nil, fmt.Errorf("PersistentVolume %q of PVC %s/%s is not known here yet", claim.Spec.VolumeName, pod.Namespace, name)
 	case pv.Spec.ClaimRef == nil || pv.Spec.ClaimRef.UID != claim.UID:
 		return nil, fmt.Errorf("PersistentVolume %q spec.claimRef.uid is not that of PVC %s/%s", pv.Name, pod.Namespace, name)
-	case pv.Spec.VolumeMode != nil && *pv.Spec.VolumeMode != corev1.PersistentVolumeFilesystem:
+	case pv.Spec.VolumeMode != nil && *pv.Spec.VolumeMode != corev1.PersistentVolumeFilesystem && pv.Spec.CSI == nil:
 		return nil, fmt.Errorf("PersistentVolume %q: volumeMode %s is %w", pv.Name, *pv.Spec.VolumeMode, ErrUnsupported)
 	}
 	return pv, nil
@@ -131,7 +152,7 @@ func (m *Manager) claimPath(pv *corev1.PersistentVolume) (string, error) {
 		}
 		return s.Local.Path, err
 	}
-	return "", fmt.Errorf("PersistentVolume %q: volumes of type %s are %w: use local or hostPath", pv.Name, typeOf(&pv.Spec.PersistentVolumeSource), ErrUnsupported)
+	return "", fmt.Errorf("PersistentVolume %q: volumes of type %s are %w: use csi, local or hostPath", pv.Name, typeOf(&pv.Spec.PersistentVolumeSource), ErrUnsupported)
 }
 
 // giveToGroup lets the pod's fsGroup at a volume, as its policy says.

@@ -1,6 +1,6 @@
 // Package volume puts a pod's volumes on the node: emptyDir, hostPath,
 // configMap, secret, downwardAPI, projected (with service account tokens and pod
-// certificates), images, what is behind claims (local and hostPath) and the binds that
+// certificates), images, what is behind claims (local, hostPath, CSI) and the binds that
 // subPath needs. Setup may be called again at any time: it brings the content up to date,
 // atomically for readers in the container.
 //
@@ -31,4 +31,5 @@
 //	subpath.go, hostpath.go
 //	claim.go     which PersistentVolume a claim has, and where that is
 //	local.go     those that are the node's own
+//	csi.go       those that CSI drivers mount (package csi)
 package volume

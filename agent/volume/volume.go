@@ -18,6 +18,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"timonel/agent/csi"
 	"timonel/agent/hostile"
 )
 
@@ -50,6 +51,8 @@ type Config struct {
 	Tokens       Tokens
 	Certificates Certificates
 	Images       Images
+	// CSI mounts volumes of CSI drivers; nil: there are none.
+	CSI CSI
 	// Event tells a pod's owner what happened. Default: nobody hears of it.
 	Event func(pod types.UID, eventType, reason, message string)
 	// Allocatable is the node's, for resourceFieldRef without a limit.
@@ -109,10 +112,18 @@ func pluginName(plugin string) string { return filepath.Join("volumes", "kuberne
 func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (mounts Mounts, refresh time.Time, err error) {
 	mounts = Mounts{}
 	left := m.apiRoom()
-	var errs []error
+	var errs, pending []error
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i]
 		path, again, err := m.setup(ctx, pod, v, &left)
+		if errors.Is(err, ErrPending) {
+			pending = append(pending, err)
+			continue
+		}
+		if failed := (*csi.Failure)(nil); errors.As(err, &failed) {
+			errs = append(errs, err) // it says which
+			continue
+		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("volume %q: %w", v.Name, err))
 			continue
@@ -121,6 +132,9 @@ func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (
 		if !again.IsZero() && (refresh.IsZero() || again.Before(refresh)) {
 			refresh = again
 		}
+	}
+	if len(errs) == 0 {
+		errs = pending
 	}
 	return mounts, refresh, errors.Join(errs...)
 }
@@ -136,8 +150,9 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 	case s.HostPath != nil:
 		return s.HostPath.Path, never, hostPath(s.HostPath)
 	case s.PersistentVolumeClaim != nil, s.Ephemeral != nil:
-		path, err := m.claimed(ctx, pod, v)
-		return path, never, err
+		return m.claimed(ctx, pod, v)
+	case s.CSI != nil:
+		return m.ofDriver(csi.Request{Pod: pod, Volume: v.Name, Source: s.CSI, Inline: true, ReadOnly: s.CSI.ReadOnly != nil && *s.CSI.ReadOnly})
 	case s.Image != nil:
 		path, err := m.image(pod, v.Name)
 		return path, never, err
@@ -166,7 +181,7 @@ func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, 
 		path, err := p.write(apiPlugin(v), v.Name)
 		return path, p.refresh, err
 	}
-	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI, projected, persistentVolumeClaim, ephemeral or image", typeOf(s), ErrUnsupported)
+	return "", never, fmt.Errorf("volumes of type %s are %w: use emptyDir, hostPath, configMap, secret, downwardAPI, projected, persistentVolumeClaim, ephemeral, csi or image", typeOf(s), ErrUnsupported)
 }
 
 func mode(m *int32) int32 {
@@ -199,7 +214,7 @@ func fsGroup(pod *corev1.Pod) *int64 {
 // say: what shows API data is written by the agent alone, an image by nobody, and a claim
 // may be used so.
 func ReadOnly(v *corev1.Volume) bool {
-	return apiPlugin(v) != "" || v.Image != nil || v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly
+	return apiPlugin(v) != "" || v.Image != nil || v.CSI != nil && v.CSI.ReadOnly != nil && *v.CSI.ReadOnly || v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly
 }
 
 // OnDisk says whether a volume takes its room on the node's disk: what containers
@@ -277,17 +292,20 @@ func (m *Manager) MeasureOther(ctx context.Context, uid types.UID, how hostile.M
 	return sum, errors.Join(err, failed)
 }
 
-// Pods returns the uids that have a folder.
+// Pods returns the uids that have a folder, or a volume of a CSI driver; some of them twice.
 func (m *Manager) Pods() ([]types.UID, error) {
+	var out []types.UID
+	if m.cfg.CSI != nil {
+		out = m.cfg.CSI.Pods()
+	}
 	dir, err := hostile.OpenRoot(m.cfg.Dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return out, nil
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close()
-	var out []types.UID
 	err = dir.Names(func(name string) bool {
 		out = append(out, types.UID(name))
 		return true
@@ -299,6 +317,9 @@ func (m *Manager) Pods() ([]types.UID, error) {
 // on this node's disk: what its containers had to say. For the rest it is as
 // Teardown.
 func (m *Manager) Release(ctx context.Context, uid types.UID) error {
+	if err := m.releaseDrivers(ctx, uid); err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
 	dir, err := hostile.OpenRoot(m.PodDir(uid))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -327,6 +348,9 @@ func (m *Manager) Release(ctx context.Context, uid types.UID) error {
 // no link is followed, no mount is removed into. It ends with ctx, and can be
 // called again.
 func (m *Manager) Teardown(ctx context.Context, uid types.UID) error {
+	if err := m.releaseDrivers(ctx, uid); err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
+	}
 	dir := m.PodDir(uid)
 	if err := hostile.Unmount(dir); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)

@@ -22,7 +22,7 @@ func cleanup(ctx context.Context, o *options) error {
 		return fmt.Errorf("cleanup: %w", err)
 	}
 	defer unlock()
-	cfg := agent.Config{Name: o.name, DataDir: o.dataDir, CgroupRoot: o.cgroupRoot, Bridge: o.bridge, ContainerdSocket: o.containerd, Logger: log}
+	cfg := agent.Config{Name: o.name, DataDir: o.dataDir, KubeletDir: o.kubeletDir, CgroupRoot: o.cgroupRoot, Bridge: o.bridge, ContainerdSocket: o.containerd, Logger: log}
 	cfg.SetDefaults()
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()

@@ -33,6 +33,7 @@ import (
 // options are the flags, as given.
 type options struct {
 	name, dataDir string
+	kubeletDir    string
 	cgroupRoot    string
 	bridge        string
 	containerd    string
@@ -82,6 +83,8 @@ func (o *options) common(f *pflag.FlagSet) {
 	host, _ := os.Hostname()
 	f.StringVar(&o.name, "name", strings.ToLower(host), "the node's name in the cluster")
 	f.StringVar(&o.dataDir, "data-dir", "/var/lib/timonel-agent", "folder for all that the agent keeps")
+	f.StringVar(&o.kubeletDir, "kubelet-dir", "", "where CSI drivers have the data folder, as their manifests name it (/var/lib/kubelet); a\n"+
+		"symbolic link to it is made there. Empty: the data folder's own path")
 	f.StringVar(&o.cgroupRoot, "cgroup-root", "", "cgroup of all pods (default /timonel/NAME-HASH)")
 	f.StringVar(&o.bridge, "bridge", "timonel0", "network device that pods hang on")
 	f.StringVar(&o.containerd, "containerd", "", "socket of a containerd to use, instead of one of the agent's own")
@@ -294,7 +297,7 @@ func (o *options) config() (agent.Config, error) {
 	}
 	cfg = agent.Config{
 		PodNetworkMode: podnet.Mode(o.podNetwork), VXLAN: o.vxlan, PodMTU: o.podMTU, KeepSource: keepSource, NameClients: nameClients,
-		Name: o.name, DataDir: o.dataDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
+		Name: o.name, DataDir: o.dataDir, KubeletDir: o.kubeletDir, Controllers: o.controllers, NodeIPs: ips, ImagesDir: o.images,
 		ContainerdSocket: o.containerd, ContainerdBinary: o.containerdBin, RuntimeHandlers: handlers, PauseImage: o.pauseImage, RegistryDir: o.registryDir,
 		CNIBin: o.cniBin, CNIConfDir: o.cniConf, Bridge: o.bridge, CgroupRoot: o.cgroupRoot, MaxPods: o.maxPods, PodMaxPids: o.podMaxPids, UnsafeSysctls: o.unsafeSysctls, ImageGC: &o.imageGC,
 		ContainerLogMaxSize: logMaxSize, ContainerLogMaxFiles: o.logMaxFiles,

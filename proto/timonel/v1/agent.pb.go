@@ -137,7 +137,7 @@ func (x NetworkPolicyItem_Tier) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkPolicyItem_Tier.Descriptor instead.
 func (NetworkPolicyItem_Tier) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37, 0}
 }
 
 type NetworkRule_Action int32
@@ -186,7 +186,7 @@ func (x NetworkRule_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkRule_Action.Descriptor instead.
 func (NetworkRule_Action) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38, 0}
 }
 
 type JoinRequest struct {
@@ -346,6 +346,7 @@ type AgentMessage struct {
 	//	*AgentMessage_Goodbye
 	//	*AgentMessage_GossipKeysKept
 	//	*AgentMessage_Usage
+	//	*AgentMessage_CsiNode
 	Message       isAgentMessage_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -469,6 +470,15 @@ func (x *AgentMessage) GetUsage() *UsageReport {
 	return nil
 }
 
+func (x *AgentMessage) GetCsiNode() *CSINodeReport {
+	if x != nil {
+		if x, ok := x.Message.(*AgentMessage_CsiNode); ok {
+			return x.CsiNode
+		}
+	}
+	return nil
+}
+
 type isAgentMessage_Message interface {
 	isAgentMessage_Message()
 }
@@ -509,6 +519,10 @@ type AgentMessage_Usage struct {
 	Usage *UsageReport `protobuf:"bytes,9,opt,name=usage,proto3,oneof"`
 }
 
+type AgentMessage_CsiNode struct {
+	CsiNode *CSINodeReport `protobuf:"bytes,10,opt,name=csi_node,json=csiNode,proto3,oneof"`
+}
+
 func (*AgentMessage_Hello) isAgentMessage_Message() {}
 
 func (*AgentMessage_NodeStatus) isAgentMessage_Message() {}
@@ -527,6 +541,62 @@ func (*AgentMessage_GossipKeysKept) isAgentMessage_Message() {}
 
 func (*AgentMessage_Usage) isAgentMessage_Message() {}
 
+func (*AgentMessage_CsiNode) isAgentMessage_Message() {}
+
+// CSINodeReport says which CSI drivers the node has. The newest counts alone; what other
+// drivers the node's CSINode names stays.
+type CSINodeReport struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CsiNode       []byte                 `protobuf:"bytes,1,opt,name=csi_node,json=csiNode,proto3" json:"csi_node,omitempty"` // storage.k8s.io/v1 CSINode: spec.drivers is taken; at most MaxCSINode
+	Gone          []string               `protobuf:"bytes,2,rep,name=gone,proto3" json:"gone,omitempty"`                      // drivers that were there while this process of the agent ran, and are not
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CSINodeReport) Reset() {
+	*x = CSINodeReport{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CSINodeReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CSINodeReport) ProtoMessage() {}
+
+func (x *CSINodeReport) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CSINodeReport.ProtoReflect.Descriptor instead.
+func (*CSINodeReport) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CSINodeReport) GetCsiNode() []byte {
+	if x != nil {
+		return x.CsiNode
+	}
+	return nil
+}
+
+func (x *CSINodeReport) GetGone() []string {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
+}
+
 // UsageReport is what the node takes now. The newest counts alone, and none is written.
 type UsageReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -537,7 +607,7 @@ type UsageReport struct {
 
 func (x *UsageReport) Reset() {
 	*x = UsageReport{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	mi := &file_timonel_v1_agent_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +619,7 @@ func (x *UsageReport) String() string {
 func (*UsageReport) ProtoMessage() {}
 
 func (x *UsageReport) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[3]
+	mi := &file_timonel_v1_agent_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +632,7 @@ func (x *UsageReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsageReport.ProtoReflect.Descriptor instead.
 func (*UsageReport) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{3}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *UsageReport) GetUsage() []byte {
@@ -585,7 +655,7 @@ type Usage struct {
 
 func (x *Usage) Reset() {
 	*x = Usage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	mi := &file_timonel_v1_agent_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -597,7 +667,7 @@ func (x *Usage) String() string {
 func (*Usage) ProtoMessage() {}
 
 func (x *Usage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[4]
+	mi := &file_timonel_v1_agent_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -610,7 +680,7 @@ func (x *Usage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Usage.ProtoReflect.Descriptor instead.
 func (*Usage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{4}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Usage) GetWindow() int64 {
@@ -651,7 +721,7 @@ type PodUsage struct {
 
 func (x *PodUsage) Reset() {
 	*x = PodUsage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	mi := &file_timonel_v1_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -663,7 +733,7 @@ func (x *PodUsage) String() string {
 func (*PodUsage) ProtoMessage() {}
 
 func (x *PodUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[5]
+	mi := &file_timonel_v1_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -676,7 +746,7 @@ func (x *PodUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodUsage.ProtoReflect.Descriptor instead.
 func (*PodUsage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{5}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PodUsage) GetUid() string {
@@ -704,7 +774,7 @@ type ContainerUsage struct {
 
 func (x *ContainerUsage) Reset() {
 	*x = ContainerUsage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	mi := &file_timonel_v1_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +786,7 @@ func (x *ContainerUsage) String() string {
 func (*ContainerUsage) ProtoMessage() {}
 
 func (x *ContainerUsage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[6]
+	mi := &file_timonel_v1_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +799,7 @@ func (x *ContainerUsage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerUsage.ProtoReflect.Descriptor instead.
 func (*ContainerUsage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{6}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ContainerUsage) GetName() string {
@@ -788,7 +858,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[7]
+	mi := &file_timonel_v1_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -800,7 +870,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[7]
+	mi := &file_timonel_v1_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -813,7 +883,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{7}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Hello) GetNodeName() string {
@@ -913,7 +983,7 @@ type Have struct {
 
 func (x *Have) Reset() {
 	*x = Have{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[8]
+	mi := &file_timonel_v1_agent_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +995,7 @@ func (x *Have) String() string {
 func (*Have) ProtoMessage() {}
 
 func (x *Have) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[8]
+	mi := &file_timonel_v1_agent_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1008,7 @@ func (x *Have) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Have.ProtoReflect.Descriptor instead.
 func (*Have) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{8}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Have) GetRevision() int64 {
@@ -975,7 +1045,7 @@ type HavePod struct {
 
 func (x *HavePod) Reset() {
 	*x = HavePod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[9]
+	mi := &file_timonel_v1_agent_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -987,7 +1057,7 @@ func (x *HavePod) String() string {
 func (*HavePod) ProtoMessage() {}
 
 func (x *HavePod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[9]
+	mi := &file_timonel_v1_agent_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1000,7 +1070,7 @@ func (x *HavePod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HavePod.ProtoReflect.Descriptor instead.
 func (*HavePod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{9}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *HavePod) GetNamespace() string {
@@ -1052,7 +1122,7 @@ type HaveObject struct {
 
 func (x *HaveObject) Reset() {
 	*x = HaveObject{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[10]
+	mi := &file_timonel_v1_agent_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1134,7 @@ func (x *HaveObject) String() string {
 func (*HaveObject) ProtoMessage() {}
 
 func (x *HaveObject) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[10]
+	mi := &file_timonel_v1_agent_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1147,7 @@ func (x *HaveObject) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HaveObject.ProtoReflect.Descriptor instead.
 func (*HaveObject) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{10}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *HaveObject) GetKind() string {
@@ -1131,7 +1201,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[11]
+	mi := &file_timonel_v1_agent_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +1213,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[11]
+	mi := &file_timonel_v1_agent_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +1226,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{11}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NodeStatus) GetNode() []byte {
@@ -1178,7 +1248,7 @@ type PodStatus struct {
 
 func (x *PodStatus) Reset() {
 	*x = PodStatus{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[12]
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1260,7 @@ func (x *PodStatus) String() string {
 func (*PodStatus) ProtoMessage() {}
 
 func (x *PodStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[12]
+	mi := &file_timonel_v1_agent_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1273,7 @@ func (x *PodStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodStatus.ProtoReflect.Descriptor instead.
 func (*PodStatus) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{12}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PodStatus) GetNamespace() string {
@@ -1247,7 +1317,7 @@ type PodTerminated struct {
 
 func (x *PodTerminated) Reset() {
 	*x = PodTerminated{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1329,7 @@ func (x *PodTerminated) String() string {
 func (*PodTerminated) ProtoMessage() {}
 
 func (x *PodTerminated) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[13]
+	mi := &file_timonel_v1_agent_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1342,7 @@ func (x *PodTerminated) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodTerminated.ProtoReflect.Descriptor instead.
 func (*PodTerminated) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{13}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PodTerminated) GetNamespace() string {
@@ -1305,7 +1375,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1317,7 +1387,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[14]
+	mi := &file_timonel_v1_agent_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1330,7 +1400,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{14}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Event) GetEvent() []byte {
@@ -1355,7 +1425,7 @@ type Request struct {
 
 func (x *Request) Reset() {
 	*x = Request{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1367,7 +1437,7 @@ func (x *Request) String() string {
 func (*Request) ProtoMessage() {}
 
 func (x *Request) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[15]
+	mi := &file_timonel_v1_agent_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1380,7 +1450,7 @@ func (x *Request) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Request.ProtoReflect.Descriptor instead.
 func (*Request) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{15}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Request) GetId() uint64 {
@@ -1442,7 +1512,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1524,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[16]
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1537,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{16}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TokenRequest) GetNamespace() string {
@@ -1503,7 +1573,7 @@ type PodCertificate struct {
 
 func (x *PodCertificate) Reset() {
 	*x = PodCertificate{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1585,7 @@ func (x *PodCertificate) String() string {
 func (*PodCertificate) ProtoMessage() {}
 
 func (x *PodCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,7 +1598,7 @@ func (x *PodCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodCertificate.ProtoReflect.Descriptor instead.
 func (*PodCertificate) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PodCertificate) GetRequest() []byte {
@@ -1547,7 +1617,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1629,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1642,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Goodbye) GetReason() string {
@@ -1592,7 +1662,7 @@ type GossipKeysKept struct {
 
 func (x *GossipKeysKept) Reset() {
 	*x = GossipKeysKept{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1604,7 +1674,7 @@ func (x *GossipKeysKept) String() string {
 func (*GossipKeysKept) ProtoMessage() {}
 
 func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1617,7 +1687,7 @@ func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeysKept.ProtoReflect.Descriptor instead.
 func (*GossipKeysKept) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GossipKeysKept) GetIds() []string {
@@ -1649,7 +1719,7 @@ type ControllerMessage struct {
 
 func (x *ControllerMessage) Reset() {
 	*x = ControllerMessage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1731,7 @@ func (x *ControllerMessage) String() string {
 func (*ControllerMessage) ProtoMessage() {}
 
 func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1744,7 @@ func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControllerMessage.ProtoReflect.Descriptor instead.
 func (*ControllerMessage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ControllerMessage) GetMessage() isControllerMessage_Message {
@@ -1864,7 +1934,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +1946,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +1959,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Welcome) GetController() string {
@@ -1923,7 +1993,7 @@ type GossipKeys struct {
 
 func (x *GossipKeys) Reset() {
 	*x = GossipKeys{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1935,7 +2005,7 @@ func (x *GossipKeys) String() string {
 func (*GossipKeys) ProtoMessage() {}
 
 func (x *GossipKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1948,7 +2018,7 @@ func (x *GossipKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeys.ProtoReflect.Descriptor instead.
 func (*GossipKeys) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GossipKeys) GetKeys() [][]byte {
@@ -1962,14 +2032,14 @@ func (x *GossipKeys) GetKeys() [][]byte {
 // are held against it and when what pods are held against has changed.
 type NodeSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          []byte                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // v1.Node: name, labels, taints and allocatable
+	Node          []byte                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"` // v1.Node: name, labels, taints, allocatable, volumes in use and attached
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeSet) Reset() {
 	*x = NodeSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1981,7 +2051,7 @@ func (x *NodeSet) String() string {
 func (*NodeSet) ProtoMessage() {}
 
 func (x *NodeSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1994,7 +2064,7 @@ func (x *NodeSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSet.ProtoReflect.Descriptor instead.
 func (*NodeSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *NodeSet) GetNode() []byte {
@@ -2020,7 +2090,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2032,7 +2102,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2045,7 +2115,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -2081,7 +2151,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2163,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2176,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -2137,8 +2207,8 @@ func (x *PodRemove) GetRevision() int64 {
 	return 0
 }
 
-// ObjectSet is a ConfigMap, Secret, ServiceAccount, claim, volume or trust bundle that a pod of this
-// node refers to, a PodCertificateRequest for one, or a volume that the node is to delete. Objects are sent before the
+// ObjectSet is a ConfigMap, Secret, ServiceAccount, claim, volume, CSIDriver, VolumeAttachment or
+// trust bundle that a pod of this node refers to, a PodCertificateRequest for one, or a volume that the node is to delete. Objects are sent before the
 // pods that need them.
 type ObjectSet struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2151,7 +2221,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2163,7 +2233,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2176,7 +2246,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -2212,7 +2282,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2224,7 +2294,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2237,7 +2307,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -2277,7 +2347,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2289,7 +2359,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2302,7 +2372,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -2322,7 +2392,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2404,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2417,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -2375,7 +2445,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +2457,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +2470,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -2449,7 +2519,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2461,7 +2531,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2474,7 +2544,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -2580,7 +2650,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2662,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2675,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -2648,7 +2718,7 @@ type AddressHolder struct {
 
 func (x *AddressHolder) Reset() {
 	*x = AddressHolder{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2730,7 @@ func (x *AddressHolder) String() string {
 func (*AddressHolder) ProtoMessage() {}
 
 func (x *AddressHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2743,7 @@ func (x *AddressHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddressHolder.ProtoReflect.Descriptor instead.
 func (*AddressHolder) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AddressHolder) GetAddress() string {
@@ -2711,7 +2781,7 @@ type NetworkPod struct {
 
 func (x *NetworkPod) Reset() {
 	*x = NetworkPod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2723,7 +2793,7 @@ func (x *NetworkPod) String() string {
 func (*NetworkPod) ProtoMessage() {}
 
 func (x *NetworkPod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2736,7 +2806,7 @@ func (x *NetworkPod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPod.ProtoReflect.Descriptor instead.
 func (*NetworkPod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NetworkPod) GetNamespace() string {
@@ -2784,7 +2854,7 @@ type NetworkPolicyRef struct {
 
 func (x *NetworkPolicyRef) Reset() {
 	*x = NetworkPolicyRef{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2796,7 +2866,7 @@ func (x *NetworkPolicyRef) String() string {
 func (*NetworkPolicyRef) ProtoMessage() {}
 
 func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2809,7 +2879,7 @@ func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyRef.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyRef) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetworkPolicyRef) GetNamespace() string {
@@ -2846,7 +2916,7 @@ type NetworkPolicyItem struct {
 
 func (x *NetworkPolicyItem) Reset() {
 	*x = NetworkPolicyItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +2928,7 @@ func (x *NetworkPolicyItem) String() string {
 func (*NetworkPolicyItem) ProtoMessage() {}
 
 func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +2941,7 @@ func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyItem.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetworkPolicyItem) GetNamespace() string {
@@ -2956,7 +3026,7 @@ type NetworkRule struct {
 
 func (x *NetworkRule) Reset() {
 	*x = NetworkRule{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2968,7 +3038,7 @@ func (x *NetworkRule) String() string {
 func (*NetworkRule) ProtoMessage() {}
 
 func (x *NetworkRule) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2981,7 +3051,7 @@ func (x *NetworkRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
 func (*NetworkRule) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetworkRule) GetAction() NetworkRule_Action {
@@ -3043,7 +3113,7 @@ type NetworkBlock struct {
 
 func (x *NetworkBlock) Reset() {
 	*x = NetworkBlock{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3055,7 +3125,7 @@ func (x *NetworkBlock) String() string {
 func (*NetworkBlock) ProtoMessage() {}
 
 func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3068,7 +3138,7 @@ func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBlock.ProtoReflect.Descriptor instead.
 func (*NetworkBlock) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NetworkBlock) GetCidr() string {
@@ -3100,7 +3170,7 @@ type NetworkPort struct {
 
 func (x *NetworkPort) Reset() {
 	*x = NetworkPort{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3112,7 +3182,7 @@ func (x *NetworkPort) String() string {
 func (*NetworkPort) ProtoMessage() {}
 
 func (x *NetworkPort) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3125,7 +3195,7 @@ func (x *NetworkPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPort.ProtoReflect.Descriptor instead.
 func (*NetworkPort) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NetworkPort) GetProtocol() string {
@@ -3172,7 +3242,7 @@ type NetworkGroup struct {
 
 func (x *NetworkGroup) Reset() {
 	*x = NetworkGroup{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3184,7 +3254,7 @@ func (x *NetworkGroup) String() string {
 func (*NetworkGroup) ProtoMessage() {}
 
 func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3197,7 +3267,7 @@ func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkGroup.ProtoReflect.Descriptor instead.
 func (*NetworkGroup) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NetworkGroup) GetName() string {
@@ -3246,7 +3316,7 @@ type NetworkTarget struct {
 
 func (x *NetworkTarget) Reset() {
 	*x = NetworkTarget{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3258,7 +3328,7 @@ func (x *NetworkTarget) String() string {
 func (*NetworkTarget) ProtoMessage() {}
 
 func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3271,7 +3341,7 @@ func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTarget.ProtoReflect.Descriptor instead.
 func (*NetworkTarget) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NetworkTarget) GetAddress() []byte {
@@ -3308,7 +3378,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3320,7 +3390,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3333,7 +3403,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
@@ -3389,7 +3459,7 @@ type NetworkHave struct {
 
 func (x *NetworkHave) Reset() {
 	*x = NetworkHave{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3401,7 +3471,7 @@ func (x *NetworkHave) String() string {
 func (*NetworkHave) ProtoMessage() {}
 
 func (x *NetworkHave) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3414,7 +3484,7 @@ func (x *NetworkHave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
 func (*NetworkHave) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *NetworkHave) GetEpoch() string {
@@ -3448,7 +3518,7 @@ type NetworkTaken struct {
 
 func (x *NetworkTaken) Reset() {
 	*x = NetworkTaken{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[44]
+	mi := &file_timonel_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3460,7 +3530,7 @@ func (x *NetworkTaken) String() string {
 func (*NetworkTaken) ProtoMessage() {}
 
 func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[44]
+	mi := &file_timonel_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3473,7 +3543,7 @@ func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
 func (*NetworkTaken) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *NetworkTaken) GetSequence() uint64 {
@@ -3493,7 +3563,7 @@ type NetworkItem struct {
 
 func (x *NetworkItem) Reset() {
 	*x = NetworkItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[45]
+	mi := &file_timonel_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3505,7 +3575,7 @@ func (x *NetworkItem) String() string {
 func (*NetworkItem) ProtoMessage() {}
 
 func (x *NetworkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[45]
+	mi := &file_timonel_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3518,7 +3588,7 @@ func (x *NetworkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
 func (*NetworkItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *NetworkItem) GetKind() NetworkKind {
@@ -3546,7 +3616,7 @@ type NetworkKey struct {
 
 func (x *NetworkKey) Reset() {
 	*x = NetworkKey{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[46]
+	mi := &file_timonel_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3558,7 +3628,7 @@ func (x *NetworkKey) String() string {
 func (*NetworkKey) ProtoMessage() {}
 
 func (x *NetworkKey) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[46]
+	mi := &file_timonel_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3571,7 +3641,7 @@ func (x *NetworkKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
 func (*NetworkKey) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *NetworkKey) GetKind() NetworkKind {
@@ -3618,7 +3688,7 @@ type NetworkBatch struct {
 
 func (x *NetworkBatch) Reset() {
 	*x = NetworkBatch{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[47]
+	mi := &file_timonel_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3630,7 +3700,7 @@ func (x *NetworkBatch) String() string {
 func (*NetworkBatch) ProtoMessage() {}
 
 func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[47]
+	mi := &file_timonel_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3643,7 +3713,7 @@ func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
 func (*NetworkBatch) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NetworkBatch) GetEpoch() string {
@@ -3725,7 +3795,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[48]
+	mi := &file_timonel_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3737,7 +3807,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[48]
+	mi := &file_timonel_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3750,7 +3820,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -3778,7 +3848,7 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\vcontrollers\x18\x04 \x03(\tR\vcontrollers\x12!\n" +
 	"\fgossip_peers\x18\x05 \x03(\tR\vgossipPeers\x12\x1f\n" +
 	"\vgossip_keys\x18\x06 \x03(\fR\n" +
-	"gossipKeys\"\x81\x04\n" +
+	"gossipKeys\"\xb9\x04\n" +
 	"\fAgentMessage\x12)\n" +
 	"\x05hello\x18\x01 \x01(\v2\x11.timonel.v1.HelloH\x00R\x05hello\x129\n" +
 	"\vnode_status\x18\x02 \x01(\v2\x16.timonel.v1.NodeStatusH\x00R\n" +
@@ -3790,8 +3860,13 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\arequest\x18\x06 \x01(\v2\x13.timonel.v1.RequestH\x00R\arequest\x12/\n" +
 	"\agoodbye\x18\a \x01(\v2\x13.timonel.v1.GoodbyeH\x00R\agoodbye\x12F\n" +
 	"\x10gossip_keys_kept\x18\b \x01(\v2\x1a.timonel.v1.GossipKeysKeptH\x00R\x0egossipKeysKept\x12/\n" +
-	"\x05usage\x18\t \x01(\v2\x17.timonel.v1.UsageReportH\x00R\x05usageB\t\n" +
-	"\amessage\"#\n" +
+	"\x05usage\x18\t \x01(\v2\x17.timonel.v1.UsageReportH\x00R\x05usage\x126\n" +
+	"\bcsi_node\x18\n" +
+	" \x01(\v2\x19.timonel.v1.CSINodeReportH\x00R\acsiNodeB\t\n" +
+	"\amessage\">\n" +
+	"\rCSINodeReport\x12\x19\n" +
+	"\bcsi_node\x18\x01 \x01(\fR\acsiNode\x12\x12\n" +
+	"\x04gone\x18\x02 \x03(\tR\x04gone\"#\n" +
 	"\vUsageReport\x12\x14\n" +
 	"\x05usage\x18\x01 \x01(\fR\x05usage\"s\n" +
 	"\x05Usage\x12\x16\n" +
@@ -4068,7 +4143,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(NetworkKind)(0),            // 0: timonel.v1.NetworkKind
 	(NetworkPolicyItem_Tier)(0), // 1: timonel.v1.NetworkPolicyItem.Tier
@@ -4076,110 +4151,112 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*JoinRequest)(nil),         // 3: timonel.v1.JoinRequest
 	(*JoinResponse)(nil),        // 4: timonel.v1.JoinResponse
 	(*AgentMessage)(nil),        // 5: timonel.v1.AgentMessage
-	(*UsageReport)(nil),         // 6: timonel.v1.UsageReport
-	(*Usage)(nil),               // 7: timonel.v1.Usage
-	(*PodUsage)(nil),            // 8: timonel.v1.PodUsage
-	(*ContainerUsage)(nil),      // 9: timonel.v1.ContainerUsage
-	(*Hello)(nil),               // 10: timonel.v1.Hello
-	(*Have)(nil),                // 11: timonel.v1.Have
-	(*HavePod)(nil),             // 12: timonel.v1.HavePod
-	(*HaveObject)(nil),          // 13: timonel.v1.HaveObject
-	(*NodeStatus)(nil),          // 14: timonel.v1.NodeStatus
-	(*PodStatus)(nil),           // 15: timonel.v1.PodStatus
-	(*PodTerminated)(nil),       // 16: timonel.v1.PodTerminated
-	(*Event)(nil),               // 17: timonel.v1.Event
-	(*Request)(nil),             // 18: timonel.v1.Request
-	(*TokenRequest)(nil),        // 19: timonel.v1.TokenRequest
-	(*PodCertificate)(nil),      // 20: timonel.v1.PodCertificate
-	(*Goodbye)(nil),             // 21: timonel.v1.Goodbye
-	(*GossipKeysKept)(nil),      // 22: timonel.v1.GossipKeysKept
-	(*ControllerMessage)(nil),   // 23: timonel.v1.ControllerMessage
-	(*Welcome)(nil),             // 24: timonel.v1.Welcome
-	(*GossipKeys)(nil),          // 25: timonel.v1.GossipKeys
-	(*NodeSet)(nil),             // 26: timonel.v1.NodeSet
-	(*PodSet)(nil),              // 27: timonel.v1.PodSet
-	(*PodRemove)(nil),           // 28: timonel.v1.PodRemove
-	(*ObjectSet)(nil),           // 29: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),        // 30: timonel.v1.ObjectRemove
-	(*Synced)(nil),              // 31: timonel.v1.Synced
-	(*TunnelOpen)(nil),          // 32: timonel.v1.TunnelOpen
-	(*Reply)(nil),               // 33: timonel.v1.Reply
-	(*Cluster)(nil),             // 34: timonel.v1.Cluster
-	(*NodeRoute)(nil),           // 35: timonel.v1.NodeRoute
-	(*AddressHolder)(nil),       // 36: timonel.v1.AddressHolder
-	(*NetworkPod)(nil),          // 37: timonel.v1.NetworkPod
-	(*NetworkPolicyRef)(nil),    // 38: timonel.v1.NetworkPolicyRef
-	(*NetworkPolicyItem)(nil),   // 39: timonel.v1.NetworkPolicyItem
-	(*NetworkRule)(nil),         // 40: timonel.v1.NetworkRule
-	(*NetworkBlock)(nil),        // 41: timonel.v1.NetworkBlock
-	(*NetworkPort)(nil),         // 42: timonel.v1.NetworkPort
-	(*NetworkGroup)(nil),        // 43: timonel.v1.NetworkGroup
-	(*NetworkTarget)(nil),       // 44: timonel.v1.NetworkTarget
-	(*NetworkRequest)(nil),      // 45: timonel.v1.NetworkRequest
-	(*NetworkHave)(nil),         // 46: timonel.v1.NetworkHave
-	(*NetworkTaken)(nil),        // 47: timonel.v1.NetworkTaken
-	(*NetworkItem)(nil),         // 48: timonel.v1.NetworkItem
-	(*NetworkKey)(nil),          // 49: timonel.v1.NetworkKey
-	(*NetworkBatch)(nil),        // 50: timonel.v1.NetworkBatch
-	(*Chunk)(nil),               // 51: timonel.v1.Chunk
+	(*CSINodeReport)(nil),       // 6: timonel.v1.CSINodeReport
+	(*UsageReport)(nil),         // 7: timonel.v1.UsageReport
+	(*Usage)(nil),               // 8: timonel.v1.Usage
+	(*PodUsage)(nil),            // 9: timonel.v1.PodUsage
+	(*ContainerUsage)(nil),      // 10: timonel.v1.ContainerUsage
+	(*Hello)(nil),               // 11: timonel.v1.Hello
+	(*Have)(nil),                // 12: timonel.v1.Have
+	(*HavePod)(nil),             // 13: timonel.v1.HavePod
+	(*HaveObject)(nil),          // 14: timonel.v1.HaveObject
+	(*NodeStatus)(nil),          // 15: timonel.v1.NodeStatus
+	(*PodStatus)(nil),           // 16: timonel.v1.PodStatus
+	(*PodTerminated)(nil),       // 17: timonel.v1.PodTerminated
+	(*Event)(nil),               // 18: timonel.v1.Event
+	(*Request)(nil),             // 19: timonel.v1.Request
+	(*TokenRequest)(nil),        // 20: timonel.v1.TokenRequest
+	(*PodCertificate)(nil),      // 21: timonel.v1.PodCertificate
+	(*Goodbye)(nil),             // 22: timonel.v1.Goodbye
+	(*GossipKeysKept)(nil),      // 23: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil),   // 24: timonel.v1.ControllerMessage
+	(*Welcome)(nil),             // 25: timonel.v1.Welcome
+	(*GossipKeys)(nil),          // 26: timonel.v1.GossipKeys
+	(*NodeSet)(nil),             // 27: timonel.v1.NodeSet
+	(*PodSet)(nil),              // 28: timonel.v1.PodSet
+	(*PodRemove)(nil),           // 29: timonel.v1.PodRemove
+	(*ObjectSet)(nil),           // 30: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),        // 31: timonel.v1.ObjectRemove
+	(*Synced)(nil),              // 32: timonel.v1.Synced
+	(*TunnelOpen)(nil),          // 33: timonel.v1.TunnelOpen
+	(*Reply)(nil),               // 34: timonel.v1.Reply
+	(*Cluster)(nil),             // 35: timonel.v1.Cluster
+	(*NodeRoute)(nil),           // 36: timonel.v1.NodeRoute
+	(*AddressHolder)(nil),       // 37: timonel.v1.AddressHolder
+	(*NetworkPod)(nil),          // 38: timonel.v1.NetworkPod
+	(*NetworkPolicyRef)(nil),    // 39: timonel.v1.NetworkPolicyRef
+	(*NetworkPolicyItem)(nil),   // 40: timonel.v1.NetworkPolicyItem
+	(*NetworkRule)(nil),         // 41: timonel.v1.NetworkRule
+	(*NetworkBlock)(nil),        // 42: timonel.v1.NetworkBlock
+	(*NetworkPort)(nil),         // 43: timonel.v1.NetworkPort
+	(*NetworkGroup)(nil),        // 44: timonel.v1.NetworkGroup
+	(*NetworkTarget)(nil),       // 45: timonel.v1.NetworkTarget
+	(*NetworkRequest)(nil),      // 46: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),         // 47: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),        // 48: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),         // 49: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),          // 50: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),        // 51: timonel.v1.NetworkBatch
+	(*Chunk)(nil),               // 52: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
-	10, // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
-	14, // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
-	15, // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
-	16, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
-	17, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
-	18, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	21, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	22, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
-	6,  // 8: timonel.v1.AgentMessage.usage:type_name -> timonel.v1.UsageReport
-	8,  // 9: timonel.v1.Usage.pods:type_name -> timonel.v1.PodUsage
-	9,  // 10: timonel.v1.PodUsage.containers:type_name -> timonel.v1.ContainerUsage
-	11, // 11: timonel.v1.Hello.have:type_name -> timonel.v1.Have
-	12, // 12: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
-	13, // 13: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
-	19, // 14: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	20, // 15: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
-	24, // 16: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	27, // 17: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	28, // 18: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	29, // 19: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	30, // 20: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	31, // 21: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	32, // 22: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	33, // 23: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	34, // 24: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	26, // 25: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	25, // 26: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
-	35, // 27: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	38, // 28: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
-	1,  // 29: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
-	40, // 30: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
-	40, // 31: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
-	2,  // 32: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
-	41, // 33: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
-	42, // 34: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
-	44, // 35: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
-	46, // 36: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
-	47, // 37: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
-	0,  // 38: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
-	0,  // 39: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
-	0,  // 40: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
-	48, // 41: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
-	49, // 42: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
-	3,  // 43: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	5,  // 44: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	51, // 45: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	45, // 46: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
-	4,  // 47: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	23, // 48: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	51, // 49: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	50, // 50: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
-	47, // [47:51] is the sub-list for method output_type
-	43, // [43:47] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	11, // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
+	15, // 1: timonel.v1.AgentMessage.node_status:type_name -> timonel.v1.NodeStatus
+	16, // 2: timonel.v1.AgentMessage.pod_status:type_name -> timonel.v1.PodStatus
+	17, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
+	18, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
+	19, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
+	22, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	23, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	7,  // 8: timonel.v1.AgentMessage.usage:type_name -> timonel.v1.UsageReport
+	6,  // 9: timonel.v1.AgentMessage.csi_node:type_name -> timonel.v1.CSINodeReport
+	9,  // 10: timonel.v1.Usage.pods:type_name -> timonel.v1.PodUsage
+	10, // 11: timonel.v1.PodUsage.containers:type_name -> timonel.v1.ContainerUsage
+	12, // 12: timonel.v1.Hello.have:type_name -> timonel.v1.Have
+	13, // 13: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
+	14, // 14: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
+	20, // 15: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	21, // 16: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
+	25, // 17: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	28, // 18: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	29, // 19: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	30, // 20: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	31, // 21: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	32, // 22: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	33, // 23: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	34, // 24: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	35, // 25: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	27, // 26: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	26, // 27: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	36, // 28: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	39, // 29: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
+	1,  // 30: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
+	41, // 31: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
+	41, // 32: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
+	2,  // 33: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
+	42, // 34: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
+	43, // 35: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
+	45, // 36: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
+	47, // 37: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	48, // 38: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	0,  // 39: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
+	0,  // 40: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
+	0,  // 41: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
+	49, // 42: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	50, // 43: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	3,  // 44: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	5,  // 45: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	52, // 46: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	46, // 47: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	4,  // 48: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	24, // 49: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	52, // 50: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	51, // 51: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	48, // [48:52] is the sub-list for method output_type
+	44, // [44:48] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -4197,12 +4274,13 @@ func file_timonel_v1_agent_proto_init() {
 		(*AgentMessage_Goodbye)(nil),
 		(*AgentMessage_GossipKeysKept)(nil),
 		(*AgentMessage_Usage)(nil),
+		(*AgentMessage_CsiNode)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[15].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*Request_Token)(nil),
 		(*Request_PodCertificate)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[20].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[21].OneofWrappers = []any{
 		(*ControllerMessage_Welcome)(nil),
 		(*ControllerMessage_PodSet)(nil),
 		(*ControllerMessage_PodRemove)(nil),
@@ -4215,7 +4293,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[42].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[43].OneofWrappers = []any{
 		(*NetworkRequest_Have)(nil),
 		(*NetworkRequest_Taken)(nil),
 	}
@@ -4225,7 +4303,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   49,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

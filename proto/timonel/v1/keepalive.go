@@ -40,6 +40,8 @@ const (
 	MaxStatus      = 4 << 20
 	// MaxUsage bounds what an agent says that its node takes: of some 800 containers.
 	MaxUsage = 64 << 10
+	// MaxCSINode bounds what an agent says of its CSI drivers.
+	MaxCSINode = 256 << 10
 	// StreamWindow and ConnWindow are how many bytes may be on their way, of a stream
 	// and of a connection. They are fixed: to find a better size gRPC would answer
 	// every message that comes alone with a ping, which the other end has to answer
