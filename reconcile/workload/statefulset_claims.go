@@ -59,7 +59,8 @@ func (r *stateful) claims(ordinal int, yield func(*corev1.PersistentVolumeClaim)
 
 // missingClaims returns the requests that create the claims of a pod that are not
 // there. It returns false while one is being deleted: the pod must not get a volume
-// that is about to go. The set is looked at again when the claim is gone.
+// that is about to go, which is told as verb's failure, if it is for one. The set is
+// looked at again when the claim is gone.
 func (r *stateful) missingClaims(pod string, ordinal int, verb string) ([]reconcile.Request, bool) {
 	var out []reconcile.Request
 	for i := range r.set.Spec.VolumeClaimTemplates {
@@ -67,7 +68,9 @@ func (r *stateful) missingClaims(pod string, ordinal int, verb string) ([]reconc
 		name := claimName(r.set, template.Name, ordinal)
 		if claim, ok := r.in.Snapshot.PVCs().Get(r.set.Namespace, name); ok {
 			if claim.DeletionTimestamp != nil {
-				r.warn("Failed"+verb, "%s Pod %s in StatefulSet %s failed error: pvc %s is being deleted", verb, pod, r.set.Name, name)
+				if verb != "" {
+					r.warn("Failed"+verb, "%s Pod %s in StatefulSet %s failed error: pvc %s is being deleted", verb, pod, r.set.Name, name)
+				}
 				return nil, false
 			}
 			continue
@@ -89,7 +92,7 @@ func (r *stateful) missingClaims(pod string, ordinal int, verb string) ([]reconc
 // returns false when one of them is being deleted.
 func (r *stateful) provide(pod *corev1.Pod) bool {
 	_, ordinal := identityOf(pod.Name)
-	missing, ok := r.missingClaims(pod.Name, ordinal, "Update")
+	missing, ok := r.missingClaims(pod.Name, ordinal, "")
 	r.result.Requests = append(r.result.Requests, missing...)
 	if ok {
 		r.retain(pod)
@@ -140,7 +143,9 @@ func (r *stateful) retain(pod *corev1.Pod) bool {
 		}
 		updated := claim.DeepCopy()
 		updated.OwnerReferences = refs
-		r.result.Add(r.tell(reconcile.Update(reconcile.PVCsResource, updated), "Update", pod.Name))
+		update := reconcile.Update(reconcile.PVCsResource, updated)
+		update.FailEvent = r.tell(update, "Update", pod.Name).FailEvent
+		r.result.Add(update)
 		changed = true
 	})
 	return changed

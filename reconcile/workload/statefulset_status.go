@@ -49,10 +49,18 @@ func (r *stateful) pods(yield func(*corev1.Pod) bool) {
 }
 
 // report writes the status. Counts that pods of this pass are about to change are
-// left to the next pass, which sees them, so that both are one write.
+// left to the next pass, which sees them, so that both are one write. One is not: the
+// number of pods of the current revision says which revision new pods are of when the
+// strategy says nothing (keepsCurrent).
 func (r *stateful) report() {
 	was := &r.set.Status
-	if r.created+len(r.deleted) > 0 && len(r.in.Failed) == 0 && was.ObservedGeneration == r.status.ObservedGeneration &&
+	for pod := range r.deleted {
+		if r.set.Spec.UpdateStrategy.RollingUpdate == nil && r.current.Name != r.update.Name && podRevision(pod) == r.current.Name {
+			r.status.CurrentReplicas--
+		}
+	}
+	decides := r.set.Spec.UpdateStrategy.RollingUpdate == nil && was.CurrentReplicas != r.status.CurrentReplicas
+	if r.created+len(r.deleted) > 0 && len(r.in.Failed) == 0 && !decides && was.ObservedGeneration == r.status.ObservedGeneration &&
 		was.CurrentRevision == r.status.CurrentRevision && was.UpdateRevision == r.status.UpdateRevision {
 		return
 	}

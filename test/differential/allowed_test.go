@@ -32,6 +32,11 @@ var allowances = []allowance{
 		refused: true,
 	},
 	{
+		family: "statefulset",
+		line:   `events( in all)? of upstream alone: StatefulSet \S+: (Normal SuccessfulUpdate|Warning FailedUpdate)`,
+		why:    "upstream gives the claims that it has just made their owners in the same pass, which tells of a pod's update, or of a conflict when its cache lacks what it wrote; ours makes them first and says nothing about an update of a claim that went well",
+	},
+	{
 		family: "deployment",
 		line:   `ReplicaSet \S+: metadata.generation is .*`,
 		why:    "ours changes a ReplicaSet once where upstream does so twice, for minReadySeconds or unhealthy pods and then for the size",
@@ -76,6 +81,11 @@ var allowances = []allowance{
 //     that it is to fail before it deletes pods, upstream's after.
 //   - That it refuses to create pods of a Deployment: while a ReplicaSet of upstream's cannot,
 //     it does not look whether its pods have become available. Ours does.
+//   - A pod that is in the way of a pod of a StatefulSet that is parallel or has claims.
+//     Upstream makes none of the others, because it stops at the first that is refused, and
+//     makes the claims of a pod that cannot be; ours makes the others, and no claims.
+//   - A StatefulSet that is deleted in the foreground: upstream makes its revision anew each
+//     time that the garbage collector takes it; ours makes none for what is going.
 //   - A Job that is deleted in the foreground: whether its pods are counted before they are
 //     collected is a race with the garbage collector.
 //   - Changes of a Deployment while its controllers are away: which of Deployment and

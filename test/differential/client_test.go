@@ -2,6 +2,7 @@ package differential
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"sync"
@@ -53,7 +54,9 @@ func (a *api) answer(action testing.Action) (runtime.Object, error) {
 			what := a.told(e.InvolvedObject, e.Type, e.Reason)
 			a.mu.Lock()
 			defer a.mu.Unlock()
-			a.events[e.Name] = what
+			e = e.DeepCopy()
+			e.Name = fmt.Sprintf("%s.%d", e.Name, len(a.events)) // it says the time, which stands still here
+			a.events[e.Name], a.events[similar(action.(testing.CreateAction).GetObject().(*corev1.Event).Name, e.Message)] = what, what
 			return e, nil
 		}
 		m := reconcile.Accessor(request.Object)
@@ -71,7 +74,7 @@ func (a *api) answer(action testing.Action) (runtime.Object, error) {
 	case "patch":
 		patch := action.(testing.PatchAction)
 		if r.Resource == "events" { // it was told before
-			a.again(patch.GetName())
+			a.again(patch.GetName(), patch.GetPatch())
 			return &corev1.Event{}, nil
 		}
 		request.Name, request.PatchType, request.Patch = patch.GetName(), patch.GetPatchType(), patch.GetPatch()
@@ -95,10 +98,25 @@ func (a *api) answer(action testing.Action) (runtime.Object, error) {
 	return a.find(r, request.Namespace, request.Name)
 }
 
+// similar is what events are known by that client-go has made one of, because many were
+// alike: it calls that one by the name that it gave it, which others of the same time have.
+func similar(name, message string) string {
+	message = strings.TrimPrefix(message, "(combined from similar events): ")
+	verb, _, _ := strings.Cut(message, " ")
+	return fmt.Sprint(name, " ", verb, strings.Contains(message, " fail"))
+}
+
 // again notes that an event was told once more.
-func (a *api) again(event string) {
+func (a *api) again(event string, patch []byte) {
+	var changed struct{ Message string }
+	if err := json.Unmarshal(patch, &changed); err != nil {
+		a.t.Errorf("patch of event %s: %v", event, err)
+	}
 	a.mu.Lock()
 	what, ok := a.events[event]
+	if !ok {
+		what, ok = a.events[similar(event, changed.Message)]
+	}
 	a.mu.Unlock()
 	if !ok {
 		return // told to the client of controllers that are gone

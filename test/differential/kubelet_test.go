@@ -139,14 +139,16 @@ func (s *side) end(pod *corev1.Pod, phase corev1.PodPhase, exit int32) {
 
 // serve lets every pod get on by a step: to a node, running and ready, gone.
 func (s *side) serve() {
-	for _, p := range s.pods(terminating) {
-		s.vanish(p)
-	}
-	for _, p := range s.pods(func(p *corev1.Pod) bool { return bound(p) || unready(p) }) {
+	// Those that a controller makes meanwhile are for the next step.
+	going, started, placed := s.pods(terminating), s.pods(func(p *corev1.Pod) bool { return bound(p) || unready(p) }), s.pods(waiting)
+	for _, p := range started {
 		s.report(p, corev1.PodRunning, true, nil)
 	}
-	for i, p := range s.pods(waiting) {
+	for i, p := range placed {
 		s.bind(p, s.node(i))
+	}
+	for _, p := range going {
+		s.vanish(p)
 	}
 }
 

@@ -180,7 +180,7 @@ func (s *side) work() time.Time {
 		s.t.Logf("at %s\n%s", since(time.Now()), out)
 	}
 	if strings.HasSuffix(out, storytest.Unending) {
-		s.fail("it never ends: %s", out[max(0, len(out)-3000):])
+		s.fail("it never ends: %s", out[max(0, len(out)-1500):])
 	} else if at := strings.Index(out, ": error: "); at >= 0 {
 		s.fail("%s", out[at:min(len(out), at+400)])
 	}
@@ -208,6 +208,28 @@ func settle(a, b *side, d time.Duration) {
 			return
 		}
 		time.Sleep(max(time.Until(next), time.Millisecond))
+	}
+}
+
+// nudged is the label that changes when upstream's controllers are to look again.
+const nudged = "example.org/nudged"
+
+// nudgeAt returns a family's nudge, for controllers that look at all objects of a resource
+// that change.
+func nudgeAt(r schema.GroupVersionResource) func(s *side) {
+	return func(s *side) {
+		for _, obj := range s.All(r, ns) {
+			u := unstructured.Unstructured{Object: obj}
+			s.Edit(r, ns, u.GetName(), func(m map[string]any) {
+				u := unstructured.Unstructured{Object: m}
+				l := u.GetLabels()
+				if l == nil {
+					l = map[string]string{}
+				}
+				l[nudged] = time.Now().Format("20060102150405.000")
+				u.SetLabels(l)
+			})
+		}
 	}
 }
 

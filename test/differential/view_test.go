@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -47,7 +48,7 @@ func (s *side) identity(obj map[string]any) string {
 		}
 	}
 	switch prefix := u.GetGenerateName(); {
-	case prefix == "":
+	case prefix == "" || u.GetLabels()[appsv1.PodIndexLabel] != "": // a StatefulSet's pods have names of their own
 		return u.GetName()
 	case owner == "": // it had one
 		return prefix + "*"
@@ -110,6 +111,15 @@ func (s *side) render(obj map[string]any) string {
 	metadata := obj["metadata"].(map[string]any)
 	for _, field := range []string{"uid", "resourceVersion", "managedFields", "name", "generateName", "namespace"} {
 		delete(metadata, field)
+	}
+	if l, ok := metadata["labels"].(map[string]any); ok {
+		delete(l, nudged)
+	}
+	if volumes, ok, _ := unstructured.NestedSlice(obj, "spec", "volumes"); ok { // in the order of upstream's map
+		slices.SortFunc(volumes, func(a, b any) int {
+			return strings.Compare(fmt.Sprint(a.(map[string]any)["name"]), fmt.Sprint(b.(map[string]any)["name"]))
+		})
+		_ = unstructured.SetNestedSlice(obj, volumes, "spec", "volumes")
 	}
 	if refs, ok := metadata["ownerReferences"].([]any); ok {
 		for _, ref := range refs {
