@@ -59,10 +59,11 @@ func (r *stateful) claims(ordinal int, yield func(*corev1.PersistentVolumeClaim)
 
 // missingClaims returns the requests that create the claims of a pod that are not
 // there. It returns false while one is being deleted: the pod must not get a volume
-// that is about to go, which is told as verb's failure, if it is for one. The set is
-// looked at again when the claim is gone.
+// that is about to go, which is told as verb's failure, if it is for one. Its other
+// claims are created all the same, and the set is looked at again when the claim is gone.
 func (r *stateful) missingClaims(pod string, ordinal int, verb string) ([]reconcile.Request, bool) {
 	var out []reconcile.Request
+	ready := true
 	for i := range r.set.Spec.VolumeClaimTemplates {
 		template := &r.set.Spec.VolumeClaimTemplates[i]
 		name := claimName(r.set, template.Name, ordinal)
@@ -71,13 +72,16 @@ func (r *stateful) missingClaims(pod string, ordinal int, verb string) ([]reconc
 				if verb != "" {
 					r.warn("Failed"+verb, "%s Pod %s in StatefulSet %s failed error: pvc %s is being deleted", verb, pod, r.set.Name, name)
 				}
-				return nil, false
+				ready = false
 			}
 			continue
 		}
 		claim := template.DeepCopy()
 		claim.Name, claim.Namespace = name, r.set.Namespace
 		claim.Labels = withLabels(claim.Labels, r.set.Spec.Selector.MatchLabels)
+		if r.ownedBySet(ordinal) { // from the start: there may never be a pod to look at it for
+			claim.OwnerReferences = append(claim.OwnerReferences, *metav1.NewControllerRef(r.set, reconcile.StatefulSetKind))
+		}
 		create := reconcile.Create(reconcile.PVCsResource, claim)
 		create.Event = reconcile.NewEvent(reconcile.StatefulSetKind, r.set, corev1.EventTypeNormal, "SuccessfulCreate",
 			"Create Claim %s Pod %s in StatefulSet %s success", name, pod, r.set.Name)
@@ -85,7 +89,7 @@ func (r *stateful) missingClaims(pod string, ordinal int, verb string) ([]reconc
 			"Create Claim %s for Pod %s in StatefulSet %s failed error", name, pod, r.set.Name)
 		out = append(out, create)
 	}
-	return out, true
+	return out, ready
 }
 
 // provide creates the claims that a pending pod misses and sets their owners. It
@@ -109,6 +113,13 @@ func (r *stateful) retention() appsv1.StatefulSetPersistentVolumeClaimRetentionP
 		WhenDeleted: appsv1.RetainPersistentVolumeClaimRetentionPolicyType,
 		WhenScaled:  appsv1.RetainPersistentVolumeClaimRetentionPolicyType,
 	}
+}
+
+// ownedBySet says whether an ordinal's claims are to be deleted with the set.
+func (r *stateful) ownedBySet(ordinal int) bool {
+	policy := r.retention()
+	const remove = appsv1.DeletePersistentVolumeClaimRetentionPolicyType
+	return policy.WhenDeleted == remove && (policy.WhenScaled != remove || wantedOrdinal(r.set, ordinal))
 }
 
 // staleClaim says whether a claim of the ordinal is still owned by the pod that had
@@ -157,7 +168,7 @@ func (r *stateful) claimOwners(claim *corev1.PersistentVolumeClaim, pod *corev1.
 	const remove = appsv1.DeletePersistentVolumeClaimRetentionPolicyType
 	_, ordinal := identityOf(pod.Name)
 	wanted := wantedOrdinal(r.set, ordinal)
-	ownedBySet := policy.WhenDeleted == remove && (policy.WhenScaled != remove || wanted)
+	ownedBySet := r.ownedBySet(ordinal)
 	ownedByPod := policy.WhenScaled == remove && !wanted
 
 	var bySet, byPod, lax, foreign bool
@@ -177,8 +188,10 @@ func (r *stateful) claimOwners(claim *corev1.PersistentVolumeClaim, pod *corev1.
 		}
 	}
 	if foreign && (policy.WhenDeleted == remove || policy.WhenScaled == remove) {
-		r.warn("ConflictingController", "PersistentVolumeClaim %s has a conflicting OwnerReference that acts as a manging controller, "+
-			"the retention policy is ignored for this claim", claim.Name)
+		if pod.Status.Phase == corev1.PodPending || bySet || byPod { // or each pass would tell of it
+			r.warn("ConflictingController", "PersistentVolumeClaim %s has a conflicting OwnerReference that acts as a manging controller, "+
+				"the retention policy is ignored for this claim", claim.Name)
+		}
 		return others, !bySet && !byPod
 	}
 	if !lax && bySet == ownedBySet && byPod == ownedByPod {

@@ -174,6 +174,7 @@ func (r *stateful) create(ordinal int) {
 	}
 	claims, ok := r.missingClaims(pod.Name, ordinal, "Create")
 	if !ok {
+		r.result.Requests = append(r.result.Requests, claims...)
 		return
 	}
 	r.created++
@@ -242,6 +243,7 @@ func (r *stateful) conform(pod *corev1.Pod) bool {
 	if !stored {
 		claims, ok := r.missingClaims(pod.Name, ordinal, "Update")
 		if !ok {
+			r.result.Requests = append(r.result.Requests, claims...)
 			return true
 		}
 		before = claims

@@ -37,6 +37,22 @@ var allowances = []allowance{
 		why:    "upstream gives the claims that it has just made their owners in the same pass, which tells of a pod's update, or of a conflict when its cache lacks what it wrote; ours makes them first and says nothing about an update of a claim that went well",
 	},
 	{
+		family: "statefulset",
+		line:   `events of upstream alone: StatefulSet \S+: Warning ConflictingController`,
+		why:    "upstream tells so each time that it looks at a pending pod; in all it is compared",
+	},
+	{
+		family: "daemonset",
+		line:   `requests of (ours|upstream) alone: delete controllerrevisions .*`,
+		why:    "while a DaemonSet of upstream's is refused something it deletes no old revisions; ours does",
+	},
+	{
+		family:  "daemonset",
+		line:    `ControllerRevision of upstream alone: .*`,
+		why:     "while a DaemonSet of upstream's is refused something it deletes no old revisions; ours does",
+		refused: true,
+	},
+	{
 		family: "deployment",
 		line:   `ReplicaSet \S+: metadata.generation is .*`,
 		why:    "ours changes a ReplicaSet once where upstream does so twice, for minReadySeconds or unhealthy pods and then for the size",
@@ -76,7 +92,8 @@ var allowances = []allowance{
 //   - Pods on several nodes of a ReplicaSet or ReplicationController that nobody owns, when
 //     it has too many. Kubernetes' documentation says that pods that share a node are deleted
 //     first, and ours are; upstream does so only for a ReplicaSet that has an owner.
-//   - That the API refuses to delete pods of a Deployment or Job. Pods that were to be
+//   - That the API refuses to delete pods of a Deployment, DaemonSet or Job. A DaemonSet of
+//     upstream's that surges makes others beside ended pods which it cannot delete. Pods that were to be
 //     deleted and are there count against maxSurge here, and not upstream; a Job of ours says
 //     that it is to fail before it deletes pods, upstream's after.
 //   - That it refuses to create pods of a Deployment: while a ReplicaSet of upstream's cannot,
@@ -84,6 +101,9 @@ var allowances = []allowance{
 //   - A pod that is in the way of a pod of a StatefulSet that is parallel or has claims.
 //     Upstream makes none of the others, because it stops at the first that is refused, and
 //     makes the claims of a pod that cannot be; ours makes the others, and no claims.
+//   - A claim that is being deleted and held, of a parallel StatefulSet. Upstream neither
+//     scales down nor rolls until it is gone, which it is not while a pending pod uses it;
+//     ours goes on with the other pods, and so comes out of it by itself.
 //   - A StatefulSet that is deleted in the foreground: upstream makes its revision anew each
 //     time that the garbage collector takes it; ours makes none for what is going.
 //   - A Job that is deleted in the foreground: whether its pods are counted before they are

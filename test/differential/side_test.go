@@ -241,6 +241,9 @@ func (s *side) note(c reconcile.Request, obj map[string]any) {
 	if c.Verb == reconcile.VerbCreate {
 		obj = encode(c.Object)
 	}
+	if u := (unstructured.Unstructured{Object: obj}); c.Verb == reconcile.VerbDelete && s.upstream != nil && u.GetDeletionTimestamp() != nil {
+		return // upstream deletes what it has just deleted, for another reason
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.done[string(c.Verb)+" "+c.Resource.Resource+" "+s.identity(obj)]++

@@ -241,8 +241,15 @@ func statefulSets(r *rand.Rand) []step {
 	}
 	own = append(own, claimSteps...)
 	out := leaveOut(scenario(r, make(r), own), "statefulsets web is deleted, Foreground")
-	if slices.ContainsFunc(out, func(s step) bool { return strings.Contains(s.what, ", parallel") || strings.Contains(s.what, ", a claim") }) {
-		out = leaveOut(out, "lose their label", "somebody makes the pod web-") // see what is not played
+	has := func(what string) bool {
+		return slices.ContainsFunc(out, func(s step) bool { return strings.Contains(s.what, what) })
+	}
+	parallel := has(", parallel")
+	if parallel || has(", a claim") { // see what is not played
+		out = leaveOut(out, "lose their label", "somebody makes the pod web-")
+	}
+	if parallel {
+		out = slices.DeleteFunc(out, func(s step) bool { return strings.Contains(s.what, "is held") })
 	}
 	return append(out, step{"claims that are held are let go", (*side).release, calm})
 }

@@ -48,6 +48,8 @@ func (s *side) identity(obj map[string]any) string {
 		}
 	}
 	switch prefix := u.GetGenerateName(); {
+	case aimOf(obj) != "": // a DaemonSet's
+		return prefix + aimOf(obj) + "-*"
 	case prefix == "" || u.GetLabels()[appsv1.PodIndexLabel] != "": // a StatefulSet's pods have names of their own
 		return u.GetName()
 	case owner == "": // it had one
@@ -111,6 +113,11 @@ func (s *side) render(obj map[string]any) string {
 	metadata := obj["metadata"].(map[string]any)
 	for _, field := range []string{"uid", "resourceVersion", "managedFields", "name", "generateName", "namespace"} {
 		delete(metadata, field)
+	}
+	if notes, ok := metadata["annotations"].(map[string]any); ok { // where ours counts what upstream remembers
+		if delete(notes, "timonel.io/daemon-failures"); len(notes) == 0 {
+			delete(metadata, "annotations")
+		}
 	}
 	if l, ok := metadata["labels"].(map[string]any); ok {
 		delete(l, nudged)
@@ -218,6 +225,21 @@ func fields(kind, a, b string, slack time.Duration) []string {
 		if x != y && !near(x, y, slack) {
 			out = append(out, fmt.Sprintf("%s %s: %s is %s here, and %s upstream", kind, whoA, p, x, y))
 		}
+	}
+	return out
+}
+
+// nodeName is a node's name as it is in what is compared.
+var nodeName = regexp.MustCompile(`(-|")n\d(-|")`)
+
+// alike returns a side as it is when nobody looks at which node is which.
+func alike(s seen) seen {
+	out := seen{}
+	for kind, list := range s {
+		for _, e := range list {
+			out[kind] = append(out[kind], nodeName.ReplaceAllString(e, "${1}n*$2"))
+		}
+		slices.Sort(out[kind])
 	}
 	return out
 }
