@@ -131,8 +131,11 @@ bench-parts: ## Benchmarks of the log, the state and the scheduler; growth to 15
 	TIMONEL_GROWTH=1 $(GO) test -run Growth -bench . -count 1 -v -timeout 20m ./test/bench
 
 .PHONY: bench-network
-bench-network: deps ## Packets beside bare namespaces, policies, Services beside kube-proxy, and what 100 agents are told
+bench-network: deps ## Packets beside bare namespaces, policies, Services beside kube-proxy, names beside CoreDNS, and what 100 agents are told
+	@mkdir -p bin/bench
+	cd test/bench/coredns && $(GO) build -ldflags '-s -w' -o ../../../bin/bench/coredns .
 	$(SUDO) env "PATH=$$PATH" "GOFLAGS=$$GOFLAGS" CGO_ENABLED=0 $(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./test/bench/packets ./test/bench/services
+	$(GO) test -run '^$$' -bench . -benchtime 100000x ./test/bench/names
 	$(GO) test -run '^$$' -bench 'To100' -benchtime 50x ./dispatch/network
 
 .PHONY: generate
