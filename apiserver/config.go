@@ -133,6 +133,9 @@ type Config struct {
 	// BodyBytes bounds what bodies of requests take in memory, all together: as they come, and
 	// as objects, as far as can be told. Default and least: 96 MiB.
 	BodyBytes int64
+	// TunnelBytes bounds what streams from nodes take: logs, exec, attach and port-forward, as
+	// if no client read. Those beyond it are refused. Default and least: 64 MiB.
+	TunnelBytes int64
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration
 	// DrainTimeout is how long Run waits for requests in flight after its

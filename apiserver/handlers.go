@@ -23,10 +23,11 @@ type lifecycle struct {
 	slow       *slowWatches
 	strangers  *strangers
 	bodies     *bodies
+	tunnels    *nodeStreams
 }
 
-func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches, bodies *bodies) lifecycle {
-	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, bodies: bodies, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
+func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches, bodies *bodies, tunnels *nodeStreams) lifecycle {
+	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, bodies: bodies, tunnels: tunnels, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -51,7 +52,8 @@ func (l lifecycle) follow(signals map[string]<-chan struct{}, stop <-chan struct
 func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.Handler {
 	touch := touchFilter{inTouch: l.inTouch, serializer: c.Serializer}
 	guard := guardFilter{guard: l.guard, serializer: c.Serializer}
-	h := genericapifilters.WithAuthorization(api, c.Authorization.Authorizer, c.Serializer)
+	l.tunnels.serializer = c.Serializer
+	h := genericapifilters.WithAuthorization(l.tunnels.after(api), c.Authorization.Authorizer, c.Serializer)
 	if c.FlowControl != nil {
 		estimator := flowcontrolrequest.NewWorkEstimator(c.StorageObjectCountTracker.Get, c.FlowControl.GetInterestedWatchCount,
 			flowcontrolrequest.DefaultWorkEstimatorConfig(), c.FlowControl.GetMaxSeats)

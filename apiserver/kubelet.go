@@ -94,12 +94,13 @@ func (k *kubelets) transport(name types.NodeName) *http.Transport {
 			if err != nil {
 				return nil, fmt.Errorf("connect to the kubelet API of node %s: %w", name, err)
 			}
-			return tieConn(ctx, conn, func(err error) error {
+			return tieConn(ctx, newHeaded(conn, string(name)), func(err error) error {
 				return fmt.Errorf("the connection to node %s broke, and what was started there may still run: %w", name, err)
 			}), nil
 		},
-		MaxIdleConnsPerHost: 2,
-		IdleConnTimeout:     30 * time.Second,
+		MaxIdleConnsPerHost:    2,
+		IdleConnTimeout:        30 * time.Second,
+		MaxResponseHeaderBytes: maxAnswerHead,
 	}
 	if k.transports == nil {
 		k.transports = map[types.NodeName]*http.Transport{}

@@ -175,6 +175,12 @@ func (s *Server) SlowWatches() (bytes int64, cut uint64) {
 // for that there was no room: see Config.BodyBytes.
 func (s *Server) Bodies() (bytes int64, refused uint64) { return s.life.bodies.bytes() }
 
+// NodeStreams is how many bytes the open streams from nodes are counted with, and how many
+// were refused: see Config.TunnelBytes.
+func (s *Server) NodeStreams() (bytes int64, refused uint64) {
+	return s.life.tunnels.room.Stats().Held, s.life.tunnels.refused.Load()
+}
+
 // Strangers is how many requests of nobody known are served, and how many were refused for
 // that there were too many.
 func (s *Server) Strangers() (served int, refused uint64) { return s.life.strangers.count() }

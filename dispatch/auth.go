@@ -17,6 +17,9 @@ import (
 // DialOptions are those of one client of a cluster port, TLS credentials aside.
 func DialOptions() []grpc.DialOption { return pb.DialOptions() }
 
+// TunnelDialOptions are those of a client of which only tunnels are asked.
+func TunnelDialOptions() []grpc.DialOption { return pb.TunnelDialOptions() }
+
 // callers are who may call a method. What is not listed is for controllers only.
 var callers = map[string][]pki.Role{
 	pb.Agents_Join_FullMethodName:    nil, // anybody: it checks the token

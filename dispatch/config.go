@@ -67,6 +67,12 @@ type Config struct {
 	Keys Keys
 	// Network says what of the Nodes' addresses and pod ranges other nodes are told.
 	Network Network
+	// TunnelConn gives a connection to another controller that carries tunnels, with
+	// [pb.TunnelDialOptions]. Default: PeerConn.
+	TunnelConn func(ctx context.Context, name string) (grpc.ClientConnInterface, error)
+	// UsageBytes bounds what agents here said that their nodes take, in bytes. What is
+	// above that is not kept, and those nodes have no metrics here. Default 64 MiB.
+	UsageBytes int64
 	// ReportBytes bounds what all agents here said and is not written yet. Beyond it,
 	// and beyond 4 MiB of one agent, agents wait. Default 64 MiB.
 	ReportBytes int64
@@ -141,6 +147,12 @@ func New(c Config) (*Dispatcher, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
+	if c.TunnelConn == nil {
+		c.TunnelConn = c.PeerConn
+	}
+	if c.UsageBytes <= 0 {
+		c.UsageBytes = defaultUsage
+	}
 	if c.ReportBytes <= 0 {
 		c.ReportBytes = defaultReports
 	}
@@ -165,6 +177,9 @@ func New(c Config) (*Dispatcher, error) {
 	d.hub = newHub(d)
 	return d, nil
 }
+
+// UsageBytes is how much is kept of what agents said that their nodes take.
+func (d *Dispatcher) UsageBytes() int64 { return d.usageBytes.Load() }
 
 // ReportBytes is how many bytes of what agents said wait to be written.
 func (d *Dispatcher) ReportBytes() int64 { return d.room.bytes() }

@@ -11,8 +11,7 @@ import (
 )
 
 const (
-	// chunkSize is how much of a tunnel travels in one message.
-	chunkSize = 32 << 10
+	chunkSize = pb.TunnelChunk
 	// flushTimeout is how long a closed tunnel may take for what was written last.
 	flushTimeout = 5 * time.Second
 )

@@ -35,7 +35,7 @@ const (
 	nodeConns       = 8                // of one node, which may come again before the last is known to be gone
 	nodeStreams     = 512              // at once on a connection
 	nodeConnects    = 8                // calls of each method of one agent at once, likewise; of tunnels, as many as it was asked for
-	nodeStreamBytes = 1 << 20          // on their way, of a stream
+	nodeStreamBytes = pb.TunnelWindow  // on their way, of a stream
 	nodeConnBytes   = 4 << 20          // and of a connection
 	headerBytes     = 16 << 10
 )

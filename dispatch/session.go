@@ -190,7 +190,7 @@ func (s *session) run(ctx context.Context, hello *pb.Hello, node *corev1.Node) e
 	s.d.hub.remove(s, goodbye)
 	work.Wait()
 	s.d.room.end(&s.reports.room)
-	s.usage.set(nil, &s.d.usageBytes)
+	s.usage.set(nil, &s.d.usageBytes, 0)
 	if goodbye || errors.Is(err, io.EOF) {
 		s.log.Info("agent disconnected", "goodbye", goodbye, "after", time.Since(start).Round(time.Millisecond))
 		return nil

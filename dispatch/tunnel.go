@@ -206,7 +206,7 @@ func (d *Dispatcher) peers() []string {
 }
 
 func (d *Dispatcher) dialPeer(ctx context.Context, peer, node string) (*streamConn, error) {
-	cc, err := d.config.PeerConn(ctx, peer)
+	cc, err := d.config.TunnelConn(ctx, peer)
 	if err != nil {
 		return nil, err
 	}

@@ -17,9 +17,8 @@ import (
 )
 
 const (
-	// usageBytes bounds what agents said that their nodes take: some thousand nodes full
-	// of pods. What is above that is not kept, and those nodes have no metrics here.
-	usageBytes = 64 << 20
+	// defaultUsage is the default of Config.UsageBytes: some thousand nodes full of pods.
+	defaultUsage = 64 << 20
 	// usageStale is when what a node took is not told any more: agents say it anew every
 	// 15 s.
 	usageStale = time.Minute
@@ -39,9 +38,9 @@ type usage struct {
 	full   bool // there was no room for it
 }
 
-// set replaces what was said, counted in bytes of all sessions; nil ends it. It says false
-// when there is no room, once until there is.
-func (u *usage) set(next *said, bytes *atomic.Int64) bool {
+// set replaces what was said, counted in bytes of all sessions, of which there may be limit;
+// nil ends it. It says false when there is no room, once until there is.
+func (u *usage) set(next *said, bytes *atomic.Int64, limit int64) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.newest != nil {
@@ -52,7 +51,7 @@ func (u *usage) set(next *said, bytes *atomic.Int64) bool {
 		u.ended = true
 		return true
 	}
-	if bytes.Add(int64(len(next.raw))) > usageBytes {
+	if bytes.Add(int64(len(next.raw))) > limit {
 		bytes.Add(-int64(len(next.raw)))
 		told := u.full
 		u.full = true
@@ -84,7 +83,7 @@ func (s *session) reportUsage(r *pb.UsageReport) {
 	if len(raw) > pb.MaxUsage {
 		return // not an agent of ours
 	}
-	if !s.usage.set(&said{raw, time.Now()}, &s.d.usageBytes) {
+	if !s.usage.set(&said{raw, time.Now()}, &s.d.usageBytes, s.d.config.UsageBytes) {
 		s.log.Warn("no room for what nodes take: this node has no metrics")
 	}
 }

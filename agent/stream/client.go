@@ -202,21 +202,27 @@ func (c *Client) setSession(s *session) {
 // connect runs one stream to its end. connected says whether the controller
 // had said Welcome.
 func (c *Client) connect(ctx context.Context, addr string) (connected bool, err error) {
-	conn, err := c.dial(addr)
+	conn, err := c.dial(addr, pb.DialOptions())
 	if err != nil {
 		return false, err
 	}
-	s := &session{client: c, address: addr, agents: pb.NewAgentsClient(conn)}
-	defer c.ends.Go(func() {
-		s.tunnels.Wait()
+	carrier, err := c.dial(addr, pb.TunnelDialOptions())
+	if err != nil {
 		conn.Close()
+		return false, err
+	}
+	s := &session{client: c, address: addr, agents: pb.NewAgentsClient(conn), carrier: pb.NewAgentsClient(carrier)}
+	defer c.ends.Go(func() {
+		conn.Close()
+		s.tunnels.Wait()
+		carrier.Close()
 	})
 	return s.run(ctx)
 }
 
-func (c *Client) dial(addr string) (*grpc.ClientConn, error) {
+func (c *Client) dial(addr string, options []grpc.DialOption) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("passthrough:///"+addr,
-		append(pb.DialOptions(), grpc.WithTransportCredentials(credentials.NewTLS(c.cfg.TLS)))...)
+		append(options, grpc.WithTransportCredentials(credentials.NewTLS(c.cfg.TLS)))...)
 	if err != nil {
 		return nil, fmt.Errorf("controller %s: %w", addr, err)
 	}

@@ -34,6 +34,9 @@ type session struct {
 	replies map[uint64]chan *pb.Reply
 	calls   sync.WaitGroup // Network
 	tunnels sync.WaitGroup // may outlive the session
+	// carrier has the tunnels, over a connection of their own: what is waited for here
+	// does not wait behind them.
+	carrier pb.AgentsClient
 }
 
 func (s *session) run(ctx context.Context) (connected bool, err error) {

@@ -17,7 +17,7 @@ import (
 func (s *session) tunnel(ctx context.Context, id, target string) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := s.agents.Tunnel(metadata.AppendToOutgoingContext(ctx, pb.TunnelIDKey, id))
+	stream, err := s.carrier.Tunnel(metadata.AppendToOutgoingContext(ctx, pb.TunnelIDKey, id))
 	if err != nil {
 		s.client.log.Warn("answer a tunnel", "id", id, "error", short(err))
 		return
@@ -40,7 +40,7 @@ func (s *session) tunnel(ctx context.Context, id, target string) {
 			}
 		}
 	}()
-	buf := make([]byte, 32<<10)
+	buf := make([]byte, pb.TunnelChunk)
 	for {
 		n, err := near.Read(buf)
 		if n > 0 {

@@ -33,6 +33,11 @@ type shares struct {
 	bodies int64
 	// reports bounds what agents said and is not written yet, all agents together.
 	reports int64
+	// usage bounds what agents said that their nodes take.
+	usage int64
+	// tunnels bounds what is on its way between clients and nodes: logs, exec, attach,
+	// port-forward.
+	tunnels int64
 	// network bounds what every node is told of Services, their endpoints and other nodes.
 	network int64
 	// connections bounds what the connections of strangers take: see dividePorts.
@@ -70,6 +75,8 @@ func (c *config) memoryShares() (shares, error) {
 	s.bodies = min(max(s.memory/8, 96<<20), 4<<30)
 	s.proposals = min(max(s.memory/128, 40<<20), 160<<20)
 	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
+	s.usage = min(max(s.memory/64, 16<<20), 256<<20)
+	s.tunnels = min(max(s.memory/32, 64<<20), 1<<30)
 	s.network = min(max(s.memory/32, 32<<20), 256<<20)
 	s.connections = max(s.memory/32, 24<<20)
 	if c.stateLimit != "" {

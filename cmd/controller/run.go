@@ -45,6 +45,7 @@ type controller struct {
 	directory *directory
 	keys      *keyrings
 	peers     *peers
+	tunnels   *peers // apart, for they are many and may stand still
 	replica   *consensus.Replica
 	backend   backend
 	trust     *trust.Registry
@@ -112,6 +113,7 @@ func run(ctx context.Context, c config, log *slog.Logger) (err error) {
 	}
 	defer k.directory.close()
 	defer k.peers.close()
+	defer k.tunnels.close()
 
 	if k.replica, err = k.openReplica(ctx, identity); err != nil {
 		return err
@@ -203,6 +205,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		Caches:           k.decoded,
 		WatchBytes:       k.shares.watches,
 		BodyBytes:        k.shares.bodies,
+		TunnelBytes:      k.shares.tunnels,
 		ServiceCIDRs:     k.services(),
 		DNSAddresses:     k.dnsAddresses(),
 		DialKubelet:      k.agents.DialKubelet,
@@ -296,6 +299,7 @@ func (k *controller) openGossip(ctx context.Context, identity *pki.Controller) e
 	}
 	k.directory = &directory{cache: k.cache, config: &k.config}
 	k.peers = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.DialOptions)
+	k.tunnels = newPeers(k.directory, identity.ClusterClientTLSTo, dispatch.TunnelDialOptions)
 	var kept bool
 	var err error
 	if k.keys, kept, err = newKeyrings(k.bundle, k.dataDir, k.log); err != nil {

@@ -47,6 +47,15 @@ const (
 	// every message that comes alone with a ping, which the other end has to answer
 	// too, and that costs a lone write of the cluster's four system calls on its way.
 	StreamWindow, ConnWindow = 4 << 20, 16 << 20
+	// TunnelWindow is that of a stream that carries a tunnel. So much of each is in memory
+	// when its reader takes nothing, at each place that it goes through.
+	TunnelWindow = 256 << 10
+	// TunnelChunk is how much of a tunnel travels in one message. With what is around it, it
+	// has to fit into 32 KiB: gRPC's next larger buffer has 1 MiB, and each message that
+	// waits has one.
+	TunnelChunk = 32<<10 - 64
+	// tunnelIdle is when a connection that carries no tunnel ends.
+	tunnelIdle = 30 * time.Second
 
 	connectTimeout = 2 * time.Second
 )
@@ -87,6 +96,12 @@ func DialOptions() []grpc.DialOption {
 		grpc.WithStaticStreamWindowSize(StreamWindow),
 		grpc.WithStaticConnWindowSize(ConnWindow),
 	}
+}
+
+// TunnelDialOptions are those of a connection for tunnels alone: they are many, and are in
+// nobody's way there.
+func TunnelDialOptions() []grpc.DialOption {
+	return append(DialOptions(), grpc.WithIdleTimeout(tunnelIdle), grpc.WithStaticStreamWindowSize(TunnelWindow))
 }
 
 // asker makes a call over a client's connection when the other end says nothing.
