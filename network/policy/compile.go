@@ -144,6 +144,11 @@ func (o *output) base(bridge string) {
 		o.chains[chainGuarded] = append(o.chains[chainGuarded],
 			fmt.Sprintf("iifname %q %s daddr . meta l4proto . th dport @%s%s reject with icmpx type admin-prohibited", bridge, f.ip, setGuarded, f.digit))
 	}
+	// A pod asks another node, and a Service there leads it on, with that node's address.
+	for _, f := range families {
+		o.chains[chainGuarded] = append(o.chains[chainGuarded],
+			fmt.Sprintf("ct status dnat %s daddr . meta l4proto . th dport @%s%s reject with icmpx type admin-prohibited", f.ip, setGuarded, f.digit))
+	}
 	for _, hook := range []string{"input", "forward"} {
 		o.hooks["guarded-"+hook] = hookOf{"filter", hook, "-1"}
 		o.chains["guarded-"+hook] = []string{"jump " + chainGuarded}

@@ -20,7 +20,8 @@
 //	policy-HASH-out, -in   the rules of one policy
 //	@g4-GROUP, @g6-GROUP   the addresses of a group; rules of all policies share it
 //	@t4-GROUP, @t6-GROUP   its addresses with ports that have a name
-//	@guarded4, @guarded6   addresses and ports of the cluster's own that pods do not reach
+//	@guarded4, @guarded6   addresses and ports of the cluster's own that pods do not reach, and
+//	                       that nobody reaches through a Service
 //
 // What the node itself sends to its pods and gets from them does not pass the hook, and what
 // belongs to a connection that was allowed is let through without more questions.

@@ -207,6 +207,58 @@ func TestThroughServices(t *testing.T) {
 	})
 }
 
+// Whoever may make a Service and its endpoints leads nobody to the cluster's own ports: not a
+// pod of another node, which comes by this node's node port and goes on with its address.
+func TestNobodyReachesTheClustersPortsThroughAService(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		a, far, out := l.pod(2), l.OtherNode(), l.Outside()
+		a.Serve(8080)
+		out.Serve(8080)
+		self := l.Self()
+		self.Serve(7946, "10.244.1.1")
+		l.Must(exec.Command("nft", `table inet services {
+			chain pre { type nat hook prerouting priority -100;
+				tcp dport 30080 dnat ip to 192.0.2.9:8080; udp dport 30080 dnat ip to 192.0.2.9:8080
+				meta nfproto ipv6 tcp dport 30082 dnat ip6 to [2001:db8::9]:8080
+				tcp dport 30081 dnat ip to 10.244.1.1:7946; udp dport 30081 dnat ip to 10.244.1.1:7946
+				tcp dport 30083 dnat ip to 10.244.1.2:8080
+			}
+			chain post { type nat hook postrouting priority 100; ct status dnat masquerade; }
+		}`).Run())
+		ask := func(port string, networks ...string) (all []string) {
+			for _, n := range networks {
+				all = append(all, far.Ask(n, net.JoinHostPort(netlab.NodeIP, port)))
+			}
+			return all
+		}
+		l.pass()
+		for _, got := range ask("30080", "tcp", "udp") {
+			require.Contains(t, got, "out ")
+		}
+		for _, got := range ask("30081", "tcp", "udp") {
+			require.Contains(t, got, "node ")
+		}
+		require.Contains(t, far.Ask("tcp", net.JoinHostPort(netlab.NodeIP6, "30082")), "out ")
+		var guarded []Guarded
+		for _, p := range []corev1.Protocol{corev1.ProtocolTCP, corev1.ProtocolUDP} {
+			for _, at := range []string{netlab.OutsideIP + ":8080", "[" + netlab.OutsideIP6 + "]:8080", "10.244.1.1:7946"} {
+				guarded = append(guarded, Guarded{p, netip.MustParseAddrPort(at)})
+			}
+		}
+		l.rules.SetGuarded(guarded)
+		l.pass()
+		for _, port := range []string{"30080", "30081"} {
+			for _, network := range []string{"tcp", "udp"} {
+				require.NotRegexp(t, "^(out|node) ", far.Silent(network, net.JoinHostPort(netlab.NodeIP, port)), "%s %s", network, port)
+			}
+		}
+		require.NotContains(t, far.Silent("tcp", net.JoinHostPort(netlab.NodeIP6, "30082")), "out ")
+		require.Contains(t, far.Ask("tcp", netlab.OutsideIP+":8080"), "out ", "other machines reach them as they are")
+		require.Contains(t, far.Ask("tcp", net.JoinHostPort(netlab.NodeIP, "30083")), "pod2 ", "and Services what is not guarded")
+	})
+}
+
 func TestTiers(t *testing.T) {
 	t.Parallel()
 	inLab(t, func(l *lab) {
