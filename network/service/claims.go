@@ -7,12 +7,16 @@ import (
 )
 
 // claims say which Service has a frontend. Two can ask for one: by externalIPs, by an
-// address of a balancer, or while one is deleted and another made. The older has it.
+// address of a balancer, or while one is deleted and another made. Whose own cluster address it
+// is has it, then to whom it was given as a balancer's, and of others the older.
 type claims struct {
 	owner  map[frontend]feed.Name
-	rivals map[frontend][]feed.Name // who else asks, the oldest first
+	rivals map[frontend][]feed.Name // who else asks, in order
 	lost   map[feed.Name]map[frontend]struct{}
 }
+
+// order says who of two is to have a frontend.
+type order func(f frontend, a, b feed.Name) bool
 
 func newClaims() *claims {
 	return &claims{owner: map[frontend]feed.Name{}, rivals: map[frontend][]feed.Name{}, lost: map[feed.Name]map[frontend]struct{}{}}
@@ -20,7 +24,7 @@ func newClaims() *claims {
 
 // set changes what a Service asks for. touch is called before another gains or loses
 // something by it.
-func (c *claims) set(name feed.Name, old, new []frontend, older func(a, b feed.Name) bool, touch func(feed.Name)) {
+func (c *claims) set(name feed.Name, old, new []frontend, first order, touch func(feed.Name)) {
 	for _, f := range old {
 		if !slices.Contains(new, f) {
 			c.release(name, f, touch)
@@ -28,24 +32,24 @@ func (c *claims) set(name feed.Name, old, new []frontend, older func(a, b feed.N
 	}
 	for _, f := range new {
 		if !slices.Contains(old, f) {
-			c.take(name, f, older, touch)
+			c.take(name, f, first, touch)
 		}
 	}
 }
 
-func (c *claims) take(name feed.Name, f frontend, older func(a, b feed.Name) bool, touch func(feed.Name)) {
+func (c *claims) take(name feed.Name, f frontend, first order, touch func(feed.Name)) {
 	owner, taken := c.owner[f]
 	switch {
 	case !taken:
 		c.owner[f] = name
-	case older(name, owner):
+	case first(f, name, owner):
 		touch(owner)
 		c.owner[f] = name
 		c.lose(owner, f)
 		c.rivals[f] = slices.Insert(c.rivals[f], 0, owner)
 	default:
 		at, _ := slices.BinarySearchFunc(c.rivals[f], name, func(r, n feed.Name) int {
-			if older(r, n) {
+			if first(f, r, n) {
 				return -1
 			}
 			return 1

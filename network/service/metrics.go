@@ -29,5 +29,5 @@ func (p *Proxy) WriteMetrics(w io.Writer) {
 	one("sync_seconds_total", "counter", "Time that changes of the table took", func(f FamilyStats) any { return f.Total.Seconds() })
 	one("last_sync_seconds", "gauge", "Time that the last change of the table took", func(f FamilyStats) any { return f.Last.Seconds() })
 	one("refused", "gauge", "Services whose rules the kernel does not take", func(f FamilyStats) any { return f.Refused })
-	one("contested", "gauge", "Services that ask for an address and port that an older one has", func(f FamilyStats) any { return f.Contested })
+	one("contested", "gauge", "Services that ask for an address and port that another one has", func(f FamilyStats) any { return f.Contested })
 }

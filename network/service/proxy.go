@@ -204,7 +204,7 @@ func (p *Proxy) say(s *side, view *feed.View, names map[feed.Name]struct{}, out 
 	texts := map[feed.Name][2]string{}
 	for name, others := range out.contested {
 		f := slices.MinFunc(slices.Collect(maps.Keys(others)), func(a, b frontend) int { return cmp.Compare(a.String(), b.String()) })
-		texts[name] = [2]string{ReasonTaken, fmt.Sprintf("%s is of Service %s, which is older: nothing is sent to this one there; remove it from spec.externalIPs or status.loadBalancer of one of them", f, others[f])}
+		texts[name] = [2]string{ReasonTaken, fmt.Sprintf("%s is of Service %s, which is older or has more right to it: nothing is sent to this one there; remove it from spec.externalIPs or status.loadBalancer of one of them", f, others[f])}
 	}
 	for name, err := range out.refused {
 		texts[name] = [2]string{ReasonRefused, fmt.Sprintf("node %s: the kernel refuses the rules of this Service, which stay as they were: %v; look at nft list table %s %s there, and at dmesg",

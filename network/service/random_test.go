@@ -256,6 +256,45 @@ func TestOneChangeIsOneSmallTransaction(t *testing.T) {
 	})
 }
 
+// An address that is a Service's own, or that a balancer gave it, is nobody else's, who asked
+// for it before by spec.externalIPs.
+func TestWhatIsGivenIsNotTaken(t *testing.T) {
+	t.Parallel()
+	inLab(t, func(l *lab) {
+		thief, shop, c := l.Pod(2), l.Pod(3), l.Pod(4)
+		thief.Serve(8080)
+		shop.Serve(8080)
+		l.start(Config{})
+		made := func(at int64) option {
+			return func(s *corev1.Service) { s.CreationTimestamp = metav1.Unix(at, 0) }
+		}
+		all := []string{"10.96.0.2:80", "203.0.113.7:80"}
+		is := func(who string) {
+			t.Helper()
+			for _, at := range all {
+				require.Contains(t, c.Ask("tcp", at), who, at)
+			}
+			l.same(who)
+		}
+		l.set(svc("thief", "10.96.0.1", externalIPs("10.96.0.2", "203.0.113.7"), made(1)), slice("thief", ep("10.244.1.2")))
+		is("pod2 ")
+		l.set(svc("shop", "10.96.0.2", balancer("203.0.113.7"), made(2)), slice("shop", ep("10.244.1.3")))
+		is("pod3 ")
+		l.set(svc("thief", "10.96.0.1", externalIPs("203.0.113.7", "10.96.0.2"), made(1)))
+		is("pod3 ")
+		// The right to it changes, and what is asked for does not.
+		l.set(svc("shop", "10.96.0.2", externalIPs("203.0.113.7"), made(2)))
+		require.Contains(t, c.Ask("tcp", "203.0.113.7:80"), "pod2 ")
+		require.Contains(t, c.Ask("tcp", "10.96.0.2:80"), "pod3 ")
+		l.same("older")
+		l.set(svc("shop", "10.96.0.2", balancer("203.0.113.7"), made(2)))
+		is("pod3 ")
+		l.store.Update(func(t *feed.Txn) { t.RemoveService(feed.Name{Namespace: "default", Name: "shop"}) })
+		l.pass()
+		is("pod2 ")
+	})
+}
+
 // Two Services that ask for one address: the older has it, and the other when it goes.
 func TestTwoServicesOfOneAddress(t *testing.T) {
 	t.Parallel()
@@ -274,7 +313,7 @@ func TestTwoServicesOfOneAddress(t *testing.T) {
 		require.Contains(t, c.Ask("tcp", "203.0.113.7:80"), "pod2 ")
 		l.set(svc("old", "10.96.0.2", externalIPs("203.0.113.7"), made(1)), slice("old", ep("10.244.1.3")))
 		require.Contains(t, c.Ask("tcp", "203.0.113.7:80"), "pod3 ")
-		require.Equal(t, []string{"young ServiceAddressTaken: 203.0.113.7:80/tcp is of Service default/old, which is older: nothing is sent to this one there; remove it from spec.externalIPs or status.loadBalancer of one of them"}, events)
+		require.Equal(t, []string{"young ServiceAddressTaken: 203.0.113.7:80/tcp is of Service default/old, which is older or has more right to it: nothing is sent to this one there; remove it from spec.externalIPs or status.loadBalancer of one of them"}, events)
 		require.Contains(t, c.Ask("tcp", "10.96.0.1:80"), "pod2 ")
 		l.same("both")
 		l.store.Update(func(t *feed.Txn) { t.RemoveService(feed.Name{Namespace: "default", Name: "old"}) })

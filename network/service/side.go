@@ -41,9 +41,9 @@ func (s *side) reset(ctx context.Context, view *feed.View, around surroundings) 
 	begun := time.Now()
 	c := newClaims()
 	s.compiler.zone, s.compiler.served = view.Zone(), around.served
-	older := olderIn(view)
+	first := s.compiler.orderIn(view)
 	for name, svc := range view.Services() {
-		c.set(name, nil, s.compiler.frontends(svc), older, func(feed.Name) {})
+		c.set(name, nil, s.compiler.frontends(svc), first, func(feed.Name) {})
 	}
 	var all []change
 	for name, svc := range view.Services() {
@@ -82,7 +82,7 @@ func (s *side) step(ctx context.Context, view *feed.View, changed map[feed.Name]
 		}
 		batch[name] = s.compiler.service(name, s.applied.Service(name), s.applied.Slices(name), s.claims.lost[name])
 	}
-	older := olderIn(view)
+	first := s.compiler.orderIn(view)
 	order := slices.SortedFunc(maps.Keys(changed), compareNames)
 	for _, name := range order {
 		touch(name)
@@ -94,12 +94,14 @@ func (s *side) step(ctx context.Context, view *feed.View, changed map[feed.Name]
 		old := s.compiler.frontends(was)
 		if was != nil && is != nil && was.CreationTimestamp.Equal(&is.CreationTimestamp) { // else it is another one
 			new := s.compiler.frontends(is)
-			kept[name] = filter(old, func(f frontend) bool { return slices.Contains(new, f) })
+			kept[name] = filter(old, func(f frontend) bool {
+				return slices.Contains(new, f) && s.compiler.rank(was, f) == s.compiler.rank(is, f)
+			})
 		}
-		s.claims.set(name, old, kept[name], older, touch)
+		s.claims.set(name, old, kept[name], first, touch)
 	}
 	for _, name := range order {
-		s.claims.set(name, kept[name], s.compiler.frontends(view.Service(name)), older, touch)
+		s.claims.set(name, kept[name], s.compiler.frontends(view.Service(name)), first, touch)
 	}
 	out := outcome{contested: map[feed.Name]map[frontend]feed.Name{}}
 	var changes []change
@@ -138,10 +140,30 @@ func (o *objects) nothing() bool {
 	return len(o.elements)+len(o.chains)+len(o.sets)+len(o.sharedElements)+len(o.sharedChains) == 0
 }
 
-// olderIn says which of two Services of a View was made first.
-func olderIn(view *feed.View) func(a, b feed.Name) bool {
-	return func(a, b feed.Name) bool {
+// rank says by what right a Service asks for a frontend: 0 is its own cluster address, or a
+// port of nodes, 1 what a balancer gave it, 2 what its owner wrote into spec.externalIPs, which
+// may be anything.
+func (c *compiler) rank(s *corev1.Service, f frontend) int {
+	a, ok := c.addressesOf(s)
+	switch {
+	case !ok:
+		return 3
+	case !f.ip.IsValid() || f.ip == a.cluster:
+		return 0
+	case slices.Contains(a.balancer, f.ip):
+		return 1
+	}
+	return 2
+}
+
+// orderIn says which of two Services of a View has a frontend: by their right to it, then who
+// was made first.
+func (c *compiler) orderIn(view *feed.View) order {
+	return func(f frontend, a, b feed.Name) bool {
 		x, y := view.Service(a), view.Service(b)
+		if r, s := c.rank(x, f), c.rank(y, f); r != s {
+			return r < s
+		}
 		if x != nil && y != nil && !x.CreationTimestamp.Equal(&y.CreationTimestamp) {
 			return x.CreationTimestamp.Before(&y.CreationTimestamp)
 		}
