@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -134,6 +135,7 @@ type controller struct {
 	stream   grpc.BidiStreamingServer[pb.AgentMessage, pb.ControllerMessage]
 	hello    *pb.Hello
 	node     *corev1.Node
+	csi      *storagev1.CSINode
 	statuses map[string]*corev1.PodStatus // by uid
 	history  map[string][]corev1.PodStatus
 	gone     map[string]bool
@@ -266,6 +268,10 @@ func (c *controller) receive(stream grpc.BidiStreamingServer[pb.AgentMessage, pb
 			n := &corev1.Node{}
 			_ = n.Unmarshal(m.NodeStatus.Node)
 			c.node = n
+		case *pb.AgentMessage_CsiNode:
+			n := &storagev1.CSINode{}
+			_ = n.Unmarshal(m.CsiNode.CsiNode)
+			c.csi = n
 		case *pb.AgentMessage_PodStatus:
 			st := &corev1.PodStatus{}
 			_ = st.Unmarshal(m.PodStatus.Status)
