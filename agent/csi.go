@@ -21,7 +21,7 @@ func (a *Agent) newCSI() {
 			defer a.mu.Unlock()
 			return a.live
 		},
-		Tokens: a.stream.Token, Drivers: a.stream.SetCSINode, NodeChanged: a.kick,
+		Tokens: a.stream.Token, Grown: a.stream.ClaimGrown, Drivers: a.stream.SetCSINode, NodeChanged: a.kick,
 		Changed: func(uid types.UID) { a.pods.VolumeChanged(uid) }, Logger: a.log,
 	})
 	a.plugins = plugin.New(plugin.Config{

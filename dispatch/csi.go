@@ -161,3 +161,58 @@ func mergeDrivers(live []storagev1.CSINodeDriver, said *csiReport) (next, replac
 	}
 	return next, replaced
 }
+
+// growClaim makes a claim's status say how large its volume is, as the kubelet does when
+// what is left of growing it is the node's (MarkFSResizeFinished, pkg/volume/util). The
+// size is the volume's own, whatever the agent says, and the agent's node is asked for it:
+// only a claim that a pod there uses can be written.
+func (s *session) growClaim(ctx context.Context, q *pb.ClaimGrown) error {
+	for try := 0; ; try++ {
+		live, err := s.client.PersistentVolumeClaims(q.GetNamespace()).Get(ctx, q.GetName(), metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		pv, ok := s.d.config.Objects.Snapshot().PVs().Get("", q.GetVolume())
+		if !ok || string(live.UID) != q.GetUid() || live.Spec.VolumeName != q.GetVolume() || pv.Spec.ClaimRef == nil || pv.Spec.ClaimRef.UID != live.UID {
+			return nil // it is another's by now
+		}
+		next := grownClaim(live, pv, q.GetBytes())
+		if apiequality.Semantic.DeepEqual(live.Status, next.Status) {
+			return nil
+		}
+		_, err = s.client.PersistentVolumeClaims(q.GetNamespace()).UpdateStatus(ctx, next, metav1.UpdateOptions{})
+		if apierrors.IsConflict(err) && try < 5 {
+			continue
+		}
+		return err
+	}
+}
+
+// grownClaim is a claim whose volume has been made larger on its node, to so many bytes.
+func grownClaim(live *corev1.PersistentVolumeClaim, pv *corev1.PersistentVolume, bytes int64) *corev1.PersistentVolumeClaim {
+	size, ok := pv.Spec.Capacity[corev1.ResourceStorage]
+	has := live.Status.Capacity[corev1.ResourceStorage]
+	next := live.DeepCopy()
+	if !ok || bytes != size.Value() || has.Cmp(size) >= 0 {
+		return next // it has grown once more, or it is known
+	}
+	if next.Status.Capacity == nil {
+		next.Status.Capacity = corev1.ResourceList{}
+	}
+	next.Status.Capacity[corev1.ResourceStorage] = size
+	next.Status.Conditions = slices.DeleteFunc(next.Status.Conditions, func(c corev1.PersistentVolumeClaimCondition) bool {
+		switch c.Type {
+		case corev1.PersistentVolumeClaimResizing, corev1.PersistentVolumeClaimFileSystemResizePending,
+			corev1.PersistentVolumeClaimControllerResizeError, corev1.PersistentVolumeClaimNodeResizeError:
+			return true
+		}
+		return false
+	})
+	if delete(next.Status.AllocatedResourceStatuses, corev1.ResourceStorage); len(next.Status.AllocatedResourceStatuses) == 0 {
+		next.Status.AllocatedResourceStatuses = nil
+	}
+	return next
+}

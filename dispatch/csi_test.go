@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 	corev1 "k8s.io/api/core/v1"
 	storagev1 "k8s.io/api/storage/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	pb "timonel/proto/timonel/v1"
@@ -114,4 +115,27 @@ func TestDriversOfANode(t *testing.T) {
 		require.Equal(t, tt.next, next, what)
 		require.Equal(t, tt.replaced, replaced, what)
 	}
+}
+
+// TestGrownClaim: a claim's status says the volume's size once the node's part has it, and
+// waits for nothing more; what an agent says of an older or another size is not taken.
+func TestGrownClaim(t *testing.T) {
+	t.Parallel()
+	gib := func(n int64) corev1.ResourceList {
+		return corev1.ResourceList{corev1.ResourceStorage: *resource.NewQuantity(n<<30, resource.BinarySI)}
+	}
+	pv := &corev1.PersistentVolume{Spec: corev1.PersistentVolumeSpec{Capacity: gib(2)}}
+	claim := &corev1.PersistentVolumeClaim{Status: corev1.PersistentVolumeClaimStatus{Capacity: gib(1),
+		AllocatedResourceStatuses: map[corev1.ResourceName]corev1.ClaimResourceStatus{corev1.ResourceStorage: corev1.PersistentVolumeClaimNodeResizePending},
+		Conditions:                []corev1.PersistentVolumeClaimCondition{{Type: corev1.PersistentVolumeClaimFileSystemResizePending}, {Type: "Unused"}}}}
+	before := claim.DeepCopy()
+	next := grownClaim(claim, pv, 2<<30)
+	require.Equal(t, int64(2<<30), next.Status.Capacity.Storage().Value())
+	require.Nil(t, next.Status.AllocatedResourceStatuses)
+	require.Equal(t, []corev1.PersistentVolumeClaimCondition{{Type: "Unused"}}, next.Status.Conditions)
+	require.Equal(t, before, claim)
+	require.Equal(t, before, grownClaim(claim, pv, 3<<30))
+	require.Equal(t, before, grownClaim(claim, pv, 1<<30))
+	require.Equal(t, next, grownClaim(next, pv, 2<<30))
+	require.Equal(t, before, grownClaim(claim, &corev1.PersistentVolume{}, 0))
 }

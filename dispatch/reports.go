@@ -357,6 +357,8 @@ func (s *session) answer(ctx context.Context, r *pb.Request) ([]byte, error) {
 		return out.Marshal()
 	case *pb.Request_PodCertificate:
 		return nil, s.requestCertificate(ctx, q.PodCertificate)
+	case *pb.Request_ClaimGrown:
+		return nil, s.growClaim(ctx, q.ClaimGrown)
 	}
 	return nil, apierrors.NewBadRequest(fmt.Sprintf("this controller does not know the request %T; it may be older than the agent", r.GetRequest()))
 }

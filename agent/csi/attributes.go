@@ -224,10 +224,20 @@ func size(r *Request) int64 {
 	return q.Value()
 }
 
+// has is how many bytes the claim says that its volume has for pods; 0: it does not say.
+func (r *Request) has() int64 {
+	if r.Claim == nil {
+		return 0
+	}
+	q := r.Claim.Status.Capacity[corev1.ResourceStorage]
+	return q.Value()
+}
+
 // growth is to how many bytes the node's part of a volume has to be made larger; 0: it has
-// not to be.
+// not to be. A claim that says the volume's size needs nothing of the node: its driver
+// grows it elsewhere.
 func growth(r *Request, rec *published) int64 {
-	if now := size(r); rec.Size > 0 && now > rec.Size && !r.ReadOnly {
+	if now := size(r); rec.Size > 0 && now > rec.Size && r.has() > 0 && r.has() < now && !r.ReadOnly {
 		return now
 	}
 	return 0

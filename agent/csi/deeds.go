@@ -281,7 +281,7 @@ func (m *Manager) publish(ctx context.Context, j *job) error {
 	}
 	rec.Done, rec.Mounted = true, mounted(m.cfg.Root, rec.Path)
 	if rec.Size == 0 {
-		if rec.Size = r.Has; rec.Size == 0 {
+		if rec.Size = r.has(); rec.Size == 0 {
 			rec.Size = size(r)
 		}
 	}
@@ -350,6 +350,11 @@ func (m *Manager) expand(ctx context.Context, j *job) error {
 		defer cancel()
 		if _, err := j.driver.client().NodeExpandVolume(ctx, req); err != nil {
 			return err
+		}
+		if m.cfg.Grown != nil && j.want.Claim != nil {
+			if err := m.cfg.Grown(ctx, j.want.Claim, j.want.PV.Name, j.grow); err != nil {
+				return fmt.Errorf("say that the claim has grown: %w", err)
+			}
 		}
 	}
 	rec.Size = j.grow

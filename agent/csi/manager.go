@@ -41,6 +41,8 @@ type Config struct {
 	Live func() *corev1.Node
 	// Tokens asks for a service account token.
 	Tokens func(ctx context.Context, namespace, serviceAccount string, tr *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error)
+	// Grown says that a claim's volume is as large on the node as it is.
+	Grown func(ctx context.Context, claim *corev1.PersistentVolumeClaim, volume string, bytes int64) error
 	// Drivers hears which drivers there are, and which were since the start.
 	Drivers func(node *storagev1.CSINode, gone []string)
 	// NodeChanged is called when what Facts returns has changed.
@@ -59,8 +61,8 @@ type Request struct {
 	PV     *corev1.PersistentVolume
 	Source *corev1.CSIVolumeSource
 	Inline bool
-	// Has is how large the claim says that the volume is for pods; zero: it does not say.
-	Has int64
+	// Claim is the claim's object; nil while it is not known.
+	Claim *corev1.PersistentVolumeClaim
 	// ReadOnly is what the pod's use of it says.
 	ReadOnly bool
 	// Block: the pod has it as a device.

@@ -47,6 +47,7 @@ type world struct {
 	node    *corev1.Node
 	told    *storagev1.CSINode
 	gone    []string
+	grown   []string
 	changed map[types.UID]int
 
 	m    *Manager
@@ -125,6 +126,15 @@ func (w *world) start() {
 			tr = tr.DeepCopy()
 			tr.Status.Token = fmt.Sprintf("%s/%s for %v and %s", namespace, account, tr.Spec.Audiences, tr.Spec.BoundObjectRef.Name)
 			return tr, nil
+		},
+		Grown: func(_ context.Context, claim *corev1.PersistentVolumeClaim, volume string, bytes int64) error {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.grown = append(w.grown, fmt.Sprintf("%s/%s %s %d", claim.Namespace, claim.Name, volume, bytes))
+			if len(w.grown) == 1 {
+				return errors.New("no controller is connected")
+			}
+			return nil
 		},
 		Drivers: func(n *storagev1.CSINode, gone []string) {
 			w.mu.Lock()
@@ -594,7 +604,9 @@ func TestRequests(t *testing.T) {
 	pod := w.pod("u1")
 	gid := int64(4711)
 	pod.Spec.SecurityContext = &corev1.PodSecurityContext{FSGroup: &gid}
-	r := Request{Pod: pod, Volume: "data", PV: pv, Has: 1 << 30}
+	claim := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data", UID: "c"}}
+	claim.Status.Capacity = corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")}
+	r := Request{Pod: pod, Volume: "data", PV: pv, Claim: claim}
 	w.refused(r, "fetching NodeStageSecretRef sys/stage failed")
 	w.mu.Lock()
 	w.secrets["sys/stage"] = &corev1.Secret{Data: map[string][]byte{"k": []byte("s")}}
@@ -633,6 +645,16 @@ func TestRequests(t *testing.T) {
 	r.PV = bigger
 	w.mount(r)
 	require.Eventually(t, func() bool { return d.Size("v1") == 2<<30 }, 10*time.Second, time.Millisecond)
+	// Nobody could be told, so it is done once more.
+	grown := func() []string { w.mu.Lock(); defer w.mu.Unlock(); return slices.Clone(w.grown) }
+	require.Eventually(t, func() bool { return len(grown()) == 2 }, 10*time.Second, time.Millisecond)
+	require.Equal(t, []string{"ns/data pv-v1 2147483648", "ns/data pv-v1 2147483648"}, grown())
+	w.mount(r)
+	// The claim says the size already: others have seen to it.
+	r.Claim = claim.DeepCopy()
+	r.Claim.Status.Capacity[corev1.ResourceStorage] = resource.MustParse("4Gi")
+	r.PV = bigger.DeepCopy()
+	r.PV.Spec.Capacity[corev1.ResourceStorage] = resource.MustParse("4Gi")
 	w.mount(r)
 	w.release("u1")
 	w.empty()
@@ -642,7 +664,7 @@ func TestRequests(t *testing.T) {
 			n++
 		}
 	}
-	require.Equal(t, 1, n)
+	require.Equal(t, 2, n)
 }
 
 // TestInlineVolumes: a volume of a pod's own is published without being staged or attached,

@@ -290,6 +290,14 @@ func (c *Client) PodCertificate(ctx context.Context, r *certificatesv1.PodCertif
 	return err
 }
 
+// ClaimGrown says that the node's part of a claim's volume has so many bytes now.
+func (c *Client) ClaimGrown(ctx context.Context, claim *corev1.PersistentVolumeClaim, volume string, bytes int64) error {
+	_, err := c.ask(ctx, &pb.Request{Request: &pb.Request_ClaimGrown{ClaimGrown: &pb.ClaimGrown{
+		Namespace: claim.Namespace, Name: claim.Name, Uid: string(claim.UID), Volume: volume, Bytes: bytes,
+	}}})
+	return err
+}
+
 // ask asks the controller for something and returns what it answers, or the API's error.
 func (c *Client) ask(ctx context.Context, r *pb.Request) ([]byte, error) {
 	c.mu.Lock()

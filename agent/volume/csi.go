@@ -43,8 +43,7 @@ func (m *Manager) claimOfDriver(pod *corev1.Pod, v *corev1.Volume, pv *corev1.Pe
 		ReadOnly: v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ReadOnly,
 	}
 	if claim, ok := m.cfg.PersistentVolumeClaim(pod.Namespace, ClaimOf(pod, v)); ok && claim.Spec.VolumeName == pv.Name {
-		has := claim.Status.Capacity[corev1.ResourceStorage]
-		r.Has = has.Value()
+		r.Claim = claim
 	}
 	return m.ofDriver(r)
 }

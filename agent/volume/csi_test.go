@@ -53,7 +53,7 @@ func TestClaimOfADriver(t *testing.T) {
 	_, _, err := m.Setup(t.Context(), pod, nil)
 	require.ErrorIs(t, err, ErrPending)
 	require.Len(t, drivers.asked, 2)
-	require.Equal(t, csi.Request{Pod: pod, Volume: "d", PV: pv, Has: 1024, ReadOnly: true}, drivers.asked[0])
+	require.Equal(t, csi.Request{Pod: pod, Volume: "d", PV: pv, Claim: claim, ReadOnly: true}, drivers.asked[0])
 	require.Equal(t, csi.Request{Pod: pod, Volume: "own", Source: own.CSI, Inline: true, ReadOnly: true}, drivers.asked[1])
 	require.True(t, ReadOnly(&own))
 

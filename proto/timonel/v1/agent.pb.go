@@ -137,7 +137,7 @@ func (x NetworkPolicyItem_Tier) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkPolicyItem_Tier.Descriptor instead.
 func (NetworkPolicyItem_Tier) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38, 0}
 }
 
 type NetworkRule_Action int32
@@ -186,7 +186,7 @@ func (x NetworkRule_Action) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NetworkRule_Action.Descriptor instead.
 func (NetworkRule_Action) EnumDescriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38, 0}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39, 0}
 }
 
 type JoinRequest struct {
@@ -1418,6 +1418,7 @@ type Request struct {
 	//
 	//	*Request_Token
 	//	*Request_PodCertificate
+	//	*Request_ClaimGrown
 	Request       isRequest_Request `protobuf_oneof:"request"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1485,6 +1486,15 @@ func (x *Request) GetPodCertificate() *PodCertificate {
 	return nil
 }
 
+func (x *Request) GetClaimGrown() *ClaimGrown {
+	if x != nil {
+		if x, ok := x.Request.(*Request_ClaimGrown); ok {
+			return x.ClaimGrown
+		}
+	}
+	return nil
+}
+
 type isRequest_Request interface {
 	isRequest_Request()
 }
@@ -1497,9 +1507,93 @@ type Request_PodCertificate struct {
 	PodCertificate *PodCertificate `protobuf:"bytes,3,opt,name=pod_certificate,json=podCertificate,proto3,oneof"`
 }
 
+type Request_ClaimGrown struct {
+	ClaimGrown *ClaimGrown `protobuf:"bytes,4,opt,name=claim_grown,json=claimGrown,proto3,oneof"`
+}
+
 func (*Request_Token) isRequest_Request() {}
 
 func (*Request_PodCertificate) isRequest_Request() {}
+
+func (*Request_ClaimGrown) isRequest_Request() {}
+
+// ClaimGrown says that the node's part of a claim's volume is as large as the volume, so
+// that the claim's status can say so, too.
+type ClaimGrown struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Namespace     string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Uid           string                 `protobuf:"bytes,3,opt,name=uid,proto3" json:"uid,omitempty"`
+	Volume        string                 `protobuf:"bytes,4,opt,name=volume,proto3" json:"volume,omitempty"` // PersistentVolume
+	Bytes         int64                  `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClaimGrown) Reset() {
+	*x = ClaimGrown{}
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClaimGrown) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClaimGrown) ProtoMessage() {}
+
+func (x *ClaimGrown) ProtoReflect() protoreflect.Message {
+	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClaimGrown.ProtoReflect.Descriptor instead.
+func (*ClaimGrown) Descriptor() ([]byte, []int) {
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ClaimGrown) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ClaimGrown) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ClaimGrown) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *ClaimGrown) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *ClaimGrown) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
 
 type TokenRequest struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -1512,7 +1606,7 @@ type TokenRequest struct {
 
 func (x *TokenRequest) Reset() {
 	*x = TokenRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1618,7 @@ func (x *TokenRequest) String() string {
 func (*TokenRequest) ProtoMessage() {}
 
 func (x *TokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[17]
+	mi := &file_timonel_v1_agent_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1631,7 @@ func (x *TokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenRequest.ProtoReflect.Descriptor instead.
 func (*TokenRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{17}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TokenRequest) GetNamespace() string {
@@ -1573,7 +1667,7 @@ type PodCertificate struct {
 
 func (x *PodCertificate) Reset() {
 	*x = PodCertificate{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +1679,7 @@ func (x *PodCertificate) String() string {
 func (*PodCertificate) ProtoMessage() {}
 
 func (x *PodCertificate) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[18]
+	mi := &file_timonel_v1_agent_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +1692,7 @@ func (x *PodCertificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodCertificate.ProtoReflect.Descriptor instead.
 func (*PodCertificate) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{18}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PodCertificate) GetRequest() []byte {
@@ -1617,7 +1711,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1723,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[19]
+	mi := &file_timonel_v1_agent_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1736,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{19}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Goodbye) GetReason() string {
@@ -1662,7 +1756,7 @@ type GossipKeysKept struct {
 
 func (x *GossipKeysKept) Reset() {
 	*x = GossipKeysKept{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1674,7 +1768,7 @@ func (x *GossipKeysKept) String() string {
 func (*GossipKeysKept) ProtoMessage() {}
 
 func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[20]
+	mi := &file_timonel_v1_agent_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1687,7 +1781,7 @@ func (x *GossipKeysKept) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeysKept.ProtoReflect.Descriptor instead.
 func (*GossipKeysKept) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{20}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GossipKeysKept) GetIds() []string {
@@ -1719,7 +1813,7 @@ type ControllerMessage struct {
 
 func (x *ControllerMessage) Reset() {
 	*x = ControllerMessage{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1825,7 @@ func (x *ControllerMessage) String() string {
 func (*ControllerMessage) ProtoMessage() {}
 
 func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[21]
+	mi := &file_timonel_v1_agent_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1838,7 @@ func (x *ControllerMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControllerMessage.ProtoReflect.Descriptor instead.
 func (*ControllerMessage) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{21}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ControllerMessage) GetMessage() isControllerMessage_Message {
@@ -1934,7 +2028,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1946,7 +2040,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[22]
+	mi := &file_timonel_v1_agent_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1959,7 +2053,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{22}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Welcome) GetController() string {
@@ -1993,7 +2087,7 @@ type GossipKeys struct {
 
 func (x *GossipKeys) Reset() {
 	*x = GossipKeys{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2005,7 +2099,7 @@ func (x *GossipKeys) String() string {
 func (*GossipKeys) ProtoMessage() {}
 
 func (x *GossipKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[23]
+	mi := &file_timonel_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2018,7 +2112,7 @@ func (x *GossipKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GossipKeys.ProtoReflect.Descriptor instead.
 func (*GossipKeys) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GossipKeys) GetKeys() [][]byte {
@@ -2039,7 +2133,7 @@ type NodeSet struct {
 
 func (x *NodeSet) Reset() {
 	*x = NodeSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2145,7 @@ func (x *NodeSet) String() string {
 func (*NodeSet) ProtoMessage() {}
 
 func (x *NodeSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[24]
+	mi := &file_timonel_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2158,7 @@ func (x *NodeSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeSet.ProtoReflect.Descriptor instead.
 func (*NodeSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *NodeSet) GetNode() []byte {
@@ -2090,7 +2184,7 @@ type PodSet struct {
 
 func (x *PodSet) Reset() {
 	*x = PodSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2196,7 @@ func (x *PodSet) String() string {
 func (*PodSet) ProtoMessage() {}
 
 func (x *PodSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[25]
+	mi := &file_timonel_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2209,7 @@ func (x *PodSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodSet.ProtoReflect.Descriptor instead.
 func (*PodSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PodSet) GetPod() []byte {
@@ -2151,7 +2245,7 @@ type PodRemove struct {
 
 func (x *PodRemove) Reset() {
 	*x = PodRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2163,7 +2257,7 @@ func (x *PodRemove) String() string {
 func (*PodRemove) ProtoMessage() {}
 
 func (x *PodRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[26]
+	mi := &file_timonel_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2176,7 +2270,7 @@ func (x *PodRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodRemove.ProtoReflect.Descriptor instead.
 func (*PodRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PodRemove) GetNamespace() string {
@@ -2221,7 +2315,7 @@ type ObjectSet struct {
 
 func (x *ObjectSet) Reset() {
 	*x = ObjectSet{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2233,7 +2327,7 @@ func (x *ObjectSet) String() string {
 func (*ObjectSet) ProtoMessage() {}
 
 func (x *ObjectSet) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[27]
+	mi := &file_timonel_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2246,7 +2340,7 @@ func (x *ObjectSet) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectSet.ProtoReflect.Descriptor instead.
 func (*ObjectSet) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ObjectSet) GetKind() string {
@@ -2282,7 +2376,7 @@ type ObjectRemove struct {
 
 func (x *ObjectRemove) Reset() {
 	*x = ObjectRemove{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +2388,7 @@ func (x *ObjectRemove) String() string {
 func (*ObjectRemove) ProtoMessage() {}
 
 func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[28]
+	mi := &file_timonel_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2307,7 +2401,7 @@ func (x *ObjectRemove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObjectRemove.ProtoReflect.Descriptor instead.
 func (*ObjectRemove) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ObjectRemove) GetKind() string {
@@ -2347,7 +2441,7 @@ type Synced struct {
 
 func (x *Synced) Reset() {
 	*x = Synced{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2359,7 +2453,7 @@ func (x *Synced) String() string {
 func (*Synced) ProtoMessage() {}
 
 func (x *Synced) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[29]
+	mi := &file_timonel_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2372,7 +2466,7 @@ func (x *Synced) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Synced.ProtoReflect.Descriptor instead.
 func (*Synced) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Synced) GetRevision() int64 {
@@ -2392,7 +2486,7 @@ type TunnelOpen struct {
 
 func (x *TunnelOpen) Reset() {
 	*x = TunnelOpen{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2404,7 +2498,7 @@ func (x *TunnelOpen) String() string {
 func (*TunnelOpen) ProtoMessage() {}
 
 func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[30]
+	mi := &file_timonel_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2417,7 +2511,7 @@ func (x *TunnelOpen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelOpen.ProtoReflect.Descriptor instead.
 func (*TunnelOpen) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *TunnelOpen) GetId() string {
@@ -2445,7 +2539,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2457,7 +2551,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[31]
+	mi := &file_timonel_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2470,7 +2564,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -2519,7 +2613,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2531,7 +2625,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[32]
+	mi := &file_timonel_v1_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2544,7 +2638,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Cluster) GetControllers() []string {
@@ -2650,7 +2744,7 @@ type NodeRoute struct {
 
 func (x *NodeRoute) Reset() {
 	*x = NodeRoute{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2662,7 +2756,7 @@ func (x *NodeRoute) String() string {
 func (*NodeRoute) ProtoMessage() {}
 
 func (x *NodeRoute) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[33]
+	mi := &file_timonel_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2675,7 +2769,7 @@ func (x *NodeRoute) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeRoute.ProtoReflect.Descriptor instead.
 func (*NodeRoute) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *NodeRoute) GetNodeName() string {
@@ -2718,7 +2812,7 @@ type AddressHolder struct {
 
 func (x *AddressHolder) Reset() {
 	*x = AddressHolder{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +2824,7 @@ func (x *AddressHolder) String() string {
 func (*AddressHolder) ProtoMessage() {}
 
 func (x *AddressHolder) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[34]
+	mi := &file_timonel_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2743,7 +2837,7 @@ func (x *AddressHolder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddressHolder.ProtoReflect.Descriptor instead.
 func (*AddressHolder) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AddressHolder) GetAddress() string {
@@ -2781,7 +2875,7 @@ type NetworkPod struct {
 
 func (x *NetworkPod) Reset() {
 	*x = NetworkPod{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2793,7 +2887,7 @@ func (x *NetworkPod) String() string {
 func (*NetworkPod) ProtoMessage() {}
 
 func (x *NetworkPod) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[35]
+	mi := &file_timonel_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2806,7 +2900,7 @@ func (x *NetworkPod) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPod.ProtoReflect.Descriptor instead.
 func (*NetworkPod) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NetworkPod) GetNamespace() string {
@@ -2854,7 +2948,7 @@ type NetworkPolicyRef struct {
 
 func (x *NetworkPolicyRef) Reset() {
 	*x = NetworkPolicyRef{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2866,7 +2960,7 @@ func (x *NetworkPolicyRef) String() string {
 func (*NetworkPolicyRef) ProtoMessage() {}
 
 func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[36]
+	mi := &file_timonel_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2879,7 +2973,7 @@ func (x *NetworkPolicyRef) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyRef.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyRef) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NetworkPolicyRef) GetNamespace() string {
@@ -2916,7 +3010,7 @@ type NetworkPolicyItem struct {
 
 func (x *NetworkPolicyItem) Reset() {
 	*x = NetworkPolicyItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +3022,7 @@ func (x *NetworkPolicyItem) String() string {
 func (*NetworkPolicyItem) ProtoMessage() {}
 
 func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[37]
+	mi := &file_timonel_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +3035,7 @@ func (x *NetworkPolicyItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPolicyItem.ProtoReflect.Descriptor instead.
 func (*NetworkPolicyItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *NetworkPolicyItem) GetNamespace() string {
@@ -3026,7 +3120,7 @@ type NetworkRule struct {
 
 func (x *NetworkRule) Reset() {
 	*x = NetworkRule{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3038,7 +3132,7 @@ func (x *NetworkRule) String() string {
 func (*NetworkRule) ProtoMessage() {}
 
 func (x *NetworkRule) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[38]
+	mi := &file_timonel_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3051,7 +3145,7 @@ func (x *NetworkRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRule.ProtoReflect.Descriptor instead.
 func (*NetworkRule) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NetworkRule) GetAction() NetworkRule_Action {
@@ -3113,7 +3207,7 @@ type NetworkBlock struct {
 
 func (x *NetworkBlock) Reset() {
 	*x = NetworkBlock{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3125,7 +3219,7 @@ func (x *NetworkBlock) String() string {
 func (*NetworkBlock) ProtoMessage() {}
 
 func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[39]
+	mi := &file_timonel_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3138,7 +3232,7 @@ func (x *NetworkBlock) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBlock.ProtoReflect.Descriptor instead.
 func (*NetworkBlock) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NetworkBlock) GetCidr() string {
@@ -3170,7 +3264,7 @@ type NetworkPort struct {
 
 func (x *NetworkPort) Reset() {
 	*x = NetworkPort{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3182,7 +3276,7 @@ func (x *NetworkPort) String() string {
 func (*NetworkPort) ProtoMessage() {}
 
 func (x *NetworkPort) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[40]
+	mi := &file_timonel_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3195,7 +3289,7 @@ func (x *NetworkPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkPort.ProtoReflect.Descriptor instead.
 func (*NetworkPort) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{40}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NetworkPort) GetProtocol() string {
@@ -3242,7 +3336,7 @@ type NetworkGroup struct {
 
 func (x *NetworkGroup) Reset() {
 	*x = NetworkGroup{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3254,7 +3348,7 @@ func (x *NetworkGroup) String() string {
 func (*NetworkGroup) ProtoMessage() {}
 
 func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[41]
+	mi := &file_timonel_v1_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3267,7 +3361,7 @@ func (x *NetworkGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkGroup.ProtoReflect.Descriptor instead.
 func (*NetworkGroup) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{41}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *NetworkGroup) GetName() string {
@@ -3316,7 +3410,7 @@ type NetworkTarget struct {
 
 func (x *NetworkTarget) Reset() {
 	*x = NetworkTarget{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3328,7 +3422,7 @@ func (x *NetworkTarget) String() string {
 func (*NetworkTarget) ProtoMessage() {}
 
 func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[42]
+	mi := &file_timonel_v1_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3341,7 +3435,7 @@ func (x *NetworkTarget) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTarget.ProtoReflect.Descriptor instead.
 func (*NetworkTarget) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{42}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *NetworkTarget) GetAddress() []byte {
@@ -3378,7 +3472,7 @@ type NetworkRequest struct {
 
 func (x *NetworkRequest) Reset() {
 	*x = NetworkRequest{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3390,7 +3484,7 @@ func (x *NetworkRequest) String() string {
 func (*NetworkRequest) ProtoMessage() {}
 
 func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[43]
+	mi := &file_timonel_v1_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3403,7 +3497,7 @@ func (x *NetworkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkRequest.ProtoReflect.Descriptor instead.
 func (*NetworkRequest) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{43}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *NetworkRequest) GetMessage() isNetworkRequest_Message {
@@ -3459,7 +3553,7 @@ type NetworkHave struct {
 
 func (x *NetworkHave) Reset() {
 	*x = NetworkHave{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[44]
+	mi := &file_timonel_v1_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3471,7 +3565,7 @@ func (x *NetworkHave) String() string {
 func (*NetworkHave) ProtoMessage() {}
 
 func (x *NetworkHave) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[44]
+	mi := &file_timonel_v1_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3484,7 +3578,7 @@ func (x *NetworkHave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkHave.ProtoReflect.Descriptor instead.
 func (*NetworkHave) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{44}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *NetworkHave) GetEpoch() string {
@@ -3518,7 +3612,7 @@ type NetworkTaken struct {
 
 func (x *NetworkTaken) Reset() {
 	*x = NetworkTaken{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[45]
+	mi := &file_timonel_v1_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3530,7 +3624,7 @@ func (x *NetworkTaken) String() string {
 func (*NetworkTaken) ProtoMessage() {}
 
 func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[45]
+	mi := &file_timonel_v1_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3543,7 +3637,7 @@ func (x *NetworkTaken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkTaken.ProtoReflect.Descriptor instead.
 func (*NetworkTaken) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{45}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *NetworkTaken) GetSequence() uint64 {
@@ -3563,7 +3657,7 @@ type NetworkItem struct {
 
 func (x *NetworkItem) Reset() {
 	*x = NetworkItem{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[46]
+	mi := &file_timonel_v1_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3575,7 +3669,7 @@ func (x *NetworkItem) String() string {
 func (*NetworkItem) ProtoMessage() {}
 
 func (x *NetworkItem) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[46]
+	mi := &file_timonel_v1_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3588,7 +3682,7 @@ func (x *NetworkItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkItem.ProtoReflect.Descriptor instead.
 func (*NetworkItem) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{46}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *NetworkItem) GetKind() NetworkKind {
@@ -3616,7 +3710,7 @@ type NetworkKey struct {
 
 func (x *NetworkKey) Reset() {
 	*x = NetworkKey{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[47]
+	mi := &file_timonel_v1_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3628,7 +3722,7 @@ func (x *NetworkKey) String() string {
 func (*NetworkKey) ProtoMessage() {}
 
 func (x *NetworkKey) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[47]
+	mi := &file_timonel_v1_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3641,7 +3735,7 @@ func (x *NetworkKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkKey.ProtoReflect.Descriptor instead.
 func (*NetworkKey) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{47}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *NetworkKey) GetKind() NetworkKind {
@@ -3688,7 +3782,7 @@ type NetworkBatch struct {
 
 func (x *NetworkBatch) Reset() {
 	*x = NetworkBatch{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[48]
+	mi := &file_timonel_v1_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3700,7 +3794,7 @@ func (x *NetworkBatch) String() string {
 func (*NetworkBatch) ProtoMessage() {}
 
 func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[48]
+	mi := &file_timonel_v1_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3713,7 +3807,7 @@ func (x *NetworkBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkBatch.ProtoReflect.Descriptor instead.
 func (*NetworkBatch) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{48}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *NetworkBatch) GetEpoch() string {
@@ -3795,7 +3889,7 @@ type Chunk struct {
 
 func (x *Chunk) Reset() {
 	*x = Chunk{}
-	mi := &file_timonel_v1_agent_proto_msgTypes[49]
+	mi := &file_timonel_v1_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3807,7 +3901,7 @@ func (x *Chunk) String() string {
 func (*Chunk) ProtoMessage() {}
 
 func (x *Chunk) ProtoReflect() protoreflect.Message {
-	mi := &file_timonel_v1_agent_proto_msgTypes[49]
+	mi := &file_timonel_v1_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3820,7 +3914,7 @@ func (x *Chunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Chunk.ProtoReflect.Descriptor instead.
 func (*Chunk) Descriptor() ([]byte, []int) {
-	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{49}
+	return file_timonel_v1_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Chunk) GetData() []byte {
@@ -3928,12 +4022,21 @@ const file_timonel_v1_agent_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x03 \x01(\tR\x03uid\"\x1d\n" +
 	"\x05Event\x12\x14\n" +
-	"\x05event\x18\x01 \x01(\fR\x05event\"\x9d\x01\n" +
+	"\x05event\x18\x01 \x01(\fR\x05event\"\xd8\x01\n" +
 	"\aRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x120\n" +
 	"\x05token\x18\x02 \x01(\v2\x18.timonel.v1.TokenRequestH\x00R\x05token\x12E\n" +
-	"\x0fpod_certificate\x18\x03 \x01(\v2\x1a.timonel.v1.PodCertificateH\x00R\x0epodCertificateB\t\n" +
-	"\arequest\"z\n" +
+	"\x0fpod_certificate\x18\x03 \x01(\v2\x1a.timonel.v1.PodCertificateH\x00R\x0epodCertificate\x129\n" +
+	"\vclaim_grown\x18\x04 \x01(\v2\x16.timonel.v1.ClaimGrownH\x00R\n" +
+	"claimGrownB\t\n" +
+	"\arequest\"~\n" +
+	"\n" +
+	"ClaimGrown\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x10\n" +
+	"\x03uid\x18\x03 \x01(\tR\x03uid\x12\x16\n" +
+	"\x06volume\x18\x04 \x01(\tR\x06volume\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\"z\n" +
 	"\fTokenRequest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12'\n" +
 	"\x0fservice_account\x18\x02 \x01(\tR\x0eserviceAccount\x12#\n" +
@@ -4143,7 +4246,7 @@ func file_timonel_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_timonel_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
+var file_timonel_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_timonel_v1_agent_proto_goTypes = []any{
 	(NetworkKind)(0),            // 0: timonel.v1.NetworkKind
 	(NetworkPolicyItem_Tier)(0), // 1: timonel.v1.NetworkPolicyItem.Tier
@@ -4165,39 +4268,40 @@ var file_timonel_v1_agent_proto_goTypes = []any{
 	(*PodTerminated)(nil),       // 17: timonel.v1.PodTerminated
 	(*Event)(nil),               // 18: timonel.v1.Event
 	(*Request)(nil),             // 19: timonel.v1.Request
-	(*TokenRequest)(nil),        // 20: timonel.v1.TokenRequest
-	(*PodCertificate)(nil),      // 21: timonel.v1.PodCertificate
-	(*Goodbye)(nil),             // 22: timonel.v1.Goodbye
-	(*GossipKeysKept)(nil),      // 23: timonel.v1.GossipKeysKept
-	(*ControllerMessage)(nil),   // 24: timonel.v1.ControllerMessage
-	(*Welcome)(nil),             // 25: timonel.v1.Welcome
-	(*GossipKeys)(nil),          // 26: timonel.v1.GossipKeys
-	(*NodeSet)(nil),             // 27: timonel.v1.NodeSet
-	(*PodSet)(nil),              // 28: timonel.v1.PodSet
-	(*PodRemove)(nil),           // 29: timonel.v1.PodRemove
-	(*ObjectSet)(nil),           // 30: timonel.v1.ObjectSet
-	(*ObjectRemove)(nil),        // 31: timonel.v1.ObjectRemove
-	(*Synced)(nil),              // 32: timonel.v1.Synced
-	(*TunnelOpen)(nil),          // 33: timonel.v1.TunnelOpen
-	(*Reply)(nil),               // 34: timonel.v1.Reply
-	(*Cluster)(nil),             // 35: timonel.v1.Cluster
-	(*NodeRoute)(nil),           // 36: timonel.v1.NodeRoute
-	(*AddressHolder)(nil),       // 37: timonel.v1.AddressHolder
-	(*NetworkPod)(nil),          // 38: timonel.v1.NetworkPod
-	(*NetworkPolicyRef)(nil),    // 39: timonel.v1.NetworkPolicyRef
-	(*NetworkPolicyItem)(nil),   // 40: timonel.v1.NetworkPolicyItem
-	(*NetworkRule)(nil),         // 41: timonel.v1.NetworkRule
-	(*NetworkBlock)(nil),        // 42: timonel.v1.NetworkBlock
-	(*NetworkPort)(nil),         // 43: timonel.v1.NetworkPort
-	(*NetworkGroup)(nil),        // 44: timonel.v1.NetworkGroup
-	(*NetworkTarget)(nil),       // 45: timonel.v1.NetworkTarget
-	(*NetworkRequest)(nil),      // 46: timonel.v1.NetworkRequest
-	(*NetworkHave)(nil),         // 47: timonel.v1.NetworkHave
-	(*NetworkTaken)(nil),        // 48: timonel.v1.NetworkTaken
-	(*NetworkItem)(nil),         // 49: timonel.v1.NetworkItem
-	(*NetworkKey)(nil),          // 50: timonel.v1.NetworkKey
-	(*NetworkBatch)(nil),        // 51: timonel.v1.NetworkBatch
-	(*Chunk)(nil),               // 52: timonel.v1.Chunk
+	(*ClaimGrown)(nil),          // 20: timonel.v1.ClaimGrown
+	(*TokenRequest)(nil),        // 21: timonel.v1.TokenRequest
+	(*PodCertificate)(nil),      // 22: timonel.v1.PodCertificate
+	(*Goodbye)(nil),             // 23: timonel.v1.Goodbye
+	(*GossipKeysKept)(nil),      // 24: timonel.v1.GossipKeysKept
+	(*ControllerMessage)(nil),   // 25: timonel.v1.ControllerMessage
+	(*Welcome)(nil),             // 26: timonel.v1.Welcome
+	(*GossipKeys)(nil),          // 27: timonel.v1.GossipKeys
+	(*NodeSet)(nil),             // 28: timonel.v1.NodeSet
+	(*PodSet)(nil),              // 29: timonel.v1.PodSet
+	(*PodRemove)(nil),           // 30: timonel.v1.PodRemove
+	(*ObjectSet)(nil),           // 31: timonel.v1.ObjectSet
+	(*ObjectRemove)(nil),        // 32: timonel.v1.ObjectRemove
+	(*Synced)(nil),              // 33: timonel.v1.Synced
+	(*TunnelOpen)(nil),          // 34: timonel.v1.TunnelOpen
+	(*Reply)(nil),               // 35: timonel.v1.Reply
+	(*Cluster)(nil),             // 36: timonel.v1.Cluster
+	(*NodeRoute)(nil),           // 37: timonel.v1.NodeRoute
+	(*AddressHolder)(nil),       // 38: timonel.v1.AddressHolder
+	(*NetworkPod)(nil),          // 39: timonel.v1.NetworkPod
+	(*NetworkPolicyRef)(nil),    // 40: timonel.v1.NetworkPolicyRef
+	(*NetworkPolicyItem)(nil),   // 41: timonel.v1.NetworkPolicyItem
+	(*NetworkRule)(nil),         // 42: timonel.v1.NetworkRule
+	(*NetworkBlock)(nil),        // 43: timonel.v1.NetworkBlock
+	(*NetworkPort)(nil),         // 44: timonel.v1.NetworkPort
+	(*NetworkGroup)(nil),        // 45: timonel.v1.NetworkGroup
+	(*NetworkTarget)(nil),       // 46: timonel.v1.NetworkTarget
+	(*NetworkRequest)(nil),      // 47: timonel.v1.NetworkRequest
+	(*NetworkHave)(nil),         // 48: timonel.v1.NetworkHave
+	(*NetworkTaken)(nil),        // 49: timonel.v1.NetworkTaken
+	(*NetworkItem)(nil),         // 50: timonel.v1.NetworkItem
+	(*NetworkKey)(nil),          // 51: timonel.v1.NetworkKey
+	(*NetworkBatch)(nil),        // 52: timonel.v1.NetworkBatch
+	(*Chunk)(nil),               // 53: timonel.v1.Chunk
 }
 var file_timonel_v1_agent_proto_depIdxs = []int32{
 	11, // 0: timonel.v1.AgentMessage.hello:type_name -> timonel.v1.Hello
@@ -4206,8 +4310,8 @@ var file_timonel_v1_agent_proto_depIdxs = []int32{
 	17, // 3: timonel.v1.AgentMessage.pod_terminated:type_name -> timonel.v1.PodTerminated
 	18, // 4: timonel.v1.AgentMessage.event:type_name -> timonel.v1.Event
 	19, // 5: timonel.v1.AgentMessage.request:type_name -> timonel.v1.Request
-	22, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
-	23, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
+	23, // 6: timonel.v1.AgentMessage.goodbye:type_name -> timonel.v1.Goodbye
+	24, // 7: timonel.v1.AgentMessage.gossip_keys_kept:type_name -> timonel.v1.GossipKeysKept
 	7,  // 8: timonel.v1.AgentMessage.usage:type_name -> timonel.v1.UsageReport
 	6,  // 9: timonel.v1.AgentMessage.csi_node:type_name -> timonel.v1.CSINodeReport
 	9,  // 10: timonel.v1.Usage.pods:type_name -> timonel.v1.PodUsage
@@ -4215,48 +4319,49 @@ var file_timonel_v1_agent_proto_depIdxs = []int32{
 	12, // 12: timonel.v1.Hello.have:type_name -> timonel.v1.Have
 	13, // 13: timonel.v1.Have.pods:type_name -> timonel.v1.HavePod
 	14, // 14: timonel.v1.Have.objects:type_name -> timonel.v1.HaveObject
-	20, // 15: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
-	21, // 16: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
-	25, // 17: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
-	28, // 18: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
-	29, // 19: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
-	30, // 20: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
-	31, // 21: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
-	32, // 22: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
-	33, // 23: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
-	34, // 24: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
-	35, // 25: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
-	27, // 26: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
-	26, // 27: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
-	36, // 28: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
-	39, // 29: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
-	1,  // 30: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
-	41, // 31: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
-	41, // 32: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
-	2,  // 33: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
-	42, // 34: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
-	43, // 35: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
-	45, // 36: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
-	47, // 37: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
-	48, // 38: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
-	0,  // 39: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
-	0,  // 40: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
-	0,  // 41: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
-	49, // 42: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
-	50, // 43: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
-	3,  // 44: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
-	5,  // 45: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
-	52, // 46: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
-	46, // 47: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
-	4,  // 48: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
-	24, // 49: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
-	52, // 50: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
-	51, // 51: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
-	48, // [48:52] is the sub-list for method output_type
-	44, // [44:48] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	21, // 15: timonel.v1.Request.token:type_name -> timonel.v1.TokenRequest
+	22, // 16: timonel.v1.Request.pod_certificate:type_name -> timonel.v1.PodCertificate
+	20, // 17: timonel.v1.Request.claim_grown:type_name -> timonel.v1.ClaimGrown
+	26, // 18: timonel.v1.ControllerMessage.welcome:type_name -> timonel.v1.Welcome
+	29, // 19: timonel.v1.ControllerMessage.pod_set:type_name -> timonel.v1.PodSet
+	30, // 20: timonel.v1.ControllerMessage.pod_remove:type_name -> timonel.v1.PodRemove
+	31, // 21: timonel.v1.ControllerMessage.object_set:type_name -> timonel.v1.ObjectSet
+	32, // 22: timonel.v1.ControllerMessage.object_remove:type_name -> timonel.v1.ObjectRemove
+	33, // 23: timonel.v1.ControllerMessage.synced:type_name -> timonel.v1.Synced
+	34, // 24: timonel.v1.ControllerMessage.tunnel_open:type_name -> timonel.v1.TunnelOpen
+	35, // 25: timonel.v1.ControllerMessage.reply:type_name -> timonel.v1.Reply
+	36, // 26: timonel.v1.ControllerMessage.cluster:type_name -> timonel.v1.Cluster
+	28, // 27: timonel.v1.ControllerMessage.node_set:type_name -> timonel.v1.NodeSet
+	27, // 28: timonel.v1.ControllerMessage.gossip_keys:type_name -> timonel.v1.GossipKeys
+	37, // 29: timonel.v1.Cluster.routes:type_name -> timonel.v1.NodeRoute
+	40, // 30: timonel.v1.NetworkPod.policies:type_name -> timonel.v1.NetworkPolicyRef
+	1,  // 31: timonel.v1.NetworkPolicyItem.tier:type_name -> timonel.v1.NetworkPolicyItem.Tier
+	42, // 32: timonel.v1.NetworkPolicyItem.ingress:type_name -> timonel.v1.NetworkRule
+	42, // 33: timonel.v1.NetworkPolicyItem.egress:type_name -> timonel.v1.NetworkRule
+	2,  // 34: timonel.v1.NetworkRule.action:type_name -> timonel.v1.NetworkRule.Action
+	43, // 35: timonel.v1.NetworkRule.blocks:type_name -> timonel.v1.NetworkBlock
+	44, // 36: timonel.v1.NetworkRule.ports:type_name -> timonel.v1.NetworkPort
+	46, // 37: timonel.v1.NetworkGroup.targets:type_name -> timonel.v1.NetworkTarget
+	48, // 38: timonel.v1.NetworkRequest.have:type_name -> timonel.v1.NetworkHave
+	49, // 39: timonel.v1.NetworkRequest.taken:type_name -> timonel.v1.NetworkTaken
+	0,  // 40: timonel.v1.NetworkHave.kinds:type_name -> timonel.v1.NetworkKind
+	0,  // 41: timonel.v1.NetworkItem.kind:type_name -> timonel.v1.NetworkKind
+	0,  // 42: timonel.v1.NetworkKey.kind:type_name -> timonel.v1.NetworkKind
+	50, // 43: timonel.v1.NetworkBatch.set:type_name -> timonel.v1.NetworkItem
+	51, // 44: timonel.v1.NetworkBatch.remove:type_name -> timonel.v1.NetworkKey
+	3,  // 45: timonel.v1.Agents.Join:input_type -> timonel.v1.JoinRequest
+	5,  // 46: timonel.v1.Agents.Connect:input_type -> timonel.v1.AgentMessage
+	53, // 47: timonel.v1.Agents.Tunnel:input_type -> timonel.v1.Chunk
+	47, // 48: timonel.v1.Agents.Network:input_type -> timonel.v1.NetworkRequest
+	4,  // 49: timonel.v1.Agents.Join:output_type -> timonel.v1.JoinResponse
+	25, // 50: timonel.v1.Agents.Connect:output_type -> timonel.v1.ControllerMessage
+	53, // 51: timonel.v1.Agents.Tunnel:output_type -> timonel.v1.Chunk
+	52, // 52: timonel.v1.Agents.Network:output_type -> timonel.v1.NetworkBatch
+	49, // [49:53] is the sub-list for method output_type
+	45, // [45:49] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_timonel_v1_agent_proto_init() }
@@ -4279,8 +4384,9 @@ func file_timonel_v1_agent_proto_init() {
 	file_timonel_v1_agent_proto_msgTypes[16].OneofWrappers = []any{
 		(*Request_Token)(nil),
 		(*Request_PodCertificate)(nil),
+		(*Request_ClaimGrown)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[21].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[22].OneofWrappers = []any{
 		(*ControllerMessage_Welcome)(nil),
 		(*ControllerMessage_PodSet)(nil),
 		(*ControllerMessage_PodRemove)(nil),
@@ -4293,7 +4399,7 @@ func file_timonel_v1_agent_proto_init() {
 		(*ControllerMessage_NodeSet)(nil),
 		(*ControllerMessage_GossipKeys)(nil),
 	}
-	file_timonel_v1_agent_proto_msgTypes[43].OneofWrappers = []any{
+	file_timonel_v1_agent_proto_msgTypes[44].OneofWrappers = []any{
 		(*NetworkRequest_Have)(nil),
 		(*NetworkRequest_Taken)(nil),
 	}
@@ -4303,7 +4409,7 @@ func file_timonel_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_timonel_v1_agent_proto_rawDesc), len(file_timonel_v1_agent_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   50,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
