@@ -60,7 +60,8 @@ func (e *Event) cost() (bytes, large int64) {
 }
 
 // historyChunk is how many events lie together, no more than a coldChunk has bits for.
-const historyChunk = 64
+// The newest ones, less than a chunk, stay in memory at rest whatever their size.
+const historyChunk = 16
 
 // chunk is a part of the history: in memory, or in a file. What it has in a file it
 // has got before it lets go of what it has in memory.

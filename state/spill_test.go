@@ -365,13 +365,14 @@ func TestSpilledHistoryDiskIsFull(t *testing.T) {
 	if h := s.History(); h.Disk != 0 || h.Spilled != 0 || h.Changes > 2*historyChunk {
 		t.Errorf("%+v", h)
 	}
-	if got, err := resume(s, "", now-30); err != nil || len(got) != 30 {
+	const kept = historyChunk / 2 // the newest chunk has some more
+	if got, err := resume(s, "", now-kept); err != nil || len(got) != kept {
 		t.Errorf("%d events, %v", len(got), err)
 	}
 	d.room.Store(1 << 30)
 	write()
 	s.mustSpill(t)
-	if got, err := resume(s, "", now-30); err != nil || len(got) != 1030 || s.History().Spilled == 0 {
+	if got, err := resume(s, "", now-kept); err != nil || len(got) != 1000+kept || s.History().Spilled == 0 {
 		t.Errorf("%d events, %v", len(got), err)
 	}
 }
@@ -411,7 +412,7 @@ func TestSpilledHistoryIsBoundedOnDisk(t *testing.T) {
 	for j := range big {
 		big[j] = byte(random.Uint32())
 	}
-	for i := range 5 * historyChunk { // more than all of the bound
+	for i := range 320 { // more than all of the bound
 		apply(t, s, changes(put("/r/pods/a/1", string(big[i*4000:(i+1)*4000]))))
 	}
 	if err := s.Spill(); err == nil {
@@ -419,6 +420,23 @@ func TestSpilledHistoryIsBoundedOnDisk(t *testing.T) {
 	}
 	if h := s.History(); h.Disk != 0 {
 		t.Errorf("%+v", h)
+	}
+}
+
+// TestLargeValuesAtRest writes values of a MiB and rests: what stays in memory of the
+// history is little, wherever the last of them lies.
+func TestLargeValuesAtRest(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{40, 47, 56, 63} {
+		s := spilling(Options{HistoryBytes: 64 << 20, HistoryLargeBytes: 64 << 20, HistoryRestBytes: 4 << 20, HistoryDiskBytes: 1 << 30}, newMemoryDisk())
+		value := strings.Repeat("x", 1<<20)
+		for range n {
+			apply(t, s, changes(put("/r/configmaps/a/1", value)))
+		}
+		s.mustSpill(t)
+		if h := s.History(); h.Bytes-h.Spilled > 20<<20 {
+			t.Errorf("after %d writes %d of %d bytes are in memory", n, h.Bytes-h.Spilled, h.Bytes)
+		}
 	}
 }
 
