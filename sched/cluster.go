@@ -37,6 +37,7 @@ type Cluster struct {
 
 	features *nodedeclaredfeatures.Framework
 	memo     *memo
+	devices  *devices
 }
 
 // termCount counts by slot the placed pods that have one inter-pod term.
@@ -51,8 +52,11 @@ type Kind string
 // The kinds that [Cluster.Advance] needs to hear about. All others are read
 // from the State when they are needed.
 const (
-	KindNode Kind = "Node"
-	KindPod  Kind = "Pod"
+	KindNode            Kind = "Node"
+	KindPod             Kind = "Pod"
+	KindResourceClaim   Kind = "ResourceClaim"
+	KindResourceSlice   Kind = "ResourceSlice"
+	KindDeviceTaintRule Kind = "DeviceTaintRule"
 )
 
 // Ref names an object that was created, changed or deleted.
@@ -71,6 +75,7 @@ func Build(s State) *Cluster {
 		nominated:  map[string][]*podInfo{},
 		features:   nodedeclaredfeatures.DefaultFramework,
 		memo:       newMemo(nil),
+		devices:    &devices{},
 	}
 	for kind := range c.terms {
 		c.terms[kind] = map[string]*termCount{}
@@ -86,7 +91,7 @@ func Build(s State) *Cluster {
 	return c
 }
 
-// Advance returns the Cluster of a later State, given every node and pod that
+// Advance returns the Cluster of a later State, given every object of those kinds that
 // differs from the State this one was derived from; naming more does no harm.
 // The result is the same as Build(s). What did not change is shared.
 func (c *Cluster) Advance(s State, changed []Ref) *Cluster {
@@ -94,6 +99,7 @@ func (c *Cluster) Advance(s State, changed []Ref) *Cluster {
 		return c
 	}
 	next := *c
+	next.devices = c.devices.advance(s, changed)
 	next.nodes = slices.Clone(c.nodes)
 	next.pods = c.pods.Copy()
 	next.queue = c.queue.Copy()

@@ -7,6 +7,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/version"
 	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
+	"k8s.io/dynamic-resource-allocation/cel"
 )
 
 // Config says how pods are placed. Start from [DefaultConfig].
@@ -35,6 +36,9 @@ type Config struct {
 	// Version is the Kubernetes version whose node features pods may require.
 	// Default: 1.37.
 	Version *version.Version
+
+	// Devices are the features of dynamic resource allocation. Default: as upstream's.
+	Devices Devices
 }
 
 // DefaultConfig returns upstream's defaults.
@@ -44,6 +48,7 @@ func DefaultConfig() Config {
 		FirstBackoff: time.Second, LastBackoff: 10 * time.Second,
 		MaxVictimSearches: 64,
 		Version:           version.MajorMinor(1, 37),
+		Devices:           defaultDevices(),
 	}
 }
 
@@ -104,7 +109,12 @@ func inRange(at string, fields []numericField) error {
 type compiled struct {
 	Config
 	profiles map[string]*profile // by scheduler name
+	// cel keeps the selectors of devices that were compiled last.
+	cel *cel.Cache
 }
+
+// keepSelectors is how many selectors of devices are kept compiled.
+const keepSelectors = 128
 
 // profile is a Profile with what follows from it.
 type profile struct {
@@ -123,7 +133,10 @@ func (c Config) compile() (*compiled, error) {
 	if err := c.validate(); err != nil {
 		return nil, err
 	}
-	out := &compiled{Config: c, profiles: make(map[string]*profile, len(c.Profiles))}
+	out := &compiled{Config: c, profiles: make(map[string]*profile, len(c.Profiles)), cel: cel.NewCache(keepSelectors, cel.Features{
+		EnableConsumableCapacity: c.Devices.ConsumableCapacity,
+		EnableListTypeAttributes: c.Devices.ListTypeAttributes,
+	})}
 	for i := range c.Profiles {
 		p := &profile{Profile: c.Profiles[i]}
 		p.ignores = len(p.IgnoredResources)+len(p.IgnoredResourceGroups) > 0

@@ -19,11 +19,11 @@
 // mark, taints, node selector and affinity, host ports, resources (requests
 // of init containers and sidecars, overhead, pod-level and extended resources,
 // pod count), volumes (disk conflicts, ReadWriteOncePod, attach limits, bound
-// and delayed claims, zones), topology spread, inter-pod affinity and declared
-// features. The feasible nodes are scored by taints (weight 3), node affinity
+// and delayed claims, zones), topology spread, inter-pod affinity, devices (resource
+// claims) and declared features. The feasible nodes are scored by taints (weight 3), node affinity
 // (2), topology spread (2), inter-pod affinity (2), free resources (1), balance
-// of resources (1), images already present (1) and how full the volumes would be that
-// its claims are bound to (1). Ties are broken by the seed.
+// of resources (1), images already present (1), how full the volumes would be that
+// its claims are bound to (1) and how much its claims like the devices there (2). Ties are broken by the seed.
 // A pod placed in a call is seen by every later pod of that call.
 //
 // # Trying again
@@ -33,6 +33,15 @@
 // hints), no sooner than its back-off of 1 to 10 s allows, or after five minutes; it
 // is then behind those of its priority that were tried longer ago. So a cluster whose
 // pending pods nothing can cure is at rest, and they hold up no others.
+//
+// # Devices
+//
+// Which devices a pod's ResourceClaims get is upstream's allocator's to say
+// (k8s.io/dynamic-resource-allocation/structured), with the features that v1.37 has on by
+// default. A plan names the claims as they are to be written, each in the version that the
+// plan was made from, and the pod is bound once they are: a claim gets its finalizer in one
+// plan and its devices in the next. What was asked for and had no answer is held (held.go),
+// so that no device is ever two claims'. The allocator's search is bounded by its steps.
 //
 // # Scale
 //
@@ -44,7 +53,8 @@
 //
 // # Left out
 //
-// Dynamic resource allocation (spec.resourceClaims): such a pod fails with a
-// message that says so. Scheduler extenders, gang scheduling (upstream's feature
-// GenericWorkload, which is off) and translation of in-tree cloud volumes to CSI.
+// Extended resources that DeviceClasses back (spec.extendedResourceName): such a request is
+// met by a node's device plugin alone. Claims of pod groups, scheduler extenders, gang
+// scheduling (upstream's feature GenericWorkload, which is off) and translation of in-tree
+// cloud volumes to CSI.
 package sched

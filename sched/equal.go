@@ -57,7 +57,9 @@ func (r *round) remembers(c *candidate, signature string) {
 }
 
 // plain says that what a node answers depends on that node alone.
-func (c *candidate) plain() bool { return c.spread == nil && c.affinity == nil && c.volumes == nil }
+func (c *candidate) plain() bool {
+	return c.spread == nil && c.affinity == nil && c.volumes == nil && c.claims == nil
+}
 
 // fit is what filter says, or said before and would say again.
 func (r *round) fit(c *candidate, slot int32) *status {

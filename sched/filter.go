@@ -22,6 +22,9 @@ type status struct {
 	unresolvable bool
 	// cause is the filter that says so.
 	cause Causes
+	// gated: something that the pod names is not there yet. Nothing is said of it: it is
+	// on its way, most of the time.
+	gated bool
 	// err: the pod or what it refers to cannot be understood.
 	err error
 }
@@ -71,6 +74,7 @@ type candidate struct {
 	spread   *spreadFilter
 	affinity *affinityFilter
 	volumes  *podVolumes
+	claims   *podClaims
 	// answers are what nodes said to equal pods; nil: nobody remembers.
 	answers *answers
 	// spreadSelector is the selector for default spreading; see spread.go.
@@ -117,9 +121,6 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 	if p.err != nil {
 		return c, unresolvable(causePod, "parsing pod: "+p.err.Error())
 	}
-	if len(spec.ResourceClaims) > 0 {
-		return c, unresolvable(causePod, "pod uses spec.resourceClaims and dynamic resource allocation is not supported by this scheduler")
-	}
 	c.nodeAffinity = nodeaffinity.GetRequiredNodeAffinity(p.pod)
 	c.selective = len(spec.NodeSelector) > 0
 	if a := spec.Affinity; a != nil && a.NodeAffinity != nil && a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution != nil {
@@ -145,6 +146,9 @@ func (r *round) prepare(p *podInfo) (*candidate, *status) {
 	}
 	if asks(FilterInterPodAffinity) {
 		c.affinity = r.prepareAffinity(p)
+	}
+	if c.claims, s = r.prepareClaims(c); s != nil {
+		return c, s
 	}
 	if !asks(FilterNodeDeclaredFeatures) {
 		return c, nil
@@ -292,6 +296,11 @@ func (r *round) filterNode(c *candidate, n *nodeInfo) *status {
 	}
 	if c.affinity != nil {
 		if s := c.affinity.filter(n); s != nil {
+			return s
+		}
+	}
+	if c.claims != nil {
+		if s := r.filterClaims(c, n); s != nil {
 			return s
 		}
 	}

@@ -39,6 +39,8 @@ const (
 	causePodAffinity
 	causeOthersAffinity
 	causeFeatures
+	// causeDevices is of ResourceClaims, and of the devices for them.
+	causeDevices
 )
 
 // hint says which pods that were refused a change may let in: as upstream's queueing
@@ -67,6 +69,9 @@ func hints(ch objects.Changed, c *Cluster, s State, cfg *compiled) []hint {
 			return nil
 		}
 		return always(causePodAffinity | causeOthersAffinity)
+	}
+	if h := deviceHints(ch); h != nil {
+		return h
 	}
 	return volumeHints(ch)
 }
@@ -254,7 +259,7 @@ func nodeHints(before, after *corev1.Node, c *Cluster, cfg *compiled) []hint {
 	}
 	if added {
 		before = &corev1.Node{}
-		h.concerns = causeNoNodes | causePorts | causeVolumeUse | causeVolumeLimits
+		h.concerns = causeNoNodes | causePorts | causeVolumeUse | causeVolumeLimits | causeDevices
 	}
 	if !after.Spec.Unschedulable && (added || before.Spec.Unschedulable) {
 		h.concerns |= causeUnschedulable
@@ -264,11 +269,11 @@ func nodeHints(before, after *corev1.Node, c *Cluster, cfg *compiled) []hint {
 		h.concerns |= causeTaints | causeSpread
 	}
 	if added || !equality.Semantic.DeepEqual(before.Status.Allocatable, after.Status.Allocatable) {
-		h.concerns |= causeResources
+		h.concerns |= causeResources | causeDevices
 	}
 	relabelled := added || !maps.Equal(before.Labels, after.Labels)
 	if relabelled {
-		h.concerns |= causeNodeAffinity | causeVolumeBinding | causeVolumeZone | causeSpread | causePodAffinity | causeOthersAffinity
+		h.concerns |= causeNodeAffinity | causeDevices | causeVolumeBinding | causeVolumeZone | causeSpread | causePodAffinity | causeOthersAffinity
 	}
 	if added || !slices.Equal(before.Status.DeclaredFeatures, after.Status.DeclaredFeatures) {
 		h.concerns |= causeFeatures
@@ -276,7 +281,7 @@ func nodeHints(before, after *corev1.Node, c *Cluster, cfg *compiled) []hint {
 	if h.concerns == 0 {
 		return nil
 	}
-	const other = causeNoNodes | causePorts | causeVolumeUse | causeVolumeLimits | causeUnschedulable | causeFeatures | causeVolumeBinding | causeVolumeZone
+	const other = causeNoNodes | causePorts | causeVolumeUse | causeVolumeLimits | causeUnschedulable | causeFeatures | causeVolumeBinding | causeVolumeZone | causeDevices
 	h.cures = func(p *podInfo, why Causes) bool {
 		if why &= h.concerns; why&other != 0 ||
 			why&causeTaints != 0 && toleratesTaints(p.pod.Spec.Tolerations, after.Spec.Taints) && (added || !toleratesTaints(p.pod.Spec.Tolerations, before.Spec.Taints)) ||

@@ -6,6 +6,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	resourcev1 "k8s.io/api/resource/v1"
 	storagev1 "k8s.io/api/storage/v1"
 
 	"timonel/state/objects"
@@ -14,7 +15,7 @@ import (
 // FromObjects is the State of a decoded snapshot.
 func FromObjects(s *objects.Snapshot) State { return snapshotState{s} }
 
-// Refs names the nodes and pods among changed objects, for [Cluster.Advance].
+// Refs names those among changed objects that [Cluster.Advance] needs to hear about.
 func Refs(changed []objects.Changed) []Ref {
 	var refs []Ref
 	for _, c := range changed {
@@ -23,6 +24,12 @@ func Refs(changed []objects.Changed) []Ref {
 			refs = append(refs, Ref{Kind: KindNode, Name: o.Name})
 		case *corev1.Pod:
 			refs = append(refs, Ref{Kind: KindPod, Namespace: o.Namespace, Name: o.Name})
+		case *resourcev1.ResourceClaim:
+			refs = append(refs, Ref{Kind: KindResourceClaim, Namespace: o.Namespace, Name: o.Name})
+		case *resourcev1.ResourceSlice:
+			refs = append(refs, Ref{Kind: KindResourceSlice, Name: o.Name})
+		case *resourcev1.DeviceTaintRule:
+			refs = append(refs, Ref{Kind: KindDeviceTaintRule, Name: o.Name})
 		}
 	}
 	return refs
@@ -94,4 +101,28 @@ func (v snapshotState) VolumeAttachments() iter.Seq[*storagev1.VolumeAttachment]
 
 func (v snapshotState) PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget] {
 	return v.s.PodDisruptionBudgets().All()
+}
+
+func (v snapshotState) ResourceClaim(namespace, name string) (*resourcev1.ResourceClaim, bool) {
+	return v.s.ResourceClaims().Get(namespace, name)
+}
+
+func (v snapshotState) ResourceClaims() iter.Seq[*resourcev1.ResourceClaim] {
+	return v.s.ResourceClaims().All()
+}
+
+func (v snapshotState) DeviceClass(name string) (*resourcev1.DeviceClass, bool) {
+	return v.s.DeviceClasses().Get("", name)
+}
+
+func (v snapshotState) DeviceClasses() iter.Seq[*resourcev1.DeviceClass] {
+	return v.s.DeviceClasses().All()
+}
+
+func (v snapshotState) ResourceSlices() iter.Seq[*resourcev1.ResourceSlice] {
+	return v.s.ResourceSlices().All()
+}
+
+func (v snapshotState) DeviceTaintRules() iter.Seq[*resourcev1.DeviceTaintRule] {
+	return v.s.DeviceTaintRules().All()
 }

@@ -7,6 +7,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	resourcev1 "k8s.io/api/resource/v1"
 	storagev1 "k8s.io/api/storage/v1"
 
 	"timonel/state/objects"
@@ -39,6 +40,13 @@ type State interface {
 	VolumeAttachments() iter.Seq[*storagev1.VolumeAttachment]
 
 	PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget]
+
+	ResourceClaim(namespace, name string) (*resourcev1.ResourceClaim, bool)
+	ResourceClaims() iter.Seq[*resourcev1.ResourceClaim]
+	DeviceClass(name string) (*resourcev1.DeviceClass, bool)
+	DeviceClasses() iter.Seq[*resourcev1.DeviceClass]
+	ResourceSlices() iter.Seq[*resourcev1.ResourceSlice]
+	DeviceTaintRules() iter.Seq[*resourcev1.DeviceTaintRule]
 }
 
 // Input is everything a plan depends on besides the configuration.
@@ -59,6 +67,9 @@ type Input struct {
 	// Pods are the pending pods to try, in that order, as a [Queue] gives them; those
 	// that do not wait for a node in Cluster are left out. Nil: all, by priority and age.
 	Pods iter.Seq[*corev1.Pod]
+	// Held are ResourceClaims with allocations that were asked for, of which nobody knows
+	// whether they will be written: what they have is nobody else's.
+	Held []*resourcev1.ResourceClaim
 }
 
 // Plan is what to do. Lists are in the order in which pods were taken.
@@ -72,8 +83,13 @@ type Plan struct {
 	// is in Failures too.
 	Preemptions []Preemption
 	// Waiting are pods whose node is chosen and whose volumes must be bound or
-	// provisioned there first.
+	// provisioned there first, or whose devices must be made ready.
 	Waiting []Waiting
+	// Gated are pods that name something which is not there yet, or is about to be written.
+	// There is nothing to tell of them; a change of it lets them be tried.
+	Gated []Failure
+	// Releases are ResourceClaims that give up their devices.
+	Releases []Release
 	// Remaining counts pending pods that were not tried because of
 	// [Config.MaxPods] or [Config.MaxVictimSearches]; of those that [Input.Pods]
 	// gave it counts the first alone.
@@ -84,6 +100,25 @@ type Plan struct {
 type Binding struct {
 	Pod  *corev1.Pod
 	Node string
+	// ResourceClaims are to be written before, one after another.
+	ResourceClaims []ClaimWrite
+}
+
+// Release is a ResourceClaim that gives up its devices for a pod, which is nil where they
+// were for one that is gone.
+type Release struct {
+	Pod *corev1.Pod
+	ClaimWrite
+}
+
+// ClaimWrite is a ResourceClaim as it is to be, its resourceVersion that of the state the
+// plan was made from: it must not be written to any other version, and what is asked for
+// again is asked for in the same version. So what a plan was made without can no longer be
+// written once the claim has changed.
+type ClaimWrite struct {
+	Claim *resourcev1.ResourceClaim
+	// Status: its status is written, otherwise its finalizers.
+	Status bool
 }
 
 // Failure says why a pod could not be placed. It becomes the pod's PodScheduled
@@ -114,13 +149,17 @@ type Preemption struct {
 }
 
 // Waiting is a pod whose node is decided and that must not be bound until its
-// claims are. Writing Node to status.nominatedNodeName keeps its room.
+// volumes are, and its devices ready. Writing Node to status.nominatedNodeName keeps its room.
 type Waiting struct {
 	Pod  *corev1.Pod
 	Node string
 	// Claims are the decisions to commit; empty when they were committed
 	// earlier and the volumes are not ready yet.
 	Claims []ClaimDecision
+	// ResourceClaims are to be written, one after another.
+	ResourceClaims []ClaimWrite
+	// Brief: it is tried again as soon as they are, and its room need not be kept.
+	Brief bool
 }
 
 // ClaimDecision ties an unbound claim to a node.

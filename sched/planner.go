@@ -49,5 +49,5 @@ func (p *Planner) Follow(changes objects.Changes, now time.Time) {
 // Plan plans the pending pods of the snapshot that it followed to last. See
 // [Input] for the arguments.
 func (p *Planner) Plan(now time.Time, seed uint64, pods iter.Seq[*corev1.Pod]) (Plan, error) {
-	return p.cfg.schedule(Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Pods: pods})
+	return p.cfg.schedule(Input{Now: now, Seed: seed, Snapshot: p.snapshot, Cluster: p.cluster, Pods: pods, Held: p.heldClaims()})
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -61,6 +62,10 @@ type Profile struct {
 	// bound to there is requested. Default: the less the better.
 	VolumeShape []UtilizationPoint
 
+	// DeviceBindingTimeout is how long a pod waits for its devices to be made ready (their
+	// BindingConditions) before others are tried. Default: 10 min.
+	DeviceBindingTimeout time.Duration
+
 	// DisablePreemption leaves running pods alone even when a pod of higher
 	// priority fits nowhere. Default: false.
 	DisablePreemption bool
@@ -88,6 +93,7 @@ const (
 	FilterVolumeZone
 	FilterPodTopologySpread
 	FilterInterPodAffinity
+	FilterDynamicResources
 	FilterNodeDeclaredFeatures
 
 	allFilters = 1<<iota - 1
@@ -103,6 +109,7 @@ type Weights struct {
 	BalancedResource int64 // default 1
 	ImageLocality    int64 // default 1
 	VolumeBinding    int64 // default 1
+	DynamicResources int64 // default 2
 }
 
 // FitScore says how nodes are scored by what is free on them.
@@ -146,11 +153,13 @@ func DefaultProfile() Profile {
 			BalancedResource: 1,
 			ImageLocality:    1,
 			VolumeBinding:    1,
+			DynamicResources: 2,
 		},
 		Fit:                            FitScore{Strategy: LeastAllocated, Resources: []WeightedResource{{corev1.ResourceCPU, 1}, {corev1.ResourceMemory, 1}}},
 		Balanced:                       []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory},
 		VolumeShape:                    []UtilizationPoint{{0, maxScore}, {100, 0}},
 		HardPodAffinityWeight:          1,
+		DeviceBindingTimeout:           10 * time.Minute,
 		PreemptionCandidatesPercentage: 10,
 		PreemptionCandidatesMin:        100,
 	}
@@ -159,6 +168,9 @@ func DefaultProfile() Profile {
 func (p *Profile) validate(at string) error {
 	if p.SchedulerName == "" {
 		return fmt.Errorf("sched: %s.SchedulerName is empty; start from DefaultProfile()", at)
+	}
+	if p.DeviceBindingTimeout < time.Second {
+		return fmt.Errorf("sched: %s.DeviceBindingTimeout is %s; want at least 1s", at, p.DeviceBindingTimeout)
 	}
 	if p.Without&^allFilters != 0 {
 		return fmt.Errorf("sched: %s.Without has unknown filters %#x", at, p.Without&^allFilters)
@@ -172,6 +184,7 @@ func (p *Profile) validate(at string) error {
 		{"Weights.BalancedResource", p.Weights.BalancedResource, 0, 1e6},
 		{"Weights.ImageLocality", p.Weights.ImageLocality, 0, 1e6},
 		{"Weights.VolumeBinding", p.Weights.VolumeBinding, 0, 1e6},
+		{"Weights.DynamicResources", p.Weights.DynamicResources, 0, 1e6},
 		{"HardPodAffinityWeight", int64(p.HardPodAffinityWeight), 0, 100},
 		{"PercentageOfNodesToScore", int64(p.PercentageOfNodesToScore), 0, 100},
 		{"PreemptionCandidatesPercentage", int64(p.PreemptionCandidatesPercentage), 0, 100},

@@ -10,6 +10,7 @@ import (
 	"github.com/tidwall/btree"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/dynamic-resource-allocation/resourceclaim"
 
 	"timonel/state/objects"
 )
@@ -41,6 +42,9 @@ type Queue struct {
 	parked         map[Causes]map[string]*entry
 	// assumed are the pods that a plan has bound and the state does not show on their nodes yet.
 	assumed map[types.UID]Binding
+	// held are the allocations of held.go, by the UIDs of their claims.
+	held  map[types.UID]*held
+	asked []asked
 }
 
 // entry is a pending pod.
@@ -54,8 +58,8 @@ type entry struct {
 	until time.Time
 	tries int
 	why   Causes
-	// evicts: room is being made for it.
-	evicts bool
+	// evicts: room is being made for it. waits: its volumes or devices are.
+	evicts, waits bool
 }
 
 type place int
@@ -68,7 +72,7 @@ const (
 
 // newQueue returns an empty queue of the pods that name a profile.
 func newQueue(cfg *compiled) *Queue {
-	q := &Queue{cfg: cfg}
+	q := &Queue{cfg: cfg, held: map[types.UID]*held{}}
 	q.clear()
 	return q
 }
@@ -95,6 +99,7 @@ func (q *Queue) follow(changes objects.Changes, c *Cluster, s State, now time.Ti
 	q.cluster, q.state = c, s
 	if changes.Reset {
 		q.rebuild(now)
+		q.settleHeld(now)
 		return
 	}
 	for _, ch := range changes.Changed {
@@ -108,6 +113,7 @@ func (q *Queue) follow(changes objects.Changes, c *Cluster, s State, now time.Ti
 		}
 	}
 	q.settle(now)
+	q.settleHeld(now)
 }
 
 // rebuild takes all pending pods from the Cluster. What was tried keeps its place in
@@ -148,7 +154,8 @@ func (q *Queue) set(ch objects.Changed) {
 		q.ready.Set(e)
 	default:
 		// The priority never changes, so that the order stays as it is.
-		changed := e.info.pod.Generation != p.pod.Generation || !maps.Equal(e.info.pod.Labels, p.pod.Labels)
+		changed := e.info.pod.Generation != p.pod.Generation || !maps.Equal(e.info.pod.Labels, p.pod.Labels) ||
+			!resourceclaim.PodStatusEqual(e.info.pod.Status.ResourceClaimStatuses, p.pod.Status.ResourceClaimStatuses)
 		e.info = p
 		if changed && e.place != isReady {
 			q.leave(e)
@@ -252,11 +259,25 @@ func (q *Queue) Ready(now time.Time) iter.Seq[*corev1.Pod] {
 // Tried notes what became of the pods that a plan tried.
 func (q *Queue) Tried(plan Plan, now time.Time) {
 	for _, b := range plan.Bindings {
+		q.hold(b.Pod, b.ResourceClaims)
 		q.assumed[b.Pod.UID] = b
 		q.park(b.Pod, 0, now) // until the state shows it on its node
 	}
 	for _, w := range plan.Waiting {
-		q.park(w.Pod, causeVolumeBinding, now)
+		q.hold(w.Pod, w.ResourceClaims)
+		why := causeVolumeBinding
+		if len(w.Pod.Spec.ResourceClaims) > 0 {
+			why |= causeDevices
+		}
+		if e := q.park(w.Pod, why, now); e != nil {
+			e.waits = true
+		}
+	}
+	for _, w := range plan.Releases {
+		q.hold(w.Pod, []ClaimWrite{w.ClaimWrite})
+	}
+	for _, f := range plan.Gated {
+		q.park(f.Pod, f.Causes, now)
 	}
 	for _, f := range plan.Failures {
 		e := q.park(f.Pod, f.Causes, now)
@@ -278,7 +299,7 @@ func (q *Queue) park(pod *corev1.Pod, why Causes, now time.Time) *entry {
 		return nil
 	}
 	q.leave(e)
-	e.place, e.why, e.since, e.evicts = isParked, why, now, false
+	e.place, e.why, e.since, e.evicts, e.waits = isParked, why, now, false, false
 	if q.parked[why] == nil {
 		q.parked[why] = map[string]*entry{}
 	}
@@ -289,6 +310,10 @@ func (q *Queue) park(pod *corev1.Pod, why Causes, now time.Time) *entry {
 
 // putOff keeps a pod from being tried for a while, twice as long each time.
 func (q *Queue) putOff(e *entry, now time.Time) {
+	if e.place == isBackingOff { // which is in order of the time that changes
+		q.backoff.Delete(e)
+		defer func() { q.backoff.Set(e) }()
+	}
 	e.until = now.Add(min(q.cfg.LastBackoff, q.cfg.FirstBackoff<<min(e.tries, 8)))
 	e.tries++
 }
@@ -309,7 +334,7 @@ func (q *Queue) Refused(uid types.UID, now time.Time) {
 // which room is being made, or whose volumes are, are tried again.
 func (q *Queue) RefusedOthers(now time.Time) {
 	for _, e := range slices.Collect(maps.Values(q.pods)) {
-		if e.place == isParked && (e.evicts || e.why == causeVolumeBinding) {
+		if e.place == isParked && (e.evicts || e.waits) {
 			q.putOff(e, now)
 			q.release(e, now)
 		}

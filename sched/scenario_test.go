@@ -2,6 +2,7 @@ package sched
 
 import (
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -12,6 +13,7 @@ import (
 	"github.com/cockroachdb/datadriven"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	resourcev1 "k8s.io/api/resource/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -28,7 +30,8 @@ var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 //	           label=k=v taint=k=v:Effect unschedulable
 //	pods       one pod a line: [NAMESPACE/]NAME cpu= memory= on=NODE label=k=v
 //	           priority= owner=RS age=SECONDS started=SECONDS tolerate=k deleting
-//	           select=k=v phase= port= gate= scheduler=
+//	           select=k=v phase= port= gate= scheduler= device=CLAIM
+//	           template=CLAIM made=CLAIM=NAME
 //	apply      objects in YAML, separated by ---
 //	delete     KIND [NAMESPACE/]NAME a line
 //	schedule   prints the plan; seed=N, commit (applies the plan), max=N,
@@ -78,8 +81,17 @@ func (s *scenario) run(t *testing.T, d *datadriven.TestData) string {
 			if err != nil {
 				d.Fatalf(t, "%v", err)
 			}
-			if pod, ok := o.(*corev1.Pod); ok {
-				s.complete(pod)
+			switch o := o.(type) {
+			case *corev1.Pod:
+				s.complete(o)
+			case *resourcev1.ResourceClaim:
+				o.Namespace = "default"
+				if o.UID == "" {
+					o.UID = types.UID(o.Name)
+				}
+				if o.ResourceVersion == "" {
+					o.ResourceVersion = "1"
+				}
 			}
 			s.put(o)
 		}
@@ -87,7 +99,7 @@ func (s *scenario) run(t *testing.T, d *datadriven.TestData) string {
 		for _, line := range lines(d.Input) {
 			kind, name, _ := strings.Cut(line, " ")
 			namespace, name := splitName(name)
-			if kind == "Node" {
+			if kind == "Node" || kind == "ResourceSlice" || kind == "DeviceTaintRule" || kind == "DeviceClass" {
 				namespace = ""
 			}
 			delete(s.state.objects, kind+"/"+namespace+"/"+name)
@@ -106,9 +118,7 @@ func (s *scenario) run(t *testing.T, d *datadriven.TestData) string {
 func (s *scenario) put(o runtime.Object) {
 	s.state.put(o)
 	m := o.(metav1.Object)
-	if k := kindOf(o); k == string(KindNode) || k == string(KindPod) {
-		s.changed = append(s.changed, Ref{Kind(k), m.GetNamespace(), m.GetName()})
-	}
+	s.changed = append(s.changed, Ref{Kind(kindOf(o)), m.GetNamespace(), m.GetName()})
 }
 
 func (s *scenario) schedule(t *testing.T, d *datadriven.TestData) string {
@@ -141,7 +151,13 @@ func (s *scenario) schedule(t *testing.T, d *datadriven.TestData) string {
 
 // commit does what the runner would do.
 func (s *scenario) commit(plan Plan) {
+	for _, w := range plan.Releases {
+		s.write(w.ClaimWrite)
+	}
 	for _, b := range plan.Bindings {
+		for _, w := range b.ResourceClaims {
+			s.write(w)
+		}
 		pod := b.Pod.DeepCopy()
 		pod.Spec.NodeName = b.Node
 		pod.Status.NominatedNodeName = ""
@@ -160,9 +176,14 @@ func (s *scenario) commit(plan Plan) {
 		s.put(pod)
 	}
 	for _, w := range plan.Waiting {
-		pod := w.Pod.DeepCopy()
-		pod.Status.NominatedNodeName = w.Node
-		s.put(pod)
+		for _, c := range w.ResourceClaims {
+			s.write(c)
+		}
+		if !w.Brief {
+			pod := w.Pod.DeepCopy()
+			pod.Status.NominatedNodeName = w.Node
+			s.put(pod)
+		}
 		for _, c := range w.Claims {
 			if c.Volume != nil {
 				s.put(c.Volume)
@@ -173,6 +194,14 @@ func (s *scenario) commit(plan Plan) {
 			s.put(claim)
 		}
 	}
+}
+
+// write writes a claim, of which there is a new version then.
+func (s *scenario) write(w ClaimWrite) {
+	claim := w.Claim.DeepCopy()
+	s.created++
+	claim.ResourceVersion = strconv.Itoa(1000 + s.created)
+	s.put(claim)
 }
 
 func (s *scenario) where() string {
@@ -198,9 +227,15 @@ func describePlan(p Plan) string {
 	var out strings.Builder
 	for _, b := range p.Bindings {
 		fmt.Fprintf(&out, "bind %s to %s\n", shortName(b.Pod), b.Node)
+		describeClaims(&out, b.ResourceClaims)
 	}
 	for _, w := range p.Waiting {
-		fmt.Fprintf(&out, "hold %s on %s until its volumes are bound\n", shortName(w.Pod), w.Node)
+		what := "volumes are bound"
+		if len(w.Pod.Spec.ResourceClaims) > 0 {
+			what = "claims are ready"
+		}
+		fmt.Fprintf(&out, "hold %s on %s until its %s\n", shortName(w.Pod), w.Node, what)
+		describeClaims(&out, w.ResourceClaims)
 		for _, c := range w.Claims {
 			if c.Volume == nil {
 				fmt.Fprintf(&out, "  provision claim %s on %s\n", c.Claim.Name, w.Node)
@@ -208,6 +243,15 @@ func describePlan(p Plan) string {
 				fmt.Fprintf(&out, "  bind claim %s to volume %s\n", c.Claim.Name, c.Volume.Name)
 			}
 		}
+	}
+	for _, w := range p.Releases {
+		if w.Pod != nil {
+			fmt.Fprintf(&out, "release for %s\n", shortName(w.Pod))
+		}
+		describeClaims(&out, []ClaimWrite{w.ClaimWrite})
+	}
+	for _, g := range p.Gated {
+		fmt.Fprintf(&out, "gated %s: %s\n", shortName(g.Pod), g.Message)
 	}
 	for _, pre := range p.Preemptions {
 		var names []string
@@ -233,6 +277,32 @@ func describePlan(p Plan) string {
 		return "nothing to do\n"
 	}
 	return out.String()
+}
+
+func describeClaims(out *strings.Builder, writes []ClaimWrite) {
+	for _, w := range writes {
+		if !w.Status {
+			fmt.Fprintf(out, "  claim %s: finalizers %q\n", w.Claim.Name, w.Claim.Finalizers)
+			continue
+		}
+		if w.Claim.Status.Allocation == nil {
+			fmt.Fprintf(out, "  claim %s: no devices\n", w.Claim.Name)
+			continue
+		}
+		fmt.Fprintf(out, "  claim %s:", w.Claim.Name)
+		for _, r := range w.Claim.Status.Allocation.Devices.Results {
+			fmt.Fprintf(out, " %s=%s/%s", r.Request, r.Pool, r.Device)
+			for _, name := range slices.Sorted(maps.Keys(r.ConsumedCapacity)) {
+				q := r.ConsumedCapacity[name]
+				fmt.Fprintf(out, "(%s)", q.String())
+			}
+		}
+		out.WriteString(" for")
+		for _, r := range w.Claim.Status.ReservedFor {
+			out.WriteString(" " + r.Name)
+		}
+		out.WriteByte('\n')
+	}
 }
 
 func lines(input string) []string {
@@ -382,6 +452,13 @@ func (s *scenario) parsePod(t *testing.T, d *datadriven.TestData, line string) *
 			pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: value, VolumeSource: corev1.VolumeSource{
 				PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: value},
 			}})
+		case "device": // a ResourceClaim
+			pod.Spec.ResourceClaims = append(pod.Spec.ResourceClaims, corev1.PodResourceClaim{Name: value, ResourceClaimName: &value})
+		case "template": // the ResourceClaim made of one, for the pod, if there is one
+			pod.Spec.ResourceClaims = append(pod.Spec.ResourceClaims, corev1.PodResourceClaim{Name: value, ResourceClaimTemplateName: &value})
+		case "made": // CLAIM=NAME: the name of what was made of a template
+			claim, name, _ := strings.Cut(value, "=")
+			pod.Status.ResourceClaimStatuses = append(pod.Status.ResourceClaimStatuses, corev1.PodResourceClaimStatus{Name: claim, ResourceClaimName: &name})
 		case "owner":
 			s.own(pod, value)
 		default:

@@ -25,6 +25,7 @@ func (c *compiled) schedule(in Input) (Plan, error) {
 		return Plan{}, err
 	}
 	r := newRound(c, in)
+	r.releaseHeld()
 	tried := 0
 	// try says whether there was room in this call for the pod.
 	try := func(p *podInfo) bool {
@@ -89,6 +90,7 @@ type round struct {
 	nominatedAnti int
 
 	volumes volumeRound
+	devices deviceRound
 	// evicted pods were chosen as victims in this round.
 	evicted map[*podInfo]bool
 	// searches counts how often victims were looked for.
@@ -192,6 +194,7 @@ func (r *round) schedule(p *podInfo) {
 		}
 		r.remembers(c, signature)
 		preempted, nominated, extra := r.preempt(c)
+		extra = r.releaseClaim(c) + extra
 		r.fail(p, corev1.PodReasonUnschedulable, message+extra, nominated, causes)
 		if !preempted && nominated == "" && signature != "" {
 			r.hopeless[signature] = hopeless{message + extra, causes}
@@ -209,6 +212,10 @@ func (r *round) schedule(p *podInfo) {
 func (r *round) reject(c *candidate, s *status) {
 	if s.err != nil {
 		r.fail(c.p, corev1.PodReasonSchedulerError, s.err.Error(), "", s.cause)
+		return
+	}
+	if s.gated {
+		r.plan.Gated = append(r.plan.Gated, Failure{Pod: c.p.pod, Reason: corev1.PodReasonUnschedulable, Message: s.text(), Causes: s.cause})
 		return
 	}
 	for i := range r.statuses {
@@ -243,12 +250,22 @@ func (r *round) causes() Causes {
 func (r *round) place(c *candidate, slot int32) {
 	n := r.assume(c.p, slot)
 	r.withdraw(c.p)
+	var writes []ClaimWrite
+	ready := true
+	if c.claims != nil {
+		writes, ready = r.assumeClaims(c, slot)
+	}
 	if c.volumes != nil && len(c.volumes.delayed) > 0 {
 		decisions := r.assumeVolumes(c, n)
-		r.plan.Waiting = append(r.plan.Waiting, Waiting{Pod: c.p.pod, Node: n.name, Claims: decisions})
+		r.plan.Waiting = append(r.plan.Waiting, Waiting{Pod: c.p.pod, Node: n.name, Claims: decisions, ResourceClaims: writes})
 		return
 	}
-	r.plan.Bindings = append(r.plan.Bindings, Binding{Pod: c.p.pod, Node: n.name})
+	if !ready {
+		brief := len(writes) > 0 && !writes[0].Status
+		r.plan.Waiting = append(r.plan.Waiting, Waiting{Pod: c.p.pod, Node: n.name, ResourceClaims: writes, Brief: brief})
+		return
+	}
+	r.plan.Bindings = append(r.plan.Bindings, Binding{Pod: c.p.pod, Node: n.name, ResourceClaims: writes})
 }
 
 // assume adds the pod to the round's view of a node.

@@ -58,6 +58,7 @@ func (r *round) eachScore(c *candidate, feasible []int32, visit func(name string
 		{"BalancedResource", w.BalancedResource, r.scoreBalance},
 		{"ImageLocality", w.ImageLocality, r.scoreImages},
 		{"VolumeBinding", w.VolumeBinding, r.scoreVolumes},
+		{"DynamicResources", w.DynamicResources, r.scoreDevices},
 	} {
 		if s.weight == 0 {
 			continue

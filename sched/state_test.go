@@ -10,6 +10,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	resourcev1 "k8s.io/api/resource/v1"
 	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -112,4 +113,22 @@ func (s *fakeState) CSINode(name string) (*storagev1.CSINode, bool) {
 }
 func (s *fakeState) CSIDriver(name string) (*storagev1.CSIDriver, bool) {
 	return get[*storagev1.CSIDriver](s, "CSIDriver", "", name)
+}
+func (s *fakeState) ResourceClaim(namespace, name string) (*resourcev1.ResourceClaim, bool) {
+	return get[*resourcev1.ResourceClaim](s, "ResourceClaim", namespace, name)
+}
+func (s *fakeState) ResourceClaims() iter.Seq[*resourcev1.ResourceClaim] {
+	return slices.Values(list[*resourcev1.ResourceClaim](s))
+}
+func (s *fakeState) DeviceClass(name string) (*resourcev1.DeviceClass, bool) {
+	return get[*resourcev1.DeviceClass](s, "DeviceClass", "", name)
+}
+func (s *fakeState) DeviceClasses() iter.Seq[*resourcev1.DeviceClass] {
+	return slices.Values(list[*resourcev1.DeviceClass](s))
+}
+func (s *fakeState) ResourceSlices() iter.Seq[*resourcev1.ResourceSlice] {
+	return slices.Values(list[*resourcev1.ResourceSlice](s))
+}
+func (s *fakeState) DeviceTaintRules() iter.Seq[*resourcev1.DeviceTaintRule] {
+	return slices.Values(list[*resourcev1.DeviceTaintRule](s))
 }

@@ -6,9 +6,11 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	resourcev1 "k8s.io/api/resource/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/dynamic-resource-allocation/resourceclaim"
 
 	"timonel/reconcile"
 	"timonel/sched"
@@ -25,6 +27,8 @@ const (
 
 	selectedNodeAnnotation = "volume.kubernetes.io/selected-node"
 )
+
+var resourceClaims = resourcev1.SchemeGroupVersion.WithResource("resourceclaims")
 
 // Scheduler drives sched: it plans the pending pods under one key and turns the
 // plan into changes. What it keeps from pass to pass is derived from the
@@ -77,7 +81,8 @@ func (s *Scheduler) concerns(c objects.Changed) bool {
 		before, _ := c.Old.Object.(*corev1.Pod)
 		return before == nil || before.Spec.NodeName != o.Spec.NodeName || before.Status.NominatedNodeName != o.Status.NominatedNodeName || objects.PodEnded(before) != objects.PodEnded(o) ||
 			c.Old.Generation != c.New.Generation || (c.Old.DeletionTimestamp == nil) != (c.New.DeletionTimestamp == nil) ||
-			!maps.Equal(c.Old.Labels, c.New.Labels)
+			!maps.Equal(c.Old.Labels, c.New.Labels) ||
+			!resourceclaim.PodStatusEqual(before.Status.ResourceClaimStatuses, o.Status.ResourceClaimStatuses)
 	case *corev1.Node:
 		return nodeMatters(c)
 	case *corev1.PersistentVolumeClaim, *corev1.PersistentVolume:
@@ -88,7 +93,7 @@ func (s *Scheduler) concerns(c objects.Changed) bool {
 	switch c.Meta().GVK.Kind {
 	case "VolumeAttachment":
 		return c.New == nil // what was attached made room
-	case "StorageClass", "CSINode", "CSIDriver", "CSIStorageCapacity":
+	case "StorageClass", "CSINode", "CSIDriver", "CSIStorageCapacity", "ResourceClaim", "DeviceClass", "ResourceSlice", "DeviceTaintRule":
 		return true
 	}
 	return false
@@ -134,9 +139,15 @@ func (s *Scheduler) Reconcile(in reconcile.Input, _ reconcile.Key) (reconcile.Re
 				result.Add(commitClaim(d, w.Node))
 			}
 		}
-		if w.Pod.Status.NominatedNodeName != w.Node {
+		if len(w.ResourceClaims) > 0 {
+			result.Add(waitForDevices(w))
+		}
+		if !w.Brief && w.Pod.Status.NominatedNodeName != w.Node {
 			result.Add(reconcile.PatchPodStatus(w.Pod, map[string]any{"nominatedNodeName": w.Node}))
 		}
+	}
+	for _, w := range plan.Releases {
+		result.Add(writeClaim(w.ClaimWrite))
 	}
 	for _, p := range plan.Preemptions {
 		for _, victim := range p.Victims {
@@ -169,9 +180,12 @@ func (s *Scheduler) follow(in reconcile.Input) {
 func (s *Scheduler) noteRefused(in reconcile.Input) {
 	others := false
 	for _, f := range in.Failed {
-		if m := reconcile.Accessor(f.Request.Object); m != nil && f.Request.Subresource == "binding" {
-			s.planner.Refused(m.GetUID(), in.Now)
-		} else {
+		switch o := f.Request.Object.(type) {
+		case *corev1.Binding:
+			s.planner.Refused(o.UID, in.Now)
+		case *resourcev1.ResourceClaim:
+			s.planner.RefusedClaim(o, in.Now)
+		default:
 			others = true
 		}
 	}
@@ -187,8 +201,12 @@ func newEvent(toPlace, about *corev1.Pod, kind, reason, format string, args ...a
 	return e
 }
 
-// bind returns the change that assigns a pod to its Node.
+// bind returns the change that assigns a pod to its Node, once its devices are its own.
 func bind(b sched.Binding) reconcile.Request {
+	return afterClaims(b.Pod, b.ResourceClaims, binding(b))
+}
+
+func binding(b sched.Binding) reconcile.Request {
 	c := reconcile.Create(reconcile.PodsResource, &corev1.Pod{ObjectMeta: b.Pod.ObjectMeta})
 	c.Subresource = "binding"
 	c.Object = &corev1.Binding{
@@ -197,6 +215,39 @@ func bind(b sched.Binding) reconcile.Request {
 	}
 	c.Event = newEvent(b.Pod, b.Pod, corev1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s", b.Pod.Namespace, b.Pod.Name, b.Node)
 	c.FailEvent = newEvent(b.Pod, b.Pod, corev1.EventTypeWarning, "FailedScheduling", "binding rejected")
+	return c
+}
+
+// afterClaims returns the change that writes a pod's claims, one after another, and then
+// makes the last.
+func afterClaims(pod *corev1.Pod, writes []sched.ClaimWrite, last ...reconcile.Request) reconcile.Request {
+	var chain []reconcile.Request
+	for _, w := range writes {
+		c := writeClaim(w)
+		c.FailEvent = newEvent(pod, pod, corev1.EventTypeWarning, "FailedScheduling", "running PreBind plugin %q", "DynamicResources")
+		chain = append(chain, c)
+	}
+	chain = append(chain, last...)
+	first := chain[0]
+	first.Then = append(first.Then, chain[1:]...)
+	return first
+}
+
+// writeClaim returns the change that writes a ResourceClaim if nobody has changed it.
+func writeClaim(w sched.ClaimWrite) reconcile.Request {
+	if w.Status {
+		return reconcile.UpdateStatus(resourceClaims, w.Claim)
+	}
+	return reconcile.Update(resourceClaims, w.Claim)
+}
+
+// waitForDevices returns the change that writes the claims of a pod which is not to be
+// bound yet.
+func waitForDevices(w sched.Waiting) reconcile.Request {
+	c := afterClaims(w.Pod, w.ResourceClaims)
+	if last := w.ResourceClaims[len(w.ResourceClaims)-1]; last.Status && len(w.Claims) == 0 {
+		c.Event = newEvent(w.Pod, w.Pod, corev1.EventTypeNormal, "BindingConditionsPending", "waiting for binding conditions for device on node %s", w.Node)
+	}
 	return c
 }
 

@@ -81,12 +81,15 @@ var worldKinds = map[schema.GroupVersionKind]string{
 	{Group: "policy", Version: "v1", Kind: "PodDisruptionBudget"}:                    "poddisruptionbudgets",
 	reconcile.PVKind:                                                                 "persistentvolumes",
 	{Group: "storage.k8s.io", Version: "v1", Kind: "StorageClass"}:                   "storageclasses",
+	{Group: "resource.k8s.io", Version: "v1", Kind: "DeviceClass"}:                   "deviceclasses",
+	{Group: "resource.k8s.io", Version: "v1", Kind: "ResourceClaim"}:                 "resourceclaims",
+	{Group: "resource.k8s.io", Version: "v1", Kind: "ResourceSlice"}:                 "resourceslices",
 	{Group: "storage.k8s.io", Version: "v1", Kind: "VolumeAttributesClass"}:          "volumeattributesclasses",
 }
 
 var clusterKinds = map[string]bool{
 	"Node": true, "Namespace": true, "Fleet": true, "CustomResourceDefinition": true,
-	"PersistentVolume": true, "StorageClass": true, "VolumeAttributesClass": true,
+	"PersistentVolume": true, "StorageClass": true, "DeviceClass": true, "ResourceSlice": true, "VolumeAttributesClass": true,
 }
 
 // resourceName is the plural in the API.

@@ -17,7 +17,7 @@ func drawConfig(t *rapid.T) *config.KubeSchedulerConfiguration {
 	p, without := profile.Plugins, map[string]bool{}
 	for _, name := range []string{
 		names.NodeUnschedulable, names.TaintToleration, names.NodeAffinity, names.NodePorts, names.NodeResourcesFit, names.VolumeRestrictions,
-		names.NodeVolumeLimits, names.VolumeZone, names.PodTopologySpread, names.InterPodAffinity, names.NodeDeclaredFeatures,
+		names.NodeVolumeLimits, names.VolumeZone, names.PodTopologySpread, names.InterPodAffinity, names.DynamicResources, names.NodeDeclaredFeatures,
 		names.NodeResourcesBalancedAllocation, names.ImageLocality,
 	} {
 		if one(t, 10, "without "+name) {
@@ -27,7 +27,7 @@ func drawConfig(t *rapid.T) *config.KubeSchedulerConfiguration {
 	}
 	for _, name := range []string{
 		names.TaintToleration, names.NodeAffinity, names.NodeResourcesFit, names.PodTopologySpread, names.InterPodAffinity,
-		names.NodeResourcesBalancedAllocation, names.ImageLocality, names.VolumeBinding,
+		names.NodeResourcesBalancedAllocation, names.ImageLocality, names.VolumeBinding, names.DynamicResources,
 	} {
 		switch choice := rapid.IntRange(0, 9).Draw(t, "score of "+name); {
 		case choice == 0:

@@ -53,6 +53,9 @@ func TestSaysWhatUpstreamSays(t *testing.T) {
 		ours, refused := sched.Explain(own, sched.Input{State: w}, "default", "p")
 		theirs, theirRefusal := askUpstream(t, w, cfg.Profiles[0])
 		if theirRefusal != "" || refused != nil {
+			if begins := `running "DynamicResources" filter plugin`; strings.HasPrefix(theirRefusal, begins) && refused != nil && strings.Contains(refused.Error(), begins) {
+				return // the nodes are asked in another order, and the first to fail speaks
+			}
 			if refused == nil || !strings.Contains(refused.Error(), theirRefusal) || theirRefusal == "" {
 				t.Fatalf("upstream refuses the pod with %q, we with %v", theirRefusal, refused)
 			}
@@ -85,13 +88,6 @@ func TestSaysWhatUpstreamSays(t *testing.T) {
 	})
 }
 
-// noDevices knows no class of devices: extended resources are those of device plugins.
-type noDevices struct{ fwk.SharedDRAManager }
-
-func (d noDevices) DeviceClassResolver() fwk.DeviceClassResolver { return d }
-
-func (noDevices) GetDeviceClass(corev1.ResourceName) *resourcev1.DeviceClass { return nil }
-
 type verdict struct {
 	reasons []string
 	score   int64
@@ -105,7 +101,7 @@ func askUpstream(t *rapid.T, w *world, profile config.KubeSchedulerProfile) (ver
 	defer cancel()
 	profile.Plugins.MultiPoint.Enabled = slices.DeleteFunc(profile.Plugins.MultiPoint.Enabled, func(p config.Plugin) bool {
 		switch p.Name {
-		case names.DynamicResources, names.GangScheduling, names.DefaultPreemption, names.TopologyPlacementGenerator, names.PodGroupPodsCount, names.DeferredPodScheduling:
+		case names.GangScheduling, names.DefaultPreemption, names.TopologyPlacementGenerator, names.PodGroupPodsCount, names.DeferredPodScheduling:
 			return true
 		}
 		return false
@@ -162,7 +158,7 @@ func askUpstream(t *rapid.T, w *world, profile config.KubeSchedulerProfile) (ver
 		runtime.WithSnapshotSharedLister(snapshot),
 		runtime.WithInformerFactory(factory),
 		runtime.WithClientSet(client),
-		runtime.WithSharedDRAManager(noDevices{}),
+		runtime.WithSharedDRAManager(devices{w: w}),
 		runtime.WithSharedCSIManager(nodevolumelimits.NewCSIManager(storage.CSINodes().Lister())),
 	)
 	add(err)
@@ -224,6 +220,11 @@ type world struct {
 	csiDrivers  []*storagev1.CSIDriver
 	capacities  []*storagev1.CSIStorageCapacity
 	attachments []*storagev1.VolumeAttachment
+
+	resourceClaims []*resourcev1.ResourceClaim
+	deviceClasses  []*resourcev1.DeviceClass
+	resourceSlices []*resourcev1.ResourceSlice
+	taintRules     []*resourcev1.DeviceTaintRule
 }
 
 var _ sched.State = (*world)(nil)
@@ -280,6 +281,25 @@ func (w *world) PodDisruptionBudgets() iter.Seq[*policyv1.PodDisruptionBudget] {
 	return func(func(*policyv1.PodDisruptionBudget) bool) {}
 }
 
+func (w *world) ResourceClaim(ns, name string) (*resourcev1.ResourceClaim, bool) {
+	return find(w.resourceClaims, ns, name)
+}
+func (w *world) ResourceClaims() iter.Seq[*resourcev1.ResourceClaim] {
+	return slices.Values(w.resourceClaims)
+}
+func (w *world) DeviceClass(name string) (*resourcev1.DeviceClass, bool) {
+	return find(w.deviceClasses, "", name)
+}
+func (w *world) DeviceClasses() iter.Seq[*resourcev1.DeviceClass] {
+	return slices.Values(w.deviceClasses)
+}
+func (w *world) ResourceSlices() iter.Seq[*resourcev1.ResourceSlice] {
+	return slices.Values(w.resourceSlices)
+}
+func (w *world) DeviceTaintRules() iter.Seq[*resourcev1.DeviceTaintRule] {
+	return slices.Values(w.taintRules)
+}
+
 func drawWorld(t *rapid.T) *world {
 	w := &world{
 		namespaces: []*corev1.Namespace{
@@ -302,6 +322,7 @@ func drawWorld(t *rapid.T) *world {
 	}
 	p := w.drawPod(t, "p")
 	p.Namespace = "default"
+	w.drawDevices(t, p)
 	w.pods = append(w.pods, p)
 	if rapid.Bool().Draw(t, "service") {
 		w.services = append(w.services, &corev1.Service{

@@ -237,3 +237,15 @@ func (s *Snapshot) StorageClasses() Table[*storagev1.StorageClass] {
 func (s *Snapshot) VolumeAttachments() Table[*storagev1.VolumeAttachment] {
 	return newTable[*storagev1.VolumeAttachment](s, "volumeattachments/")
 }
+func (s *Snapshot) DeviceClasses() Table[*resourcev1.DeviceClass] {
+	return newTable[*resourcev1.DeviceClass](s, "deviceclasses/")
+}
+func (s *Snapshot) DeviceTaintRules() Table[*resourcev1.DeviceTaintRule] {
+	return newTable[*resourcev1.DeviceTaintRule](s, "devicetaintrules/")
+}
+func (s *Snapshot) ResourceClaims() Table[*resourcev1.ResourceClaim] {
+	return newTable[*resourcev1.ResourceClaim](s, "resourceclaims/")
+}
+func (s *Snapshot) ResourceSlices() Table[*resourcev1.ResourceSlice] {
+	return newTable[*resourcev1.ResourceSlice](s, "resourceslices/")
+}

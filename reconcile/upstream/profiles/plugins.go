@@ -61,8 +61,8 @@ var known = map[string]plugin{
 	names.NodeResourcesBalancedAllocation: {points: []string{preScore, score}, weight: func(w *sched.Weights) *int64 { return &w.BalancedResource }},
 	names.VolumeBinding: {points: []string{preFilter, filter, reserve, preBind, preScore, score}, must: true,
 		weight: func(w *sched.Weights) *int64 { return &w.VolumeBinding }},
-	// Pods with resource claims are refused here.
-	names.DynamicResources: {points: []string{preEnqueue, preFilter, filter, postFilter, preScore, score, reserve, preBind}},
+	names.DynamicResources: {points: []string{preEnqueue, preFilter, filter, postFilter, score, reserve, preBind}, refuses: true,
+		filter: sched.FilterDynamicResources, weight: func(w *sched.Weights) *int64 { return &w.DynamicResources }},
 }
 
 // scoring says whether a point is of scores, without which a plugin that must be there

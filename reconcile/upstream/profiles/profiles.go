@@ -107,6 +107,19 @@ func configure(from *config.PluginConfig, at *field.Path, p *sched.Profile, defa
 		if !sameTimeout(args, defaults) {
 			return field.ErrorList{field.Forbidden(path.Child("bindTimeoutSeconds"), "a pod waits for its volumes for as long as they take; leave it out")}
 		}
+	case *config.DynamicResourcesArgs:
+		if d := args.BindingTimeout; d != nil {
+			p.DeviceBindingTimeout = d.Duration
+		}
+		same := args.DeepCopy()
+		for _, d := range defaults.Profiles[0].PluginConfig {
+			if d, ok := d.Args.(*config.DynamicResourcesArgs); ok {
+				same.BindingTimeout = d.BindingTimeout
+			}
+		}
+		if !isDefault(&config.PluginConfig{Name: from.Name, Args: same}, defaults) {
+			return field.ErrorList{field.Forbidden(path.Child("filterTimeout"), "the search for devices is bounded by its steps, not by time; leave it out")}
+		}
 	default:
 		if !isDefault(from, defaults) {
 			return field.ErrorList{field.Forbidden(path, "plugin "+from.Name+" takes no arguments here; leave them out")}

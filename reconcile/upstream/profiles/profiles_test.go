@@ -69,6 +69,8 @@ profiles:
     args: {minCandidateNodesPercentage: 5, minCandidateNodesAbsolute: 50}
   - name: VolumeBinding
     args: {shape: [{utilization: 0, score: 0}, {utilization: 100, score: 10}]}
+  - name: DynamicResources
+    args: {bindingTimeout: 30s}
 - schedulerName: spread
   pluginConfig:
   - name: PodTopologySpread
@@ -90,6 +92,7 @@ profiles:
 		NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "disk", Operator: corev1.NodeSelectorOpExists}}}}}}
 	packed.PreemptionCandidatesPercentage, packed.PreemptionCandidatesMin = 5, 50
 	packed.VolumeShape = []sched.UtilizationPoint{{Utilization: 0, Score: 0}, {Utilization: 100, Score: 100}}
+	packed.DeviceBindingTimeout = 30 * time.Second
 	spread.SchedulerName, spread.PercentageOfNodesToScore = "spread", 30
 	spread.DefaultSpread = []corev1.TopologySpreadConstraint{}
 	want := sched.DefaultConfig()
@@ -126,7 +129,7 @@ func TestWhatIsRefused(t *testing.T) {
 		"half a score":           {profile("plugins: {preScore: {disabled: [{name: InterPodAffinity}]}}"), "profiles[0].plugins.preScore: Forbidden: plugin InterPodAffinity"},
 		"strategy":               {profile("pluginConfig: [{name: NodeResourcesFit, args: {scoringStrategy: {type: Best}}}]"), `scoringStrategy.type: Unsupported value: "Best"`},
 		"bind timeout":           {profile("pluginConfig: [{name: VolumeBinding, args: {bindTimeoutSeconds: 5}}]"), "profiles[0].pluginConfig[0].args.bindTimeoutSeconds: Forbidden"},
-		"arguments of devices":   {profile("pluginConfig: [{name: DynamicResources, args: {filterTimeout: 5s}}]"), "profiles[0].pluginConfig[0].args: Forbidden"},
+		"arguments of devices":   {profile("pluginConfig: [{name: DynamicResources, args: {filterTimeout: 5s}}]"), "profiles[0].pluginConfig[0].args.filterTimeout: Forbidden"},
 		"an affinity's operator": {profile("pluginConfig: [{name: NodeAffinity, args: {addedAffinity: {requiredDuringSchedulingIgnoredDuringExecution: {nodeSelectorTerms: [{matchExpressions: [{key: a, operator: Like}]}]}}}}]"), "operator"},
 	} {
 		t.Run(name, func(t *testing.T) {
