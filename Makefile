@@ -12,6 +12,9 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 SUDO        := $(if $(filter 0,$(shell id -u)),,sudo)
 PROGRAMS    := controller agent timonel machine
 IMAGES      := bin/images/timonel-sample.tar
+CONTAINERD  := github.com/containerd/containerd/v2
+RUNC        := github.com/opencontainers/runc
+version      = $(shell awk '$$1 == "$(1)" {print $$2; exit}' deploy/runtime/go.mod)
 # No C in what we build; the race detector alone needs it.
 export CGO_ENABLED := 0
 export GOFLAGS
@@ -21,7 +24,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: up
-up: deps build images ## Bring a cluster up: three controllers, two agents, a sample application
+up: deps build images runtime-if-needed ## Bring a cluster up: three controllers, two agents, a sample application
 	$(SUDO) bin/timonel up
 
 .PHONY: down
@@ -40,6 +43,21 @@ older: build
 	@mkdir -p bin/older
 	$(GO) build -ldflags '$(LDFLAGS) -X main.newestVersion=1' -o bin/older/ ./cmd/controller
 	@cp bin/agent bin/machine bin/older/
+
+# Of modules of its own, so that what it takes is no matter of ours. cgo for runc, which enters
+# namespaces before Go has started, and seccomp's library.
+.PHONY: runtime
+runtime: ## Build containerd and runc from their Go modules into bin/runtime: newer than the system's are, often
+	@.ci/deps runtime
+	@mkdir -p bin/runtime
+	cd deploy/runtime && $(GO) build -tags 'no_btrfs no_zfs no_devmapper' -ldflags '-s -w -X $(CONTAINERD)/version.Version=$(call version,$(CONTAINERD))' \
+		-o ../../bin/runtime/ $(CONTAINERD)/cmd/containerd $(CONTAINERD)/cmd/containerd-shim-runc-v2
+	cd deploy/runtime && CGO_ENABLED=1 $(GO) build -tags seccomp -ldflags '-s -w' -o ../../bin/runtime/ $(RUNC)
+
+# Built when the system's are too old for something that pods may ask for (deploy/runtime/README.md).
+.PHONY: runtime-if-needed
+runtime-if-needed:
+	@test -x bin/runtime/runc || .ci/runtime-is-new || $(MAKE) runtime
 
 .PHONY: images
 images: $(IMAGES) ## Build the images that agents import, into bin/images

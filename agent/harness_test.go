@@ -100,6 +100,9 @@ func needContainerd(t *testing.T) {
 		needs.Skip(t, "runs real containers: needs root and a network namespace")
 	}
 	for _, name := range []string{"containerd", "runc"} {
+		if runtimeDir(t) != "" {
+			break
+		}
 		if _, err := exec.LookPath(name); err != nil {
 			t.Skipf("runs real containers: needs %s", name)
 		}
@@ -107,6 +110,39 @@ func needContainerd(t *testing.T) {
 	if _, err := os.Stat(agent.DefaultCNIBin); err != nil {
 		t.Skip("runs real containers: needs the CNI plugins")
 	}
+}
+
+// runtimeEnv names the folder of the containerd and runc that the tests run, or is "system"
+// for those of PATH. Default: what `make runtime` made, if it did.
+const runtimeEnv = "TIMONEL_TEST_RUNTIME"
+
+// runtimeDir is that folder, or empty for PATH.
+func runtimeDir(t *testing.T) string {
+	t.Helper()
+	dir := os.Getenv(runtimeEnv)
+	switch dir {
+	case "system":
+		return ""
+	case "":
+		dir = filepath.Join("..", "bin", "runtime")
+		if _, err := os.Stat(filepath.Join(dir, "containerd")); err != nil {
+			return ""
+		}
+	}
+	dir, err := filepath.Abs(dir)
+	require.NoError(t, err)
+	return dir
+}
+
+// program is the path of containerd or runc as the tests run them.
+func program(t *testing.T, name string) string {
+	t.Helper()
+	if dir := runtimeDir(t); dir != "" {
+		return filepath.Join(dir, name)
+	}
+	path, err := exec.LookPath(name)
+	require.NoError(t, err)
+	return path
 }
 
 // images builds the image archives once for all tests.
@@ -482,7 +518,7 @@ func cluster(t *testing.T, names ...string) (*testNode, []*controller) {
 	}
 	n := &testNode{t: t, cfg: agent.Config{
 		Name: "a1", DataDir: dir, Controllers: addrs, TLS: tlsConfig, NodeIPs: []net.IP{net.ParseIP(nodeIP)},
-		ImagesDir: imagesDir, KubernetesServiceIP: "10.96.0.1",
+		ImagesDir: imagesDir, ContainerdBinary: program(t, "containerd"), KubernetesServiceIP: "10.96.0.1",
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})),
 		// How full the disk of the machine is that tests run on is no matter of theirs.
 		EvictionHard: "none", ImageGC: &imagegc.Policy{High: 100, Low: 80},

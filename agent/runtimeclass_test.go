@@ -3,7 +3,6 @@ package agent_test
 import (
 	"context"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -22,8 +21,7 @@ import (
 func TestRuntimeClass(t *testing.T) {
 	n, cs := cluster(t, "c1")
 	c := cs[0]
-	runc, err := exec.LookPath("runc")
-	require.NoError(t, err)
+	runc := program(t, "runc")
 	// Another runtime: runc, and it leaves a mark.
 	mark := filepath.Join(t.TempDir(), "mark")
 	other := filepath.Join(t.TempDir(), "other")

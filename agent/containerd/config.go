@@ -63,7 +63,8 @@ type DaemonConfig struct {
 	// pid file and log are under. It must be on a file system that overlayfs
 	// can use as an upper layer.
 	Dir string
-	// Binary is the containerd to run. Default: "containerd" from PATH.
+	// Binary is the containerd to run. Default: "containerd" from PATH. Its shim and runc
+	// are those beside it, if it is given by path, else those of PATH.
 	Binary string
 	// PauseImage is the sandbox image. It must have been imported, or be in a
 	// registry that this machine reaches.
@@ -130,7 +131,8 @@ func (c *DaemonConfig) paths() paths {
 	return p
 }
 
-// render returns config.toml. Version 2 is read by containerd 1.3 to 2.x.
+// render returns config.toml. Version 2 is read by containerd 1.3 to 2.x, which makes
+// its own version of it.
 func (c *DaemonConfig) render() []byte {
 	p := c.paths()
 	q := strconv.Quote
@@ -173,6 +175,7 @@ func (c *DaemonConfig) render() []byte {
 	w("  restrict_oom_score_adj = %t", !protect)
 	w("  enable_unprivileged_ports = true")
 	w("  enable_unprivileged_icmp = true")
+	w("  enable_criu = false") // an image could be a checkpoint of processes, which would be restored
 	w("  [plugins.\"io.containerd.grpc.v1.cri\".cni]")
 	w("    conf_dir = %s", q(c.CNIConfDir))
 	w("    bin_dir = %s", q(c.CNIBinDirs[0]))

@@ -28,6 +28,7 @@ const startTimeout = 60 * time.Second
 type Daemon struct {
 	cfg    DaemonConfig
 	binary string
+	path   string // in which it finds its shim and runc
 	log    *slog.Logger
 	proc   process
 }
@@ -56,14 +57,37 @@ func NewDaemon(cfg DaemonConfig) (*Daemon, error) {
 	if err != nil {
 		return nil, fmt.Errorf("containerd not found (%v): install it with: apt-get install containerd runc containernetworking-plugins", err)
 	}
-	if _, err := exec.LookPath("runc"); err != nil {
+	path := cfg.path()
+	if _, err := lookIn(path, "runc"); err != nil {
 		return nil, fmt.Errorf("runc not found (%v): install it with: apt-get install runc", err)
 	}
 	log := cfg.Logger
 	if log == nil {
 		log = slog.Default()
 	}
-	return &Daemon{cfg: cfg, binary: binary, log: log.With("component", "containerd")}, nil
+	return &Daemon{cfg: cfg, binary: binary, path: path, log: log.With("component", "containerd")}, nil
+}
+
+// path is where the containerd of this configuration looks for programs.
+func (c *DaemonConfig) path() string {
+	path := os.Getenv("PATH")
+	if strings.ContainsRune(c.Binary, filepath.Separator) {
+		path = filepath.Dir(c.Binary) + string(filepath.ListSeparator) + path
+	}
+	return path
+}
+
+// lookIn finds a program as [exec.LookPath] does, in a path that is not this process'.
+func lookIn(path, program string) (string, error) {
+	for _, dir := range filepath.SplitList(path) {
+		if !filepath.IsAbs(dir) {
+			continue
+		}
+		if found, err := exec.LookPath(filepath.Join(dir, program)); err == nil {
+			return found, nil
+		}
+	}
+	return "", fmt.Errorf("%q: %w in %s", program, exec.ErrNotFound, path)
 }
 
 // Socket is the path of containerd's gRPC socket.
@@ -182,7 +206,7 @@ func (d *Daemon) spawn() error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	// The agent's own file descriptors are close-on-exec; NOTIFY_SOCKET would
 	// make containerd report itself ready to systemd in the agent's place.
-	cmd.Env = withoutEnv(os.Environ(), "NOTIFY_SOCKET")
+	cmd.Env = append(withoutEnv(withoutEnv(os.Environ(), "NOTIFY_SOCKET"), "PATH"), "PATH="+d.path)
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", d.binary, err)
 	}

@@ -98,7 +98,7 @@ func (o *options) flags(f *pflag.FlagSet) {
 	f.StringVar(&o.token, "token", "", "- for a join token from standard input, or @FILE; a token itself is taken with a warning, as others can read it here")
 	f.StringVar(&o.nodeIP, "node-ip", "", "this node's own address or addresses (default: that of the default route)")
 	f.StringVar(&o.images, "images", "", "folder of image archives (*.tar) to import, now and when they appear")
-	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run (default: from PATH)")
+	f.StringVar(&o.containerdBin, "containerd-binary", "", "containerd to run; its shim and runc are those beside it, if there are any (default: from PATH)")
 	f.StringArrayVar(&o.handlers, "runtime-handler", nil, "a runtime beside runc that RuntimeClasses may name, HANDLER=/PATH/OF/PROGRAM for one that is called as runc is, or HANDLER=SHIM-TYPE such as gvisor=io.containerd.runsc.v1; may be given several times")
 	f.StringVar(&o.pauseImage, "pause-image", agent.DefaultPauseImage, "image of every pod's sandbox")
 	f.StringVar(&o.registryDir, "registry-config", "", "folder of containerd's HOST/hosts.toml files (default: DATA-DIR/containerd/certs.d)")

@@ -45,6 +45,14 @@ func TestFlagsOfProcesses(t *testing.T) {
 	require.Subset(t, agent, []string{"/bin/agent", "--name", "a1", "--node-ip", "10.77.3.101", "--token", "@" + s.tokenFile("a1"), "--images", "/images",
 		"--controllers", "10.77.3.11:7443,10.77.3.12:7443,10.77.3.13:7443", "--cgroup-root", "/timonel-test-a1"})
 	require.NotContains(t, agent, "--log-level=debug")
+	require.NotContains(t, agent, "--containerd-binary", "the machine's")
+	s.Bin = t.TempDir()
+	require.NoError(t, os.Mkdir(filepath.Join(s.Bin, "runtime"), 0o755))
+	built := filepath.Join(s.Bin, "runtime", "containerd")
+	require.NoError(t, os.WriteFile(built, nil, 0o644))
+	require.NotContains(t, s.process("a1").Argv, built, "it cannot be run")
+	require.NoError(t, os.Chmod(built, 0o755))
+	require.Subset(t, s.process("a1").Argv, []string{"--containerd-binary", built})
 	require.Contains(t, s.process("a1").Env, "TIMONEL_SHARED_DISK=1", "a full disk of the machine is no matter of the cluster's")
 }
 

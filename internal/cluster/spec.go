@@ -214,11 +214,20 @@ func (s *Spec) process(name string) machines.Process {
 	p.Argv = []string{s.program("agent"), "--name", name,
 		"--data-dir", s.DataDir(name), "--controllers", s.addresses(ClusterPort), "--token", "@" + s.tokenFile(name),
 		"--node-ip", address, "--images", s.Images, "--cgroup-root", s.CgroupRoot(name)}
+	// Of another version than the machine's, from `make runtime`.
+	if runtime := s.program("runtime/containerd"); executable(runtime) {
+		p.Argv = append(p.Argv, "--containerd-binary", runtime)
+	}
 	p.Argv = append(p.Argv, s.AgentFlags...)
 	// All agents share the disk of this machine with whatever else is on it. Not a
 	// flag, as above.
 	p.Env = append(p.Env, "TIMONEL_SHARED_DISK=1")
 	return p
+}
+
+func executable(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0
 }
 
 // processEnv is the environment of controllers and agents: what they need of
