@@ -51,6 +51,15 @@ func (a *Agent) runtimeCan(st *runtimev1.StatusResponse) runtimeCan {
 	}
 }
 
+func hasUserNamespaces(h corev1.NodeRuntimeHandler) bool { return *h.Features.UserNamespaces }
+
+// userNamespaces says whether pods of a runtime can have user namespaces of their own.
+func (a *Agent) userNamespaces(handler string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.ContainsFunc(a.can.handlers, func(h corev1.NodeRuntimeHandler) bool { return h.Name == handler && hasUserNamespaces(h) })
+}
+
 // setLive takes this node's object as the API has it.
 func (a *Agent) setLive(n *corev1.Node) {
 	a.mu.Lock()
@@ -79,6 +88,7 @@ func (a *Agent) admissionNode() admission.Node {
 	}
 	return admission.Node{
 		Name: a.cfg.Name, Allocatable: allocatable, Object: a.live, Pressure: a.evict.Conditions(),
+		UserNamespaces: slices.ContainsFunc(a.can.handlers, hasUserNamespaces), GroupsPolicy: a.can.groupsPolicy,
 		AppArmor: a.kernel.appArmor, SELinux: a.kernel.seLinux, Kernel: a.kernel.version, UnsafeSysctls: a.cfg.UnsafeSysctls,
 	}
 }

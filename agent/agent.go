@@ -34,6 +34,7 @@ import (
 	"timonel/agent/pod"
 	"timonel/agent/podnet"
 	"timonel/agent/stream"
+	"timonel/agent/userns"
 	"timonel/network/address"
 	"timonel/network/feed"
 	"timonel/network/hostport"
@@ -53,6 +54,7 @@ type Agent struct {
 	daemon    *containerd.Daemon // nil: somebody else's containerd
 	runtime   *containerd.Runtime
 	store     *desired.Store
+	users     *userns.Users
 	network   *podnet.Network
 	feed      *feed.Client
 	known     *feed.Store    // what the feed tells
@@ -158,6 +160,9 @@ func New(ctx context.Context, cfg Config) (*Agent, error) {
 	if a.store, err = desired.Open(cfg.dir("desired"), cfg.Logger); err != nil {
 		return nil, err
 	}
+	if a.users, err = userns.Open(cfg.dir("userns")); err != nil {
+		return nil, err
+	}
 	if err := a.describe(ctx); err != nil {
 		return nil, err
 	}
@@ -223,7 +228,8 @@ func (a *Agent) describe(ctx context.Context) error {
 	}
 	a.facts.Reserved = eviction.Reserved(a.cfg.thresholds, a.capacity)
 	a.kernel = readKernel(a.log)
-	a.facts.RecursiveReadOnly = (&admission.Node{Kernel: a.kernel.version}).RecursiveReadOnly()
+	kernel := &admission.Node{Kernel: a.kernel.version}
+	a.facts.RecursiveReadOnly, a.facts.MapsUsers = kernel.RecursiveReadOnly(), kernel.MapsUsers()
 	st, err := a.runtime.Status(ctx, &runtimev1.StatusRequest{})
 	if err != nil {
 		return fmt.Errorf("ask containerd what it can do: %w", err)
@@ -274,7 +280,8 @@ func (a *Agent) wire() {
 		Runtime: a.runtime, Images: a.runtime.Images, ImagesComing: a.images.Coming, ImagesFull: a.imagesFull, Layers: a.runtime.Layer, Views: a.runtime, CSI: a.csi, Beside: a.runtime.Beside, Objects: a.store, Statuses: a.store, Reporter: a.stream, Tokens: a.stream.Token, Certificates: a.stream.PodCertificate,
 		HostIPs:  func() []string { return ips },
 		Capacity: func() corev1.ResourceList { return a.capacity },
-		Node:     a.admissionNode, RecursiveReadOnly: a.facts.RecursiveReadOnly,
+		Users:    a.users, UserNamespaces: a.userNamespaces,
+		Node: a.admissionNode, RecursiveReadOnly: a.facts.RecursiveReadOnly,
 		NetworkReady: func() bool {
 			a.mu.Lock()
 			defer a.mu.Unlock()

@@ -83,13 +83,14 @@ func TestNodeRefusesPods(t *testing.T) {
 		p.Spec.InitContainers = []corev1.Container{s}
 	})
 	refuse("windows", "PodOSNotSupported", "OS field", func(p *corev1.Pod) { p.Spec.OS = &corev1.PodOS{Name: corev1.Windows} })
-	refuse("groups", "SupplementalGroupsPolicyNotSupported", "Strict", func(p *corev1.Pod) {
-		p.Spec.SecurityContext.SupplementalGroupsPolicy = ptr.To(corev1.SupplementalGroupsPolicyStrict)
+	refuse("groups", "SupplementalGroupsPolicyNotSupported", "Loose", func(p *corev1.Pod) {
+		p.Spec.SecurityContext.SupplementalGroupsPolicy = ptr.To(corev1.SupplementalGroupsPolicy("Loose"))
 	})
 	refuse("sysctl", "SysctlForbidden", "kernel.msgmax", func(p *corev1.Pod) {
 		p.Spec.SecurityContext.Sysctls = []corev1.Sysctl{{Name: "kernel.msgmax", Value: "1"}}
 	})
-	refuse("users", "PodFeatureUnsupported", "spec.hostUsers", func(p *corev1.Pod) { p.Spec.HostUsers = ptr.To(false) })
+	windows := &corev1.WindowsSecurityContextOptions{HostProcess: ptr.To(true)}
+	refuse("process", "PodFeatureUnsupported", "windowsOptions", func(p *corev1.Pod) { p.Spec.SecurityContext.WindowsOptions = windows })
 	refuse("csi", "PodFeatureUnsupported", "csi", func(p *corev1.Pod) {
 		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.example.com"}}}}
 	})
@@ -114,7 +115,7 @@ func TestNodeRefusesPods(t *testing.T) {
 	c.mu.Lock()
 	c.statuses, c.history = map[string]*corev1.PodStatus{}, map[string][]corev1.PodStatus{}
 	old := *taken
-	old.Spec.HostUsers = ptr.To(false) // as if an agent had run it that ignored this
+	old.Spec.SecurityContext = &corev1.PodSecurityContext{WindowsOptions: windows} // as if an agent had run it that ignored this
 	c.pods[string(taken.UID)] = &old
 	c.mu.Unlock()
 	raw, err := old.Marshal()
@@ -130,7 +131,7 @@ func TestNodeRefusesPods(t *testing.T) {
 	}
 	c.wait("a warning about the pod that goes on", 10*time.Second, func() bool {
 		return slices.ContainsFunc(c.events, func(e *corev1.Event) bool {
-			return e.InvolvedObject.UID == taken.UID && e.Reason == "PodFeatureUnsupported" && strings.Contains(e.Message, "spec.hostUsers")
+			return e.InvolvedObject.UID == taken.UID && e.Reason == "PodFeatureUnsupported" && strings.Contains(e.Message, "windowsOptions")
 		})
 	})
 	late := newPod("late", sleep())

@@ -48,6 +48,9 @@ type Node struct {
 	AppArmor error
 	// SELinux says whether the kernel enforces labels.
 	SELinux bool
+	// UserNamespaces says whether pods can have user namespaces of their own, and
+	// GroupsPolicy whether supplementalGroupsPolicy is heeded.
+	UserNamespaces, GroupsPolicy bool
 	// Kernel is the kernel's version, on which it depends which sysctls are a
 	// pod's own; nil: none but those that always were.
 	Kernel *version.Version
@@ -55,6 +58,13 @@ type Node struct {
 	// ones; PREFIX* is all that begin so.
 	UnsafeSysctls []string
 }
+
+// idMapping is the first kernel whose tmpfs can be mapped to a user namespace, as upstream
+// asks for.
+var idMapping = version.MustParseGeneric("6.3")
+
+// MapsUsers says whether the node's kernel can map volumes to pods' user namespaces.
+func (n *Node) MapsUsers() bool { return n.Kernel != nil && n.Kernel.AtLeast(idMapping) }
 
 // sealing is the first kernel that makes mounts read-only together with those below them.
 var sealing = version.MustParseGeneric("5.12")
@@ -134,9 +144,14 @@ func osField(pod *corev1.Pod, _ *Node) *Rejection {
 	return nil
 }
 
-func groupsPolicy(pod *corev1.Pod, _ *Node) *Rejection {
+func groupsPolicy(pod *corev1.Pod, node *Node) *Rejection {
 	sc := pod.Spec.SecurityContext
-	if sc != nil && sc.SupplementalGroupsPolicy != nil && *sc.SupplementalGroupsPolicy != corev1.SupplementalGroupsPolicyMerge {
+	if sc == nil || sc.SupplementalGroupsPolicy == nil {
+		return nil
+	}
+	switch policy := *sc.SupplementalGroupsPolicy; {
+	case policy == corev1.SupplementalGroupsPolicyMerge, policy == corev1.SupplementalGroupsPolicyStrict && node.GroupsPolicy:
+	default:
 		return reject(ReasonSupplementalGroups, "SupplementalGroupsPolicy=%s is not supported in this node", *sc.SupplementalGroupsPolicy)
 	}
 	return nil

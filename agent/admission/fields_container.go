@@ -68,7 +68,7 @@ var securityContext = []Field{
 	{"runAsNonRoot", Done, "pod", ""},
 	{"readOnlyRootFilesystem", Done, "pod", ""},
 	{"allowPrivilegeEscalation", Done, "pod", ""},
-	{"procMount", Partly, "admission", "Unmasked is refused: it is for pods with hostUsers: false"},
+	{"procMount", Partly, "pod", "Unmasked is for pods with hostUsers: false, and refused in others"},
 	{"seccompProfile", Done, "pod", ""},
 	{"appArmorProfile", Partly, "pod", "where the kernel has AppArmor; else refused: AppArmor"},
 }

@@ -322,6 +322,50 @@ func TestRefusedFields(t *testing.T) {
 	}
 }
 
+// What needs a newer runtime or kernel is taken where they are, and of that no more than
+// is meant.
+func TestWhatANewerRuntimeTakes(t *testing.T) {
+	t.Parallel()
+	own := func(s *corev1.PodSpec) { s.HostUsers = ptr.To(false) }
+	unmasked := func(s *corev1.PodSpec) { first(s).SecurityContext.ProcMount = ptr.To(corev1.UnmaskedProcMount) }
+	groups := func(policy corev1.SupplementalGroupsPolicy) func(*corev1.PodSpec) {
+		return func(s *corev1.PodSpec) { s.SecurityContext.SupplementalGroupsPolicy = &policy }
+	}
+	newer := testNode()
+	newer.UserNamespaces, newer.GroupsPolicy = true, true
+	for _, tc := range []struct {
+		name         string
+		change       []func(*corev1.PodSpec)
+		older, newer string // reasons
+	}{
+		{"its own users", []func(*corev1.PodSpec){own}, ReasonUnsupported, ""},
+		{"all of proc", []func(*corev1.PodSpec){own, unmasked}, ReasonUnsupported, ""},
+		{"all of the node's proc", []func(*corev1.PodSpec){unmasked}, ReasonUnsupported, ReasonUnsupported},
+		{"its own groups", []func(*corev1.PodSpec){groups(corev1.SupplementalGroupsPolicyStrict)}, ReasonSupplementalGroups, ""},
+		{"groups to come", []func(*corev1.PodSpec){groups("Loose")}, ReasonSupplementalGroups, ReasonSupplementalGroups},
+	} {
+		pod := testPod()
+		for _, change := range tc.change {
+			change(&pod.Spec)
+		}
+		for node, want := range map[*Node]string{testNode(): tc.older, newer: tc.newer} {
+			r := Admit(pod, node)
+			if want == "" {
+				require.Nil(t, r, tc.name)
+				continue
+			}
+			require.NotNil(t, r, tc.name)
+			require.Equal(t, want, r.Reason, tc.name)
+		}
+		c := pod.Spec.Containers[0].DeepCopy()
+		require.Equal(t, tc.newer == ReasonUnsupported, RefuseEphemeral(pod, c, newer) != nil, "%s: an ephemeral container", tc.name)
+	}
+	for text, can := range map[string]bool{"6.2.16": false, "6.3.0": true, "6.18.44": true} {
+		require.Equal(t, can, (&Node{Kernel: version.MustParseGeneric(text)}).MapsUsers(), text)
+	}
+	require.False(t, (&Node{}).MapsUsers(), "of an unknown kernel")
+}
+
 // The values that are done do not get a pod refused.
 func TestValuesThatAreTaken(t *testing.T) {
 	t.Parallel()
@@ -378,7 +422,7 @@ func TestRefusedEphemeralContainers(t *testing.T) {
 	node := testNode()
 	node.AppArmor = fmt.Errorf("AppArmor is not enabled on the host")
 	plain := corev1.Container{Name: "debug", Image: "i", SecurityContext: &corev1.SecurityContext{Privileged: ptr.To(true)}}
-	require.Nil(t, RefuseEphemeral(&plain, node))
+	require.Nil(t, RefuseEphemeral(testPod(), &plain, node))
 	for want, change := range map[string]func(*corev1.Container){
 		"procMount: Unmasked": func(c *corev1.Container) { c.SecurityContext.ProcMount = ptr.To(corev1.UnmaskedProcMount) },
 		"Cannot enforce AppArmor": func(c *corev1.Container) {
@@ -387,7 +431,7 @@ func TestRefusedEphemeralContainers(t *testing.T) {
 	} {
 		c := plain.DeepCopy()
 		change(c)
-		r := RefuseEphemeral(c, node)
+		r := RefuseEphemeral(testPod(), c, node)
 		require.NotNil(t, r, want)
 		require.Contains(t, r.Message, want)
 	}

@@ -45,7 +45,8 @@ func unsupported(pod *corev1.Pod, node *Node) *Rejection {
 	var found []string
 	say := func(format string, args ...any) { found = append(found, fmt.Sprintf(format, args...)) }
 	spec := &pod.Spec
-	if spec.HostUsers != nil && !*spec.HostUsers {
+	users := ownUsers(pod)
+	if users && !node.UserNamespaces {
 		say("spec.hostUsers: false (user namespaces)")
 	}
 	if len(spec.ResourceClaims) > 0 {
@@ -55,13 +56,13 @@ func unsupported(pod *corev1.Pod, node *Node) *Rejection {
 		say("spec.resources.claims (dynamic resource allocation)")
 	}
 	if sc := spec.SecurityContext; sc != nil {
-		unsupportedSecurity("spec.securityContext", nil, sc.WindowsOptions, sc.SELinuxOptions, node, say)
+		unsupportedSecurity("spec.securityContext", users, nil, sc.WindowsOptions, sc.SELinuxOptions, node, say)
 	}
 	for i := range spec.Volumes {
 		unsupportedVolume(&spec.Volumes[i], say)
 	}
 	for c := range containers(pod) {
-		unsupportedContainer(c, node, say)
+		unsupportedContainer(c, users, node, say)
 	}
 	if len(found) == 0 {
 		return nil
@@ -86,18 +87,23 @@ func containers(pod *corev1.Pod) iter.Seq[*corev1.Container] {
 	}
 }
 
-// RefuseEphemeral says what of an ephemeral container this node does not carry out, or
+// RefuseEphemeral says what of an ephemeral container of pod this node does not carry out, or
 // nil. One that is refused is not started, and its pod goes on.
-func RefuseEphemeral(c *corev1.Container, node *Node) *Rejection {
-	alone := &corev1.Pod{Spec: corev1.PodSpec{Containers: []corev1.Container{*c}}}
+func RefuseEphemeral(pod *corev1.Pod, c *corev1.Container, node *Node) *Rejection {
+	alone := &corev1.Pod{Spec: corev1.PodSpec{HostUsers: pod.Spec.HostUsers, Containers: []corev1.Container{*c}}}
 	if r := appArmor(alone, node); r != nil {
 		return r
 	}
 	return unsupported(alone, node)
 }
 
-func unsupportedSecurity(where string, proc *corev1.ProcMountType, windows *corev1.WindowsSecurityContextOptions, selinux *corev1.SELinuxOptions, node *Node, say func(string, ...any)) {
-	if proc != nil && *proc != corev1.DefaultProcMount {
+// ownUsers says whether a pod is in a user namespace of its own.
+func ownUsers(pod *corev1.Pod) bool { return pod.Spec.HostUsers != nil && !*pod.Spec.HostUsers }
+
+// unsupportedSecurity: users is whether the pod has a user namespace of its own, without
+// which what proc shows is the node's.
+func unsupportedSecurity(where string, users bool, proc *corev1.ProcMountType, windows *corev1.WindowsSecurityContextOptions, selinux *corev1.SELinuxOptions, node *Node, say func(string, ...any)) {
+	if proc != nil && *proc != corev1.DefaultProcMount && (!users || *proc != corev1.UnmaskedProcMount) {
 		say("%s.procMount: %s", where, *proc)
 	}
 	if windows != nil && *windows != (corev1.WindowsSecurityContextOptions{}) {
@@ -109,10 +115,10 @@ func unsupportedSecurity(where string, proc *corev1.ProcMountType, windows *core
 	}
 }
 
-func unsupportedContainer(c *corev1.Container, node *Node, say func(string, ...any)) {
+func unsupportedContainer(c *corev1.Container, users bool, node *Node, say func(string, ...any)) {
 	where := "container " + c.Name + ": "
 	if sc := c.SecurityContext; sc != nil {
-		unsupportedSecurity(where+"securityContext", sc.ProcMount, sc.WindowsOptions, sc.SELinuxOptions, node, say)
+		unsupportedSecurity(where+"securityContext", users, sc.ProcMount, sc.WindowsOptions, sc.SELinuxOptions, node, say)
 	}
 	if len(c.Resources.Claims) > 0 {
 		say("%sresources.claims (dynamic resource allocation)", where)

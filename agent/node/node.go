@@ -45,6 +45,8 @@ type Facts struct {
 	StartedAt time.Time
 	// RecursiveReadOnly says whether mounts can be read-only with all below them.
 	RecursiveReadOnly bool
+	// MapsUsers says whether the kernel can map volumes to pods' user namespaces.
+	MapsUsers bool
 }
 
 // Health is what may change.
@@ -125,7 +127,7 @@ func Handlers(f *Facts, said []*runtimev1.RuntimeHandler, besides ...string) []c
 	for _, h := range said {
 		out = append(out, corev1.NodeRuntimeHandler{Name: h.Name, Features: &corev1.NodeRuntimeHandlerFeatures{
 			RecursiveReadOnlyMounts: new(f.RecursiveReadOnly), // the agent's doing
-			UserNamespaces:          new(h.GetFeatures().GetUserNamespaces()),
+			UserNamespaces:          new(f.MapsUsers && h.GetFeatures().GetUserNamespaces()),
 		}})
 	}
 	slices.SortFunc(out, func(a, b corev1.NodeRuntimeHandler) int { return strings.Compare(a.Name, b.Name) })

@@ -46,7 +46,7 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 // agent's own doing.
 func TestHandlersAreCRIs(t *testing.T) {
 	t.Parallel()
-	got := Handlers(&Facts{RecursiveReadOnly: true}, []*runtimev1.RuntimeHandler{
+	got := Handlers(&Facts{RecursiveReadOnly: true, MapsUsers: true}, []*runtimev1.RuntimeHandler{
 		{Name: "sandboxed"}, {Name: "", Features: &runtimev1.RuntimeHandlerFeatures{UserNamespaces: true}},
 		{Name: "runc", Features: &runtimev1.RuntimeHandlerFeatures{UserNamespaces: true}},
 	}, "not asked")

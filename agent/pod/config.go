@@ -83,6 +83,9 @@ func (w *worker) sandboxConfig(pod *corev1.Pod, attempt uint32) (*runtimev1.PodS
 			Overhead:        overhead(pod),
 		},
 	}
+	if cfg.Linux.SecurityContext.NamespaceOptions.UsernsOptions, err = w.m.userNamespace(pod); err != nil {
+		return nil, err
+	}
 	if !pod.Spec.HostNetwork {
 		cfg.Hostname = host
 	}
@@ -195,7 +198,7 @@ func (w *worker) containerConfig(pod *corev1.Pod, s start, imageID string, podIP
 	if messageFile != "" {
 		cfg.Mounts = append(cfg.Mounts, &runtimev1.Mount{HostPath: messageFile, ContainerPath: c.TerminationMessagePath})
 	}
-	return cfg, nil
+	return cfg, w.m.mapUsers(pod, c, cfg)
 }
 
 // commandLine is a container's command and arguments with $(VAR)s replaced.

@@ -68,7 +68,7 @@ func (m *Manager) refusedEphemeral(pod *corev1.Pod) map[string]string {
 	out, node := map[string]string{}, m.cfg.Node()
 	for i := range pod.Spec.EphemeralContainers {
 		c := asContainer(&pod.Spec.EphemeralContainers[i])
-		if r := admission.RefuseEphemeral(c, &node); r != nil {
+		if r := admission.RefuseEphemeral(pod, c, &node); r != nil {
 			out[c.Name] = r.Message
 		}
 	}

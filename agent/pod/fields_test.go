@@ -158,6 +158,10 @@ func TestFieldsReachCRI(t *testing.T) {
 			s.PriorityClassName, s.Containers[0].Resources.Requests = "system-node-critical", resources("memory", "1Mi")
 		}, nil, "oom_score_adj:-997"},
 
+		{"supplementalGroupsPolicy", func(s *corev1.PodSpec) {
+			s.SecurityContext.SupplementalGroupsPolicy = ptr.To(corev1.SupplementalGroupsPolicyStrict)
+		}, nil, "supplemental_groups_policy:Strict"},
+
 		{"command", c(func(c *corev1.Container) { c.Command = []string{"run"} }), nil, `command:"run"`},
 		{"args", c(func(c *corev1.Container) { c.Args = []string{"-v"} }), nil, `args:"-v"`},
 		{"workingDir", c(func(c *corev1.Container) { c.WorkingDir = "/srv" }), nil, `working_dir:"/srv"`},

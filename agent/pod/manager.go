@@ -24,6 +24,7 @@ import (
 	"timonel/agent/admission"
 	"timonel/agent/hostile"
 	"timonel/agent/image"
+	"timonel/agent/userns"
 	"timonel/agent/volume"
 	"timonel/network/dns/resolvconf"
 )
@@ -93,6 +94,10 @@ type Config struct {
 	Capacity func() corev1.ResourceList
 	// Node is what new pods are held against, without the pods that are there.
 	Node func() admission.Node
+	// Users has the ids of pods in user namespaces of their own. UserNamespaces says
+	// whether a runtime, of its handler's name, can do that. nil: none can.
+	Users          *userns.Users
+	UserNamespaces func(handler string) bool
 	// RecursiveReadOnly says whether mounts can be read-only with all below them.
 	RecursiveReadOnly bool
 	// Policies holds pods to their addresses and to network policies; nil: nothing does.
@@ -385,6 +390,9 @@ func (m *Manager) Collect(ctx context.Context) error {
 	dirs, err := m.volumes.Pods()
 	if err != nil {
 		return fmt.Errorf("list pod folders: %w", err)
+	}
+	if m.cfg.Users != nil {
+		dirs = append(dirs, m.cfg.Users.Pods()...)
 	}
 	for _, uid := range dirs {
 		if orphans[uid] == nil {

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
@@ -12,6 +13,8 @@ import (
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
 	"k8s.io/kubernetes/pkg/security/apparmor"
 	"k8s.io/kubernetes/pkg/securitycontext"
+
+	"timonel/agent/hostile"
 )
 
 func namespaces(pod *corev1.Pod) *runtimev1.NamespaceOption {
@@ -62,6 +65,7 @@ func sandboxSecurity(pod *corev1.Pod) *runtimev1.LinuxSandboxSecurityContext {
 			out.RunAsGroup = int64Value(sc.RunAsGroup)
 		}
 		out.SupplementalGroups = supplementalGroups(pod)
+		out.SupplementalGroupsPolicy = groupsPolicy(pod)
 		out.SelinuxOptions = selinux(sc.SELinuxOptions)
 	}
 	return out
@@ -77,6 +81,16 @@ func supplementalGroups(pod *corev1.Pod) []int64 {
 		groups = append(groups, *sc.FSGroup)
 	}
 	return groups
+}
+
+// groupsPolicy is whether a container has the groups that its image says of its user, beside
+// those of the pod.
+func groupsPolicy(pod *corev1.Pod) runtimev1.SupplementalGroupsPolicy {
+	sc := pod.Spec.SecurityContext
+	if sc != nil && sc.SupplementalGroupsPolicy != nil && *sc.SupplementalGroupsPolicy == corev1.SupplementalGroupsPolicyStrict {
+		return runtimev1.SupplementalGroupsPolicy_Strict
+	}
+	return runtimev1.SupplementalGroupsPolicy_Merge
 }
 
 func selinux(o *corev1.SELinuxOptions) *runtimev1.SELinuxOption {
@@ -114,15 +128,15 @@ func securityContext(pod *corev1.Pod, c *corev1.Container, user *int64, name, se
 	out := &runtimev1.LinuxContainerSecurityContext{
 		NamespaceOptions:   namespaces(pod),
 		RunAsUser:          int64Value(sc.RunAsUser),
-		SupplementalGroups: supplementalGroups(pod),
-		SelinuxOptions:     selinux(sc.SELinuxOptions),
-		NoNewPrivs:         securitycontext.AddNoNewPrivileges(sc),
-		MaskedPaths:        securitycontext.ConvertToRuntimeMaskedPaths(sc.ProcMount),
-		ReadonlyPaths:      securitycontext.ConvertToRuntimeReadonlyPaths(sc.ProcMount),
-		Privileged:         isTrue(sc.Privileged),
-		ReadonlyRootfs:     isTrue(sc.ReadOnlyRootFilesystem),
-		Seccomp:            seccomp,
-		Apparmor:           appArmor,
+		SupplementalGroups: supplementalGroups(pod), SupplementalGroupsPolicy: groupsPolicy(pod),
+		SelinuxOptions: selinux(sc.SELinuxOptions),
+		NoNewPrivs:     securitycontext.AddNoNewPrivileges(sc),
+		MaskedPaths:    securitycontext.ConvertToRuntimeMaskedPaths(sc.ProcMount),
+		ReadonlyPaths:  securitycontext.ConvertToRuntimeReadonlyPaths(sc.ProcMount),
+		Privileged:     isTrue(sc.Privileged),
+		ReadonlyRootfs: isTrue(sc.ReadOnlyRootFilesystem),
+		Seccomp:        seccomp,
+		Apparmor:       appArmor,
 	}
 	if sc.Capabilities != nil {
 		out.Capabilities = &runtimev1.Capability{}
@@ -215,6 +229,37 @@ func seccompProfile(pod *corev1.Pod, c *corev1.Container, dir string) (*runtimev
 		}, nil
 	}
 	return nil, fmt.Errorf("seccompProfile.type %q is not known to this node", profile.Type)
+}
+
+// maxSeccomp bounds a file of a profile. The runtime's default has some 15 KiB.
+const maxSeccomp = 1 << 20
+
+// loadable looks at the file of a Localhost profile, as containerd is about to read it by
+// its path, whatever it is: it has to be a regular one, beneath the folder of profiles.
+func (m *Manager) loadable(profile *runtimev1.SecurityProfile) error {
+	if profile.GetProfileType() != runtimev1.SecurityProfile_Localhost {
+		return nil
+	}
+	fail := func(err error) error {
+		return fmt.Errorf("cannot load seccomp profile %q: %w", profile.LocalhostRef, err)
+	}
+	dir, err := hostile.OpenRoot(m.cfg.SeccompDir)
+	if err != nil {
+		return fail(err)
+	}
+	defer dir.Close()
+	name, err := filepath.Rel(m.cfg.SeccompDir, profile.LocalhostRef)
+	if err != nil {
+		return fail(err)
+	}
+	raw, err := dir.ReadFile(name, maxSeccomp)
+	if err != nil {
+		return fail(err)
+	}
+	if !json.Valid(raw) {
+		return fail(errors.New("it is not JSON"))
+	}
+	return nil
 }
 
 // appArmorProfile is a container's own profile, else what the deprecated

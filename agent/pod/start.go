@@ -208,6 +208,11 @@ func (w *worker) start(pod *corev1.Pod, s *seen, st start) outcome {
 	if err != nil {
 		return fail(reasonConfigError, err)
 	}
+	if sc := cfg.Linux.SecurityContext; !sc.Privileged { // else there is none
+		if err := w.m.loadable(sc.Seccomp); err != nil {
+			return fail(reasonCreateError, err)
+		}
+	}
 	if err := makeLogDir(boxConfig.LogDirectory, name); err != nil {
 		return fail(reasonCreateError, err)
 	}

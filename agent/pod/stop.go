@@ -170,6 +170,9 @@ func (w *worker) clean(pod *corev1.Pod, s *seen) bool {
 	if err == nil {
 		err = w.removeCgroups(pod)
 	}
+	if err == nil && w.m.cfg.Users != nil { // last: nothing has these ids any more
+		err = w.m.cfg.Users.Release(w.uid)
+	}
 	if err != nil {
 		w.log.Warn("clean up after the pod", "error", err)
 		return false
