@@ -13,11 +13,11 @@
 package userns
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -111,7 +111,7 @@ func (u *Users) Release(uid types.UID) error {
 	if !ok {
 		return nil
 	}
-	if err := os.Remove(u.path(slot)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := hostile.RemoveAll(context.Background(), u.path(slot)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("take back the pod's range of user ids: %w", err)
 	}
 	delete(u.slots, uid)

@@ -14,7 +14,6 @@ var allowed = []allowance{
 	{"agent/containerd/import.go", "filepath.Glob", "the names in the administrator's folder of images"},
 	{"agent/desired/store.go", "os.MkdirAll filepath.WalkDir", "the store's own folder, 0700; it follows no links"},
 	{"agent/desired/writer.go", "os.MkdirAll os.Open os.OpenFile os.Remove os.RemoveAll os.Rename", "the store's own folder, 0700; folders are opened to be synced"},
-	{"agent/userns/userns.go", "os.Remove", "the agent's own folder, 0700, of whose files it makes the names"},
 	{"agent/podnet/guard.go", "os.Open io.ReadAll", "the agent's own guard.json, read through io.LimitReader"},
 	{"agent/podnet/podnet.go", "os.MkdirAll os.WriteFile os.Stat", "the agent's own CNI configuration and state, /proc/sys, and the plugins that root installed"},
 	{"agent/volume/subpath.go", "unix.Mount", "from a pinned descriptor to a folder that no container sees"},
