@@ -229,6 +229,7 @@ func (a *Agent) describe(ctx context.Context) error {
 	a.facts.Reserved = eviction.Reserved(a.cfg.thresholds, a.capacity)
 	a.kernel = readKernel(a.log)
 	kernel := &admission.Node{Kernel: a.kernel.version}
+	a.facts.Declared = admission.DeclaredFeatures
 	a.facts.RecursiveReadOnly, a.facts.MapsUsers = kernel.RecursiveReadOnly(), kernel.MapsUsers()
 	st, err := a.runtime.Status(ctx, &runtimev1.StatusRequest{})
 	if err != nil {

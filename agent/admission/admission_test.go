@@ -163,9 +163,8 @@ func TestAdmit(t *testing.T) {
 		{name: "a pattern is no sysctl", change: func(p *corev1.Pod) {
 			p.Spec.SecurityContext.Sysctls = []corev1.Sysctl{{Name: "net.ipv4.*", Value: "1"}}
 		}, reason: "SysctlForbidden", message: "not allowlisted"},
-		{name: "every container restarts", change: func(p *corev1.Pod) {
-			p.Spec.Containers[0].RestartPolicyRules = []corev1.ContainerRestartRule{{Action: corev1.ContainerRestartRuleActionRestartAllContainers}}
-		}, reason: "PodFeatureUnsupported", message: "Pod requires node features that are not available: RestartAllContainersOnContainerExits"},
+		{name: "users of its own on the node's network", change: func(p *corev1.Pod) { p.Spec.HostUsers, p.Spec.HostNetwork = ptr.To(false), true },
+			reason: "PodFeatureUnsupported", message: "Pod requires node features that are not available: UserNamespacesHostNetworkSupport"},
 		{name: "users of its own", change: func(p *corev1.Pod) { p.Spec.HostUsers = ptr.To(false) },
 			reason: "PodFeatureUnsupported", message: "Pod requires node features that are not available: spec.hostUsers: false"},
 	} {

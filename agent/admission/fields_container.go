@@ -93,7 +93,7 @@ var containerPort = []Field{
 }
 
 var restartRule = []Field{
-	{"action", Partly, "pod", "Restart; RestartAllContainers is refused"},
+	{"action", Partly, "pod", "Restart and RestartAllContainers; a pod that restarts all again and again waits between, as containers that fail do"},
 	{"exitCodes", Done, "pod", ""},
 }
 

@@ -17,6 +17,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/version"
+	"k8s.io/component-helpers/nodedeclaredfeatures"
+	"k8s.io/component-helpers/nodedeclaredfeatures/features"
 	"k8s.io/utils/ptr"
 )
 
@@ -211,8 +213,8 @@ func refusedExamples() map[string][]func(*corev1.PodSpec) {
 			s.Resources = &corev1.ResourceRequirements{Claims: []corev1.ResourceClaim{{Name: "gpu"}}}
 		}},
 		"ContainerRestartRule.action": {func(s *corev1.PodSpec) {
-			first(s).RestartPolicyRules = []corev1.ContainerRestartRule{{Action: corev1.ContainerRestartRuleActionRestartAllContainers}}
-		}, func(s *corev1.PodSpec) { first(s).RestartPolicyRules = []corev1.ContainerRestartRule{{Action: "Pray"}} }},
+			first(s).RestartPolicyRules = []corev1.ContainerRestartRule{{Action: "Pray"}}
+		}},
 		"EnvVarSource.fileKeyRef": {func(s *corev1.PodSpec) {
 			first(s).Env = []corev1.EnvVar{{Name: "E", ValueFrom: &corev1.EnvVarSource{FileKeyRef: &corev1.FileKeySelector{Key: "k"}}}}
 		}},
@@ -591,4 +593,23 @@ func TestRecursiveReadOnly(t *testing.T) {
 			require.Contains(t, r.Message, `volume "v" requested recursive read-only mode, but it is not supported by the runtime`)
 		}
 	}
+}
+
+// A pod that needs a feature which the node declares is taken, and no other: the scheduler
+// goes by what the Node says.
+func TestDeclaredFeatures(t *testing.T) {
+	t.Parallel()
+	pod := testPod()
+	first(&pod.Spec).RestartPolicy = ptr.To(corev1.ContainerRestartPolicyNever)
+	first(&pod.Spec).RestartPolicyRules = []corev1.ContainerRestartRule{{Action: corev1.ContainerRestartRuleActionRestartAllContainers}}
+	require.Nil(t, Admit(pod, testNode()))
+	framework := nodedeclaredfeatures.New(slices.Clone(features.AllFeatures))
+	needs, err := framework.InferForPodScheduling(&nodedeclaredfeatures.PodInfo{Spec: &pod.Spec}, kubernetes)
+	require.NoError(t, err)
+	got, err := framework.MatchNode(needs, &corev1.Node{Status: corev1.NodeStatus{DeclaredFeatures: DeclaredFeatures}})
+	require.NoError(t, err)
+	require.True(t, got.IsMatch)
+	none, err := framework.MatchNode(needs, &corev1.Node{})
+	require.NoError(t, err)
+	require.False(t, none.IsMatch, "nothing is needed: the test says nothing")
 }

@@ -11,6 +11,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/version"
 	"k8s.io/component-helpers/nodedeclaredfeatures"
 	"k8s.io/component-helpers/nodedeclaredfeatures/features"
+	"k8s.io/component-helpers/nodedeclaredfeatures/features/restartallcontainers"
 )
 
 // maxNamed is how many fields a message names: it becomes a status and an event.
@@ -21,8 +22,12 @@ const notAvailable = "Pod requires node features that are not available: "
 // kubernetes is the version whose node features are asked for.
 var kubernetes = version.MustParseGeneric("1.37")
 
-// declared refuses what upstream has nodes declare before pods may use it. This
-// node declares nothing.
+// DeclaredFeatures are those of upstream's that this node has: the scheduler binds no pod
+// that needs another.
+var DeclaredFeatures = []string{restartallcontainers.RestartAllContainersOnContainerExits}
+
+// declared refuses what upstream has nodes declare before pods may use it, and this one
+// does not.
 func declared(pod *corev1.Pod, _ *Node) *Rejection {
 	framework := nodedeclaredfeatures.New(slices.Clone(features.AllFeatures))
 	needs, err := framework.InferForPodScheduling(&nodedeclaredfeatures.PodInfo{Spec: &pod.Spec, Status: &pod.Status}, kubernetes)
@@ -35,6 +40,10 @@ func declared(pod *corev1.Pod, _ *Node) *Rejection {
 	names, err := framework.Unmap(needs)
 	if err != nil {
 		return reject(ReasonUnsupported, "Failed to match pod's feature requirements against the node: %v", err)
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return slices.Contains(DeclaredFeatures, name) })
+	if len(names) == 0 {
+		return nil
 	}
 	return reject(ReasonUnsupported, "%s%s", notAvailable, strings.Join(names, ", "))
 }
@@ -137,7 +146,7 @@ func unsupportedContainer(c *corev1.Container, users bool, node *Node, say func(
 		}
 	}
 	for _, r := range c.RestartPolicyRules {
-		if r.Action != corev1.ContainerRestartRuleActionRestart {
+		if r.Action != corev1.ContainerRestartRuleActionRestart && r.Action != corev1.ContainerRestartRuleActionRestartAllContainers {
 			say("%srestartPolicyRules with action %s", where, r.Action)
 		}
 	}

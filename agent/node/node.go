@@ -47,6 +47,8 @@ type Facts struct {
 	RecursiveReadOnly bool
 	// MapsUsers says whether the kernel can map volumes to pods' user namespaces.
 	MapsUsers bool
+	// Declared are upstream's names of what the scheduler has to know that the node can.
+	Declared []string
 }
 
 // Health is what may change.
@@ -153,9 +155,9 @@ func Make(f *Facts, h Health, old *corev1.Node, now time.Time) (*corev1.Node, er
 		Spec:       corev1.NodeSpec{Taints: f.Taints},
 		Status: corev1.NodeStatus{
 			Capacity: capacity, Allocatable: allocatable(capacity, f.Reserved), NodeInfo: systemInfo(f),
-			VolumesInUse:    h.CSI.InUse,
-			DaemonEndpoints: corev1.NodeDaemonEndpoints{KubeletEndpoint: corev1.DaemonEndpoint{Port: KubeletPort}},
-			RuntimeHandlers: h.Handlers, Features: &corev1.NodeFeatures{SupplementalGroupsPolicy: new(h.GroupsPolicy)},
+			VolumesInUse:     h.CSI.InUse,
+			DaemonEndpoints:  corev1.NodeDaemonEndpoints{KubeletEndpoint: corev1.DaemonEndpoint{Port: KubeletPort}},
+			DeclaredFeatures: f.Declared, RuntimeHandlers: h.Handlers, Features: &corev1.NodeFeatures{SupplementalGroupsPolicy: new(h.GroupsPolicy)},
 		},
 	}
 	n.Annotations = map[string]string{

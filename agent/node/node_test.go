@@ -13,7 +13,7 @@ import (
 
 func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	t.Parallel()
-	f := &Facts{Name: "a1", IPs: []net.IP{net.ParseIP("10.0.0.1")}, MaxPods: 20, DataDir: t.TempDir(), Labels: map[string]string{"zone": "z"}, Runtime: "containerd://1", RecursiveReadOnly: true}
+	f := &Facts{Name: "a1", IPs: []net.IP{net.ParseIP("10.0.0.1")}, MaxPods: 20, DataDir: t.TempDir(), Labels: map[string]string{"zone": "z"}, Runtime: "containerd://1", RecursiveReadOnly: true, Declared: []string{"SomeFeature"}}
 	begin := time.Unix(1000, 0)
 	waiting, err := Make(f, Health{Network: "no pod CIDR"}, nil, begin)
 	require.NoError(t, err)
@@ -35,6 +35,7 @@ func TestNodeChangesOnlyWithItsMachine(t *testing.T) {
 	features := &corev1.NodeRuntimeHandlerFeatures{RecursiveReadOnlyMounts: new(true), UserNamespaces: new(false)}
 	require.Equal(t, []corev1.NodeRuntimeHandler{{Features: features}, {Name: "runc", Features: features}}, ready.Status.RuntimeHandlers)
 	require.False(t, *ready.Status.Features.SupplementalGroupsPolicy)
+	require.Equal(t, []string{"SomeFeature"}, ready.Status.DeclaredFeatures)
 
 	again, err := Make(f, Health{Handlers: handlers}, ready, later.Add(time.Hour))
 	require.NoError(t, err)

@@ -161,14 +161,9 @@ func restartsOnFailure(pod *corev1.Pod, spec *corev1.Container) bool {
 
 // restartable says whether a container that has exited is to be started again.
 func restartable(pod *corev1.Pod, spec *corev1.Container, c *container) bool {
-	for _, rule := range spec.RestartPolicyRules {
-		if rule.ExitCodes == nil {
-			continue
-		}
-		in := slices.Contains(rule.ExitCodes.Values, c.exitCode)
-		if in == (rule.ExitCodes.Operator == corev1.ContainerRestartRuleOnExitCodesOpIn) {
-			return rule.Action == corev1.ContainerRestartRuleActionRestart
-		}
+	switch actionOf(spec, c.exitCode) {
+	case corev1.ContainerRestartRuleActionRestart, corev1.ContainerRestartRuleActionRestartAllContainers:
+		return true
 	}
 	switch restartPolicy(pod, spec) {
 	case corev1.RestartPolicyNever:
@@ -182,6 +177,9 @@ func restartable(pod *corev1.Pod, spec *corev1.Container, c *container) bool {
 // finished says whether nothing of the pod will run again: an init container
 // failed for good, or all its own containers are done.
 func finished(pod *corev1.Pod, obs *observed) bool {
+	if len(resets(pod, obs)) > 0 {
+		return false // what was killed for it has not failed
+	}
 	for i := range pod.Spec.InitContainers {
 		spec := &pod.Spec.InitContainers[i]
 		if sidecar(spec) {

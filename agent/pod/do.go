@@ -84,6 +84,8 @@ func (w *worker) step(want *want, s *seen, p *pass, st step) outcome {
 	case remove:
 		w.remove(s, st)
 		return rest
+	case reset:
+		return w.reset(s, st)
 	case giveBack:
 		w.giveBack(s)
 		return rest

@@ -21,6 +21,7 @@ type pass struct {
 	// resizing: what it was given is not in force yet, resizeError why it cannot be.
 	resizing    bool
 	resizeError string
+	resetting   bool // all containers are being removed to be started anew
 }
 
 func (p *pass) do(steps ...step)   { p.steps = append(p.steps, steps...) }
@@ -76,6 +77,9 @@ func planVerdict(w want, s *seen, now time.Time, p *pass) bool {
 // planRun makes a pod run, or go on running.
 func planRun(w want, s *seen, b waits, now time.Time, p *pass) {
 	if planResize(w, s, b, now, p) {
+		return
+	}
+	if planReset(w, s, b, now, p) {
 		return
 	}
 	a := planContainers(w.pod, s)

@@ -171,8 +171,13 @@ func containerStatus(in statusInput, spec *corev1.Container, init bool) corev1.C
 	}
 	if list := in.containers[spec.Name]; len(list) > 1 && list[1].exited() {
 		st.LastTerminationState.Terminated = terminated(list[1])
+	} else if old != nil && old.State.Terminated != nil && old.ContainerID != st.ContainerID {
+		st.LastTerminationState.Terminated = old.State.Terminated // its record is gone
 	} else if old != nil && old.LastTerminationState.Terminated != nil {
 		st.LastTerminationState = old.LastTerminationState
+	}
+	if resetStatus(in, spec, c, &st) {
+		return st
 	}
 	wait, isWaiting := waitingOf(in, spec.Name, old)
 	switch {
@@ -268,7 +273,7 @@ func phase(spec *corev1.PodSpec, st *corev1.PodStatus, stopped bool) corev1.PodP
 			ended = cs.LastTerminationState.Terminated
 		}
 		switch {
-		case ended == nil:
+		case ended == nil, ended.Reason == reasonRestartingAll && !stopped:
 			pendingInit++
 		case ended.ExitCode != 0:
 			if stopped || !restartable(&corev1.Pod{Spec: *spec}, c, &container{exitCode: ended.ExitCode}) {
@@ -331,7 +336,7 @@ func phase(spec *corev1.PodSpec, st *corev1.PodStatus, stopped bool) corev1.PodP
 // owned are the conditions that the node sets; all others are kept.
 var owned = []corev1.PodConditionType{
 	corev1.PodReadyToStartContainers, corev1.PodInitialized, corev1.PodReady, corev1.ContainersReady, corev1.PodScheduled,
-	corev1.PodResizePending, corev1.PodResizeInProgress,
+	corev1.PodResizePending, corev1.PodResizeInProgress, corev1.AllContainersRestarting,
 }
 
 func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
@@ -343,6 +348,9 @@ func conditions(in statusInput, st *corev1.PodStatus) []corev1.PodCondition {
 		corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue})
 	if !in.stopped {
 		set = append(set, resizeConditions(in)...)
+	}
+	if mayRestartAll(in.pod) {
+		set = append(set, restartingCondition(in))
 	}
 	if in.verdict != nil && in.verdict.disruption {
 		set = append(set, corev1.PodCondition{
@@ -399,6 +407,10 @@ func initializedCondition(in statusInput, st *corev1.PodStatus) corev1.PodCondit
 	c := corev1.PodCondition{Type: corev1.PodInitialized, Status: corev1.ConditionTrue}
 	if st.Phase == corev1.PodSucceeded {
 		c.Reason = "PodCompleted"
+		return c
+	}
+	// A pod that starts anew has been initialized, as upstream says.
+	if old := findCondition(in.old.Conditions, corev1.PodInitialized); old != nil && old.Status == corev1.ConditionTrue && mayRestartAll(in.pod) {
 		return c
 	}
 	// Once a container of the pod's own has been made, that is over.

@@ -68,6 +68,9 @@ type (
 		containers []*container
 		sandboxes  []string
 	}
+	// reset removes all containers in this order, for the pod to start anew; some of them
+	// have asked for it.
+	reset struct{ containers, asked []*container }
 	// giveBack gives back what the pod had of the node.
 	giveBack struct{}
 	// sweep frees what a pod that has ended, and is not deleted yet, has on the node;
@@ -95,6 +98,7 @@ func (watch) aStep()       {}
 func (report) aStep()      {}
 func (stopSandbox) aStep() {}
 func (remove) aStep()      {}
+func (reset) aStep()       {}
 func (giveBack) aStep()    {}
 func (sweep) aStep()       {}
 func (clean) aStep()       {}

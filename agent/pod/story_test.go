@@ -441,6 +441,17 @@ func (s *story) do(out *strings.Builder, in *seen, p pass, st step) outcome {
 	case remove:
 		s.remove(say, in, st)
 		return rest
+	case reset:
+		if message, is := bad("reset"); is {
+			say("remove none of all")
+			s.waits.putOff(waitReset, cleaning, waiting{"", message}, s.now)
+			return failed
+		}
+		for _, c := range st.asked {
+			s.waits.restarted(c.name, c)
+		}
+		s.remove(say, in, remove{containers: st.containers})
+		return look
 	case giveBack:
 		say("give back what it had of the node")
 		s.known.over = true

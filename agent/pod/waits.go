@@ -25,6 +25,7 @@ const (
 	waitSandbox  waitFor = "sandbox"
 	waitPolicies waitFor = "policies"
 	waitResize   waitFor = "resize"
+	waitReset    waitFor = "reset"
 	waitSweep    waitFor = "sweep"
 	waitClean    waitFor = "clean"
 )
