@@ -298,7 +298,7 @@ func (a *Agent) wire() {
 		Pods: a.pods, Node: nodeRoom{a}, Thresholds: a.cfg.thresholds, Transition: a.cfg.PressureTransition,
 		Interval: a.cfg.EvictionInterval, Logger: a.log,
 	})
-	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Metrics: a.writeMetrics, Logger: a.log})
+	a.kubelet = kubelet.New(kubelet.Config{NodeName: a.cfg.Name, Runtime: a.runtime, Pods: a.pods, Logs: a.logs, Healthy: a.healthy, Volumes: a.volumeStats, Metrics: a.writeMetrics, Logger: a.log})
 	a.store.Observe(desired.Observer{
 		PodSet:     a.pods.Set,
 		PodRemoved: a.pods.Remove,

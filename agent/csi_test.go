@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -110,6 +111,11 @@ func TestCSIVolume(t *testing.T) {
 	said, err := os.ReadFile(filepath.Join(disk, "v1", "f"))
 	require.NoError(t, err)
 	require.Equal(t, "hello\n", string(said))
+
+	require.Eventually(t, func() bool {
+		code, summary := c.get("/stats/summary")
+		return code == 200 && strings.Contains(summary, `"pvcRef":{"name":"data","namespace":"default"}`) && strings.Contains(summary, `"capacityBytes"`)
+	}, 20*time.Second, 50*time.Millisecond)
 
 	n.stop()
 	n.start()

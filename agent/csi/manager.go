@@ -94,6 +94,7 @@ type volume struct {
 	why   map[user]string // the last failure
 	due   map[user]time.Time
 	timer *time.Timer
+	stats map[user]*measured
 	moved chan struct{} // closed when it has become another
 }
 
@@ -378,6 +379,7 @@ func (m *Manager) forget(v *volume, u user) {
 	delete(v.uses, u)
 	delete(v.why, u)
 	delete(v.due, u)
+	delete(v.stats, u)
 	delete(m.byUser, u)
 	for d := range v.put {
 		if d.user == u {

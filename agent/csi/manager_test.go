@@ -667,6 +667,48 @@ func TestRequests(t *testing.T) {
 	require.Equal(t, 2, n)
 }
 
+// TestStats: a driver's figures are asked for once a minute, and nobody waits for them.
+func TestStats(t *testing.T) {
+	w := newWorld(t)
+	var mu sync.Mutex
+	now, asked, hang := time.Now(), 0, make(chan struct{})
+	w.m.cfg.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return now }
+	w.driver(csidriver.Config{Before: func(_ context.Context, method string, _ any) error {
+		if method == "NodeGetVolumeStats" {
+			mu.Lock()
+			asked++
+			mu.Unlock()
+			<-hang
+		}
+		return nil
+	}})
+	_, known := w.m.Stats("u1", "data")
+	require.False(t, known)
+	path := w.mount(Request{Pod: w.pod("u1"), Volume: "data", PV: w.pv("v1")})
+	for range 3 {
+		_, known = w.m.Stats("u1", "data")
+		require.False(t, known, "the driver hangs")
+	}
+	close(hang)
+	var u Usage
+	require.Eventually(t, func() bool { u, known = w.m.Stats("u1", "data"); return known }, 10*time.Second, time.Millisecond)
+	var st unix.Statfs_t
+	require.NoError(t, unix.Statfs(path, &st))
+	require.Equal(t, int64(st.Blocks)*st.Bsize, u.Capacity)
+	require.Equal(t, int64(st.Files), u.Inodes)
+	count := func() int { mu.Lock(); defer mu.Unlock(); return asked }
+	require.Equal(t, 1, count())
+	mu.Lock()
+	now = now.Add(statsEvery)
+	mu.Unlock()
+	require.Eventually(t, func() bool { w.m.Stats("u1", "data"); return count() == 2 }, 10*time.Second, time.Millisecond)
+	w.release("u1")
+	_, known = w.m.Stats("u1", "data")
+	require.False(t, known)
+	w.empty()
+	require.Equal(t, Usage{Capacity: -1, Available: -1, Used: -1, Inodes: -1, InodesAvailable: -1, InodesUsed: -1}, usageOf(nil, time.Time{}))
+}
+
 // TestInlineVolumes: a volume of a pod's own is published without being staged or attached,
 // if the driver says that it has such.
 func TestInlineVolumes(t *testing.T) {

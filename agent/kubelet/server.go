@@ -21,6 +21,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	runtimev1 "k8s.io/cri-api/pkg/apis/runtime/v1"
+	stats "k8s.io/kubelet/pkg/apis/stats/v1alpha1"
 
 	"timonel/agent/logs"
 )
@@ -37,6 +38,8 @@ type Config struct {
 	Runtime  runtimev1.RuntimeServiceClient
 	Pods     Pods
 	Logs     *logs.Logs
+	// Volumes measures the volumes of a pod; nil: nobody does.
+	Volumes func(pod *corev1.Pod) []stats.VolumeStats
 	// Metrics writes what the node's other parts measure; may be nil.
 	Metrics func(io.Writer)
 	// Healthy is nil, or why the node is not.

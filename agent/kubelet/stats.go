@@ -67,6 +67,9 @@ func (s *Server) stats(ctx context.Context) (*stats.Summary, error) {
 		if ps.Containers == nil {
 			ps.Containers = []stats.ContainerStats{}
 		}
+		if s.cfg.Volumes != nil {
+			ps.VolumeStats = s.cfg.Volumes(pod)
+		}
 		sum.Pods = append(sum.Pods, ps)
 	}
 	return sum, nil
