@@ -23,6 +23,7 @@ import (
 	"k8s.io/kubernetes/pkg/apis/discovery"
 
 	"timonel/internal/fair"
+	"timonel/internal/weigh"
 )
 
 const (
@@ -44,6 +45,11 @@ const (
 	// headFactor how much larger it is in memory.
 	largeHead  = 16 << 10
 	headFactor = 4
+	// largeSelector is how large selectors may be that need no room, and selectorFactor how
+	// much larger others are in memory, as measured with "a!=x1,a!=x2,…", while they are
+	// parsed and for as long as a watch has them.
+	largeSelector  = 512
+	selectorFactor = 128
 	// mostValues is how many values an object of a built-in kind may have. Upstream's
 	// validation compares each error with all others, beyond any deadline: a list of a
 	// million empty containers keeps a processor busy for days, so many values some
@@ -65,6 +71,7 @@ type bodies struct {
 	most         int64 // of one body, upstream's
 	small, large *fair.Room
 	decoded      *fair.Room
+	selectors    *fair.Room // for as long as a watch
 	serializer   runtime.NegotiatedSerializer
 	longRunning  func(*http.Request, *request.RequestInfo) bool
 }
@@ -72,12 +79,12 @@ type bodies struct {
 func newBodies(limit int64) *bodies {
 	limit = max(limit, leastBodyBytes)
 	room := func(n int64) *fair.Room { return fair.New(n, mostBodyWaiters) }
-	return &bodies{small: room(limit / 16), large: room(limit / 16 * 3), decoded: room(limit / 4 * 3)}
+	return &bodies{small: room(limit / 16), large: room(limit / 16 * 3), decoded: room(limit / 16 * 11), selectors: room(limit / 16)}
 }
 
 // bytes is what bodies take, and how many were refused for that there was no room.
 func (b *bodies) bytes() (held int64, refused uint64) {
-	for _, r := range []*fair.Room{b.small, b.large, b.decoded} {
+	for _, r := range []*fair.Room{b.small, b.large, b.decoded, b.selectors} {
 		s := r.Stats()
 		held, refused = held+s.Held, refused+s.Refused
 	}
@@ -87,7 +94,7 @@ func (b *bodies) bytes() (held int64, refused uint64) {
 // after is behind authentication and in front of priority and fairness.
 func (b *bodies) after(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if connOf(r) == nil || !hasBody(r) && headSize(r) <= largeHead {
+		if connOf(r) == nil || !hasBody(r) && headSize(r) <= largeHead && selectorSize(r) == 0 {
 			next.ServeHTTP(w, r)
 			return
 		}
@@ -117,6 +124,14 @@ func headSize(r *http.Request) int64 {
 	return int64(n)
 }
 
+// selectorSize is how large the selectors of a request may be, 0 for small ones.
+func selectorSize(r *http.Request) int64 {
+	if n := len(r.URL.RawQuery); n > largeSelector && strings.Contains(r.URL.RawQuery, "elector") {
+		return int64(n)
+	}
+	return 0
+}
+
 // take reads the body and waits until there is room for what it says. What it has taken is
 // given back by release, also when there is an error.
 func (b *bodies) take(r *http.Request) (release func(), err error) {
@@ -139,6 +154,13 @@ func (b *bodies) take(r *http.Request) (release func(), err error) {
 	}
 	if n := headSize(r); n > largeHead {
 		if err := hold(b.large, headFactor*n); err != nil {
+			return release, err
+		}
+	}
+	if n := selectorFactor * selectorSize(r); n > b.selectors.Limit() {
+		return release, apierrors.NewRequestEntityTooLargeError(fmt.Sprintf("the selectors would take some %d MiB of memory, and %d MiB are for those of all requests", n>>20, b.selectors.Limit()>>20))
+	} else if n > 0 {
+		if err := hold(b.selectors, n); err != nil {
 			return release, err
 		}
 	}
@@ -275,16 +297,16 @@ func estimate(body []byte, contentType string) (_, cost int64) {
 	var values, objects, more int64
 	switch {
 	case strings.Contains(contentType, "protobuf"):
-		objects = protobufFields(body, 0)
+		objects = weigh.Protobuf(body)
 	case strings.Contains(contentType, "yaml"):
 		if trimmed := bytes.TrimLeft(body, " \t\r\n"); len(trimmed) > 0 && trimmed[0] == '{' && json.Valid(body) {
-			values, objects = jsonValues(body)
+			values, objects = weigh.JSON(body)
 		} else {
 			objects = int64(bytes.Count(body, []byte("{")) + bytes.Count(body, []byte("\n")))
 			values = int64(bytes.Count(body, []byte(",")) + bytes.Count(body, []byte("[")) + bytes.Count(body, []byte("- ")))
 		}
 	default:
-		values, objects = jsonValues(body)
+		values, objects = weigh.JSON(body)
 		if strings.Contains(contentType, "json-patch") && bytes.Contains(body, []byte("copy")) {
 			more = bytesPerCopy
 		}

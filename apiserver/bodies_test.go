@@ -16,10 +16,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/utils/ptr"
 
+	"timonel/internal/weigh"
 	"timonel/pki"
 )
 
@@ -77,7 +79,7 @@ func FuzzEstimate(f *testing.F) {
 	f.Add([]byte("a: [{}]\n"), "application/yaml")
 	f.Fuzz(func(t *testing.T, body []byte, kind string) {
 		values, cost := estimate(body, kind)
-		if values < 0 || values > int64(len(body))*(mostProtobufDepth+2) || cost < 0 {
+		if values < 0 || values > int64(len(body))*(weigh.MostDepth+2) || cost < 0 {
 			t.Errorf("%d values, %d bytes", values, cost)
 		}
 	})
@@ -147,6 +149,42 @@ func TestBodiesOfManyValues(t *testing.T) {
 	if _, err := c.DiscoveryV1().EndpointSlices("many-values").Create(within(t, 30*time.Second), full, metav1.CreateOptions{}); err != nil {
 		t.Errorf("an EndpointSlice of all the endpoints that one may have: %v", err)
 	}
+}
+
+// TestSelectorsHaveABound sends selectors each of which takes a hundred times its size.
+func TestSelectorsHaveABound(t *testing.T) {
+	f := shareServer(t)
+	c := client(t, tenant(t, f, "selectors")).CoreV1().ConfigMaps("selectors")
+	selector := func(n int) metav1.ListOptions {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, "a!=x%d,", i)
+		}
+		return metav1.ListOptions{LabelSelector: b.String() + "a"}
+	}
+	if _, err := c.List(within(t, time.Minute), selector(60_000)); !apierrors.IsRequestEntityTooLargeError(err) {
+		t.Errorf("a selector of 600 KB: %v", err)
+	}
+	if _, err := c.List(within(t, time.Minute), selector(2000)); err != nil {
+		t.Errorf("a selector of 20 KB: %v", err)
+	}
+	// A watch has its selector for as long as it lasts.
+	held := func() int64 { held, _ := f.server.Bodies(); return held }
+	before := held()
+	w, err := c.Watch(within(t, time.Minute), selector(1000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now := held(); now-before < 1000*6*selectorFactor {
+		t.Errorf("a watch's selector holds %d bytes", now-before)
+	}
+	w.Stop()
+	eventually(t, time.Minute, func() error {
+		if now := held(); now > before {
+			return fmt.Errorf("%d bytes were not given back", now-before)
+		}
+		return nil
+	})
 }
 
 // stuck is a body of which all but the last byte comes at once, and that when it is closed.

@@ -136,6 +136,10 @@ type Config struct {
 	// TunnelBytes bounds what streams from nodes take: logs, exec, attach and port-forward, as
 	// if no client read. Those beyond it are refused. Default and least: 64 MiB.
 	TunnelBytes int64
+	// AnswerBytes bounds what answers of requests take in memory, all together: the objects
+	// that are read, and what is made of them, as far as can be told. Default and least: 96
+	// MiB.
+	AnswerBytes int64
 	// EventTTL is how long Events are kept. Default: 1 h.
 	EventTTL time.Duration
 	// DrainTimeout is how long Run waits for requests in flight after its

@@ -23,6 +23,8 @@
 //     instead of at every request (see certcache.go).
 //   - bodies of requests are read before they have a seat of priority and fairness, and
 //     have a bound in bytes, all together (see bodies.go).
+//   - objects are counted before they are read for an answer, and answers have a bound in
+//     bytes, all together (see answers.go).
 //   - which route serves a kind of request is remembered (see routes.go), and
 //     requests pass no filters that only measure or trace the others (see
 //     handlers.go).

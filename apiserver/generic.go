@@ -77,7 +77,7 @@ func newShared(ctx context.Context, c Config, o options.CompletedOptions, transp
 		guard = trust.NewGuard(c.Trust)
 	}
 	s := &shared{config: c, hostURL: host, decorator: storage.Decorator(c.Backend, c.Caches), options: o, generic: generic,
-		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch, guard, newSlowWatches(c.WatchBytes), newBodies(c.BodyBytes), newNodeStreams(c.TunnelBytes)),
+		network: generic.LoopbackClientConfig, life: newLifecycle(c.Backend.InTouch, guard, newSlowWatches(c.WatchBytes), newBodies(c.BodyBytes), newNodeStreams(c.TunnelBytes), newAnswers(c.AnswerBytes)),
 		direct: &directParts{inTouch: c.Backend.InTouch}}
 	generic.BuildHandlerChainFunc = s.life.handlers
 	generic.LoopbackClientConfig = transport.loopback(s.network.Host)

@@ -24,10 +24,11 @@ type lifecycle struct {
 	strangers  *strangers
 	bodies     *bodies
 	tunnels    *nodeStreams
+	answers    *answers
 }
 
-func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches, bodies *bodies, tunnels *nodeStreams) lifecycle {
-	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, bodies: bodies, tunnels: tunnels, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
+func newLifecycle(inTouch func() (<-chan struct{}, error), guard *trust.Guard, slow *slowWatches, bodies *bodies, tunnels *nodeStreams, answers *answers) lifecycle {
+	return lifecycle{inTouch: inTouch, guard: guard, slow: slow, bodies: bodies, tunnels: tunnels, answers: answers, strangers: newStrangers(), discovered: make(chan struct{}), stopping: make(chan struct{})}
 }
 
 // ShuttingDown implements apirequest.ServerShutdownSignal.
@@ -69,6 +70,9 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	h = genericapifilters.WithAudit(h, c.AuditBackend, c.AuditPolicyRuleEvaluator, c.LongRunningFunc)
 
 	l.bodies.most, l.bodies.serializer, l.bodies.longRunning = c.MaxRequestBodyBytes, c.Serializer, c.LongRunningFunc
+	l.answers.longRunning = c.LongRunningFunc
+	h = l.answers.after(h)
+	h = l.slow.after(h)
 	h = l.bodies.after(h)
 	h = touch.after(h)
 	h = guard.after(h)
@@ -97,6 +101,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	if c.FeatureGate.Enabled(genericfeatures.APIServingWithRoutine) {
 		h = routine.WithRoutine(h, c.LongRunningFunc)
 	}
+	h = l.answers.before(h)
 	h = l.slow.before(h)
 	h = guard.before(h)
 	h = touch.before(h)

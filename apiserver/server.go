@@ -109,6 +109,7 @@ func (s *Server) Run(ctx context.Context) error {
 	wait.Go(func() { s.openWithState(waiting) })
 	wait.Go(func() { s.life.follow(s.installed, waiting.Done()) })
 	wait.Go(func() { s.life.slow.run(waiting) })
+	wait.Go(func() { s.life.answers.run(waiting) })
 	unguarded := make(chan error, 1)
 	if s.life.guard != nil {
 		wait.Go(func() { unguarded <- s.life.guard.Run(waiting) })
@@ -164,11 +165,11 @@ func (s *Server) stopped(ctx context.Context, err error) error {
 // Addr is where the server listens.
 func (s *Server) Addr() net.Addr { return s.address }
 
-// SlowWatches is how many bytes wait for clients that watch and do not read, and how many
-// of these were cut off: see Config.WatchBytes.
+// SlowWatches is how many bytes wait for clients that watch and do not read, and are kept in
+// buffers for large objects, and how many of these clients were cut off: see Config.WatchBytes.
 func (s *Server) SlowWatches() (bytes int64, cut uint64) {
 	_, bytes = s.life.slow.stalled(time.Now())
-	return bytes, s.life.slow.cut()
+	return bytes + s.life.slow.keeps(), s.life.slow.cut()
 }
 
 // Bodies is how many bytes the bodies of requests take, and how many requests were refused
@@ -180,6 +181,10 @@ func (s *Server) Bodies() (bytes int64, refused uint64) { return s.life.bodies.b
 func (s *Server) NodeStreams() (bytes int64, refused uint64) {
 	return s.life.tunnels.room.Stats().Held, s.life.tunnels.refused.Load()
 }
+
+// Answers is how many bytes the answers of requests take, and how many requests were refused
+// for that there was no room: see Config.AnswerBytes.
+func (s *Server) Answers() (bytes int64, refused uint64) { return s.life.answers.bytes() }
 
 // Strangers is how many requests of nobody known are served, and how many were refused for
 // that there were too many.

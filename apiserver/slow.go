@@ -24,6 +24,11 @@ const (
 	slowPart = 64 << 10
 	// slowLook is how often slow clients are looked for.
 	slowLook = time.Second
+	// smallKept is how large the objects are that a watch may encode without being counted,
+	// and keptCopies how often its encoders keep one: as an object, as an event, and as what
+	// protobuf is made in.
+	smallKept  = 16 << 10
+	keptCopies = 3
 	// leastWatchBytes is the least bound of what they hold.
 	leastWatchBytes = 16 << 20
 )
@@ -36,13 +41,15 @@ const (
 type slowWatches struct {
 	limit int64
 
-	mu   sync.Mutex
-	open map[*slowWatch]struct{}
-	cuts uint64
+	mu      sync.Mutex
+	open    map[*slowWatch]struct{}
+	keeping map[*slowWatch]struct{} // those whose encoders keep large buffers
+	kept    int64                   // bytes of these
+	cuts    uint64
 }
 
 func newSlowWatches(limit int64) *slowWatches {
-	return &slowWatches{limit: max(limit, leastWatchBytes), open: map[*slowWatch]struct{}{}}
+	return &slowWatches{limit: max(limit, leastWatchBytes), open: map[*slowWatch]struct{}{}, keeping: map[*slowWatch]struct{}{}}
 }
 
 // slowWatch is one client's watch.
@@ -50,6 +57,8 @@ type slowWatch struct {
 	http.ResponseWriter
 	request *http.Request
 	holding storage.Holding
+	who     atomic.Pointer[string] // as bodySource says; nil until it is known
+	kept    int64                  // in its encoders' buffers; the mu of slowWatches guards it
 
 	since   atomic.Int64 // when the write that goes on began, in Unix nanoseconds; 0: none does
 	writing atomic.Int64 // bytes of it
@@ -64,20 +73,89 @@ func (s *slowWatches) before(next http.Handler) http.Handler {
 			return
 		}
 		watch := &slowWatch{ResponseWriter: w, request: r}
+		watch.holding.Kept = func(size int64) { s.keep(watch, size) }
 		s.mu.Lock()
 		s.open[watch] = struct{}{}
 		s.mu.Unlock()
 		defer func() {
 			s.mu.Lock()
 			delete(s.open, watch)
+			s.forget(watch)
 			s.mu.Unlock()
 		}()
 		var to http.ResponseWriter = watch
 		if h, ok := w.(http.Hijacker); ok {
 			to = &hijackable{watch, h}
 		}
-		next.ServeHTTP(to, r.WithContext(storage.WithHolding(r.Context(), &watch.holding)))
+		next.ServeHTTP(to, r.WithContext(context.WithValue(storage.WithHolding(r.Context(), &watch.holding), slowKey{}, watch)))
 	})
+}
+
+// slowKey is the context key of a request's slowWatch.
+type slowKey struct{}
+
+// after is behind authentication.
+func (s *slowWatches) after(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if watch, ok := r.Context().Value(slowKey{}).(*slowWatch); ok {
+			who, _ := bodySource(r)
+			watch.who.Store(&who)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// keep notes that a watch's encoders keep buffers for objects of a size. When all keep more
+// than the bound, watches end, the largest ones of who has most: clients go on after the
+// last event that they have, and their new watches keep nothing.
+func (s *slowWatches) keep(w *slowWatch, size int64) {
+	if size <= smallKept {
+		return
+	}
+	var end []*slowWatch
+	s.mu.Lock()
+	if _, ok := s.open[w]; ok {
+		s.keeping[w] = struct{}{}
+		s.kept += keptCopies*size - w.kept
+		w.kept = keptCopies * size
+	}
+	for s.kept > s.limit && len(s.keeping) > 0 {
+		first := s.heaviest()
+		s.forget(first)
+		end = append(end, first)
+	}
+	s.mu.Unlock()
+	for _, w := range end {
+		w.holding.End()
+	}
+}
+
+// heaviest is the watch to end first. s.mu is held, and there is one.
+func (s *slowWatches) heaviest() (first *slowWatch) {
+	of := map[string]int64{}
+	for w := range s.keeping {
+		of[w.user()] += w.kept
+	}
+	for w := range s.keeping {
+		if first == nil || of[w.user()] > of[first.user()] || w.user() == first.user() && w.kept > first.kept {
+			first = w
+		}
+	}
+	return first
+}
+
+// forget takes a watch for one that keeps nothing. s.mu is held.
+func (s *slowWatches) forget(w *slowWatch) {
+	delete(s.keeping, w)
+	s.kept -= w.kept
+	w.kept = 0
+}
+
+func (w *slowWatch) user() string {
+	if who := w.who.Load(); who != nil {
+		return *who
+	}
+	return ""
 }
 
 // run looks after slow clients until ctx ends.
@@ -127,6 +205,13 @@ func (s *slowWatches) look(now time.Time) {
 			"client", w.request.UserAgent(), "path", w.request.URL.Path, "bytes", held, "limit", s.limit)
 		w.cut()
 	}
+}
+
+// keeps is how many bytes the buffers of encoders keep.
+func (s *slowWatches) keeps() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kept
 }
 
 // cut is how many clients were cut off.

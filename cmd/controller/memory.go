@@ -31,6 +31,8 @@ type shares struct {
 	watches int64
 	// bodies bounds what bodies of requests take, and the objects that are in them.
 	bodies int64
+	// answers bounds what the API's answers take, and the objects that are read for them.
+	answers int64
 	// reports bounds what agents said and is not written yet, all agents together.
 	reports int64
 	// usage bounds what agents said that their nodes take.
@@ -73,6 +75,7 @@ func (c *config) memoryShares() (shares, error) {
 	s.queue = min(max(s.memory/64, 32<<20), 256<<20)
 	s.watches = min(max(s.memory/128, 16<<20), 256<<20)
 	s.bodies = min(max(s.memory/8, 96<<20), 4<<30)
+	s.answers = min(max(s.memory/8, 96<<20), 4<<30)
 	s.proposals = min(max(s.memory/128, 40<<20), 160<<20)
 	s.reports = min(max(s.memory/128, 16<<20), 256<<20)
 	s.usage = min(max(s.memory/64, 16<<20), 256<<20)

@@ -52,6 +52,7 @@ var (
 	descStrangersRefused = desc("api_strangers_refused_total", "Requests to the API that were refused because there were too many, of one address or in all, of whom it was not known who makes them.")
 	descBodiesRefused    = desc("api_bodies_refused_total", "Requests to the API that were refused because the bodies of others took all the memory that there is for them.")
 	descTunnelsRefused   = desc("api_tunnels_refused_total", "Logs, commands and forwarded ports that were refused because too many were open.")
+	descAnswersRefused   = desc("api_answers_refused_total", "Requests to the API that were refused because the answers to others took all the memory that there is for them.")
 	descCut              = desc("watches_cut_total", "Clients that watched, did not read, and were cut off because what waited for such clients was too much.")
 	descFull             = desc("state_full", "1 while writes that make the state larger are refused.")
 	descCompacted        = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
@@ -82,7 +83,7 @@ const maxPrefixes = 16
 func (c *collector) DescribeWithStability(to chan<- *metrics.Desc) {
 	for _, d := range []*metrics.Desc{descLeader, descTerm, descCommit, descApplied, descLast, descFirst, descSnapshot, descSnapshotSize,
 		descMembers, descAppends, descEntries, descAppendTime, descAppendMax, descFsync, descDisk, descCorrupt, descProblems,
-		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descCut, descStrangers, descStrangersRefused, descBodiesRefused, descTunnelsRefused, descHistoryAge, descHistory, descHistoryBytes,
+		descRevision, descKeys, descBytes, descCompacted, descLimit, descHeld, descConns, descConnsLimit, descConnsEnded, descRefused, descFull, descCut, descStrangers, descStrangersRefused, descBodiesRefused, descTunnelsRefused, descAnswersRefused, descHistoryAge, descHistory, descHistoryBytes,
 		descNetworkStreams, descNetworkItems, descNetworkPolicies, descNetworkWithheld, descNetworkSent, descNetworkBatches, descNetworkLists, descNetworkTaken, descNetworkLag, descNetworkLagMax,
 		descHistoryLimit, descExpiry, descGossip, descGossipKeys, descGossipRefused} {
 		to <- d
@@ -155,6 +156,8 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	counter(descBodiesRefused, float64(refused))
 	tunnels, refused := k.api.NodeStreams()
 	counter(descTunnelsRefused, float64(refused))
+	answers, refused := k.api.Answers()
+	counter(descAnswersRefused, float64(refused))
 	strangers, refused := k.api.Strangers()
 	gauge(descStrangers, float64(strangers))
 	counter(descStrangersRefused, float64(refused))
@@ -173,7 +176,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"history": {history.Limit, history.Bytes - history.Spilled}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"proposals": {k.shares.proposals, log.Proposals}, "replication": {log.ReplicationLimit, log.Replication},
-		"watches": {k.shares.watches, slow}, "bodies": {k.shares.bodies, bodies}, "reports": {k.shares.reports, reports},
+		"watches": {k.shares.watches, slow}, "bodies": {k.shares.bodies, bodies}, "answers": {k.shares.answers, answers}, "reports": {k.shares.reports, reports},
 		"usage": {k.shares.usage, k.agents.UsageBytes()}, "tunnels": {k.shares.tunnels, tunnels},
 		"network": {k.shares.network, told.Bytes + told.PolicyBytes}, "connections": {k.shares.connections, connections},
 	} {

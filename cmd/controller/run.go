@@ -206,6 +206,7 @@ func (k *controller) apiConfig(files pki.Files) apiserver.Config {
 		WatchBytes:       k.shares.watches,
 		BodyBytes:        k.shares.bodies,
 		TunnelBytes:      k.shares.tunnels,
+		AnswerBytes:      k.shares.answers,
 		ServiceCIDRs:     k.services(),
 		DNSAddresses:     k.dnsAddresses(),
 		DialKubelet:      k.agents.DialKubelet,

@@ -57,22 +57,8 @@ func (r *Room) Limit() int64 { return r.limit }
 func (r *Room) Take(ctx context.Context, who string, n int64) (give func(), err error) {
 	n = min(n, r.limit)
 	r.mu.Lock()
-	of := r.sources[who]
-	if of == nil {
-		of = &share{}
-		r.sources[who] = of
-	}
-	of.uses++
-	give = func() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.held -= n
-		of.held -= n
-		r.drop(who, of)
-		r.next()
-	}
-	if r.fits(of, n) && len(r.waiters) == 0 {
-		r.grant(of, n)
+	of, give, ok := r.enter(who, n)
+	if ok {
 		r.mu.Unlock()
 		return give, nil
 	}
@@ -103,6 +89,41 @@ func (r *Room) Take(ctx context.Context, who string, n int64) (give func(), err 
 		return nil, ctx.Err()
 	}
 	return give, nil // its turn came meanwhile
+}
+
+// TryTake is Take if that needs not wait.
+func (r *Room) TryTake(who string, n int64) (give func(), ok bool) {
+	n = min(n, r.limit)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	of, give, ok := r.enter(who, n)
+	if !ok {
+		r.drop(who, of)
+		return nil, false
+	}
+	return give, true
+}
+
+// enter notes a use of a source, and grants it if it needs not wait. r.mu is held.
+func (r *Room) enter(who string, n int64) (of *share, give func(), granted bool) {
+	of = r.sources[who]
+	if of == nil {
+		of = &share{}
+		r.sources[who] = of
+	}
+	of.uses++
+	give = func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.held -= n
+		of.held -= n
+		r.drop(who, of)
+		r.next()
+	}
+	if granted = r.fits(of, n) && len(r.waiters) == 0; granted {
+		r.grant(of, n)
+	}
+	return of, give, granted
 }
 
 // fits says whether a source may have n more: not more than half, but for one that has

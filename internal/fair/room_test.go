@@ -52,6 +52,17 @@ func TestRoom(t *testing.T) {
 	(<-late)()
 	require.Equal(t, Stats{}, r.Stats())
 
+	// Who does not want to wait does not.
+	if give, ok := r.TryTake("a", 90); !ok {
+		t.Error("there is room")
+	} else {
+		if _, ok := r.TryTake("b", 20); ok {
+			t.Error("there is no room")
+		}
+		give()
+	}
+	require.Equal(t, Stats{}, r.Stats())
+
 	// There is a bound of those who wait, and who gives up is forgotten.
 	all := take("a", 100)
 	short, cancel := context.WithCancel(ctx)

@@ -22,6 +22,7 @@ type decoded struct {
 	err  error
 
 	selectable atomic.Pointer[attrs] // nil until a selector asked
+	weight     atomic.Int64          // 0 until a list asked
 
 	memo  *state.Memo
 	size  int // of its encoding

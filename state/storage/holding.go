@@ -8,7 +8,15 @@ import (
 // Holding tells who serves a watch what the watch holds for its client: the events that
 // wait to be taken, by the size of the values that they are of. Decoded and encoded they
 // take up to four times that.
-type Holding struct{ watch atomic.Pointer[watch] }
+type Holding struct {
+	// Kept is called when the watch has encoded an object itself, and not taken what another
+	// had encoded, that is larger than all before: encoders keep buffers of that size for
+	// as long as the watch lasts.
+	Kept func(size int64)
+
+	watch atomic.Pointer[watch]
+	kept  atomic.Int64
+}
 
 type holdingKey struct{}
 
@@ -26,9 +34,27 @@ func (h *Holding) Bytes() int64 {
 	return w.holding.bytes(len(w.results)) + w.holding.batch.Load()
 }
 
+// End ends the watch, as its deadline does: the client goes on after the last event that
+// it has.
+func (h *Holding) End() {
+	if w := h.watch.Load(); w != nil {
+		w.cancel()
+	}
+}
+
+// encoded notes the size of an object that the watch has encoded.
+func (h *Holding) encoded(size int64) {
+	if h == nil || h.Kept == nil || size <= h.kept.Load() {
+		return
+	}
+	h.kept.Store(size) // a watch encodes one at a time
+	h.Kept(size)
+}
+
 // tell has the Holding of ctx, if there is one, tell of the watch.
 func (w *watch) tell(ctx context.Context) {
 	if h, ok := ctx.Value(holdingKey{}).(*Holding); ok {
+		w.holder = h
 		h.watch.Store(w)
 	}
 }

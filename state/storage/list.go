@@ -58,7 +58,9 @@ func (s *Store) GetList(ctx context.Context, key string, opts storage.ListOption
 	if opts.Recursive {
 		more, err = l.all(view, fullKey, start)
 	} else if kv, ok := view.Get(fullKey); ok {
-		err = l.add(&kv)
+		if err = s.reserveOne(ctx, &kv); err == nil {
+			err = l.add(&kv)
+		}
 	}
 	if err != nil {
 		return err
@@ -179,12 +181,30 @@ type lister struct {
 	looked    int    // of those, so far
 	last      string // key of the last one
 	bytes     int64  // of those kept in the cache
+
+	reserver      Reserver // nil if all is reserved, or need not be
+	due, reserved int64    // bytes that those in the list take, and that it may take
+	releases      []func()
 }
 
 // all lists what is under the prefix from start on, up to the predicate's limit.
 // It says whether there is more.
 func (l *lister) all(view state.View, prefix, start string) (more bool, err error) {
 	l.total = view.CountFrom(prefix, start)
+	if err := l.reserve(view, prefix, start); err != nil {
+		return false, err
+	}
+	for {
+		if more, err = l.fill(view, prefix, start); !errors.Is(err, ErrFull) {
+			return more, err
+		}
+		if err := l.again(); err != nil {
+			return false, err
+		}
+	}
+}
+
+func (l *lister) fill(view state.View, prefix, start string) (more bool, err error) {
 	for kv := range view.Range(prefix, start) {
 		if l.selection.Limit > 0 && int64(l.items.Len()) >= l.selection.Limit {
 			return true, nil
@@ -231,6 +251,9 @@ func (l *lister) add(kv *state.KV) error {
 		return nil
 	}
 	if matched {
+		if err := l.found(kv); err != nil {
+			return err
+		}
 		n := l.items.Len()
 		if n == l.items.Cap() {
 			l.grow()

@@ -50,12 +50,12 @@ func (s *sharedObject) encoding(id runtime.Identifier) *encoding {
 }
 
 // forWatcher returns the object as one watcher may have it.
-func (s *sharedObject) forWatcher() runtime.Object {
+func (s *sharedObject) forWatcher(h *Holding) runtime.Object {
 	if _, ok := s.object.(metav1.Object); ok {
-		return &watchObject{shared: s}
+		return &watchObject{shared: s, holder: h}
 	}
 	if _, ok := s.object.(metav1.ObjectMetaAccessor); ok {
-		return &watchObject{shared: s}
+		return &watchObject{shared: s, holder: h}
 	}
 	return s.object.DeepCopyObject()
 }
@@ -64,6 +64,7 @@ func (s *sharedObject) forWatcher() runtime.Object {
 // for all of them, and becomes a copy of the watcher's own if it is changed.
 type watchObject struct {
 	shared *sharedObject
+	holder *Holding // of the watch; nil for none
 	mu     sync.Mutex
 	own    runtime.Object // set once it was changed
 }
@@ -117,6 +118,7 @@ func (o *watchObject) CacheEncode(id runtime.Identifier, encode func(runtime.Obj
 		// Encoders may change what they encode for a moment: they get a copy.
 		e.err = encode(o.shared.object.DeepCopyObject(), &b)
 		e.raw = b.Bytes()
+		o.holder.encoded(int64(len(e.raw)))
 	})
 	if e.err != nil {
 		return e.err

@@ -235,6 +235,9 @@ func (s *Store) Get(ctx context.Context, key string, opts storage.GetOptions, ou
 		}
 		return storage.NewKeyNotFoundError(fullKey, 0)
 	}
+	if err := s.reserveOne(ctx, &kv); err != nil {
+		return err
+	}
 	obj, err := s.object(ctx, &kv, true)
 	if err != nil {
 		return corruptGet(key, readError(err))

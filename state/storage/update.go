@@ -32,7 +32,34 @@ type writer struct {
 	key            string
 	like           runtime.Object // an object of the type to read
 	ignoreNotFound bool
-	expectCorrupt  bool // the object must not be readable
+	expectCorrupt  bool   // the object must not be readable
+	release        func() // gives back what is reserved; nil if nothing is
+}
+
+// copiesOfWrite is how often what is written takes the memory of what is only read: as it
+// was, as it is sent and as it becomes, each in two versions, and as its patch and its
+// managed fields see it.
+const copiesOfWrite = 4
+
+// reserve reserves memory for the object as it is, once.
+func (w *writer) reserve(kv *state.KV) error {
+	if w.release != nil || len(kv.Value) <= uncounted {
+		return nil
+	}
+	r := reserverOf(w.ctx)
+	if r == nil {
+		return nil
+	}
+	var err error
+	w.release, err = r.Reserve(w.ctx, copiesOfWrite*w.s.cost(r, kv), true)
+	return err
+}
+
+// done is when the write has ended.
+func (w *writer) done() {
+	if w.release != nil {
+		w.release()
+	}
 }
 
 // read returns the newest object that this replica has, or with confirm that
@@ -68,7 +95,10 @@ func (w *writer) of(kv *state.KV, confirmed bool) (*base, error) {
 		return b, runtime.SetZeroValue(b.obj)
 	}
 	b.revision, b.expiresAt = kv.ModRevision, kv.ExpiresAt
-	var err error
+	err := w.reserve(kv)
+	if err != nil {
+		return nil, err
+	}
 	if b.data, b.stale, err = w.s.transform(w.ctx, kv); err != nil {
 		if w.expectCorrupt {
 			b.stale = true
@@ -164,6 +194,7 @@ func (s *Store) Delete(
 		return fmt.Errorf("unable to convert output object to pointer: got %T", out)
 	}
 	w := &writer{s: s, ctx: ctx, key: fullKey, like: out}
+	defer w.done()
 	w.expectCorrupt = opts.ExpectTransformOrDecodeError && utilfeature.DefaultFeatureGate.Enabled(features.AllowUnsafeMalformedObjectDeletion)
 
 	var b *base
@@ -215,6 +246,7 @@ func (s *Store) GuaranteedUpdate(
 		return fmt.Errorf("unable to convert output object to pointer: got %T", destination)
 	}
 	w := &writer{s: s, ctx: ctx, key: fullKey, like: destination, ignoreNotFound: ignoreNotFound}
+	defer w.done()
 
 	var b *base
 	if cachedExistingObject != nil {

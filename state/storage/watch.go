@@ -44,6 +44,7 @@ type watch struct {
 	last      int64           // revision of the last bookmark
 	lost      <-chan struct{} // closed when this replica is out of touch
 	holding   holdings
+	holder    *Holding // who is told of it; nil for nobody
 }
 
 // Watch implements storage.Interface.
@@ -238,7 +239,7 @@ func (w *watch) sendAll(view state.View) error {
 		if !w.selection.selects(d.obj, d) {
 			return nil
 		}
-		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: newSharedObject(d.obj).forWatcher()}, len(kv.Value))
+		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: newSharedObject(d.obj).forWatcher(w.holder)}, len(kv.Value))
 	}
 	if !w.recursive {
 		if kv, ok := view.Get(w.key); ok {
@@ -286,11 +287,11 @@ func (w *watch) sendEvent(e *state.Event) error {
 	}
 	switch {
 	case isNow && wasBefore:
-		return w.send(apiwatch.Event{Type: apiwatch.Modified, Object: now.object.forWatcher()}, len(e.KV.Value))
+		return w.send(apiwatch.Event{Type: apiwatch.Modified, Object: now.object.forWatcher(w.holder)}, len(e.KV.Value))
 	case isNow:
-		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: now.object.forWatcher()}, len(e.KV.Value))
+		return w.send(apiwatch.Event{Type: apiwatch.Added, Object: now.object.forWatcher(w.holder)}, len(e.KV.Value))
 	case wasBefore:
-		return w.send(apiwatch.Event{Type: apiwatch.Deleted, Object: before.object.forWatcher()}, len(e.Prev.Value))
+		return w.send(apiwatch.Event{Type: apiwatch.Deleted, Object: before.object.forWatcher(w.holder)}, len(e.Prev.Value))
 	}
 	return nil
 }

@@ -1,4 +1,4 @@
-package apiserver
+package weigh
 
 import (
 	"bytes"
@@ -6,10 +6,10 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// jsonValues counts the values of a JSON document, and the objects among them, without
+// JSON counts the values of a JSON document, and the objects among them, without
 // decoding it. Of what is not JSON, which is refused by the decoder before it makes
 // anything of it, the counts mean nothing.
-func jsonValues(b []byte) (values, objects int64) {
+func JSON(b []byte) (values, objects int64) {
 	for i := 0; i < len(b); i++ {
 		switch b[i] {
 		case ',', '[':
@@ -32,16 +32,15 @@ func jsonValues(b []byte) (values, objects int64) {
 	return values, objects
 }
 
-// mostProtobufDepth is how deep messages are looked into. What is below is taken for the
+// MostDepth is how deep messages are looked into. What is below is taken for the
 // smallest messages that there are, two bytes each.
-const mostProtobufDepth = 64
+const MostDepth = 64
 
-// protobufFields counts what may be messages or strings in a protobuf encoding, as deep as
+// Protobuf counts what may be messages or strings in a protobuf encoding, as deep as
 // there are any. What is no message but looks like one is counted too.
+func Protobuf(b []byte) (fields int64) { return protobufFields(bytes.TrimPrefix(b, protobufPrefix), 0) }
+
 func protobufFields(b []byte, depth int) (fields int64) {
-	if depth == 0 {
-		b = bytes.TrimPrefix(b, []byte("k8s\x00"))
-	}
 	for len(b) > 0 {
 		number, kind, n := protowire.ConsumeTag(b)
 		if n < 0 {
@@ -62,7 +61,7 @@ func protobufFields(b []byte, depth int) (fields int64) {
 		b = b[n:]
 		fields++
 		switch {
-		case depth == mostProtobufDepth:
+		case depth == MostDepth:
 			fields += int64(len(value) / 2)
 		case len(value) > 1:
 			fields += protobufFields(value, depth+1)
