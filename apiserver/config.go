@@ -128,7 +128,8 @@ type Config struct {
 	// Caches keeps decoded objects to serve reads. Default: one of 16 MiB.
 	Caches *storage.Caches
 	// WatchBytes is how many bytes of events may wait for clients that have taken none for
-	// some seconds. Beyond, the slowest are cut off. Default and least: 16 MiB.
+	// some seconds. Beyond, the slowest are cut off. All open watches may hold four times as
+	// much. Default and least: 16 MiB.
 	WatchBytes int64
 	// BodyBytes bounds what bodies of requests take in memory, all together: as they come, and
 	// as objects, as far as can be told. Default and least: 96 MiB.

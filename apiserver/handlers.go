@@ -70,6 +70,7 @@ func (l lifecycle) handlers(api http.Handler, c *genericapiserver.Config) http.H
 	h = genericapifilters.WithAudit(h, c.AuditBackend, c.AuditPolicyRuleEvaluator, c.LongRunningFunc)
 
 	l.bodies.most, l.bodies.serializer, l.bodies.longRunning = c.MaxRequestBodyBytes, c.Serializer, c.LongRunningFunc
+	l.slow.serializer = c.Serializer
 	l.answers.longRunning = c.LongRunningFunc
 	h = l.answers.after(h)
 	h = l.slow.after(h)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"strings"
 	"sync"
@@ -30,7 +31,7 @@ func liveHeap() int64 {
 // it: each encodes it, in buffers that are kept for as long as the watch lasts. The clients
 // that cause most of it lose their watches, and others keep theirs.
 func TestBuffersOfWatchesHaveABound(t *testing.T) {
-	const watches = 120
+	const watches = 200
 	f, config := answersFixture(t, "kept", 1)
 	_, err := client(t, f.admin()).RbacV1().RoleBindings("kept").Create(within(t, time.Minute), &rbacv1.RoleBinding{
 		ObjectMeta: metav1.ObjectMeta{Name: "other"},
@@ -75,11 +76,14 @@ func TestBuffersOfWatchesHaveABound(t *testing.T) {
 	time.Sleep(time.Second)
 	kept := liveHeap() - before
 	t.Logf("%d watches that have sent 700 KiB keep %d MiB; %d of them were ended", watches, kept>>20, gone.Load())
-	if kept > 64<<20 {
+	if kept > 100<<20 {
 		t.Errorf("%d watches that have sent 700 KiB each keep %d MiB", watches, kept>>20)
 	}
-	if held, _ := f.server.SlowWatches(); held > leastWatchBytes {
-		t.Errorf("%d bytes are said to be kept", held)
+	if gone.Load() == 0 {
+		t.Error("no watch has ended")
+	}
+	if held, limit := f.server.Watches(); held == 0 || held > limit {
+		t.Errorf("%d bytes are said to be held of %d", held, limit)
 	}
 	select {
 	case <-other:
@@ -92,5 +96,48 @@ func TestBuffersOfWatchesHaveABound(t *testing.T) {
 		if _, err := small.Create(within(t, time.Minute), configMap(fmt.Sprint("small-", i), map[string]string{"a": strings.Repeat("x", 1000)}), metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestOpenWatchesHaveABound has somebody open more watches than there may be: he gets no
+// more, and others do.
+func TestOpenWatchesHaveABound(t *testing.T) {
+	s := newSlowWatches(0)
+	request := httptest.NewRequest(http.MethodGet, "/api/v1/pods?watch=1", nil)
+	open := func(who string) (*slowWatch, bool) {
+		w := &slowWatch{request: request, who: who, began: time.Now()}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.open[w] = struct{}{}
+		s.add(w, watchCost)
+		for _, e := range s.beyond() {
+			delete(s.open, e)
+			if e == w {
+				return w, false
+			}
+		}
+		return w, true
+	}
+	most := openFactor * leastWatchBytes / watchCost
+	for i := range most + 100 {
+		if _, ok := open("many"); ok != (i < most) {
+			t.Fatalf("watch %d of %d: %t", i, most, ok)
+		}
+	}
+	for i := range most / 2 {
+		if _, ok := open("other"); !ok {
+			t.Fatalf("watch %d of somebody else was refused", i)
+		}
+	}
+	if held, limit := s.holds(); held > limit || s.users["many"] != limit/2 || s.users["other"] != limit/2 {
+		t.Errorf("%d bytes of %d, of each %v", held, limit, s.users)
+	}
+	s.mu.Lock()
+	for w := range s.open {
+		s.add(w, -w.holds)
+	}
+	s.mu.Unlock()
+	if held, _ := s.holds(); held != 0 || len(s.users) != 0 {
+		t.Errorf("%d bytes are left, of %v", held, s.users)
 	}
 }

@@ -165,12 +165,16 @@ func (s *Server) stopped(ctx context.Context, err error) error {
 // Addr is where the server listens.
 func (s *Server) Addr() net.Addr { return s.address }
 
-// SlowWatches is how many bytes wait for clients that watch and do not read, and are kept in
-// buffers for large objects, and how many of these clients were cut off: see Config.WatchBytes.
+// SlowWatches is how many bytes wait for clients that watch and do not read, and how many
+// of these were cut off: see Config.WatchBytes.
 func (s *Server) SlowWatches() (bytes int64, cut uint64) {
 	_, bytes = s.life.slow.stalled(time.Now())
-	return bytes + s.life.slow.keeps(), s.life.slow.cut()
+	return bytes, s.life.slow.cut()
 }
+
+// Watches is how many bytes all open watches hold, and how many they may: four times
+// Config.WatchBytes.
+func (s *Server) Watches() (bytes, limit int64) { return s.life.slow.holds() }
 
 // Bodies is how many bytes the bodies of requests take, and how many requests were refused
 // for that there was no room: see Config.BodyBytes.

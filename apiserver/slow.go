@@ -8,10 +8,15 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apiserver/pkg/endpoints/handlers/responsewriters"
 	"k8s.io/apiserver/pkg/endpoints/request"
 
 	"timonel/state/storage"
@@ -25,10 +30,15 @@ const (
 	// slowLook is how often slow clients are looked for.
 	slowLook = time.Second
 	// smallKept is how large the objects are that a watch may encode without being counted,
-	// and keptCopies how often its encoders keep one: as an object, as an event, and as what
-	// protobuf is made in.
-	smallKept  = 16 << 10
-	keptCopies = 3
+	// and keptCopies how often its encoders keep one, as measured: as an object, as an event,
+	// and what buffers grow ahead; in protobuf also as what both are made in.
+	smallKept      = 16 << 10
+	keptCopies     = 3
+	keptByProtobuf = 4
+	// watchCost is what an open watch takes, some 20 KiB as measured with its connection's
+	// part, and openFactor how many times the bound of slow ones all open ones may hold.
+	watchCost  = 32 << 10
+	openFactor = 4
 	// leastWatchBytes is the least bound of what they hold.
 	leastWatchBytes = 16 << 20
 )
@@ -39,17 +49,18 @@ const (
 // for the longest time are cut off, as upstream's watch cache does: they come back, and go on
 // after the last event that they have.
 type slowWatches struct {
-	limit int64
+	limit      int64
+	serializer runtime.NegotiatedSerializer
 
-	mu      sync.Mutex
-	open    map[*slowWatch]struct{}
-	keeping map[*slowWatch]struct{} // those whose encoders keep large buffers
-	kept    int64                   // bytes of these
-	cuts    uint64
+	mu    sync.Mutex
+	open  map[*slowWatch]struct{}
+	users map[string]int64 // what the watches of each hold
+	held  int64            // by all of them
+	cuts  uint64
 }
 
 func newSlowWatches(limit int64) *slowWatches {
-	return &slowWatches{limit: max(limit, leastWatchBytes), open: map[*slowWatch]struct{}{}, keeping: map[*slowWatch]struct{}{}}
+	return &slowWatches{limit: max(limit, leastWatchBytes), open: map[*slowWatch]struct{}{}, users: map[string]int64{}}
 }
 
 // slowWatch is one client's watch.
@@ -57,8 +68,9 @@ type slowWatch struct {
 	http.ResponseWriter
 	request *http.Request
 	holding storage.Holding
-	who     atomic.Pointer[string] // as bodySource says; nil until it is known
-	kept    int64                  // in its encoders' buffers; the mu of slowWatches guards it
+	began   time.Time
+	who     string // as bodySource says; the mu of slowWatches guards it, and holds
+	holds   int64  // itself, and in its encoders' buffers; 0 if it does not count
 
 	since   atomic.Int64 // when the write that goes on began, in Unix nanoseconds; 0: none does
 	writing atomic.Int64 // bytes of it
@@ -72,7 +84,7 @@ func (s *slowWatches) before(next http.Handler) http.Handler {
 			next.ServeHTTP(w, r)
 			return
 		}
-		watch := &slowWatch{ResponseWriter: w, request: r}
+		watch := &slowWatch{ResponseWriter: w, request: r, began: time.Now()}
 		watch.holding.Kept = func(size int64) { s.keep(watch, size) }
 		s.mu.Lock()
 		s.open[watch] = struct{}{}
@@ -80,7 +92,7 @@ func (s *slowWatches) before(next http.Handler) http.Handler {
 		defer func() {
 			s.mu.Lock()
 			delete(s.open, watch)
-			s.forget(watch)
+			s.add(watch, -watch.holds)
 			s.mu.Unlock()
 		}()
 		var to http.ResponseWriter = watch
@@ -94,68 +106,92 @@ func (s *slowWatches) before(next http.Handler) http.Handler {
 // slowKey is the context key of a request's slowWatch.
 type slowKey struct{}
 
-// after is behind authentication.
+// after is behind authentication. A watch counts from here on: when there are too many, who
+// has most gets no more, and for others one of his ends.
 func (s *slowWatches) after(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if watch, ok := r.Context().Value(slowKey{}).(*slowWatch); ok {
-			who, _ := bodySource(r)
-			watch.who.Store(&who)
+		watch, ok := r.Context().Value(slowKey{}).(*slowWatch)
+		if !ok {
+			next.ServeHTTP(w, r)
+			return
+		}
+		who, _ := bodySource(r)
+		s.mu.Lock()
+		watch.who = who
+		s.add(watch, watchCost)
+		end := s.beyond()
+		refused := slices.Contains(end, watch)
+		s.mu.Unlock()
+		endAll(end)
+		if refused {
+			responsewriters.ErrorNegotiated(apierrors.NewTooManyRequests("You have too many watches on this API server, please end some, or try again later.", 5), s.serializer, schema.GroupVersion{}, w, r)
+			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// keep notes that a watch's encoders keep buffers for objects of a size. When all keep more
-// than the bound, watches end, the largest ones of who has most: clients go on after the
-// last event that they have, and their new watches keep nothing.
+// keep notes that a watch's encoders keep buffers for objects of a size. When all watches
+// hold more than the bound, some end: clients go on after the last event that they have, and
+// their new watches keep no buffers.
 func (s *slowWatches) keep(w *slowWatch, size int64) {
 	if size <= smallKept {
 		return
 	}
-	var end []*slowWatch
+	copies := int64(keptCopies)
+	if strings.Contains(w.request.Header.Get("Accept"), "protobuf") {
+		copies = keptByProtobuf
+	}
 	s.mu.Lock()
 	if _, ok := s.open[w]; ok {
-		s.keeping[w] = struct{}{}
-		s.kept += keptCopies*size - w.kept
-		w.kept = keptCopies * size
+		s.add(w, watchCost+copies*size-w.holds)
 	}
-	for s.kept > s.limit && len(s.keeping) > 0 {
-		first := s.heaviest()
-		s.forget(first)
+	end := s.beyond()
+	s.mu.Unlock()
+	endAll(end)
+}
+
+// add has a watch hold n bytes more. s.mu is held.
+func (s *slowWatches) add(w *slowWatch, n int64) {
+	w.holds += n
+	s.held += n
+	if s.users[w.who] += n; s.users[w.who] == 0 {
+		delete(s.users, w.who)
+	}
+}
+
+// beyond takes those out of the count that are to end for all to hold no more than the
+// bound: the largest of who has most, of those the last. s.mu is held.
+func (s *slowWatches) beyond() (end []*slowWatch) {
+	for s.held > openFactor*s.limit {
+		most := ""
+		for who, bytes := range s.users {
+			if bytes > s.users[most] {
+				most = who
+			}
+		}
+		var first *slowWatch
+		for w := range s.open {
+			if w.who == most && w.holds > 0 && (first == nil || w.holds > first.holds || w.holds == first.holds && w.began.After(first.began)) {
+				first = w
+			}
+		}
+		if first == nil {
+			return end
+		}
+		slog.Warn("ended a watch: all on this controller held too much, and most of that was this user's", "user", first.who, "from", first.request.RemoteAddr,
+			"client", first.request.UserAgent(), "path", first.request.URL.Path, "bytes", first.holds, "limit", openFactor*s.limit)
+		s.add(first, -first.holds)
+		s.cuts++
 		end = append(end, first)
 	}
-	s.mu.Unlock()
-	for _, w := range end {
+	return end
+}
+
+func endAll(watches []*slowWatch) {
+	for _, w := range watches {
 		w.holding.End()
 	}
-}
-
-// heaviest is the watch to end first. s.mu is held, and there is one.
-func (s *slowWatches) heaviest() (first *slowWatch) {
-	of := map[string]int64{}
-	for w := range s.keeping {
-		of[w.user()] += w.kept
-	}
-	for w := range s.keeping {
-		if first == nil || of[w.user()] > of[first.user()] || w.user() == first.user() && w.kept > first.kept {
-			first = w
-		}
-	}
-	return first
-}
-
-// forget takes a watch for one that keeps nothing. s.mu is held.
-func (s *slowWatches) forget(w *slowWatch) {
-	delete(s.keeping, w)
-	s.kept -= w.kept
-	w.kept = 0
-}
-
-func (w *slowWatch) user() string {
-	if who := w.who.Load(); who != nil {
-		return *who
-	}
-	return ""
 }
 
 // run looks after slow clients until ctx ends.
@@ -207,14 +243,14 @@ func (s *slowWatches) look(now time.Time) {
 	}
 }
 
-// keeps is how many bytes the buffers of encoders keep.
-func (s *slowWatches) keeps() int64 {
+// holds is what all open watches hold, and what they may.
+func (s *slowWatches) holds() (bytes, limit int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.kept
+	return s.held, openFactor * s.limit
 }
 
-// cut is how many clients were cut off.
+// cut is how many watches were cut off, ended or refused.
 func (s *slowWatches) cut() uint64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()

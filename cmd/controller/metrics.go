@@ -53,7 +53,7 @@ var (
 	descBodiesRefused    = desc("api_bodies_refused_total", "Requests to the API that were refused because the bodies of others took all the memory that there is for them.")
 	descTunnelsRefused   = desc("api_tunnels_refused_total", "Logs, commands and forwarded ports that were refused because too many were open.")
 	descAnswersRefused   = desc("api_answers_refused_total", "Requests to the API that were refused because the answers to others took all the memory that there is for them.")
-	descCut              = desc("watches_cut_total", "Clients that watched, did not read, and were cut off because what waited for such clients was too much.")
+	descCut              = desc("watches_cut_total", "Watches that were cut off because their clients did not read and what waited for such clients was too much, or that ended or were refused because all of them held too much.")
 	descFull             = desc("state_full", "1 while writes that make the state larger are refused.")
 	descCompacted        = desc("state_compact_revision", "The oldest revision that lists in pages go on at, where nothing was cut beside.")
 	descHistoryAge       = desc("history_age_seconds", "How long a revision can be watched from after it was the newest, no more than --history-age: for all resources that are not told of with a prefix of keys, which held so much that they lost some.", "prefix")
@@ -151,6 +151,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 	counter(descNetworkLag, told.Lag.Seconds())
 	gauge(descNetworkLagMax, told.LongestLag.Seconds())
 	slow, cut := k.api.SlowWatches()
+	open, mostOpen := k.api.Watches()
 	counter(descCut, float64(cut))
 	bodies, refused := k.api.Bodies()
 	counter(descBodiesRefused, float64(refused))
@@ -176,7 +177,7 @@ func (c *collector) CollectWithStability(to chan<- metrics.Metric) {
 		"history": {history.Limit, history.Bytes - history.Spilled}, "objects": {k.shares.objects, k.decoded.Bytes()},
 		"log-cache": {k.shares.logCache, log.LogCache}, "log-queue": {k.shares.queue, log.Queue},
 		"proposals": {k.shares.proposals, log.Proposals}, "replication": {log.ReplicationLimit, log.Replication},
-		"watches": {k.shares.watches, slow}, "bodies": {k.shares.bodies, bodies}, "answers": {k.shares.answers, answers}, "reports": {k.shares.reports, reports},
+		"watches": {k.shares.watches, slow}, "open-watches": {mostOpen, open}, "bodies": {k.shares.bodies, bodies}, "answers": {k.shares.answers, answers}, "reports": {k.shares.reports, reports},
 		"usage": {k.shares.usage, k.agents.UsageBytes()}, "tunnels": {k.shares.tunnels, tunnels},
 		"network": {k.shares.network, told.Bytes + told.PolicyBytes}, "connections": {k.shares.connections, connections},
 	} {
