@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
@@ -72,6 +73,47 @@ func BenchmarkCreate(b *testing.B) {
 				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "creates/s")
 			})
 		}
+	}
+}
+
+// BenchmarkRead gets a ConfigMap, and lists 1,000 of them, by TLS.
+func BenchmarkRead(b *testing.B) {
+	f, err := commonServer()
+	if err != nil {
+		b.Fatal(err)
+	}
+	pair, err := f.bundle.ClientCert("admin", []string{"system:masters"})
+	if err != nil {
+		b.Fatal(err)
+	}
+	config := f.anonymous()
+	config.ContentType, config.CertData, config.KeyData = "application/vnd.kubernetes.protobuf", pair.Cert, pair.Key
+	c, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		b.Fatal(err)
+	}
+	ctx := context.Background()
+	if _, err := c.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "read"}}, metav1.CreateOptions{}); err == nil {
+		for i := range 1000 {
+			if _, err := c.CoreV1().ConfigMaps("read").Create(ctx, configMap(fmt.Sprint("read-", i), map[string]string{"key": strings.Repeat("v", 1024)}), metav1.CreateOptions{}); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	for name, read := range map[string]func() error{
+		"get": func() error {
+			_, err := c.CoreV1().ConfigMaps("read").Get(ctx, "read-1", metav1.GetOptions{})
+			return err
+		},
+		"list": func() error { _, err := c.CoreV1().ConfigMaps("read").List(ctx, metav1.ListOptions{}); return err },
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if err := read(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
