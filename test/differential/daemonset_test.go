@@ -22,7 +22,7 @@ import (
 )
 
 var daemonSetFamily = family{
-	name: "daemonset", seeds: 300, nodes: 3, ours: []reconcile.Reconciler{workload.DaemonSet{}},
+	name: "daemonset", seeds: 350, nodes: 3, ours: []reconcile.Reconciler{workload.DaemonSet{}},
 	slack: time.Second, nudge: nudgeAt(reconcile.DaemonSetsResource), serve: (*side).serveDaemons, chooses: true,
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		d, err := daemon.NewDaemonSetsController(ctx, f.Apps().V1().DaemonSets(), f.Apps().V1().ControllerRevisions(), f.Core().V1().Pods(), f.Core().V1().Nodes(), c,
@@ -252,5 +252,5 @@ func daemonSets(r *rand.Rand) []step {
 			}
 		}
 	}
-	return leaveOut(out, "somebody makes the pod free-", "daemonsets web is deleted, Foreground", "controllers may not delete")
+	return leaveOut(out, "somebody makes the pod free-", "daemonsets web is deleted, Foreground", "controllers may not")
 }

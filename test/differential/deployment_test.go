@@ -19,7 +19,7 @@ import (
 )
 
 var deploymentFamily = family{
-	name: "deployment", seeds: 100, nodes: 1, ours: []reconcile.Reconciler{workload.Deployment{}, workload.ReplicaSet{}},
+	name: "deployment", seeds: 150, nodes: 1, ours: []reconcile.Reconciler{workload.Deployment{}, workload.ReplicaSet{}},
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		d, err := deployment.NewDeploymentController(ctx, f.Apps().V1().Deployments(), f.Apps().V1().ReplicaSets(), f.Core().V1().Pods(), c)
 		if err != nil {

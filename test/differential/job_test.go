@@ -24,7 +24,7 @@ import (
 )
 
 var jobFamily = family{
-	name: "job", seeds: 300, nodes: 2, slack: 2 * time.Second, ours: []reconcile.Reconciler{job.Job{}, job.TTL{}},
+	name: "job", seeds: 400, nodes: 2, slack: 2 * time.Second, ours: []reconcile.Reconciler{job.Job{}, job.TTL{}},
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		j, err := upstreamjob.NewController(ctx, c, f.Core().V1().Pods(), f.Batch().V1().Jobs(), nil, nil)
 		if err != nil {
@@ -37,7 +37,7 @@ var jobFamily = family{
 }
 
 var cronJobFamily = family{
-	name: "cronjob", seeds: 60, nodes: 1, ours: []reconcile.Reconciler{job.CronJob{}},
+	name: "cronjob", seeds: 100, nodes: 1, ours: []reconcile.Reconciler{job.CronJob{}},
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		j, err := cronjob.NewControllerV2(ctx, f.Batch().V1().Jobs(), f.Batch().V1().CronJobs(), c)
 		if err != nil {

@@ -138,6 +138,9 @@ func TestDifferential(t *testing.T) {
 				t.Logf("%d seeds differed once, and not when they were played again", n)
 			}
 			for why, seeds := range used {
+				if rare[why] && seeds > 1+n/100 {
+					t.Errorf("%d of %d seeds differed as few may: %s", seeds, n, why)
+				}
 				t.Logf("%d of %d seeds differed as is allowed: %s", seeds, n, why)
 			}
 		})

@@ -23,7 +23,7 @@ import (
 )
 
 var statefulSetFamily = family{
-	name: "statefulset", seeds: 300, nodes: 3, ours: []reconcile.Reconciler{workload.StatefulSet{}},
+	name: "statefulset", seeds: 400, nodes: 3, ours: []reconcile.Reconciler{workload.StatefulSet{}},
 	slack: time.Second, nudge: nudgeAt(reconcile.StatefulSetsResource),
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		s := statefulset.NewStatefulSetController(ctx, f.Core().V1().Pods(), f.Apps().V1().StatefulSets(), f.Core().V1().PersistentVolumeClaims(), f.Apps().V1().ControllerRevisions(), c)

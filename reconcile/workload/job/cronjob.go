@@ -2,6 +2,7 @@ package job
 
 import (
 	"fmt"
+	"hash/fnv"
 	"maps"
 	"slices"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/utils/ptr"
 
 	"timonel/reconcile"
 	"timonel/state/objects"
@@ -23,8 +25,13 @@ import (
 type CronJob struct{}
 
 // rescheduled marks the key of a CronJob whose schedule was changed: times that the
-// new schedule would have had in the past are no reason to start a Job.
-const rescheduled types.UID = "rescheduled"
+// new schedule would have had before the change are not missed ones, as upstream. Each
+// schedule has a key of its own, which waits for its times from when it was set.
+func rescheduled(cj *batchv1.CronJob) types.UID {
+	h := fnv.New64a()
+	fmt.Fprintf(h, "%s %s", ptr.Deref(cj.Spec.TimeZone, ""), cj.Spec.Schedule)
+	return types.UID(fmt.Sprintf("rescheduled-%x", h.Sum64()))
+}
 
 // onTime is how long after a scheduled time a pass over a rescheduled CronJob counts
 // as the one that was meant to be at that time.
@@ -48,7 +55,7 @@ func (CronJob) Keys(c objects.Changed, _ *objects.Snapshot) []reconcile.Key {
 			old, ok := c.Old.Object.(*batchv1.CronJob)
 			cj, ok2 := c.New.Object.(*batchv1.CronJob)
 			if ok && ok2 && (old.Spec.Schedule != cj.Spec.Schedule || !equality.Semantic.DeepEqual(old.Spec.TimeZone, cj.Spec.TimeZone)) {
-				key.UID = rescheduled
+				key.UID = rescheduled(cj)
 			}
 		}
 		return []reconcile.Key{key}
@@ -91,7 +98,10 @@ func (CronJob) Reconcile(in reconcile.Input, key reconcile.Key) (reconcile.Resul
 	}
 	remove := p.history()
 	p.observe()
-	replace, create := p.due(key.UID == rescheduled)
+	if key.UID != "" && key.UID != rescheduled(stored) {
+		return reconcile.Result{}, nil // it has another schedule by now
+	}
+	replace, create := p.due(key.UID != "")
 	for _, job := range remove {
 		p.result.Add(p.delete(job))
 	}
