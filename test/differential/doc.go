@@ -20,6 +20,10 @@
 // way: how many pods were created and deleted, what was told in events. What differs for a
 // reason is in allowed_test.go, each with the reason; everything else is a bug.
 //
+// Upstream's controllers wait ever longer after something failed. Those that would still
+// wait when a step is compared are nudged (family.nudge): ours never are, so that a change
+// that they miss shows.
+//
 //	go test ./test/differential -runs 3000              // seeds 1 to 3000 of each family
 //	go test ./test/differential -run /job -seed 42 -v   // one of them, with its steps
 //

@@ -37,7 +37,7 @@ var jobFamily = family{
 }
 
 var cronJobFamily = family{
-	name: "cronjob", seeds: 100, nodes: 1, ours: []reconcile.Reconciler{job.CronJob{}},
+	name: "cronjob", seeds: 60, nodes: 1, ours: []reconcile.Reconciler{job.CronJob{}},
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		j, err := cronjob.NewControllerV2(ctx, f.Batch().V1().Jobs(), f.Batch().V1().CronJobs(), c)
 		if err != nil {

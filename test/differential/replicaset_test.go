@@ -25,7 +25,7 @@ import (
 )
 
 var replicaSetFamily = family{
-	name: "replicaset", seeds: 400, nodes: 3, ours: []reconcile.Reconciler{workload.ReplicaSet{}},
+	name: "replicaset", seeds: 440, nodes: 3, ours: []reconcile.Reconciler{workload.ReplicaSet{}},
 	upstream: func(ctx context.Context, f informers.SharedInformerFactory, c kubernetes.Interface) ([]func(context.Context), error) {
 		r := replicaset.NewReplicaSetController(ctx, f.Apps().V1().ReplicaSets(), f.Core().V1().Pods(), c, replicaset.BurstReplicas)
 		return []func(context.Context){func(ctx context.Context) { r.Run(ctx, 1) }}, nil
