@@ -312,9 +312,12 @@ func (a *Agent) wire() {
 				a.volumesChanged()
 			}
 		},
-		Synced: func() {
+		Synced: func(anew bool) {
 			epoch, _ := a.store.Position()
 			a.join(epoch)
+			if !anew {
+				return
+			}
 			select {
 			case a.synced <- struct{}{}:
 			default:

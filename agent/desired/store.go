@@ -93,8 +93,9 @@ type Observer struct {
 	PodSet        func(*corev1.Pod)
 	PodRemoved    func(*corev1.Pod)
 	ObjectChanged func(kind, namespace, name string)
-	// Synced is called after each Synced: the pods are then the whole truth.
-	Synced func()
+	// Synced is called after each Synced: the pods are then the whole truth. anew says
+	// that it is the first since a stream began.
+	Synced func(anew bool)
 }
 
 // position is where in the cluster's history this store is.
@@ -118,6 +119,7 @@ type Store struct {
 	pos      position
 	whole    bool         // a full list was received since this process began
 	stray    map[key]bool // files that were found and could not be read
+	begun    bool         // a stream, and nothing was synced since
 	listing  map[key]bool // what a full list has named so far, nil outside of one
 	observer Observer
 
@@ -167,7 +169,7 @@ func (s *Store) Position() (epoch string, revision int64) {
 func (s *Store) Begin(epoch string, full bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.pos.Epoch = epoch
+	s.pos.Epoch, s.begun = epoch, true
 	s.listing = nil
 	if full {
 		s.listing = map[key]bool{}
@@ -298,7 +300,8 @@ func (s *Store) Synced(revision int64) {
 		s.listing, s.whole = nil, true
 	}
 	s.pos.Revision = revision // the state may have gone back
-	pos, observer := s.pos, s.observer
+	pos, observer, anew := s.pos, s.observer, s.begun
+	s.begun = false
 	s.mu.Unlock()
 
 	raw, _ := json.Marshal(pos) // two plain fields
@@ -314,7 +317,7 @@ func (s *Store) Synced(revision int64) {
 		}
 	}
 	if observer.Synced != nil {
-		observer.Synced()
+		observer.Synced(anew)
 	}
 }
 

@@ -78,6 +78,24 @@ func TestStoreOutlivesItsProcess(t *testing.T) {
 	require.EqualValues(t, 0o600, info.Mode().Perm())
 }
 
+// Only the first batch of a stream makes the agent look for what was removed meanwhile, and
+// try all again that was put off: others come with each status that it reports.
+func TestSyncedAnew(t *testing.T) {
+	t.Parallel()
+	s := open(t, t.TempDir())
+	defer s.Close()
+	var anew []bool
+	s.Observe(Observer{Synced: func(n bool) { anew = append(anew, n) }})
+	for _, full := range []bool{true, false} {
+		s.Begin("cluster", full)
+		for i := range 3 {
+			set(t, s, int64(5+i), "a")
+			s.Synced(int64(5 + i))
+		}
+	}
+	require.Equal(t, []bool{true, false, false, true, false, false}, anew)
+}
+
 func TestFullListRemovesWhatItDoesNotName(t *testing.T) {
 	t.Parallel()
 	s := open(t, t.TempDir())

@@ -24,14 +24,16 @@ type want struct {
 	short   bool   // room is short: containers that have ended are to be removed
 }
 
-// set takes the pod as the API has it now.
-func (w *want) set(pod *corev1.Pod) {
+// set takes the pod as it is now, and says whether anything but its status is new.
+func (w *want) set(pod *corev1.Pod) (changed bool) {
 	old := w.pod
 	w.api = pod
 	w.pod, w.resized = w.given.apply(pod)
 	if !maps.Equal(old.Labels, pod.Labels) || !maps.Equal(old.Annotations, pod.Annotations) || old.Generation != pod.Generation {
 		w.shown++
+		return true
 	}
+	return false
 }
 
 // give gives the pod resources.

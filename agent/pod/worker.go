@@ -87,7 +87,15 @@ func (w *worker) change(f func(*want)) {
 	w.wakeUp()
 }
 
-func (w *worker) set(pod *corev1.Pod) { w.change(func(want *want) { want.set(pod) }) }
+// set is what the pod is by now. A change of its own, but of the status, which tells what
+// this agent reported, lets all that is put off be tried at once.
+func (w *worker) set(pod *corev1.Pod) {
+	w.change(func(want *want) {
+		if want.set(pod) {
+			w.hurry = true
+		}
+	})
+}
 
 // refresh makes the worker look again at what the pod refers to.
 func (w *worker) refresh() {

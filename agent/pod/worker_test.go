@@ -100,6 +100,27 @@ func labelled(value string) *corev1.Pod {
 	}
 }
 
+// A status that comes back does not end what is put off, as each try that fails may have
+// another message; a change of the pod itself does.
+func TestWhatEndsAWait(t *testing.T) {
+	t.Parallel()
+	w := testWorker(t, &fakeRuntime{}, labelled("1"))
+	put := func() bool {
+		w.take()
+		_, put := w.waits.held(waitSandbox, w.m.cfg.Now())
+		return put
+	}
+	w.putOff(waitSandbox, reasonCreating, "no runtime")
+	require.True(t, put())
+	echo := labelled("1")
+	echo.ResourceVersion = "7"
+	echo.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "app", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Message: "no runtime for 1f2e"}}}}
+	w.set(echo)
+	require.True(t, put())
+	w.set(labelled("2"))
+	require.False(t, put())
+}
+
 // A change of the pod that comes while a pass works on the copy it took shows in
 // the volumes after the next.
 func TestChangeDuringAPass(t *testing.T) {
