@@ -147,7 +147,7 @@ func TestUsageOfATreeOfAnyShape(t *testing.T) {
 	require.Less(t, part.Bytes, int64(1<<20)+64<<10, "it stops when it knows enough")
 	_, err = r.Usage(t.Context(), "v", Measure{Pause: func() error { pauses++; return nil }})
 	require.NoError(t, err)
-	require.GreaterOrEqual(t, pauses, (3*depth+2*folders)/usageBatch)
+	require.GreaterOrEqual(t, pauses, (3*depth+2*folders)/walkBatch)
 	enough := errors.New("enough")
 	_, err = r.Usage(t.Context(), "v", Measure{Pause: func() error { return enough }})
 	require.ErrorIs(t, err, enough)
@@ -182,7 +182,7 @@ func TestUsageWhileFoldersAreMoved(t *testing.T) {
 	at, err := r.MkdirAll(".v", 0o755, -1, -1)
 	require.NoError(t, err)
 	var deep []*Root
-	for range 3 * usageOpen {
+	for range 3 * (walkOuter + walkInner) {
 		next, err := at.Mkdir("d", 0o755, -1, -1)
 		require.NoError(t, err)
 		deep = append(deep, at)
@@ -210,4 +210,42 @@ func TestUsageWhileFoldersAreMoved(t *testing.T) {
 	for _, d := range append(deep, at) {
 		d.Close()
 	}
+}
+
+// TestWalkReadsNamesOnce walks folders of very many folders, near the top and deeper
+// than stay open: the names of none are read once for each folder in it.
+func TestWalkReadsNamesOnce(t *testing.T) {
+	const folders, deep = 2000, 3 * (walkOuter + walkInner)
+	r := open(t, t.TempDir())
+	t.Cleanup(func() { require.NoError(t, r.RemoveAllIn(context.Background(), nil)) })
+	at, err := r.OpenRoot(".")
+	require.NoError(t, err)
+	all := 0
+	for i := range deep + 1 {
+		if i == 0 || i == deep/2 || i == deep {
+			for j := range folders {
+				sub, err := at.Mkdir("wide"+strconv.Itoa(j), 0o755, -1, -1)
+				require.NoError(t, errors.Join(err, sub.Close()))
+			}
+			all += folders
+		}
+		next, err := at.Mkdir("deep", 0o755, -1, -1)
+		require.NoError(t, err)
+		at.Close()
+		at, all = &Root{f: next.f, path: "deep"}, all+1
+	}
+	at.Close()
+	seen, read := 0, 0
+	var tree walk
+	tree.visit = func(dir int, name string) (bool, error) {
+		seen++
+		return true, nil
+	}
+	require.NoError(t, tree.run(t.Context(), r))
+	require.False(t, tree.partial)
+	require.Equal(t, all, seen, "each once")
+	read = tree.reads
+	// Each folder is read once and found to be at its end, and the wide ones by buffers.
+	require.LessOrEqual(t, read, 2*all+3*folders*40/walkBuffer+2*deep+8)
+	require.LessOrEqual(t, len(tree.spare), walkOuter+walkInner+1)
 }
