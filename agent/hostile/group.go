@@ -4,56 +4,64 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"path/filepath"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 )
 
-// maxPending bounds the names of folders that wait while a tree is walked.
-const maxPending = 64 << 20
-
 // SetGroup gives name and all below it to a group, which may then read it, and
 // write it unless readOnly; what is made in its folders later is the group's, too.
+// Name itself is the last: one that [Root.HasGroup] is given whole. What is the
+// group's already is left alone, so that one that was not finished goes on sooner.
 // Links are given away themselves and lead nowhere, mounts are left out. What comes
-// or goes meanwhile is changed or not. It ends with ctx.
+// or goes meanwhile is changed or not. Depth and width cost neither memory nor
+// descriptors. It ends with ctx.
 func (r *Root) SetGroup(ctx context.Context, name string, gid int, readOnly bool) error {
-	pending, size := []string{name}, len(name)
-	for len(pending) > 0 {
-		at := pending[len(pending)-1]
-		pending, size = pending[:len(pending)-1], size-len(at)
-		if err := ctx.Err(); err != nil {
-			return r.fail("change the group of", at, err)
+	if !filepath.IsLocal(name) {
+		return r.fail("change the group of", name, errors.New("the name leaves its folder"))
+	}
+	give := func(dir int, name string) (isDir bool, err error) {
+		isDir, err = setGroup(dir, name, gid, readOnly)
+		// Gone, or replaced meanwhile.
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.EXDEV) {
+			return false, nil
 		}
-		isDir, err := r.setGroup(at, gid, readOnly)
-		if err == nil && isDir {
-			var dir *Root
-			if dir, err = r.OpenRoot(at); err == nil {
-				err = dir.Names(func(n string) bool {
-					n = filepath.Join(at, n)
-					pending, size = append(pending, n), size+len(n)
-					return size < maxPending
-				})
-				dir.Close()
-			}
+		if err != nil {
+			err = fmt.Errorf("%s, in the folder: %w", begin(name), err)
 		}
-		if size >= maxPending {
-			return r.fail("change the group of", name, fmt.Errorf("%w: the names of its folders and files take more than %d bytes", ErrTooLarge, maxPending))
+		return isDir, err
+	}
+	top, err := r.OpenRoot(name)
+	if err == nil {
+		defer top.Close()
+		tree := walk{visit: give}
+		err = tree.run(ctx, top)
+		if err == nil && tree.failed != nil {
+			err = fmt.Errorf("some of its folders cannot be read: %w", tree.failed)
 		}
-		// Gone, replaced by a link, or something is mounted there.
-		if err != nil && (at == name || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, ErrKind) && !errors.Is(err, unix.ENOTDIR)) {
-			return err
+		if err == nil {
+			_, err = setGroup(top.fd(), ".", gid, readOnly)
 		}
+	} else if errors.Is(err, unix.ENOTDIR) {
+		dir, base, parentErr := r.parent("change the group of", name)
+		if parentErr != nil {
+			return parentErr
+		}
+		defer dir.Close()
+		_, err = setGroup(dir.fd(), base, gid, readOnly)
+	}
+	if err != nil {
+		return r.fail("change the group of", name, err)
 	}
 	return nil
 }
 
-// setGroup changes one file, folder or link.
-func (r *Root) setGroup(name string, gid int, readOnly bool) (isDir bool, err error) {
-	fd, err := r.openat2("change the group of", name, unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW, Resolve: beneath})
-	if errors.Is(err, ErrKind) {
-		return false, r.linkGroup(name, gid)
+// setGroup changes one file, folder or link in a folder.
+func setGroup(dir int, name string, gid int, readOnly bool) (isDir bool, err error) {
+	fd, err := openBeneath(dir, name, unix.O_PATH|unix.O_NOFOLLOW)
+	if errors.Is(err, unix.ELOOP) { // a link, which kernels differ about
+		return false, unix.Fchownat(dir, name, -1, gid, unix.AT_SYMLINK_NOFOLLOW)
 	}
 	if err != nil {
 		return false, err
@@ -61,35 +69,27 @@ func (r *Root) setGroup(name string, gid int, readOnly bool) (isDir bool, err er
 	defer unix.Close(fd)
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return false, r.fail("stat", name, err)
-	}
-	if err := unix.Fchownat(fd, "", -1, gid, unix.AT_EMPTY_PATH); err != nil {
-		return false, r.fail("change the group of", name, err)
+		return false, err
 	}
 	isDir = st.Mode&unix.S_IFMT == unix.S_IFDIR
+	if int(st.Gid) != gid {
+		if err := unix.Fchownat(fd, "", -1, gid, unix.AT_EMPTY_PATH); err != nil {
+			return false, err
+		}
+		// It may have taken setuid and setgid away.
+		if err := unix.Fstat(fd, &st); err != nil {
+			return false, err
+		}
+	}
 	mode := groupMode(st.Mode, readOnly)
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK || mode == st.Mode&0o7777 {
 		return isDir, nil
 	}
-	if err := unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode); err != nil {
-		return false, r.fail("change the mode of", name, err)
-	}
-	return isDir, nil
+	return isDir, unix.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode)
 }
 
-// linkGroup is for what openat2 refuses to open beneath a folder although it is
-// only named: a link, of which kernels differ.
-func (r *Root) linkGroup(name string, gid int) error {
-	dir, base, err := r.parent("change the group of", name)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	if err := unix.Fchownat(dir.fd(), base, -1, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return r.fail("change the group of", name, err)
-	}
-	return nil
-}
+// begin is enough of a name to find it by.
+func begin(name string) string { return strconv.QuoteToASCII(name[:min(len(name), 64)]) }
 
 // groupMode is a mode in which the group may do what the file is for.
 func groupMode(mode uint32, readOnly bool) uint32 {

@@ -31,8 +31,10 @@ type walk struct {
 	// pause is called now and then; nil: it is not. Its error ends the walk.
 	pause func() error
 
-	// partial says that some of it could not be read, or was moved away.
+	// partial says that some of it could not be read, or was moved away; failed is why
+	// of the former.
 	partial bool
+	failed  error
 	names   int // so far
 	reads   int // of names, from the kernel
 	levels  []walkLevel
@@ -76,6 +78,14 @@ func (w *walk) run(ctx context.Context, top *Root) error {
 	return nil
 }
 
+// miss notes that something could not be read.
+func (w *walk) miss(err error) {
+	w.partial = true
+	if w.failed == nil {
+		w.failed = err
+	}
+}
+
 // shut closes a folder for now.
 func (w *walk) shut(l *walkLevel) {
 	if l.fd >= 0 {
@@ -102,7 +112,9 @@ func (w *walk) read(ctx context.Context) (more bool, err error) {
 		w.reads++
 		n, err := unix.Getdents(l.fd, l.buf)
 		if err != nil || n <= 0 {
-			w.partial = w.partial || err != nil
+			if err != nil && !errors.Is(err, unix.ENOENT) { // removed meanwhile
+				w.miss(err)
+			}
 			return false, nil
 		}
 		l.rest = l.buf[:n]
@@ -148,13 +160,15 @@ func (w *walk) down(dir int, name string) bool {
 	if err != nil {
 		// It was removed, replaced or mounted over meanwhile, or cannot be read.
 		gone := errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.EXDEV)
-		w.partial = w.partial || !gone
+		if !gone {
+			w.miss(err)
+		}
 		return false
 	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		unix.Close(fd)
-		w.partial = true
+		w.miss(err)
 		return false
 	}
 	w.levels = append(w.levels, walkLevel{fd: fd, dev: st.Dev, ino: st.Ino})
@@ -196,14 +210,19 @@ func (w *walk) reopen(fd int, was *walkLevel) {
 		return
 	}
 	if _, err := unix.Seek(up, was.next, unix.SEEK_SET); err != nil {
-		w.partial = true
+		w.miss(err)
 	}
 	was.fd = up
 }
 
 // openFolder opens a folder that is directly in another.
 func openFolder(dir int, name string) (int, error) {
-	how := unix.OpenHow{Flags: unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: beneath}
+	return openBeneath(dir, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
+}
+
+// openBeneath opens what is directly in a folder.
+func openBeneath(dir int, name string, flags uint64) (int, error) {
+	how := unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Resolve: beneath}
 	for tries := 0; ; tries++ {
 		fd, err := unix.Openat2(dir, name, &how)
 		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) && tries < 100 {
