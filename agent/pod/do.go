@@ -60,7 +60,9 @@ func (w *worker) step(want *want, s *seen, p *pass, st step) outcome {
 		}
 		w.kill(pod, st)
 	case makeVolumes:
-		w.makeVolumes(want, s)
+		if w.makeVolumes(want, s); w.ends() && !want.ends() {
+			return look
+		}
 	case makeSandbox:
 		return w.makeSandbox(want, s, st.attempt)
 	case guard:

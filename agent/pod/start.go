@@ -58,11 +58,11 @@ func (w *worker) makeVolumes(want *want, s *seen) {
 	if box := s.current(); box != nil {
 		ips = box.ips
 	}
-	ctx, cancel := context.WithTimeout(w.ctx, 10*time.Second)
-	defer cancel()
+	ctx, done := w.whileWanted(want)
+	defer done()
 	mounts, refresh, err := w.m.volumes.Setup(ctx, pod, ips)
 	if err != nil {
-		if w.ctx.Err() != nil {
+		if ctx.Err() != nil {
 			return
 		}
 		reason, message := reasonCreating, mountMessage(err)

@@ -34,6 +34,7 @@ type worker struct {
 	want      want
 	hurry     bool // what is put off may be tried now
 	imageWait bool
+	giveUp    context.CancelFunc // ends what is being made for a pod that is to end; nil: nothing is
 	exits     exits
 	around    map[string]*around // by container id
 	told      told
@@ -83,8 +84,29 @@ func (w *worker) wakeUp() {
 func (w *worker) change(f func(*want)) {
 	w.mu.Lock()
 	f(&w.want)
+	if w.want.ends() && w.giveUp != nil {
+		w.giveUp()
+	}
 	w.mu.Unlock()
 	w.wakeUp()
+}
+
+// whileWanted returns a context for what may take long to make, which ends when the pod
+// is to end and was not when this pass began. done is called once that is made.
+func (w *worker) whileWanted(want *want) (ctx context.Context, done func()) {
+	ctx, cancel := context.WithCancel(w.ctx)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.want.ends() && !want.ends() {
+		cancel()
+	}
+	w.giveUp = cancel
+	return ctx, func() {
+		w.mu.Lock()
+		w.giveUp = nil
+		w.mu.Unlock()
+		cancel()
+	}
 }
 
 // set is what the pod is by now. A change of its own, but of the status, which tells what

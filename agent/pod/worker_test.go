@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 	"google.golang.org/grpc"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	nodev1 "k8s.io/api/node/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -18,6 +19,7 @@ import (
 
 	"timonel/agent/admission"
 	"timonel/agent/volume"
+	"timonel/test/needs"
 )
 
 // fakeRuntime has one pod with a ready sandbox and a running container.
@@ -181,4 +183,38 @@ func TestExitBeforeItsOwner(t *testing.T) {
 		w.m.TaskChanged(string(rune(i)), true)
 	}
 	require.LessOrEqual(t, len(w.m.strays), straysKept)
+}
+
+// A pod that is deleted while its volumes are made does not wait for a controller that
+// does not answer, or for millions of files.
+func TestVolumesOfAPodThatIsDeleted(t *testing.T) {
+	t.Parallel()
+	needs.Root(t, "volumes")
+	pod := labelled("1")
+	pod.Spec.Volumes = append(pod.Spec.Volumes, corev1.Volume{Name: "token", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+		Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Path: "token"}}},
+	}}})
+	w := testWorker(t, &fakeRuntime{}, pod)
+	asked := make(chan struct{})
+	w.m.volumes = volume.New(volume.Config{Dir: filepath.Join(w.m.cfg.Dir, "pods"), Objects: nobody{}, Logger: slog.New(slog.DiscardHandler),
+		Tokens: func(ctx context.Context, _, _ string, _ *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
+			close(asked)
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}})
+	want, _ := w.take()
+	s, made := &seen{known: &w.known}, make(chan struct{})
+	go func() { defer close(made); w.makeVolumes(&want, s) }()
+	<-asked
+	deleted := pod.DeepCopy()
+	deleted.DeletionTimestamp = &metav1.Time{Time: time.Now()}
+	w.set(deleted)
+	select {
+	case <-made:
+	case <-time.After(5 * time.Second):
+		t.Error("it waits")
+		<-made
+	}
+	_, put := w.waits.held(waitVolumes, w.m.cfg.Now())
+	require.False(t, put, "it did not fail")
 }

@@ -1,12 +1,16 @@
 package volume
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -234,4 +238,29 @@ func TestReadOnlyClaim(t *testing.T) {
 	require.False(t, ReadOnly(&v))
 	v.PersistentVolumeClaim.ReadOnly = true
 	require.True(t, ReadOnly(&v))
+}
+
+// TestOnlyAskingHasATime: what the cluster is asked for has to come soon, but a claim may
+// take any time, and takes none of that.
+func TestOnlyAskingHasATime(t *testing.T) {
+	t.Parallel()
+	objects, _, _ := local()
+	var until []time.Time
+	m := manager(t, Config{Objects: objects, Node: "n1", LocalDir: t.TempDir(),
+		Tokens: func(ctx context.Context, _, _ string, _ *authenticationv1.TokenRequest) (*authenticationv1.TokenRequest, error) {
+			deadline, ok := ctx.Deadline()
+			require.True(t, ok)
+			until = append(until, deadline)
+			return nil, errors.New("no")
+		}})
+	token := func(name string) corev1.Volume {
+		return corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+			Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Path: "token"}}},
+		}}}
+	}
+	_, _, err := m.Setup(context.Background(), newPod(token("a"), token("b"), claimVolume("data"), token("c")), nil)
+	require.Error(t, err)
+	require.Len(t, until, 3)
+	require.Equal(t, until[0], until[1], "together")
+	require.True(t, until[2].After(until[1]))
 }

@@ -106,16 +106,25 @@ func (m *Manager) pluginPath(uid types.UID, plugin string) string {
 // pluginName is that folder's name in the pod's own.
 func pluginName(plugin string) string { return filepath.Join("volumes", "kubernetes.io~"+plugin) }
 
-// Setup makes all volumes of a pod, or brings them up to date. refresh is when
-// to call it again (a token to renew), zero for not before something changes.
+// askPatience bounds how long a pod's tokens and certificates are asked for, together.
+const askPatience = 10 * time.Second
+
+// Setup makes all volumes of a pod, or brings them up to date. It ends with ctx: to give
+// a claim of millions of files to a group takes minutes. refresh is when to call it again (a token to renew), zero for not before something changes.
 // podIPs are what downward API fields show, nil before they are known.
 func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (mounts Mounts, refresh time.Time, err error) {
 	mounts = Mounts{}
 	left := m.apiRoom()
+	until := time.Now().Add(askPatience)
 	var errs, pending []error
 	for i := range pod.Spec.Volumes {
 		v := &pod.Spec.Volumes[i]
-		path, again, err := m.setup(ctx, pod, v, &left)
+		asks, cancel := context.WithDeadline(ctx, until)
+		path, again, err := m.setup(ctx, asks, pod, v, &left)
+		cancel()
+		if ClaimOf(pod, v) != "" { // which may have taken any time
+			until = time.Now().Add(askPatience)
+		}
 		if errors.Is(err, ErrPending) {
 			pending = append(pending, err)
 			continue
@@ -139,10 +148,11 @@ func (m *Manager) Setup(ctx context.Context, pod *corev1.Pod, podIPs []string) (
 	return mounts, refresh, errors.Join(errs...)
 }
 
-func (m *Manager) setup(ctx context.Context, pod *corev1.Pod, v *corev1.Volume, left *int64) (string, time.Time, error) {
+// setup makes one volume. It ends with ctx, and what it asks the cluster for with asks.
+func (m *Manager) setup(ctx, asks context.Context, pod *corev1.Pod, v *corev1.Volume, left *int64) (string, time.Time, error) {
 	var never time.Time
 	s := &v.VolumeSource
-	p := payload{ctx: ctx, manager: m, pod: pod, volume: v.Name, left: left}
+	p := payload{ctx: asks, manager: m, pod: pod, volume: v.Name, left: left}
 	switch {
 	case s.EmptyDir != nil:
 		path, err := m.emptyDir(ctx, pod, v)
