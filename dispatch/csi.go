@@ -164,8 +164,8 @@ func mergeDrivers(live []storagev1.CSINodeDriver, said *csiReport) (next, replac
 
 // growClaim makes a claim's status say how large its volume is, as the kubelet does when
 // what is left of growing it is the node's (MarkFSResizeFinished, pkg/volume/util). The
-// size is the volume's own, whatever the agent says, and the agent's node is asked for it:
-// only a claim that a pod there uses can be written.
+// size is the volume's own, or what was allocated to the claim, whatever the agent says,
+// and the agent's node is asked for it: only a claim that a pod there uses can be written.
 func (s *session) growClaim(ctx context.Context, q *pb.ClaimGrown) error {
 	for try := 0; ; try++ {
 		live, err := s.client.PersistentVolumeClaims(q.GetNamespace()).Get(ctx, q.GetName(), metav1.GetOptions{})
@@ -194,6 +194,9 @@ func (s *session) growClaim(ctx context.Context, q *pb.ClaimGrown) error {
 // grownClaim is a claim whose volume has been made larger on its node, to so many bytes.
 func grownClaim(live *corev1.PersistentVolumeClaim, pv *corev1.PersistentVolume, bytes int64) *corev1.PersistentVolumeClaim {
 	size, ok := pv.Spec.Capacity[corev1.ResourceStorage]
+	if allocated, is := live.Status.AllocatedResources[corev1.ResourceStorage]; is && allocated.Cmp(size) < 0 {
+		size = allocated // of one that failed to grow as far as was asked for first
+	}
 	has := live.Status.Capacity[corev1.ResourceStorage]
 	next := live.DeepCopy()
 	if !ok || bytes != size.Value() || has.Cmp(size) >= 0 {

@@ -138,4 +138,12 @@ func TestGrownClaim(t *testing.T) {
 	require.Equal(t, before, grownClaim(claim, pv, 1<<30))
 	require.Equal(t, next, grownClaim(next, pv, 2<<30))
 	require.Equal(t, before, grownClaim(claim, &corev1.PersistentVolume{}, 0))
+
+	// Less was allocated than the volume has.
+	larger := &corev1.PersistentVolume{Spec: corev1.PersistentVolumeSpec{Capacity: gib(5)}}
+	claim.Status.AllocatedResources = gib(3)
+	require.Equal(t, int64(3<<30), grownClaim(claim, larger, 3<<30).Status.Capacity.Storage().Value())
+	require.Equal(t, int64(1<<30), grownClaim(claim, larger, 5<<30).Status.Capacity.Storage().Value())
+	claim.Status.AllocatedResources = gib(9)
+	require.Equal(t, int64(1<<30), grownClaim(claim, larger, 9<<30).Status.Capacity.Storage().Value(), "no more than the volume has")
 }

@@ -233,12 +233,41 @@ func (r *Request) has() int64 {
 	return q.Value()
 }
 
+// nodeExpansionNotRequired is the annotation of a claim whose volume has nothing that nodes
+// grow.
+const nodeExpansionNotRequired = "volume.kubernetes.io/node-expansion-not-required"
+
 // growth is to how many bytes the node's part of a volume has to be made larger; 0: it has
-// not to be. A claim that says the volume's size needs nothing of the node: its driver
-// grows it elsewhere.
+// not to be, or not yet. As upstream's NodeExpander.runPreCheck
+// (pkg/volume/util/operationexecutor): a resizer that allocates sizes in the claim's status
+// says there when it is the node's turn, and when no node is to try. A claim that says the
+// volume's size needs nothing of the node, but of each node where many write.
 func growth(r *Request, rec *published) int64 {
-	if now := size(r); rec.Size > 0 && now > rec.Size && r.has() > 0 && r.has() < now && !r.ReadOnly {
-		return now
+	to := size(r)
+	if rec.Size <= 0 || to <= rec.Size || r.has() <= 0 || r.ReadOnly {
+		return 0
 	}
-	return 0
+	st := &r.Claim.Status
+	status := st.AllocatedResourceStatuses[corev1.ResourceStorage]
+	if allocates := status != "" || st.AllocatedResources != nil; allocates {
+		q := st.AllocatedResources[corev1.ResourceStorage]
+		if to = q.Value(); to <= rec.Size {
+			return 0
+		}
+	}
+	switch {
+	case status == corev1.PersistentVolumeClaimNodeResizePending, status == corev1.PersistentVolumeClaimNodeResizeInProgress:
+		return to
+	case status != "":
+		return 0
+	case r.has() >= to:
+		_, others := r.Claim.Annotations[nodeExpansionNotRequired]
+		if others || !slices.Contains(r.Claim.Spec.AccessModes, corev1.ReadWriteMany) {
+			return 0
+		}
+		return to
+	case st.AllocatedResources != nil: // it has not said whose turn it is
+		return 0
+	}
+	return to
 }

@@ -124,7 +124,7 @@ func New(cfg Config) *Manager {
 		if rec.Done && rec.Mounted && !mounted(cfg.Root, rec.Path) {
 			rec.Done = false
 		}
-		m.volume(rec.key).uses[rec.user] = use{rec: rec}
+		m.volume(rec.key).uses[rec.user] = use{rec: rec, left: true}
 		m.byUser[rec.user] = rec.key
 	}
 	m.inUse = m.used()
@@ -188,7 +188,7 @@ func (m *Manager) Mount(r Request) (path string, again time.Time, err error) {
 	v := m.volume(k)
 	m.byUser[u] = k
 	e, now := v.uses[u], m.cfg.Now()
-	e.want = &r
+	e.want, e.left = &r, false
 	if e.rec != nil && e.rec.Done {
 		if every := m.republish(&r); every > 0 {
 			if v.due[u].IsZero() {
@@ -241,7 +241,7 @@ func (m *Manager) Release(ctx context.Context, uid types.UID) error {
 			if e.want != nil {
 				delete(v.why, u) // that was of mounting it
 			}
-			e.want, e.again, e.grow = nil, false, 0
+			e.want, e.left, e.again, e.grow = nil, false, false, 0
 			if v.uses[u] = e; e.rec == nil && !v.busy {
 				m.forget(v, u)
 				m.kick(v)

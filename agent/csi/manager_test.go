@@ -399,6 +399,33 @@ func TestAgentKilledAtEachStep(t *testing.T) {
 	}
 }
 
+// TestDriverBeforeItsPods: after a start of the agent a driver may register before pods ask
+// for what they have. It stays; what no pod asks for goes when the pod's folder does.
+func TestDriverBeforeItsPods(t *testing.T) {
+	w := newWorld(t)
+	d := w.driver(csidriver.Config{})
+	r := Request{Pod: w.pod("u1"), Volume: "data", PV: w.pv("v1")}
+	gone := Request{Pod: w.pod("u2"), Volume: "data", PV: w.pv("v2")}
+	path := w.mount(r)
+	w.written(path)
+	w.mount(gone)
+	before := d.Calls()
+	w.kill()
+	w.start()
+	w.register()
+	w.m.Look()
+	time.Sleep(200 * time.Millisecond)
+	require.Equal(t, before, d.Calls())
+	require.FileExists(t, filepath.Join(path, "f"))
+	w.release("u2")
+	require.Equal(t, path, w.mount(r))
+	w.m.Look()
+	time.Sleep(50 * time.Millisecond)
+	require.Equal(t, append(before, "NodeUnpublishVolume v2", "NodeUnstageVolume v2"), d.Calls())
+	w.release("u1")
+	w.empty()
+}
+
 // TestMountsThatAreGone: after the machine was started anew, records say what is not there;
 // it is mounted again.
 func TestMountsThatAreGone(t *testing.T) {
@@ -960,6 +987,7 @@ func TestPlan(t *testing.T) {
 		"blocked":                       {s: state{uses: map[user]use{a: {want: want}, b: {want: want}}}, f: facts{blocked: map[user]string{a: "x"}}, next: deed{publish, b}},
 		"put off for all":               {s: state{uses: map[user]use{a: {want: want}, b: {want: want}}}, f: facts{stages: true}, put: map[deed]backOff{{stage, user{}}: {until: now.Add(time.Minute)}}, wake: time.Minute},
 		"put off for one":               {s: state{uses: map[user]use{a: {want: want}, b: {want: want}}}, put: map[deed]backOff{{publish, a}: {until: now.Add(time.Minute)}}, next: deed{publish, b}},
+		"left by an agent before":       {s: state{staged: on, uses: map[user]use{b: {rec: done, left: true}}}, f: facts{stages: true}},
 		"no driver":                     {s: state{staged: on, uses: map[user]use{b: {rec: done}}}, f: facts{absent: "gone"}},
 	} {
 		before := maps.Clone(tt.s.uses)

@@ -29,6 +29,7 @@ type deed struct {
 type use struct {
 	want  *Request   // nil: it is to go
 	rec   *published // nil: the driver was not asked for it
+	left  bool       // by the agent before: its pod has not asked for it yet, nor is to go
 	again bool       // it is there, and is to be published once more
 	grow  int64      // bytes that it is to have, beyond rec.Size; 0: as it has
 }
@@ -89,7 +90,7 @@ func plan(s *state, f facts, put map[deed]backOff, now time.Time) (next deed, wa
 	for _, u := range users {
 		e := s.uses[u]
 		held = held || e.rec != nil || e.want != nil
-		if e.want == nil && e.rec != nil && due(deed{unpublish, u}) {
+		if e.want == nil && e.rec != nil && !e.left && due(deed{unpublish, u}) {
 			return deed{unpublish, u}, time.Time{}
 		}
 	}

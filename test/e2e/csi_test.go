@@ -20,6 +20,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 
 	"timonel/test/harness"
@@ -120,22 +121,24 @@ func TestCSI(t *testing.T) {
 	require.Len(t, slices.Compact(slices.Clone(mounts)), 5, "%q", mounts)
 	plainCalls, attachedCalls := w.plain.of(""), w.attached.of("")
 	containers := w.containers("app", "attached")
-	c.Kill(t, "a1", true)
-	c.Start(t, "a1")
-	w.requireRegistered()
-	harness.For(t, 5*time.Second, "nothing is done again", func() error {
-		switch now := driverMounts(t, c, "a1"); {
-		case !slices.Equal(mounts, now):
-			return fmt.Errorf("mounts were %q and are %q", mounts, now)
-		case len(w.plain.of("")) != len(plainCalls) || len(w.attached.of("")) != len(attachedCalls):
-			return fmt.Errorf("drivers were asked for %+v and %+v", w.plain.of("")[len(plainCalls):], w.attached.of("")[len(attachedCalls):])
-		}
-		return nil
-	})
+	for range 3 { // the driver, the controllers and the pods are back in any order
+		c.Kill(t, "a1", true)
+		c.Start(t, "a1")
+		w.requireRegistered()
+		harness.For(t, 3*time.Second, "nothing is done again", func() error {
+			switch now := driverMounts(t, c, "a1"); {
+			case !slices.Equal(mounts, now):
+				return fmt.Errorf("mounts were %q and are %q", mounts, now)
+			case len(w.plain.of("")) != len(plainCalls) || len(w.attached.of("")) != len(attachedCalls):
+				return fmt.Errorf("drivers were asked for %+v and %+v", w.plain.of("")[len(plainCalls):], w.attached.of("")[len(attachedCalls):])
+			}
+			return nil
+		})
+	}
 	require.Equal(t, containers, w.containers("app", "attached"))
 
-	w.requireGrown("plain", "pv-plain", w.plain)
-	w.requireGrown("attached", "pv-attached", w.attached)
+	w.requireGrown("plain", "pv-plain", w.plain, false)
+	w.requireGrown("attached", "pv-attached", w.attached, true)
 
 	// Pods that end while the agent is dead leave nothing, and a volume is given back
 	// when the driver has let it go.
@@ -346,43 +349,63 @@ func (w *csiWorld) requireNothingLeft() {
 }
 
 // requireGrown has a claim grown, as its user and an external-resizer do, and waits until
-// the node's driver was told and the claim says so.
-func (w *csiWorld) requireGrown(claim, volume string, d *runningDriver) {
+// the node's driver was told and the claim says so. A resizer that allocates says when it
+// is the node's turn.
+func (w *csiWorld) requireGrown(claim, volume string, d *runningDriver, allocates bool) {
 	w.t.Helper()
 	ctx, larger := w.t.Context(), resource.MustParse("2Gi")
 	claims, volumes := w.client.CoreV1().PersistentVolumeClaims("default"), w.client.CoreV1().PersistentVolumes()
-	pvc, err := claims.Get(ctx, claim, metav1.GetOptions{})
-	require.NoError(w.t, err)
-	pvc.Spec.Resources.Requests[corev1.ResourceStorage] = larger
-	_, err = claims.Update(ctx, pvc, metav1.UpdateOptions{})
-	require.NoError(w.t, err)
-	pv, err := volumes.Get(ctx, volume, metav1.GetOptions{})
-	require.NoError(w.t, err)
-	pv.Spec.Capacity[corev1.ResourceStorage] = larger
-	_, err = volumes.Update(ctx, pv, metav1.UpdateOptions{})
-	require.NoError(w.t, err)
-	harness.Eventually(w.t, 10*time.Second, "the claim's condition", func() error {
-		pvc, err := claims.Get(ctx, claim, metav1.GetOptions{})
-		if err != nil {
+	change := func(what string, f func(*corev1.PersistentVolumeClaim)) {
+		w.t.Helper()
+		harness.Eventually(w.t, 10*time.Second, what, func() error { // others write it, too
+			pvc, err := claims.Get(ctx, claim, metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			f(pvc)
+			_, err = claims.UpdateStatus(ctx, pvc, metav1.UpdateOptions{})
 			return err
+		})
+	}
+	is := func(s corev1.ClaimResourceStatus) map[corev1.ResourceName]corev1.ClaimResourceStatus {
+		return map[corev1.ResourceName]corev1.ClaimResourceStatus{corev1.ResourceStorage: s}
+	}
+	patch := []byte(`{"spec":{"resources":{"requests":{"storage":"2Gi"}}}}`)
+	_, err := claims.Patch(ctx, claim, types.MergePatchType, patch, metav1.PatchOptions{})
+	require.NoError(w.t, err)
+	change("the resizer grows it", func(pvc *corev1.PersistentVolumeClaim) {
+		resizing := corev1.PersistentVolumeClaimResizing
+		if allocates {
+			pvc.Status.AllocatedResources = corev1.ResourceList{corev1.ResourceStorage: larger}
+			pvc.Status.AllocatedResourceStatuses = is(corev1.PersistentVolumeClaimControllerResizeInProgress)
+		} else {
+			resizing = corev1.PersistentVolumeClaimFileSystemResizePending
 		}
-		if has := pvc.Status.Capacity[corev1.ResourceStorage]; has.Cmp(larger) >= 0 {
-			return nil // the node was ahead of the resizer
-		}
-		pvc.Status.Conditions = append(pvc.Status.Conditions, corev1.PersistentVolumeClaimCondition{Type: corev1.PersistentVolumeClaimFileSystemResizePending, Status: corev1.ConditionTrue})
-		_, err = claims.UpdateStatus(ctx, pvc, metav1.UpdateOptions{})
-		return err
+		pvc.Status.Conditions = append(pvc.Status.Conditions, corev1.PersistentVolumeClaimCondition{Type: resizing, Status: corev1.ConditionTrue})
 	})
+	_, err = volumes.Patch(ctx, volume, types.MergePatchType, []byte(`{"spec":{"capacity":{"storage":"2Gi"}}}`), metav1.PatchOptions{})
+	require.NoError(w.t, err)
+	if allocates {
+		harness.For(w.t, 2*time.Second, "it is not the node's turn", func() error {
+			if calls := d.of("NodeExpandVolume"); len(calls) > 0 {
+				return fmt.Errorf("%+v", calls)
+			}
+			return nil
+		})
+		change("it is the node's turn", func(pvc *corev1.PersistentVolumeClaim) {
+			pvc.Status.AllocatedResourceStatuses = is(corev1.PersistentVolumeClaimNodeResizePending)
+		})
+	}
 	took := harness.Eventually(w.t, time.Minute, "claim "+claim+" has grown", func() error {
 		pvc, err := claims.Get(ctx, claim, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
-		waits := slices.ContainsFunc(pvc.Status.Conditions, func(c corev1.PersistentVolumeClaimCondition) bool {
-			return c.Type == corev1.PersistentVolumeClaimFileSystemResizePending
+		waits := len(pvc.Status.AllocatedResourceStatuses) > 0 || slices.ContainsFunc(pvc.Status.Conditions, func(c corev1.PersistentVolumeClaimCondition) bool {
+			return c.Type == corev1.PersistentVolumeClaimFileSystemResizePending || c.Type == corev1.PersistentVolumeClaimResizing
 		})
 		if has := pvc.Status.Capacity[corev1.ResourceStorage]; has.Cmp(larger) != 0 || waits {
-			return fmt.Errorf("its status has %s and %+v", has.String(), pvc.Status.Conditions)
+			return fmt.Errorf("its status is %+v", pvc.Status)
 		}
 		return nil
 	})
