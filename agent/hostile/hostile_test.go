@@ -210,6 +210,43 @@ func TestRemovingCrossesNoMount(t *testing.T) {
 	require.NoError(t, r.RemoveAll(t.Context(), "pod"))
 }
 
+// TestRemovingGoesOn: one thing that cannot be removed, near the top or deep down, does
+// not keep the room of all else.
+func TestRemovingGoesOn(t *testing.T) {
+	needs.Root(t, "mounts")
+	for _, depth := range []int{1, 3, maxDepth - 1, maxDepth, 5 * maxDepth} {
+		dir := t.TempDir()
+		r := open(t, dir)
+		deep := "pod" + strings.Repeat("/d", depth)
+		at, err := r.MkdirAll(deep+"/stays", 0o755, -1, -1)
+		require.NoError(t, err)
+		at.Close()
+		for sub := deep; sub != "."; sub = filepath.Dir(sub) {
+			for i := range 20 {
+				require.NoError(t, r.Create(sub+"/f"+strconv.Itoa(i), nil, 0o600, -1, -1))
+			}
+		}
+		require.NoError(t, unix.Mount(t.TempDir(), filepath.Join(dir, deep, "stays"), "", unix.MS_BIND, ""))
+		require.ErrorIs(t, r.RemoveAll(t.Context(), "pod"), unix.EBUSY)
+		files := 0
+		var mounted string
+		require.NoError(t, filepath.WalkDir(filepath.Join(dir, "pod"), func(path string, d fs.DirEntry, err error) error {
+			if !d.IsDir() {
+				files++
+			}
+			if d.Name() == "stays" {
+				mounted = path
+			}
+			return err
+		}))
+		require.Zero(t, files, depth)
+		require.NotEmpty(t, mounted)
+		require.NoError(t, unix.Unmount(mounted, 0))
+		require.NoError(t, r.RemoveAll(t.Context(), "pod"))
+		require.NoDirExists(t, filepath.Join(dir, "pod"))
+	}
+}
+
 // TestRemovingATreeOfAnyShape has fewer descriptors than the tree is deep; not
 // parallel, as that limit is the process'.
 func TestRemovingATreeOfAnyShape(t *testing.T) {

@@ -45,8 +45,9 @@ func (r *Root) remove(base string) error {
 }
 
 // RemoveAll removes name with all that is in it. No link is followed, and what
-// is mounted on or below it is an error, not removed. A tree of any depth and
-// width takes some 130 descriptors at most. It ends with ctx.
+// is mounted on or below it is an error, not removed. What cannot be removed keeps
+// nothing else: the first error is returned at the end. A tree of any depth and width
+// takes some 130 descriptors at most. It ends with ctx.
 func (r *Root) RemoveAll(ctx context.Context, name string) error {
 	dir, base, err := r.parent("remove", name)
 	if err != nil {
@@ -133,23 +134,31 @@ func (rm *remover) removeAll(dir *Root, base string, depth int) error {
 	if depth == 0 {
 		rm.top = sub
 	}
+	var failed error
 	for {
-		var failed error
-		found := 0
+		found, gone := 0, 0
 		if err := sub.Names(func(n string) bool {
 			found++
-			failed = rm.removeAll(sub, n, depth+1)
-			return failed == nil
+			err := rm.removeAll(sub, n, depth+1)
+			if err == nil {
+				gone++
+			} else if failed == nil {
+				failed = err
+			}
+			return rm.ctx.Err() == nil
 		}); err != nil {
 			return err
 		}
-		if failed != nil {
-			return failed
+		if err := rm.ctx.Err(); err != nil {
+			return dir.fail("remove", base, err)
 		}
 		// Reading while removing may miss some, and others were moved here:
-		// look until nothing is found.
+		// look until nothing is found, or nothing can be removed of it.
 		if found == 0 {
 			break
+		}
+		if gone == 0 {
+			return failed
 		}
 	}
 	if err := dir.remove(base); err != nil && !errors.Is(err, fs.ErrNotExist) {

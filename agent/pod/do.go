@@ -263,7 +263,7 @@ func (w *worker) sweep(pod *corev1.Pod, s *seen, whole bool) {
 			return
 		}
 	} else if err := w.m.volumes.Release(w.ctx, w.uid); err != nil {
-		w.log.Warn("remove the volumes of a pod that has ended", "error", err)
+		w.cannotRemove(pod, waitSweep, err)
 		w.waits.putOff(waitSweep, again, waiting{}, w.m.cfg.Now())
 		return
 	}

@@ -26,6 +26,7 @@ const (
 	reasonRunError     = "RunContainerError"
 	reasonUnsupported  = "UnsupportedVolume"
 	reasonSandboxError = "FailedCreatePodSandBox"
+	reasonKill         = "FailedKillPod" // of an event alone
 )
 
 // backOffMessages say that a container that ended is not started again yet, in an event

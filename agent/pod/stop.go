@@ -174,11 +174,23 @@ func (w *worker) clean(pod *corev1.Pod, s *seen) bool {
 		err = w.m.cfg.Users.Release(w.uid)
 	}
 	if err != nil {
-		w.log.Warn("clean up after the pod", "error", err)
+		w.cannotRemove(pod, waitClean, err)
 		return false
 	}
 	w.m.images.Forget(w.uid)
 	return true
+}
+
+// cannotRemove says why something of the pod stays on the node, and the pod with it. It is
+// tried again for as long as that takes; the cluster is told of what failed twice.
+func (w *worker) cannotRemove(pod *corev1.Pod, what waitFor, err error) {
+	if w.ctx.Err() != nil {
+		return
+	}
+	w.log.Warn("clean up after the pod; trying again", "error", err)
+	if _, before := w.waits[what]; before {
+		w.eventOnce(pod, corev1.EventTypeWarning, reasonKill, "error killing pod: "+rpcText(err), "")
+	}
 }
 
 func (w *worker) removeCgroups(pod *corev1.Pod) error {

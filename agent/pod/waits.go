@@ -42,7 +42,7 @@ func (p pace) after(delay time.Duration) time.Duration { return min(max(p.first,
 var (
 	failing    = pace{time.Second, 30 * time.Second} // steps that fail
 	restarting = pace{firstRestart, maxRestart}      // containers that end
-	cleaning   = pace{time.Second, time.Second}      // what is to be removed and is not
+	cleaning   = pace{time.Second, 8 * time.Second}  // what is to be removed and is not
 	releasing  = pace{10 * time.Second, 10 * time.Second}
 )
 

@@ -2,6 +2,7 @@ package pod
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -217,4 +218,46 @@ func TestVolumesOfAPodThatIsDeleted(t *testing.T) {
 	}
 	_, put := w.waits.held(waitVolumes, w.m.cfg.Now())
 	require.False(t, put, "it did not fail")
+}
+
+// views are images whose views cannot be removed for now.
+type views struct {
+	volume.Images
+	refuse error
+}
+
+func (v *views) RemoveView(context.Context, string) error { return v.refuse }
+
+// hearer keeps events.
+type hearer struct {
+	nobody
+	events []*corev1.Event
+}
+
+func (l *hearer) Event(e *corev1.Event) { l.events = append(l.events, e) }
+
+// What of a deleted pod cannot be removed keeps it, and the cluster is told why, once.
+func TestWhatCannotBeRemovedIsTold(t *testing.T) {
+	t.Parallel()
+	needs.Root(t, "volumes")
+	pod := labelled("1")
+	pod.Spec.Volumes = []corev1.Volume{{Name: "v", VolumeSource: corev1.VolumeSource{Image: &corev1.ImageVolumeSource{Reference: "some/image"}}}}
+	w := testWorker(t, &fakeRuntime{}, pod)
+	hears, images := &hearer{}, &views{refuse: errors.New("a file is in use")}
+	w.m.cfg.Reporter = hears
+	w.m.volumes = volume.New(volume.Config{Dir: filepath.Join(w.m.cfg.Dir, "pods"), Objects: nobody{}, Images: images, Logger: slog.New(slog.DiscardHandler)})
+	_, _, err := w.m.volumes.Setup(t.Context(), pod, nil)
+	require.NoError(t, err)
+	want, _ := w.take()
+	s := &seen{known: &w.known}
+	for range 4 {
+		w.step(&want, s, &pass{}, clean{})
+		require.False(t, s.cleaned)
+	}
+	require.Len(t, hears.events, 1)
+	require.Equal(t, "FailedKillPod", hears.events[0].Reason)
+	require.Contains(t, hears.events[0].Message, "error killing pod: ")
+	require.Contains(t, hears.events[0].Message, "a file is in use")
+	images.refuse = nil
+	require.NoError(t, w.m.volumes.Teardown(t.Context(), pod.UID))
 }

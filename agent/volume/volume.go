@@ -344,10 +344,12 @@ func (m *Manager) Release(ctx context.Context, uid types.UID) error {
 	if err := m.removeViews(ctx, uid); err != nil {
 		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
+	var errs []error
 	for _, name := range []string{"subpaths", "volumes", "tokens", certificatesDir, claimsDir} {
-		if err := dir.RemoveAll(ctx, name); err != nil {
-			return fmt.Errorf("volumes of pod %s: %w", uid, err)
-		}
+		errs = append(errs, dir.RemoveAll(ctx, name))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("volumes of pod %s: %w", uid, err)
 	}
 	m.unuse(uid)
 	return nil
