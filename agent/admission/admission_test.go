@@ -2,6 +2,7 @@ package admission
 
 import (
 	"errors"
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -42,6 +43,20 @@ func requests(c *corev1.Container, name corev1.ResourceName, q string) {
 
 func withPort(c *corev1.Container, ip string, protocol corev1.Protocol, port int32) {
 	c.Ports = append(c.Ports, corev1.ContainerPort{ContainerPort: 80, HostPort: port, HostIP: ip, Protocol: protocol})
+}
+
+// withSubPaths gives a pod one volume and so many mounts that it needs n of the node.
+func withSubPaths(p *corev1.Pod, n int) {
+	p.Spec.Volumes = []corev1.Volume{{Name: "v", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}}}
+	c := &p.Spec.Containers[0]
+	c.VolumeMounts = []corev1.VolumeMount{{Name: "v", MountPath: "/whole"}}
+	for i := range n - 1 {
+		m := corev1.VolumeMount{Name: "v", MountPath: "/" + strconv.Itoa(i), SubPath: "a"}
+		if i%2 == 0 {
+			m.SubPath, m.SubPathExpr = "", "b"
+		}
+		c.VolumeMounts = append(c.VolumeMounts, m)
+	}
 }
 
 // What a node has and what runs there already, with the kubelet's words.
@@ -163,6 +178,9 @@ func TestAdmit(t *testing.T) {
 		{name: "a pattern is no sysctl", change: func(p *corev1.Pod) {
 			p.Spec.SecurityContext.Sysctls = []corev1.Sysctl{{Name: "net.ipv4.*", Value: "1"}}
 		}, reason: "SysctlForbidden", message: "not allowlisted"},
+		{name: "as many mounts as there may be", change: func(p *corev1.Pod) { withSubPaths(p, maxMounts) }},
+		{name: "mounts that would take all of the node's", change: func(p *corev1.Pod) { withSubPaths(p, maxMounts+1) },
+			reason: "PodFeatureUnsupported", message: "1025 volumes and mounts with a subPath or recursiveReadOnly (1024 at most)"},
 		{name: "users of its own on the node's network", change: func(p *corev1.Pod) { p.Spec.HostUsers, p.Spec.HostNetwork = ptr.To(false), true },
 			reason: "PodFeatureUnsupported", message: "Pod requires node features that are not available: UserNamespacesHostNetworkSupport"},
 		{name: "users of its own", change: func(p *corev1.Pod) { p.Spec.HostUsers = ptr.To(false) },

@@ -122,7 +122,7 @@ var volumeMount = []Field{
 	{"readOnly", Done, "pod", ""},
 	{"recursiveReadOnly", Done, "pod", "the agent does it, not the runtime; before Linux 5.12 Enabled is refused and IfPossible is not possible"},
 	{"mountPath", Done, "pod", ""},
-	{"subPath", Done, "pod", ""},
+	{"subPath", Done, "pod", "a pod that needs more than 1,024 mounts of the node, its volumes included, is refused"},
 	{"mountPropagation", Done, "pod", ""},
 	{"subPathExpr", Done, "pod", ""},
 	{"bindMountOptions", Refused, "", ""},

@@ -17,6 +17,11 @@ import (
 // maxNamed is how many fields a message names: it becomes a status and an event.
 const maxNamed = 8
 
+// maxMounts is how many mounts of a pod the node itself makes at most. Linux has 100,000 in
+// all by default (fs.mount-max), each container's start copies them all, and a pod may name
+// tens of thousands: four of those would keep every other pod of the node from starting.
+const maxMounts = 1024
+
 const notAvailable = "Pod requires node features that are not available: "
 
 // kubernetes is the version whose node features are asked for.
@@ -70,8 +75,13 @@ func unsupported(pod *corev1.Pod, node *Node) *Rejection {
 	for i := range spec.Volumes {
 		unsupportedVolume(&spec.Volumes[i], say)
 	}
+	mounts := len(spec.Volumes)
 	for c := range containers(pod) {
 		unsupportedContainer(c, users, node, say)
+		mounts += pinned(c)
+	}
+	if mounts > maxMounts {
+		say("%d volumes and mounts with a subPath or recursiveReadOnly (%d at most)", mounts, maxMounts)
 	}
 	if len(found) == 0 {
 		return nil
@@ -94,6 +104,18 @@ func containers(pod *corev1.Pod) iter.Seq[*corev1.Container] {
 			}
 		}
 	}
+}
+
+// pinned counts the mounts of a container that the node makes beside the volumes.
+func pinned(c *corev1.Container) (n int) {
+	for i := range c.VolumeMounts {
+		m := &c.VolumeMounts[i]
+		sealed := m.RecursiveReadOnly != nil && *m.RecursiveReadOnly != corev1.RecursiveReadOnlyDisabled
+		if m.SubPath != "" || m.SubPathExpr != "" || sealed {
+			n++
+		}
+	}
+	return n
 }
 
 // RefuseEphemeral says what of an ephemeral container of pod this node does not carry out, or
