@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -263,4 +264,32 @@ func TestOnlyAskingHasATime(t *testing.T) {
 	require.Len(t, until, 3)
 	require.Equal(t, until[0], until[1], "together")
 	require.True(t, until[2].After(until[1]))
+}
+
+// TestALargeVolumeKeepsNoOther: one of very many files is deleted in turns.
+func TestALargeVolumeKeepsNoOther(t *testing.T) {
+	t.Parallel()
+	objects, _, large := local()
+	dir := t.TempDir()
+	m := manager(t, Config{Objects: objects, Node: "n1", LocalDir: dir})
+	m.deleteTurn = 20 * time.Millisecond
+	large.DeletionTimestamp, large.Status.Phase = &metav1.Time{Time: time.Now()}, corev1.VolumeReleased
+	small := large.DeepCopy()
+	small.Name, small.UID = "pvc-2", "pv-2"
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "pvc-1"), 0o700))
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "pvc-2"), 0o700))
+	for i := range 20_000 {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, "pvc-1", strconv.Itoa(i)), nil, 0o600))
+	}
+	both := []*corev1.PersistentVolume{large, small}
+	gone, err := m.DeleteLocal(t.Context(), both)
+	require.ErrorContains(t, err, `PersistentVolume "pvc-1"`)
+	require.Equal(t, []types.UID{"pv-2"}, gone)
+	require.NoDirExists(t, filepath.Join(dir, "pvc-2"))
+	for turns := 0; err != nil; turns++ {
+		require.Less(t, turns, 5_000)
+		gone, err = m.DeleteLocal(t.Context(), both)
+	}
+	require.Equal(t, []types.UID{"pv", "pv-2"}, gone)
+	require.NoDirExists(t, filepath.Join(dir, "pvc-1"))
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -27,6 +28,10 @@ const (
 // maxDeleted bounds how many volumes are said to be deleted at a time: it is an
 // annotation. The others are said when these have gone.
 const maxDeleted = 1000
+
+// deleteTurn is for how long one volume is being deleted before the next one is: one of
+// millions of files does not keep the others.
+const deleteTurn = 10 * time.Second
 
 // isMadeHere says whether a volume is a folder that some node of this cluster made.
 func isMadeHere(pv *corev1.PersistentVolume) bool {
@@ -72,7 +77,8 @@ func (m *Manager) makeLocal(ctx context.Context, name string) error {
 
 // DeleteLocal deletes what is behind those of the node's own volumes that are being
 // deleted and that no pod here uses. It returns the UIDs of those of which nothing is
-// left, sorted, and what went wrong with the others.
+// left, sorted, and what went wrong with the others; to those that take long it is to be
+// called again.
 func (m *Manager) DeleteLocal(ctx context.Context, volumes []*corev1.PersistentVolume) (gone []types.UID, err error) {
 	var errs []error
 	for _, pv := range volumes {
@@ -85,7 +91,13 @@ func (m *Manager) DeleteLocal(ctx context.Context, volumes []*corev1.PersistentV
 			errs = append(errs, fmt.Errorf("PersistentVolume %q is still used by a pod of this node", pv.Name))
 			continue
 		}
-		if err := m.deleteLocal(ctx, pv.Name); err != nil {
+		turn, cancel := context.WithTimeout(ctx, m.deleteTurn)
+		err := m.deleteLocal(turn, pv.Name)
+		cancel()
+		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			err = errors.New("it has more files than can be deleted at once; the others have their turn first")
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("delete PersistentVolume %q: %w", pv.Name, err))
 			continue
 		}

@@ -64,7 +64,8 @@ type Config struct {
 
 // Manager makes and removes volumes. Calls for one pod must not overlap.
 type Manager struct {
-	cfg Config
+	cfg        Config
+	deleteTurn time.Duration // deleteTurn but in tests
 
 	mu    sync.Mutex
 	users map[string][]types.UID // pods that have it, by PersistentVolume
@@ -84,7 +85,7 @@ func New(cfg Config) *Manager {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	return &Manager{cfg: cfg, users: map[string][]types.UID{}}
+	return &Manager{cfg: cfg, deleteTurn: deleteTurn, users: map[string][]types.UID{}}
 }
 
 // ErrUnsupported marks a volume of a type that this agent cannot mount, now or
