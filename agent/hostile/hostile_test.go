@@ -227,6 +227,7 @@ func TestRemovingGoesOn(t *testing.T) {
 			}
 		}
 		require.NoError(t, unix.Mount(t.TempDir(), filepath.Join(dir, deep, "stays"), "", unix.MS_BIND, ""))
+		t.Cleanup(func() { _ = Unmount(dir) })
 		require.ErrorIs(t, r.RemoveAll(t.Context(), "pod"), unix.EBUSY)
 		files := 0
 		var mounted string
