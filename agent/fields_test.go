@@ -91,8 +91,8 @@ func TestNodeRefusesPods(t *testing.T) {
 	})
 	windows := &corev1.WindowsSecurityContextOptions{HostProcess: ptr.To(true)}
 	refuse("process", "PodFeatureUnsupported", "windowsOptions", func(p *corev1.Pod) { p.Spec.SecurityContext.WindowsOptions = windows })
-	refuse("csi", "PodFeatureUnsupported", "csi", func(p *corev1.Pod) {
-		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.example.com"}}}}
+	refuse("nfs", "PodFeatureUnsupported", "nfs", func(p *corev1.Pod) {
+		p.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{NFS: &corev1.NFSVolumeSource{Server: "a", Path: "/"}}}}
 	})
 	check := func() {
 		t.Helper()
@@ -174,7 +174,10 @@ func TestChangesOfRunningPods(t *testing.T) {
 		return corev1.EphemeralContainerCommon(c)
 	}
 	asked.Spec.EphemeralContainers = []corev1.EphemeralContainer{
-		{EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: "refused", Image: "timonel/busybox", VolumeDevices: []corev1.VolumeDevice{{Name: "data", DevicePath: "/dev/x"}}}},
+		{EphemeralContainerCommon: corev1.EphemeralContainerCommon{
+			Name: "refused", Image: "timonel/busybox",
+			SecurityContext: &corev1.SecurityContext{WindowsOptions: &corev1.WindowsSecurityContextOptions{HostProcess: ptr.To(true)}},
+		}},
 		{EphemeralContainerCommon: added("debug", "cat /proc/1/cmdline | tr '\\0' ' '; echo; exec sleep 1000"), TargetContainerName: "app"},
 		{EphemeralContainerCommon: added("once", "exit 3")},
 	}
