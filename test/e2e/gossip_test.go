@@ -61,9 +61,10 @@ func TestGossip(t *testing.T) {
 			return nil
 		})
 		harness.For(t, 3*time.Second, "nobody is deceived", func() error { return deceived(t, c) })
-		// Before another leads, who grows by what a leader does.
+		// Before another leads, who grows by what a leader does. A controller that has just
+		// started grows by some 90 MB of garbage; ghosts that were believed took 1 GB.
 		for i, k := range c.Status(t).Controllers {
-			require.Less(t, k.Memory.Anonymous-before.Controllers[i].Memory.Anonymous, int64(80<<20), "%s grew", k.Name)
+			require.Less(t, k.Memory.Anonymous-before.Controllers[i].Memory.Anonymous, int64(160<<20), "%s grew", k.Name)
 		}
 		c.Kill(t, "c1", true)
 		c.Start(t, "c1")

@@ -163,6 +163,16 @@ func TestLoadBalancer(t *testing.T) {
 	ranges("203.0.113.0/24", segment.Masked().String())
 	reached(80, "the Service from one of its ranges")
 
+	// Nobody is left to take an endpoint away: those of the node that was dead have to be
+	// what they are by now.
+	harness.Eventually(t, time.Minute, "every endpoint answers", func() error {
+		for range 20 {
+			if err := ask(80); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 	now := holder()
 	for _, name := range c.Spec.ControllerNames() {
 		c.Kill(t, name, false)
