@@ -180,45 +180,36 @@ type marshaler interface {
 func lookup(s *objects.Snapshot, k objKey) (marshaler, int64) {
 	switch k.kind {
 	case kindConfigMap:
-		if o, ok := s.ConfigMaps().Get(k.namespace, k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.ConfigMaps().Get(k.namespace, k.name))
 	case kindSecret:
-		if o, ok := s.Secrets().Get(k.namespace, k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.Secrets().Get(k.namespace, k.name))
 	case kindServiceAccount:
-		if o, ok := s.ServiceAccounts().Get(k.namespace, k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.ServiceAccounts().Get(k.namespace, k.name))
 	case kindClaim:
-		if o, ok := s.PVCs().Get(k.namespace, k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.PVCs().Get(k.namespace, k.name))
 	case kindVolume:
-		if o, ok := s.PVs().Get("", k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.PVs().Get("", k.name))
 	case kindTrustBundle:
-		if o, ok := s.ClusterTrustBundles().Get("", k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.ClusterTrustBundles().Get("", k.name))
 	case kindRuntimeClass:
-		if o, ok := s.RuntimeClasses().Get("", k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.RuntimeClasses().Get("", k.name))
 	case kindDriver:
-		if o, ok := s.CSIDrivers().Get("", k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.CSIDrivers().Get("", k.name))
 	case kindAttachment:
-		if o, ok := s.VolumeAttachments().Get("", k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.VolumeAttachments().Get("", k.name))
 	case kindPodCertificate:
-		if o, ok := s.PodCertificateRequests().Get(k.namespace, k.name); ok {
-			return o, objects.Revision(o)
-		}
+		return found(s.PodCertificateRequests().Get(k.namespace, k.name))
 	}
 	return nil, 0
+}
+
+// found is what lookup returns of an object that may not be there.
+func found[T interface {
+	marshaler
+	metav1.Object
+}](o T, ok bool) (marshaler, int64) {
+	if !ok {
+		return nil, 0
+	}
+	return o, objects.Revision(o)
 }

@@ -50,13 +50,7 @@ func (r *Request) fsType() string {
 
 // republish is how often a volume is to be published again; 0: it is not.
 func (m *Manager) republish(r *Request) time.Duration {
-	driver := ""
-	if r.Inline {
-		driver = r.Source.Driver
-	} else {
-		driver = r.PV.Spec.CSI.Driver
-	}
-	if d, ok := m.cfg.CSIDriver(driver); ok && d.Spec.RequiresRepublish != nil && *d.Spec.RequiresRepublish {
+	if d, ok := m.cfg.CSIDriver(r.key().Driver); ok && d.Spec.RequiresRepublish != nil && *d.Spec.RequiresRepublish {
 		return republishEvery
 	}
 	return 0

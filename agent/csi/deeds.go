@@ -136,9 +136,9 @@ func (m *Manager) makeDir(path string) error {
 	return dir.Close()
 }
 
-// clear unmounts whatever a driver left at a path, and removes it if there is nothing in
-// it. levels are how many of the folders above go with it when they are empty.
-func (m *Manager) clear(path string, levels int) error {
+// clear unmounts whatever a driver left at a path, and removes it and the folder above, the
+// volume's own, if there is nothing in them.
+func (m *Manager) clear(path string) error {
 	if err := unmountAt(m.host(path)); err != nil {
 		return err
 	}
@@ -147,19 +147,24 @@ func (m *Manager) clear(path string, levels int) error {
 		return err
 	}
 	defer root.Close()
-	for i := 0; ; i++ {
-		err := root.Remove(path)
+	for i, folder := range []string{path, filepath.Dir(path)} {
+		err := root.Remove(folder)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			if i > 0 || errors.Is(err, unix.ENOTEMPTY) {
 				return nil // others use it, or it is removed with the pod's folder
 			}
 			return err
 		}
-		if i == levels {
-			return nil
-		}
-		path = filepath.Dir(path)
 	}
+	return nil
+}
+
+// drop clears a path that a driver was asked to use, and then removes the record of it.
+func (m *Manager) drop(path, file string) error {
+	if err := m.clear(path); err != nil {
+		return err
+	}
+	return m.records.remove(file)
 }
 
 // unmountAt unmounts what is at or below a path whose last part may be anything.
@@ -204,10 +209,7 @@ func (m *Manager) stage(ctx context.Context, j *job) error {
 }
 
 func (m *Manager) forgetStaged(j *job) error {
-	if err := m.clear(j.staged.Path, 1); err != nil {
-		return err
-	}
-	if err := m.records.remove(j.staged.file()); err != nil {
+	if err := m.drop(j.staged.Path, j.staged.file()); err != nil {
 		return err
 	}
 	j.staged = nil
@@ -310,11 +312,7 @@ func (m *Manager) checkTarget(rec *published) error {
 }
 
 func (m *Manager) forgetPublished(j *job) error {
-	levels := 1 // the volume's own folder
-	if err := m.clear(j.rec.Path, levels); err != nil {
-		return err
-	}
-	if err := m.records.remove(j.rec.file()); err != nil {
+	if err := m.drop(j.rec.Path, j.rec.file()); err != nil {
 		return err
 	}
 	j.rec = nil

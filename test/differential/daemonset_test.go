@@ -152,20 +152,7 @@ func (s *side) addNode(n int, zone string) {
 }
 
 func (s *side) editNode(n int, change func(*corev1.Node)) {
-	name := fmt.Sprint("n", n)
-	if s.Find(reconcile.NodesResource, "", name) == nil {
-		return
-	}
-	s.Edit(reconcile.NodesResource, "", name, func(m map[string]any) {
-		var o corev1.Node
-		decode(m, &o)
-		change(&o)
-		next := encode(&o)
-		clear(m)
-		for k, v := range next {
-			m[k] = v
-		}
-	})
+	editIn(s, reconcile.NodesResource, "", fmt.Sprint("n", n), change)
 }
 
 func daemonSets(r *rand.Rand) []step {
@@ -221,18 +208,7 @@ func daemonSets(r *rand.Rand) []step {
 			return change(fmt.Sprintf("%d old revisions", n), func(d *appsv1.DaemonSet) { d.Spec.RevisionHistoryLimit = &n })
 		},
 		func(r *rand.Rand) step { return deletion(r, set, "web") },
-		func(r *rand.Rand) step {
-			at := r.IntN(4)
-			return step{what: fmt.Sprintf("revision %d is deleted", at), do: func(s *side) {
-				s.remove(reconcile.ControllerRevisionsResource, oneOf(s.revisions(), at), "")
-			}}
-		},
-		func(r *rand.Rand) step {
-			at := r.IntN(4)
-			return step{what: fmt.Sprintf("revision %d is nobody's", at), do: func(s *side) {
-				edit(s, reconcile.ControllerRevisionsResource, oneOf(s.revisions(), at), func(c *appsv1.ControllerRevision) { c.OwnerReferences = nil })
-			}}
-		},
+		revisionGoes, revisionIsFreed,
 	}
 	first := step{"nodes n0, n1 in zone a and n2 in zone b are there", func(s *side) {
 		for i := range 3 {

@@ -297,10 +297,14 @@ func (s *side) create(o runtime.Object) {
 
 // edit changes an object as a user or an agent does, if it is there.
 func edit[T any](s *side, r schema.GroupVersionResource, name string, change func(*T)) {
-	if s.Find(r, ns, name) == nil {
+	editIn(s, r, ns, name, change)
+}
+
+func editIn[T any](s *side, r schema.GroupVersionResource, namespace, name string, change func(*T)) {
+	if s.Find(r, namespace, name) == nil {
 		return
 	}
-	s.Edit(r, ns, name, func(m map[string]any) {
+	s.Edit(r, namespace, name, func(m map[string]any) {
 		var o T
 		decode(m, &o)
 		change(&o)

@@ -153,6 +153,20 @@ func (s *side) release() {
 	}
 }
 
+func revisionGoes(r *rand.Rand) step {
+	at := r.IntN(4)
+	return step{what: fmt.Sprintf("revision %d is deleted", at), do: func(s *side) {
+		s.remove(reconcile.ControllerRevisionsResource, oneOf(s.revisions(), at), "")
+	}}
+}
+
+func revisionIsFreed(r *rand.Rand) step {
+	at := r.IntN(4)
+	return step{what: fmt.Sprintf("revision %d is nobody's", at), do: func(s *side) {
+		edit(s, reconcile.ControllerRevisionsResource, oneOf(s.revisions(), at), func(c *appsv1.ControllerRevision) { c.OwnerReferences = nil })
+	}}
+}
+
 func statefulSets(r *rand.Rand) []step {
 	set := reconcile.StatefulSetsResource
 	make := func(r *rand.Rand) step {
@@ -211,18 +225,7 @@ func statefulSets(r *rand.Rand) []step {
 				edit(s, reconcile.PodsResource, p.Name, func(p *corev1.Pod) { delete(p.Labels, appsv1.StatefulSetPodNameLabel) })
 			})
 		},
-		func(r *rand.Rand) step {
-			at := r.IntN(4)
-			return step{what: fmt.Sprintf("revision %d is deleted", at), do: func(s *side) {
-				s.remove(reconcile.ControllerRevisionsResource, oneOf(s.revisions(), at), "")
-			}}
-		},
-		func(r *rand.Rand) step {
-			at := r.IntN(4)
-			return step{what: fmt.Sprintf("revision %d is nobody's", at), do: func(s *side) {
-				edit(s, reconcile.ControllerRevisionsResource, oneOf(s.revisions(), at), func(c *appsv1.ControllerRevision) { c.OwnerReferences = nil })
-			}}
-		},
+		revisionGoes, revisionIsFreed,
 		func(r *rand.Rand) step {
 			n, matches := r.IntN(6), r.IntN(3) > 0
 			return step{what: fmt.Sprintf("somebody makes the pod web-%d, which matches: %v", n, matches), do: func(s *side) {
